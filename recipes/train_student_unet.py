@@ -1,0 +1,383 @@
+"""Distil a teacher UNet into a smaller student.
+
+accelerate launch recipes/train_student_unet.py
+accelerate launch recipes/train_student_unet.py --preset custom --teacher FOLDER_OR_HUB_ID --dataset IMAGES
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+import vkd_gen as vkd
+from vkd_gen.data import Images, default_cifar10, load_images
+from vkd_gen.diffusion import check_convertible, prediction_type_of
+from vkd_gen.evaluation.compare import (
+    compare_to_teacher,
+    describe_models,
+    markdown_table,
+    matching_table,
+    print_table,
+)
+from vkd_gen.normalization import Normalization
+from vkd_gen.pairing import PairedLayers
+from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
+from vkd_gen.training.command_line import run_recipe
+from vkd_gen.training.export import export_pipeline, model_card, upload
+from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator
+from vkd_gen.training.models import load_teacher
+from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
+from vkd_gen.training.previews import save_sample_grid
+from vkd_gen.training.run_folder import RunFolder, write_json
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Distil a teacher into a student. What --method decides is left empty here and can be overridden."""
+
+    preset: str = "digits"
+    """Which of digits, mnist, cifar10 and custom to start from; every flag overrides a field of it."""
+    teacher: str = ""
+    """Folder or hub id of a diffusers pipeline or UNet."""
+    dataset: str = ""
+    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
+    image_column: str | None = None
+    """Column of the images in a table; by default the only one that holds images."""
+    resolution: int | None = None
+    """Height and width of the images in pixels; by default the teacher's sample size."""
+    student_width: float = 0.5
+    """Factor on the teacher's channels."""
+    student_layers_per_block: int | None = None
+    """Residual layers of each block of the student; by default the teacher's."""
+    student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the student predicts; by default what the teacher does."""
+    inherit_weights: bool | None = None
+    """Start from the teacher's weights wherever name and shape agree; by default if the student is as wide."""
+    method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
+    """vkd: solved orthogonal projector. vkd-paper: learned orthogonal projector, full whitening by batch statistics,
+    smooth-L1, as published. fitnet: free 1x1 convolution. output: distil the teacher's output alone. none: no
+    distillation."""
+    layers: PairedLayers = "all"
+    """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage."""
+    layer_pairs: tuple[str, ...] = ()
+    """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER."""
+    denoising_weight: float = 1.0
+    """Weight of the denoising loss; 0 removes it."""
+    output_weight: float | None = None
+    """Weight of the output distillation loss; by default 1, or 0 for --method none."""
+    feature_weight: float | None = None
+    """Weight of the feature loss, summed over layers; by default what --method uses, see METHODS."""
+    feature_decay_start: float = 1.0
+    """Share of the run after which the feature weight falls linearly, to 0 at the end; 1 keeps it."""
+    feature_loss: Literal["mse", "smooth_l1"] | None = None
+    """Feature loss; by default what --method uses."""
+    projector: Literal["solved", "cayley", "matrix_exp", "random", "pca", "linear", "identity"] | None = None
+    """Map from the student's to the teacher's channels; by default what --method uses."""
+    projector_start: Literal["identity", "procrustes"] = "identity"
+    """Where cayley and matrix_exp start."""
+    projector_refresh_steps: int = 10
+    """Steps between two solutions of the solved projector."""
+    feature_normalization: Normalization | None = None
+    """Normalisation of the teacher's features; by default what --method uses."""
+    whitening_rank: int | None = None
+    """Directions that `whiten` keeps; by default as many as the student's layer has channels."""
+    whitening_exponent: float = 1.0
+    """From 0, rotation only, to 1, full whitening."""
+    whitening_shrinkage: float = 1e-3
+    """Share of the mean variance mixed into what is inverted."""
+    calibration_samples: int = 2048
+    """Draws of (image, noise, timestep) that the teacher's statistics are taken from."""
+    num_timestep_bins: int = 10
+    """Bins that the teacher's features are centred in."""
+    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weight of the timesteps in every term."""
+    snr_gamma: float = 5.0
+    """Bound of min_snr."""
+    feature_network: str | None = None
+    """Network whose features score the samples, from train_feature_network.py; without one no Frechet distance."""
+    num_score_samples: int = 1000
+    """Samples that the Frechet distance is computed from."""
+    dry_run: bool = False
+    """Print the resolved configuration, the sizes and the layer pairs, then stop."""
+    training: SharedOptions
+    """Options of the training loop."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if not 0 <= self.feature_decay_start <= 1:
+            raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
+        for name in ("calibration_samples", "num_timestep_bins", "num_score_samples", "projector_refresh_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "vkd": {"feature_weight": 0.3, "projector": "solved", "feature_normalization": "none", "feature_loss": "mse"},
+    "vkd-paper": {
+        "feature_weight": 0.3,
+        "projector": "matrix_exp",
+        "feature_normalization": "batch_whiten",
+        "feature_loss": "smooth_l1",
+    },
+    "fitnet": {"feature_weight": 0.3, "projector": "linear", "feature_normalization": "none", "feature_loss": "mse"},
+    "output": {"feature_weight": 0.0},
+    "none": {"feature_weight": 0.0, "output_weight": 0.0},
+}
+"""What each --method stands for; `output_weight` is 1 where it is not named."""
+
+DIGITS = StudentConfig(
+    teacher=str(ASSETS / "digits-teacher"),
+    dataset="digits",
+    feature_network=str(ASSETS / "digits-features.safetensors"),
+    training=TrainingOptions(output_dir="runs/digits", max_train_steps=1000, learning_rate=2e-3),
+)
+MNIST = replace(
+    DIGITS,
+    preset="mnist",
+    teacher=str(ASSETS / "mnist-teacher"),
+    dataset="mnist",
+    feature_network=str(ASSETS / "mnist-features.safetensors"),
+    training=replace(DIGITS.training, output_dir="runs/mnist", train_batch_size=64),
+)
+CIFAR10 = replace(
+    DIGITS,
+    preset="cifar10",
+    teacher="runs/cifar10-teacher/pipeline",
+    dataset=default_cifar10(),
+    feature_network=None,
+    training=replace(
+        DIGITS.training,
+        output_dir="runs/cifar10",
+        max_train_steps=50_000,
+        learning_rate=4e-4,
+        lr_warmup_steps=1000,
+        random_flip=True,
+        preview_every_steps=5000,
+        checkpointing_steps=5000,
+        dataloader_num_workers=4,
+    ),
+)
+CUSTOM = replace(
+    CIFAR10,
+    preset="custom",
+    teacher="",
+    dataset="",
+    training=replace(CIFAR10.training, output_dir="runs/custom", random_flip=False),
+)
+PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
+
+
+def resolve(config: StudentConfig) -> StudentConfig:
+    """Fill in what --method decides."""
+    if not config.teacher or not config.dataset:
+        raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
+    defaults = {"output_weight": 1.0, **METHODS[config.method]}
+    config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+    if config.feature_weight and None in (config.projector, config.feature_normalization, config.feature_loss):
+        raise ValueError(
+            f"--method {config.method} has no feature loss; for one of your own set --projector, "
+            "--feature_normalization and --feature_loss too, or choose --method vkd"
+        )
+    return config
+
+
+def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics):
+    """Projector and normaliser of one layer pair."""
+    student_channels = pair.student_channels
+    rank = config.whitening_rank or min(student_channels, pair.teacher_channels)
+    normalizer = vkd.FeatureNormalizer(
+        config.feature_normalization,
+        statistics,
+        rank=rank,
+        exponent=config.whitening_exponent,
+        shrinkage=config.whitening_shrinkage,
+    )
+    widths = student_channels, normalizer.target_channels
+    projector: Projector
+    match config.projector:
+        case "linear":
+            projector = vkd.LinearProjector(*widths)
+        case "identity":
+            projector = vkd.IdentityProjector(*widths)
+        case "random":
+            projector = vkd.OrthogonalProjector(*widths, method="fixed", start=random_orthonormal(*sorted(widths)))
+        case "pca":
+            # In the wider one's space; a student that is wider keeps its own axes.
+            start = principal_directions(normalizer.target_covariance(), min(widths))
+            start = start if student_channels <= widths[1] else "identity"
+            projector = vkd.OrthogonalProjector(*widths, method="fixed", start=start)
+        case method:
+            projector = vkd.OrthogonalProjector(
+                *widths,
+                method=method,
+                start=config.projector_start,
+                refresh_every_steps=config.projector_refresh_steps,
+            )
+    return projector, normalizer
+
+
+def pair_named_or_all(config: StudentConfig, student: UNet2DModel, teacher: UNet2DModel) -> list[vkd.LayerPair]:
+    """The pairs that the user names, or those of --layers."""
+    named = [(text.split(":")[0], text.split(":")[-1]) for text in config.layer_pairs]
+    return vkd.pair_layers(student, teacher, layers=config.layers, pairs=named or None)
+
+
+def feature_weight_at(config: StudentConfig, step: int) -> float:
+    """The feature weight at a step: constant, then falling linearly to 0."""
+    share = step / config.training.max_train_steps
+    if share <= config.feature_decay_start:
+        return config.feature_weight
+    return config.feature_weight * (1 - share) / (1 - config.feature_decay_start)
+
+
+def build_projected_student(
+    config: StudentConfig,
+    student: UNet2DModel,
+    teacher: vkd.FrozenTeacher,
+    pairs: list[vkd.LayerPair],
+    images: Images,
+    noise_scheduler: DDPMScheduler,
+    folder: RunFolder,
+    device: torch.device,
+) -> vkd.ProjectedStudent:
+    """Calibrate on the frozen teacher, report what the student's width allows, and start the projectors."""
+    if not pairs:
+        return vkd.ProjectedStudent(student)
+
+    def draws(num_draws: int) -> Iterator[dict[str, Tensor]]:
+        return fixed_batches(images, noise_scheduler, seed=config.training.seed, num_draws=num_draws, device=device)
+
+    saved = folder.path / "calibration.safetensors"
+    if saved.exists() and config.training.resume_from_checkpoint:
+        statistics = vkd.load_statistics(saved)
+    else:
+        statistics = vkd.calibrate(
+            teacher, draws(config.calibration_samples), noise_scheduler, num_timestep_bins=config.num_timestep_bins
+        )
+    matchings = [build_matching(config, pair, statistics[pair.teacher]) for pair in pairs]
+    projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True)).to(device)
+    projected.initialize_projectors(teacher, draws(min(512, config.calibration_samples)), noise_scheduler)
+    return projected
+
+
+def main(config: StudentConfig) -> None:
+    """Distil, export, score and show one student."""
+    config = resolve(config)
+    options = config.training
+    folder = RunFolder(options.output_dir)
+    folder.check(flat_config(config), options.resume_from_checkpoint)
+    uses_features = config.feature_weight > 0
+    accelerator = make_accelerator(
+        options,
+        # What the loss does not reach in some step: the output layer, or learned projectors once their weight is 0.
+        find_unused_parameters=not (config.denoising_weight or config.output_weight) or config.feature_decay_start < 1,
+    )
+
+    teacher_unet, teacher_scheduler = load_teacher(config.teacher)
+    if config.resolution is not None:
+        teacher_unet.register_to_config(sample_size=config.resolution)
+    student = vkd.build_student(
+        teacher_unet, width=config.student_width, layers_per_block=config.student_layers_per_block
+    )
+    inherits = config.student_width == 1 if config.inherit_weights is None else config.inherit_weights
+    inherited = vkd.copy_matching_weights(student, teacher_unet) if inherits else []
+    prediction_type = prediction_type_of(teacher_scheduler)
+    noise_scheduler = DDPMScheduler.from_config(
+        teacher_scheduler.config, prediction_type=config.student_prediction_type or prediction_type
+    )
+    check_convertible(noise_scheduler, prediction_type, prediction_type_of(noise_scheduler))
+    pairs = pair_named_or_all(config, student, teacher_unet) if uses_features else []
+    accelerator.print(describe_models(teacher_unet, student))
+    accelerator.print(f"{len(inherited)} of {len(student.state_dict())} weight tensors inherited from the teacher")
+    if config.dry_run:
+        for pair in pairs:
+            accelerator.print(f"{pair.student} {pair.student_shape} <- {pair.teacher} {pair.teacher_shape}")
+        accelerator.print(json.dumps(flat_config(config), indent=2))
+        return
+
+    images, held_out = load_images(
+        config.dataset,
+        resolution=student.config.sample_size,
+        channels=student.config.in_channels,
+        image_column=config.image_column,
+    )
+    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    if accelerator.is_main_process:
+        folder.start(flat_config(config))
+    accelerator.wait_for_everyone()
+    if options.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    torch.nn.Module.to(teacher_unet, accelerator.device, dtype)  # past diffusers' warning about casting
+    teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs], prediction_type=prediction_type)
+    student.to(accelerator.device)
+    projected = build_projected_student(
+        config, student, teacher, pairs, images, noise_scheduler, folder, accelerator.device
+    )
+    if pairs:
+        accelerator.print(matching_table(projected, config.feature_loss))
+    if accelerator.is_main_process and pairs:
+        saved = {pair.teacher: norm.statistics for pair, norm in zip(pairs, projected.normalizers, strict=True)}
+        vkd.save_statistics(saved, folder.path / "calibration.safetensors")
+
+    run = TrainingRun(
+        accelerator=accelerator,
+        options=options,
+        folder=folder,
+        model=projected,
+        unet=student,
+        parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
+        images=images,
+        noise_scheduler=noise_scheduler,
+        config=flat_config(config),
+    )
+    for batch in run.batches():
+        losses = vkd.distillation_losses(
+            run.model,
+            batch,
+            noise_scheduler=noise_scheduler,
+            teacher=teacher,
+            weights=vkd.LossWeights(
+                denoising=config.denoising_weight,
+                output=config.output_weight,
+                feature=feature_weight_at(config, run.step),
+            ),
+            feature_loss_kind=config.feature_loss or "mse",
+            timestep_weighting=config.timestep_weighting,
+            snr_gamma=config.snr_gamma,
+        )
+        run.backward(losses)
+
+    student = run.finish()
+    if accelerator.is_main_process:
+        results, samples = compare_to_teacher(
+            student,
+            noise_scheduler,
+            teacher,
+            teacher_scheduler,
+            images=images,
+            held_out=held_out,
+            feature_network=config.feature_network,
+            num_score_samples=config.num_score_samples,
+        )
+        write_json(folder.path / "results.json", results)
+        save_sample_grid(samples, folder.path / "samples.png")
+        facts = {"teacher": config.teacher, "method": config.method, "steps": run.step, "seed": options.seed}
+        card = model_card(f"{folder.path.name} student", facts, markdown_table(results), config.dataset)
+        export_pipeline(student, noise_scheduler, folder.path / "pipeline", card)
+        print_table(results)
+        print(f"student: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
+        if options.push_to_hub:
+            print(f"uploaded: {upload(folder.path / 'pipeline', options.hub_model_id)}")
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    run_recipe(main, PRESETS, __doc__, default="digits")

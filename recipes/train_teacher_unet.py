@@ -1,0 +1,189 @@
+"""Train the teacher that a preset of train_student_unet.py names.
+
+accelerate launch recipes/train_teacher_unet.py --preset digits --output_dir runs/digits-teacher
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from vkd_gen.data import default_cifar10, load_images
+from vkd_gen.diffusion import add_noise, prediction_target
+from vkd_gen.evaluation.cost import count_parameters
+from vkd_gen.losses import prediction_loss
+from vkd_gen.sampling import sample_images
+from vkd_gen.training.command_line import run_recipe
+from vkd_gen.training.export import export_pipeline, model_card
+from vkd_gen.training.loop import TrainingRun, make_accelerator
+from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
+from vkd_gen.training.previews import save_sample_grid, to_uint8
+from vkd_gen.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Train a diffusion UNet from random weights."""
+
+    preset: str = "digits"
+    """Which of digits, mnist and cifar10 to start from; every flag overrides a field of it."""
+    dataset: str
+    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
+    image_column: str | None = None
+    """Column of the images in a table; by default the only one that holds images."""
+    resolution: int
+    """Height and width of the images in pixels."""
+    channels: int = 1
+    """1 for grey, 3 for RGB."""
+    block_out_channels: tuple[int, ...]
+    """Channels of each stage, from the highest resolution to the lowest."""
+    attention_stages: tuple[int, ...] = ()
+    """Stages, counted from 0, whose blocks have self-attention; the middle block has it if any stage does."""
+    layers_per_block: int = 2
+    """Residual layers of each block."""
+    norm_num_groups: int = 8
+    """Groups of the group norms; divides every stage's channels."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    """What the network predicts."""
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    """Noise schedule, 1,000 steps."""
+    dry_run: bool = False
+    """Print the configuration and the model's size, then stop."""
+    training: SharedOptions
+    """Options of the training loop."""
+
+
+DIGITS = TeacherConfig(
+    dataset="digits",
+    resolution=8,
+    block_out_channels=(32, 64),
+    training=TrainingOptions(output_dir="runs/digits-teacher", max_train_steps=3500, learning_rate=2e-3),
+)
+MNIST = replace(
+    DIGITS,
+    preset="mnist",
+    dataset="mnist",
+    resolution=28,
+    block_out_channels=(16, 32, 64),
+    training=replace(
+        DIGITS.training,
+        output_dir="runs/mnist-teacher",
+        max_train_steps=6000,
+        learning_rate=1e-3,
+        train_batch_size=64,
+        preview_every_steps=1000,
+    ),
+)
+CIFAR10 = replace(
+    DIGITS,
+    preset="cifar10",
+    dataset=default_cifar10(),
+    resolution=32,
+    channels=3,
+    block_out_channels=(64, 128, 128, 128),
+    attention_stages=(1,),
+    norm_num_groups=32,
+    training=replace(
+        DIGITS.training,
+        output_dir="runs/cifar10-teacher",
+        max_train_steps=100_000,
+        learning_rate=4e-4,
+        lr_warmup_steps=1000,
+        random_flip=True,
+        preview_every_steps=5000,
+        checkpointing_steps=5000,
+        dataloader_num_workers=4,
+    ),
+)
+PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10)}
+
+
+def build_unet(config: TeacherConfig) -> UNet2DModel:
+    """The UNet that the configuration describes."""
+    stages = range(len(config.block_out_channels))
+    with_attention = [stage in config.attention_stages for stage in stages]
+    if set(config.attention_stages) - set(stages):
+        raise ValueError(f"--attention_stages must name stages 0 to {len(stages) - 1}")
+    if config.resolution % 2 ** (len(stages) - 1):
+        raise ValueError(
+            f"--resolution {config.resolution} cannot be halved {len(stages) - 1} times, once between each two of "
+            f"the {len(stages)} stages of --block_out_channels"
+        )
+    if any(channels % config.norm_num_groups for channels in config.block_out_channels):
+        raise ValueError(
+            f"--norm_num_groups {config.norm_num_groups} must divide each of --block_out_channels "
+            f"{' '.join(map(str, config.block_out_channels))}"
+        )
+    return UNet2DModel(
+        sample_size=config.resolution,
+        in_channels=config.channels,
+        out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
+        block_out_channels=config.block_out_channels,
+        down_block_types=tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in with_attention),
+        up_block_types=tuple("AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(with_attention)),
+        add_attention=any(with_attention),
+        attention_head_dim=32,
+        norm_num_groups=config.norm_num_groups,
+    )
+
+
+def main(config: TeacherConfig) -> None:
+    """Train, export and sample one teacher."""
+    options = config.training
+    folder = RunFolder(options.output_dir)
+    folder.check(flat_config(config), options.resume_from_checkpoint)
+    accelerator = make_accelerator(options)
+    unet = build_unet(config)
+    accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters")
+    if config.dry_run:
+        return
+    images, held_out = load_images(
+        config.dataset, resolution=config.resolution, channels=config.channels, image_column=config.image_column
+    )
+    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    if accelerator.is_main_process:
+        folder.start(flat_config(config))
+    accelerator.wait_for_everyone()
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    noise_scheduler = DDPMScheduler(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
+
+    run = TrainingRun(
+        accelerator=accelerator,
+        options=options,
+        folder=folder,
+        model=unet,
+        unet=unet,
+        parameter_groups=[{"params": list(unet.parameters()), "weight_decay": options.adam_weight_decay}],
+        images=images,
+        noise_scheduler=noise_scheduler,
+        config=flat_config(config),
+    )
+    for batch in run.batches():
+        sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
+        noisy_sample = add_noise(noise_scheduler, sample, noise, timesteps)
+        prediction = run.model(noisy_sample, timesteps, return_dict=False)[0]
+        target = prediction_target(noise_scheduler, sample, noise, timesteps, config.prediction_type)
+        run.backward({"total": prediction_loss(prediction, target)})
+
+    unet = run.finish()
+    if accelerator.is_main_process:
+        samples = sample_images(unet, noise_scheduler, range(32))
+        save_sample_grid(
+            {"teacher": samples, "held-out images": to_uint8(held_out.stack(32))}, folder.path / "samples.png"
+        )
+        card = model_card(
+            f"{config.preset} teacher",
+            {"parameters": f"{count_parameters(unet):,}", "steps": options.max_train_steps, "seed": options.seed},
+            results="",
+            data=config.dataset,
+        )
+        export_pipeline(unet, noise_scheduler, folder.path / "pipeline", card)
+        print(f"teacher: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    run_recipe(main, PRESETS, __doc__, default="digits")

@@ -1,0 +1,36 @@
+"""vkd-gen: distil a diffusion UNet into a smaller one, with the VkD feature loss beside the denoising objective.
+
+A library of losses and modules around models that you build: it loads no models, owns no optimizer, wraps nothing and
+keeps no registry. The recipes put it together; `distillation_losses` is the step they share.
+"""
+
+from vkd_gen.calibration import calibrate, load_statistics, save_statistics
+from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
+from vkd_gen.features import FeatureCapture
+from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
+from vkd_gen.pairing import LayerPair, pair_layers
+from vkd_gen.projectors import IdentityProjector, LinearProjector, OrthogonalProjector, parameter_groups
+from vkd_gen.students import build_student, copy_matching_weights
+from vkd_gen.version import __version__ as __version__
+
+__all__ = [
+    "FeatureCapture",
+    "FeatureNormalizer",
+    "FeatureStatistics",
+    "FrozenTeacher",
+    "IdentityProjector",
+    "LayerPair",
+    "LinearProjector",
+    "LossWeights",
+    "OrthogonalProjector",
+    "ProjectedStudent",
+    "build_student",
+    "calibrate",
+    "copy_matching_weights",
+    "distillation_losses",
+    "load_statistics",
+    "pair_layers",
+    "parameter_groups",
+    "save_statistics",
+    "width_floor",
+]

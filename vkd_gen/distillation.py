@@ -1,0 +1,279 @@
+"""The step that every recipe shares: a frozen teacher, a projected student, and their losses by name.
+
+    losses = distillation_losses(student, batch, noise_scheduler=noise_scheduler, teacher=teacher)
+    losses["total"].backward()
+
+B batch, C channels, H height, W width, N positions, K channels of the compared space.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor, nn
+
+from vkd_gen.diffusion import (
+    PredictionType,
+    TimestepWeighting,
+    add_noise,
+    convert_prediction,
+    prediction_target,
+    prediction_type_of,
+    timestep_weights,
+)
+from vkd_gen.features import FeatureCapture, to_rows
+from vkd_gen.losses import FeatureLoss, feature_loss, prediction_loss
+from vkd_gen.normalization import FeatureNormalizer
+from vkd_gen.pairing import LayerPair
+from vkd_gen.projectors import Projector
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the terms of the loss; 0 removes a term with its cost.
+
+    Attributes:
+        denoising: of the error against the noise (or sample, or velocity) that was drawn.
+        output: of the error against the teacher's prediction.
+        feature: of the feature loss, summed over the layer pairs.
+    """
+
+    denoising: float = 1.0
+    output: float = 1.0
+    feature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would train on nothing or away from the goal."""
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"the {name} weight must be at least 0 and finite, not {value}")
+        if not any(vars(self).values()):
+            raise ValueError("all weights are 0: nothing is left to train on")
+
+
+class FrozenTeacher:
+    """A teacher UNet that is only ever asked: eval mode, no gradients, outside of every optimizer and wrapper.
+
+    Args:
+        unet: a diffusers UNet; it is put into eval mode and its parameters stop requiring gradients.
+        layers: dotted names of the layers whose outputs are wanted.
+        prediction_type: what the UNet predicts.
+
+    Raises:
+        ValueError: for an unknown layer name.
+    """
+
+    def __init__(self, unet: nn.Module, layers: Iterable[str] = (), *, prediction_type: PredictionType = "epsilon"):
+        self.unet = unet.eval().requires_grad_(False)
+        self.prediction_type = prediction_type
+        self._capture = FeatureCapture(unet, dict.fromkeys(layers))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        noisy_sample: Tensor,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Any] | None = None,
+        *,
+        with_features: bool = True,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's prediction `[B, C, H, W]`, float32, and its features by layer name, in its own precision."""
+        if with_features:
+            self._capture.start()
+        prediction = predict(self.unet, noisy_sample.to(self.unet.dtype), timesteps, conditioning)
+        return prediction.float(), self._capture.stop() if with_features else {}
+
+
+class ProjectedStudent(nn.Module):
+    """The one module that trains: the student UNet with a normaliser and a projector for each layer pair.
+
+    Its forward does all trainable work, which is what makes it right under DDP, gradient accumulation and compile.
+    The exported student is `.student`, a plain diffusers UNet.
+
+    Args:
+        student: a diffusers UNet.
+        layer_pairs: from `pair_layers`; may be empty.
+        projectors: one per pair.
+        normalizers: one per pair.
+
+    Raises:
+        ValueError: if their numbers or widths do not match.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        layer_pairs: Sequence[LayerPair] = (),
+        projectors: Sequence[Projector] = (),
+        normalizers: Sequence[FeatureNormalizer] = (),
+    ):
+        super().__init__()
+        if not len(layer_pairs) == len(projectors) == len(normalizers):
+            raise ValueError(
+                f"{len(layer_pairs)} layer pairs need as many projectors ({len(projectors)}) and "
+                f"normalizers ({len(normalizers)})"
+            )
+        for pair, projector, normalizer in zip(layer_pairs, projectors, normalizers, strict=True):
+            expected = (pair.student_channels, normalizer.target_channels, pair.teacher_channels)
+            if (projector.student_channels, projector.target_channels, normalizer.channels) != expected:
+                raise ValueError(
+                    f"pair {pair.student} {pair.student_shape} <- {pair.teacher} {pair.teacher_shape} does not fit a "
+                    f"projector {projector.student_channels} -> {projector.target_channels} and a normalizer "
+                    f"{normalizer.channels} -> {normalizer.target_channels}"
+                )
+        self.student = student
+        self.layer_pairs = tuple(layer_pairs)
+        self.projectors = nn.ModuleList(projectors)
+        self.normalizers = nn.ModuleList(normalizers)
+        self._capture = FeatureCapture(student, [pair.student for pair in layer_pairs])
+        # Statistics are kept equal by their own reductions; DDP would overwrite them by the first process' sums.
+        parts = {"projectors": self.projectors, "normalizers": self.normalizers}
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_buffers()
+        ]
+
+    def forward(
+        self,
+        noisy_sample: Tensor,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Any] | None = None,
+        teacher_features: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Run the student and bring its features and the teacher's into one space.
+
+        Args:
+            noisy_sample: `[B, C, H, W]`.
+            timesteps: `[B]`.
+            conditioning: further arguments of the UNet.
+            teacher_features: teacher layer -> feature; None captures and projects nothing.
+
+        Returns:
+            The prediction `[B, C, H, W]`, and student layer -> (projected student rows, normalised teacher rows),
+            each `[B, N, K]`.
+
+        Raises:
+            RuntimeError: if a captured feature carries no gradient although the student trains, as happens inside
+                reentrant gradient checkpointing.
+        """
+        if teacher_features is None:
+            return predict(self.student, noisy_sample, timesteps, conditioning), {}
+        self._capture.start()
+        prediction = predict(self.student, noisy_sample, timesteps, conditioning)
+        features = self._capture.stop()
+        matched = {}
+        for pair, projector, normalizer in zip(self.layer_pairs, self.projectors, self.normalizers, strict=True):
+            feature = features[pair.student]
+            if prediction.requires_grad and not feature.requires_grad:
+                raise RuntimeError(
+                    f"the feature of {pair.student} carries no gradient; checkpoint with use_reentrant=False"
+                )
+            target = normalizer(to_rows(teacher_features[pair.teacher]), timesteps)
+            matched[pair.student] = projector(to_rows(feature), target)
+        return prediction, matched
+
+    def after_step(self, step: int) -> None:
+        """Once per optimizer step: let solved projectors take in what they saw."""
+        for projector in self.projectors:
+            if hasattr(projector, "after_step"):
+                projector.after_step(step)
+
+    @torch.no_grad()
+    def initialize_projectors(
+        self, teacher: FrozenTeacher, batches: Iterable[Mapping[str, Any]], noise_scheduler: SchedulerMixin
+    ) -> None:
+        """Start the projectors from closed-form solutions for a few batches, before the first step.
+
+        Args:
+            teacher: with the features that the pairs name.
+            batches: as for `distillation_losses`; the same on every process.
+            noise_scheduler: the student's.
+        """
+        self.train()
+        for batch in batches:
+            noisy_sample = add_noise(noise_scheduler, batch["sample"], batch["noise"], batch["timesteps"])
+            conditioning = batch.get("conditioning")
+            _, features = teacher(noisy_sample, batch["timesteps"], conditioning)
+            self(noisy_sample, batch["timesteps"], conditioning, features)
+        for projector in self.projectors:
+            if hasattr(projector, "initialize"):
+                projector.initialize()
+
+
+def distillation_losses(
+    student: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    noise_scheduler: SchedulerMixin,
+    teacher: FrozenTeacher | None = None,
+    weights: LossWeights = LossWeights(),
+    feature_loss_kind: FeatureLoss = "mse",
+    timestep_weighting: TimestepWeighting = "uniform",
+    snr_gamma: float = 5.0,
+) -> dict[str, Tensor]:
+    """The losses of one batch: denoising, output distillation and features, all with the same timestep weights.
+
+    Args:
+        student: a `ProjectedStudent`, bare or wrapped by DDP, compile or accelerate.
+        batch: `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]`, and `conditioning`, a mapping of further
+            arguments for both UNets, where they need it.
+        noise_scheduler: the student's; its prediction type is what the student predicts. The teacher's prediction is
+            expressed in it.
+        teacher: may be None where neither output nor features are asked for.
+        weights: of the terms.
+        feature_loss_kind: `mse` or `smooth_l1`.
+        timestep_weighting: `uniform` or `min_snr`.
+        snr_gamma: of `min_snr`.
+
+    Returns:
+        Scalars: `total`, to differentiate, and, unweighted, for those that are asked for, `denoising`, `output`,
+        `feature` (the sum over layers) and `feature/LAYER` for each student layer.
+
+    Raises:
+        ValueError: if the teacher is asked for and None.
+    """
+    sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
+    conditioning = batch.get("conditioning")
+    noisy_sample = add_noise(noise_scheduler, sample, noise, timesteps)
+    prediction_type = prediction_type_of(noise_scheduler)
+    needs_teacher = weights.output > 0 or weights.feature > 0
+    features = None
+    if needs_teacher:
+        if teacher is None:
+            raise ValueError("output and feature losses need a teacher; pass one or set their weights to 0")
+        teacher_prediction, teacher_features = teacher(
+            noisy_sample, timesteps, conditioning, with_features=weights.feature > 0
+        )
+        features = teacher_features if weights.feature > 0 else None
+    prediction, matched = student(noisy_sample, timesteps, conditioning, features)
+
+    per_sample = timestep_weights(noise_scheduler, timesteps, timestep_weighting, prediction_type, snr_gamma)
+    losses: dict[str, Tensor] = {}
+    if weights.denoising > 0:
+        target = prediction_target(noise_scheduler, sample, noise, timesteps, prediction_type)
+        losses["denoising"] = prediction_loss(prediction, target, per_sample)
+    if weights.output > 0:
+        target = convert_prediction(
+            noise_scheduler, teacher_prediction, noisy_sample, timesteps, teacher.prediction_type, prediction_type
+        )
+        losses["output"] = prediction_loss(prediction, target, per_sample)
+    if weights.feature > 0:
+        layers = {
+            f"feature/{layer}": feature_loss(projected, target, feature_loss_kind, per_sample)
+            for layer, (projected, target) in matched.items()
+        }
+        if not layers:
+            raise ValueError("a feature loss is asked for, but the student has no layer pairs")
+        losses["feature"] = torch.stack(list(layers.values())).sum()
+        losses |= layers
+    terms = [getattr(weights, name) * losses[name] for name in ("denoising", "output", "feature") if name in losses]
+    return {"total": torch.stack(terms).sum(), **losses}
+
+
+def predict(
+    unet: nn.Module, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any] | None = None
+) -> Tensor:
+    """One forward pass of a diffusers UNet, the prediction alone, `[B, C, H, W]`."""
+    return unet(sample, timesteps, **(conditioning or {}), return_dict=False)[0]

@@ -1,0 +1,1 @@
+"""What scores and costs recipes and evaluation commands report."""

@@ -1,0 +1,168 @@
+"""Read the outputs of named blocks of a diffusers UNet.
+
+B batch, C channels, H height, W width, N positions (H*W, or tokens).
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Names like `name`, best first, as a phrase for an error message; for typing mistakes."""
+    known = [candidate for candidate in known if candidate]
+    matches = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
+    return ", ".join(repr(match) for match in matches or known[:count])
+
+
+def check_layers(module: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
+    """Return `layers` as a tuple once every one of them is known to name a submodule.
+
+    Raises:
+        ValueError: for an unknown or repeated name; the message lists the nearest known names.
+    """
+    layers = tuple(layers)
+    known = dict(module.named_modules())
+    for layer in layers:
+        if not layer or layer not in known:
+            raise ValueError(
+                f"{type(module).__name__} has no layer {layer!r}; the nearest are {nearest_names(layer, known)}"
+            )
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"a layer is named twice in {', '.join(layers)}")
+    return layers
+
+
+class FeatureCapture:
+    """Record the outputs of named submodules during chosen forward passes, through forward hooks.
+
+    Hooks record only between `start` and `stop`, so the forward passes that gradient checkpointing repeats during
+    backward are not recorded, and `stop` hands the features over and keeps none of them alive. Attach it to the bare
+    model, before any DDP or compile wrapper: names then never carry a wrapper's prefix, and a compiled wrapper
+    traces the hooks too.
+
+    Args:
+        module: the model to read from.
+        layers: dotted submodule names, such as `down_blocks.1`, `mid_block` or `up_blocks.0.resnets.1`.
+
+    Raises:
+        ValueError: for an unknown or repeated layer name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> capture = FeatureCapture(model, ["0"])
+        >>> capture.start()
+        >>> _ = model(torch.zeros(1, 2))
+        >>> capture.stop()["0"].shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(self, module: nn.Module, layers: Iterable[str]):
+        self.layers = check_layers(module, layers)
+        self._features: dict[str, Tensor] = {}
+        self._recording = False
+        self._handles = [
+            module.get_submodule(layer).register_forward_hook(self._make_hook(layer)) for layer in self.layers
+        ]
+
+    def _make_hook(self, layer: str):
+        def hook(_module: nn.Module, _inputs: tuple, output: Any) -> None:
+            if self._recording:
+                # Down blocks return (hidden states, skip states), some attention layers a one-element tuple.
+                self._features[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def start(self) -> None:
+        """Record from now on; what an interrupted pass left behind is dropped."""
+        self._features = {}
+        self._recording = True
+
+    def stop(self) -> dict[str, Tensor]:
+        """Stop recording and hand over the features, in the order of `layers`.
+
+        Returns:
+            Layer name -> that layer's output, `[B, C, H, W]` or `[B, N, C]`, part of the autograd graph.
+
+        Raises:
+            RuntimeError: if a layer did not run since `start`.
+        """
+        features, self._features, self._recording = self._features, {}, False
+        missing = [layer for layer in self.layers if layer not in features]
+        if missing:
+            raise RuntimeError(f"these layers did not run in the forward pass: {', '.join(missing)}")
+        return {layer: features[layer] for layer in self.layers}
+
+    def remove(self) -> None:
+        """Take the hooks off the model again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def to_rows(feature: Tensor) -> Float[Tensor, "batch positions channels"]:
+    """View a feature as rows of channels: `[B, C, H, W]` -> `[B, H*W, C]`; `[B, N, C]` and `[B, C]` likewise.
+
+    Raises:
+        ValueError: for any other rank.
+    """
+    match feature.ndim:
+        case 4:
+            return feature.flatten(2).transpose(1, 2)
+        case 3:
+            return feature
+        case 2:
+            return feature.unsqueeze(1)
+    raise ValueError(f"a feature has shape [B, C, H, W], [B, N, C] or [B, C], not {list(feature.shape)}")
+
+
+def feature_shapes(unet: nn.Module, layers: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the named layers' outputs for one sample, without the batch axis and without computing anything.
+
+    A copy of the model without weights (on the meta device) is run, so this is fast and free of memory at any size.
+
+    Args:
+        unet: a diffusers UNet (`UNet2DModel` or `UNet2DConditionModel`).
+        layers: dotted submodule names.
+
+    Returns:
+        Layer name -> `(C, H, W)` for maps, `(N, C)` for tokens.
+
+    Raises:
+        ValueError: for an unknown layer name, or if the sample size does not fit the number of stages.
+    """
+    layers = check_layers(unet, layers)
+    with torch.device("meta"):
+        copy = type(unet).from_config(dict(unet.config))
+        capture = FeatureCapture(copy, layers)
+        capture.start()
+        try:
+            with torch.no_grad():
+                copy(**example_inputs(copy))
+        except RuntimeError as error:
+            raise ValueError(f"{type(unet).__name__} cannot take a sample of size {unet.config.sample_size}: {error}")
+        return {layer: tuple(feature.shape[1:]) for layer, feature in capture.stop().items()}
+
+
+def example_inputs(unet: nn.Module) -> dict[str, Any]:
+    """Inputs of the right shapes for one forward pass of a diffusers UNet, batch size 1, on the default device."""
+    config = unet.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(1, config.in_channels, height, width),
+        "timestep": torch.zeros(1, dtype=torch.long),
+    }
+    if getattr(config, "cross_attention_dim", None) is not None:
+        width = config.cross_attention_dim
+        inputs["encoder_hidden_states"] = torch.zeros(1, 8, width if isinstance(width, int) else width[0])
+    if config.num_class_embeds is not None:
+        inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        text_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, text_width), "time_ids": torch.zeros(1, 6)}
+    return inputs

@@ -1,0 +1,285 @@
+"""Normalise the teacher's features: what the student's features are asked to look like.
+
+B batch, N positions, C teacher channels, K channels of the normalised target, M timestep bins. Statistics are float64
+where they are made and float32 where they are applied, never under autocast.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Normalization = Literal["none", "layer_norm", "center", "standardize", "whiten", "batch_whiten"]
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Statistics of one teacher layer's rows, from `calibrate`, float64.
+
+    Attributes:
+        mean: per timestep bin, `[M, C]`.
+        share: each bin's share of the rows, `[M]`.
+        covariance: within the bins, pooled over them, `[C, C]`.
+        layer_norm_covariance: of the layer-normed rows, over all timesteps, `[C, C]`.
+    """
+
+    mean: Float[Tensor, "bins channels"]
+    share: Float[Tensor, " bins"]
+    covariance: Float[Tensor, "channels channels"]
+    layer_norm_covariance: Float[Tensor, "channels channels"]
+
+    @property
+    def total_covariance(self) -> Float[Tensor, "channels channels"]:
+        """Covariance over all timesteps: within the bins, and between their means."""
+        offset = self.mean - self.share @ self.mean
+        return self.covariance + (offset * self.share[:, None]).T @ offset
+
+
+def timestep_bins(timesteps: Int[Tensor, " batch"], num_bins: int, num_train_timesteps: int) -> Int[Tensor, " batch"]:
+    """Index of the bin that each timestep falls into; bins are of equal width in the timestep."""
+    return (timesteps * num_bins).div(num_train_timesteps, rounding_mode="floor").clamp(0, num_bins - 1)
+
+
+def shrink(covariance: Float[Tensor, "channels channels"], amount: float) -> Float[Tensor, "channels channels"]:
+    """Move a covariance towards the multiple of the identity that has its trace; `amount` 0 keeps it, 1 replaces it.
+
+    Ledoit and Wolf, 2004, use this target. It bounds how far whitening amplifies nearly empty directions.
+    """
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return (1 - amount) * covariance + amount * covariance.diagonal().mean() * identity
+
+
+def descending_eigh(covariance: Float[Tensor, "channels channels"]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues from the largest down, none below 0, and their eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def whitening_matrix(
+    covariance: Float[Tensor, "channels channels"], rank: int, exponent: float = 1.0, shrinkage: float = 1e-3
+) -> Float[Tensor, "channels rank"]:
+    """Matrix W that (partly) whitens centred rows, `rows @ W`, keeping the leading directions.
+
+    With eigenvectors U and eigenvalues l of the shrunk covariance, W = U_rank diag(l^(-exponent / 2)), scaled so that
+    the kept directions have mean variance one: exponent 0 only rotates (and scales all alike), 1 whitens.
+
+    Args:
+        covariance: of the rows.
+        rank: number of leading directions to keep, 1 to C.
+        exponent: from 0 to 1.
+        shrinkage: from 0 to 1, see `shrink`.
+
+    Raises:
+        ValueError: for a value outside its range, or a covariance without any variance to whiten.
+    """
+    channels = len(covariance)
+    if not 1 <= rank <= channels:
+        raise ValueError(f"whitening rank must lie between 1 and the teacher layer's {channels} channels, not {rank}")
+    if not 0 <= exponent <= 1:
+        raise ValueError(f"whitening exponent must lie between 0 and 1, not {exponent}")
+    if not 0 <= shrinkage <= 1:
+        raise ValueError(f"whitening shrinkage must lie between 0 and 1, not {shrinkage}")
+    values, vectors = descending_eigh(shrink(covariance, shrinkage))
+    values, vectors = values[:rank], vectors[:, :rank]
+    if values[0] <= 0 or (exponent and values[-1] <= 1e-14 * values[0]):
+        raise ValueError(
+            f"the teacher's features do not vary in {rank} directions; whiten fewer (rank) or raise the shrinkage"
+        )
+    scale = values.pow(-exponent / 2)
+    return vectors * (scale / (values * scale.square()).mean().sqrt())
+
+
+def whiten_batch(rows: Float[Tensor, "rows channels"], shrinkage: float = 1e-3) -> Float[Tensor, "rows channels"]:
+    """Whiten rows by their own statistics, over all processes: the paper's literal form.
+
+    Cholesky whitening, which depends smoothly on the batch; rows @ L^-T for the shrunk covariance L L^T.
+
+    Args:
+        rows: all rows of this process' batch.
+        shrinkage: from 0 to 1, see `shrink`.
+
+    Returns:
+        Rows of mean zero and (up to shrinkage) identity covariance over all processes, float32.
+
+    Raises:
+        ValueError: if the covariance is singular: fewer rows than channels, or dead channels, and no shrinkage.
+    """
+    rows = rows.double()
+    count = _all_reduce(torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device))
+    centred = rows - _all_reduce(rows.sum(0)) / count
+    covariance = shrink(_all_reduce(centred.T @ centred) / count, shrinkage)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        raise ValueError(
+            f"the batch's {int(count)} rows do not determine a {len(covariance)}-channel covariance; "
+            "raise the batch size or the whitening shrinkage"
+        )
+    return torch.linalg.solve_triangular(factor, centred.T, upper=False).T.float()
+
+
+def _all_reduce(value: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return value
+
+
+class FeatureNormalizer(nn.Module):
+    """Apply one normalisation to a teacher layer's rows. Holds buffers only; nothing is learned here.
+
+    Kinds:
+        none: the rows as they are.
+        layer_norm: each row to mean 0 and variance 1 over its channels; needs no statistics.
+        center: minus the timestep bin's mean, all channels divided by one number: mean variance 1, geometry kept.
+        standardize: minus the bin's mean, each channel to variance 1.
+        whiten: minus the bin's mean, then `whitening_matrix`; keeps `rank` directions.
+        batch_whiten: `whiten_batch`, by the batch's own statistics.
+
+    Args:
+        kind: see above.
+        statistics: from `calibrate`, for `center`, `standardize` and `whiten`; for the other kinds only needed by
+            `target_covariance`.
+        channels: teacher channels; taken from the statistics where those are given.
+        rank: directions that `whiten` keeps; default: all.
+        exponent: of `whiten`, from 0 (rotate) to 1 (whiten).
+        shrinkage: of the covariance that `standardize`, `whiten` and `batch_whiten` invert.
+        num_train_timesteps: of the noise schedule, for the bins.
+
+    Attributes:
+        target_channels: K, the channels of the result.
+
+    Raises:
+        ValueError: for an unknown kind, missing statistics or a value outside its range.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(
+        self,
+        kind: Normalization = "none",
+        statistics: FeatureStatistics | None = None,
+        *,
+        channels: int | None = None,
+        rank: int | None = None,
+        exponent: float = 1.0,
+        shrinkage: float = 1e-3,
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        if statistics is None and (channels is None or kind in ("center", "standardize", "whiten")):
+            raise ValueError(f"normalization {kind!r} needs the statistics that calibrate() gives, or channels")
+        self.kind, self.statistics = kind, statistics
+        self.exponent, self.shrinkage, self.num_train_timesteps = exponent, shrinkage, num_train_timesteps
+        self.channels = channels if statistics is None else statistics.covariance.shape[0]
+        self.target_channels = self.channels
+        if not 0 <= shrinkage <= 1:
+            raise ValueError(f"shrinkage must lie between 0 and 1, not {shrinkage}")
+        match kind:
+            case "none" | "layer_norm" | "batch_whiten":
+                mean, matrix = torch.zeros(1, 1), torch.ones(1, 1)
+            case "center":
+                mean, matrix = statistics.mean, statistics.covariance.diagonal().mean().rsqrt().view(1, 1)
+            case "standardize":
+                mean, matrix = statistics.mean, shrink(statistics.covariance, shrinkage).diagonal().rsqrt()[None]
+            case "whiten":
+                self.target_channels = self.channels if rank is None else rank
+                mean = statistics.mean
+                matrix = whitening_matrix(statistics.covariance, self.target_channels, exponent, shrinkage)
+            case _:
+                raise ValueError(f"unknown normalization {kind!r}")
+        if not matrix.isfinite().all():
+            raise ValueError("the teacher's features do not vary at all in this layer; pair another one")
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("matrix", matrix.float())
+
+    def forward(
+        self, rows: Float[Tensor, "batch positions channels"], timesteps: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch positions target_channels"]:
+        """Normalised rows, float32, cut off from the graph.
+
+        Args:
+            rows: the teacher's, `[B, N, C]`.
+            timesteps: `[B]`.
+        """
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            rows = rows.float()
+            match self.kind:
+                case "none":
+                    return rows
+                case "layer_norm":
+                    return F.layer_norm(rows, rows.shape[-1:])
+                case "batch_whiten":
+                    return whiten_batch(rows.flatten(0, 1), self.shrinkage).view_as(rows)
+            bins = timestep_bins(timesteps, len(self.mean), self.num_train_timesteps)
+            centred = rows - self.mean[bins].unsqueeze(1)
+            return centred @ self.matrix if self.kind == "whiten" else centred * self.matrix
+
+    def target_covariance(self) -> Float[Tensor, "target_channels target_channels"]:
+        """Covariance of the normalised rows that the statistics imply, float64; what a projector has to reach.
+
+        Raises:
+            ValueError: without statistics.
+        """
+        if self.kind == "batch_whiten":
+            return torch.eye(self.target_channels, dtype=torch.float64)
+        if self.statistics is None:
+            raise ValueError("the covariance of the targets is only known with the statistics that calibrate() gives")
+        match self.kind:
+            case "none":
+                return self.statistics.total_covariance
+            case "layer_norm":
+                return self.statistics.layer_norm_covariance
+            case "whiten":
+                matrix = self.matrix.double()
+                return matrix.T @ self.statistics.covariance @ matrix
+        scale = self.matrix.double().expand(1, self.channels)
+        return scale.T * self.statistics.covariance * scale
+
+    def discarded_share(self) -> float:
+        """Share of the teacher layer's variance that truncated whitening leaves out, from 0 to 1."""
+        if self.kind != "whiten":
+            return 0.0
+        values = descending_eigh(self.statistics.covariance)[0]
+        return float(1 - values[: self.target_channels].sum() / values.sum())
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"{self.kind}, {self.channels} -> {self.target_channels}"
+
+
+def width_floor(
+    target_covariance: Float[Tensor, "channels channels"],
+    student_channels: int,
+    loss: Literal["mse", "smooth_l1"],
+    beta: float = 1.0,
+) -> float:
+    """The feature loss that a student of this width cannot get below with an isometric projector.
+
+    At best the projected student fills the leading `student_channels` directions of the targets; what lies in the
+    others remains. For `mse` this is exact; for `smooth_l1` the remainder is taken to be Gaussian.
+
+    Args:
+        target_covariance: of the normalised targets, see `FeatureNormalizer.target_covariance`.
+        student_channels: width of the student's layer.
+        loss: the feature loss in use; the result is in its units.
+        beta: of smooth-L1.
+    """
+    channels = len(target_covariance)
+    if student_channels >= channels:
+        return 0.0
+    values, vectors = descending_eigh(target_covariance)
+    # The mean runs over the wider space's channels; variance that remains per channel:
+    variance = vectors[:, student_channels:].square() @ values[student_channels:]
+    if loss == "mse":
+        return float(variance.mean())
+    deviation = variance.clamp(min=1e-30).sqrt()
+    bound = beta / deviation
+    tail = 0.5 * torch.erfc(bound / math.sqrt(2))  # P(z > bound) of a standard normal z
+    density = torch.exp(-bound.square() / 2) / math.sqrt(2 * math.pi)
+    quadratic = variance / (2 * beta) * (1 - 2 * tail - 2 * bound * density)
+    return float((quadratic + 2 * deviation * density - beta * tail).mean())

@@ -1,0 +1,385 @@
+"""Projectors between a student layer's channels and the teacher's targets.
+
+Ds student channels, Dt target channels, wide = max, narrow = min of the two. B batch, N positions. A projector takes
+student rows `[B, N, Ds]` and target rows `[B, N, Dt]` and returns both in one space, ready for the feature loss.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+from jaxtyping import Float
+from torch import Tensor, nn
+
+ProjectorMethod = Literal["solved", "cayley", "matrix_exp", "fixed"]
+
+
+def procrustes(cross_covariance: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """The orthonormal matrix P that maximises trace(P^T C): U V^T for C = U S V^T (Schoenemann, 1966).
+
+    For rows S and T with cross-covariance C = S^T T / n it minimises ||S P - T|| over all P with orthonormal rows
+    (S narrower than T) and over all rotations (equal widths).
+    """
+    left, _, right = torch.linalg.svd(cross_covariance, full_matrices=False)
+    return left @ right
+
+
+def random_orthonormal(rows: int, columns: int, seed: int = 0) -> Float[Tensor, "rows columns"]:
+    """A uniformly random matrix with orthonormal rows (or columns, if there are more rows), the same for a seed."""
+    gaussian = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed))
+    orthonormal, triangle = torch.linalg.qr(gaussian)
+    orthonormal = orthonormal * triangle.diagonal().sign()
+    return orthonormal if rows >= columns else orthonormal.T.contiguous()
+
+
+def principal_directions(covariance: Float[Tensor, "channels channels"], count: int) -> Float[Tensor, "count channels"]:
+    """The `count` leading eigenvectors of a covariance, as rows, float32."""
+    vectors = torch.linalg.eigh(covariance.double())[1]
+    return vectors.flip(1)[:, :count].T.float().contiguous()
+
+
+def orthonormality_error(matrix: Float[Tensor, "rows columns"]) -> float:
+    """Largest entry of |P P^T - I| (of |P^T P - I| if there are more rows than columns), in float64."""
+    matrix = matrix.detach().double()
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+
+
+class RunningCrossCovariance(nn.Module):
+    """Exponential moving statistics of student rows and target rows, equal on every process.
+
+    `accumulate` adds rows (inside the forward pass: matrix products, no communication); `merge` reduces the sums over
+    all processes and folds them into the averages (after the optimizer step). The averages weigh steps as an
+    exponential moving average without start-up bias does.
+
+    Args:
+        student_channels: Ds.
+        target_channels: Dt.
+        momentum: weight of the past, from 0 (the latest step alone) to below 1.
+    """
+
+    student_mean: Tensor
+    target_mean: Tensor
+    cross_covariance: Tensor
+    student_variance: Tensor
+    target_variance: Tensor
+    num_merges: Tensor
+
+    def __init__(self, student_channels: int, target_channels: int, momentum: float):
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, not {momentum}")
+        self.momentum = momentum
+        self.register_buffer("student_mean", torch.zeros(student_channels))
+        self.register_buffer("target_mean", torch.zeros(target_channels))
+        self.register_buffer("cross_covariance", torch.zeros(student_channels, target_channels))
+        self.register_buffer("student_variance", torch.zeros(()))  # trace of the covariance
+        self.register_buffer("target_variance", torch.zeros(()))
+        self.register_buffer("num_merges", torch.zeros((), dtype=torch.long))
+        # Sums since the last merge, about the running means: (count, mean offsets, second moments) in one vector,
+        # so that one reduction carries them all.
+        size = 3 + student_channels + target_channels + student_channels * target_channels
+        self.register_buffer("sums", torch.zeros(size), persistent=False)
+
+    @torch.no_grad()
+    def accumulate(self, student: Float[Tensor, "rows student"], target: Float[Tensor, "rows target"]) -> None:
+        """Add rows to the sums."""
+        student = student.detach().float() - self.student_mean
+        target = target.detach().float() - self.target_mean
+        scalars = torch.stack([student.new_tensor(len(student)), student.square().sum(), target.square().sum()])
+        self.sums += torch.cat([scalars, student.sum(0), target.sum(0), (student.T @ target).flatten()])
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the sums of all processes into the averages and clear them; without new rows nothing changes."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.sums)
+        widths = [3, len(self.student_mean), len(self.target_mean), self.cross_covariance.numel()]
+        count = self.sums[0]
+        scalars, student_offset, target_offset, product = (self.sums / count.clamp(min=1)).split(widths)
+        has_rows = (count > 0).to(self.num_merges.dtype)
+        self.num_merges += has_rows
+        # (1 - m) / (1 - m^n): the n-th step's weight in the average of n steps
+        weight = has_rows * (1 - self.momentum) / (1 - self.momentum ** self.num_merges.clamp(min=1).double())
+        weight = weight.to(product.dtype)
+
+        def mix(old: Tensor, second_moment: Tensor, correction: Tensor) -> Tensor:
+            return (1 - weight) * old + weight * second_moment - weight**2 * correction
+
+        self.cross_covariance.copy_(
+            mix(
+                self.cross_covariance,
+                product.view_as(self.cross_covariance),
+                torch.outer(student_offset, target_offset),
+            )
+        )
+        self.student_variance.copy_(mix(self.student_variance, scalars[1], student_offset.square().sum()))
+        self.target_variance.copy_(mix(self.target_variance, scalars[2], target_offset.square().sum()))
+        self.student_mean += weight * student_offset
+        self.target_mean += weight * target_offset
+        self.sums.zero_()
+
+
+class OrthogonalProjector(nn.Module):
+    """Compare student and target through an orthonormal matrix P: no direction is stretched or squeezed (VkD).
+
+    A student narrower than the target is embedded, `g (S - mean) P` against `T - mean`, P P^T = I, so the similarities
+    between its rows are kept up to the gain g. A wider student stays and the target is embedded, `g (S - mean)` against
+    `(T - mean) P`: the roles swap. P is float32 and orthonormal at every step, whatever the optimizer does.
+
+    Ways to hold the constraint:
+        solved: P, gain and means in closed form from running student-target statistics (orthogonal Procrustes),
+            refreshed every few optimizer steps; nothing is trained. Gradients flow through the projected rows.
+        cayley, matrix_exp: P = leading rows of base * map(A), A skew and trained, with gain and bias. The base is where
+            it starts: A = 0.
+        fixed: P stays where it starts; gain and means in closed form.
+
+    Weight decay pulls A to 0 and so P to where it started; it cannot make P anything but orthonormal. (torch's own
+    default map for rectangular weights turns to zero under weight decay: its signs are stored as decayed parameters.)
+
+    Miles, Elezi, Deng, "VkD", CVPR 2024, arXiv 2403.06213: the constraint, and the matrix exponential. The closed form
+    and the gain are ours.
+
+    Args:
+        student_channels: Ds.
+        target_channels: Dt, as the normaliser gives them.
+        method: see above.
+        start: orthonormal rows `[narrow, wide]` that P starts from; `identity`; or `procrustes`: the solution for the
+            rows seen before `initialize`, which `solved` always starts from.
+        momentum: of the running statistics.
+        refresh_every_steps: optimizer steps between two solutions of P.
+
+    Raises:
+        ValueError: for a value outside its range or a `start` that is not orthonormal.
+
+    Example:
+        >>> projector = OrthogonalProjector(4, 8)
+        >>> student, target = projector(torch.randn(2, 9, 4), torch.randn(2, 9, 8))
+        >>> student.shape, target.shape
+        (torch.Size([2, 9, 8]), torch.Size([2, 9, 8]))
+    """
+
+    gain: Tensor
+
+    def __init__(
+        self,
+        student_channels: int,
+        target_channels: int,
+        *,
+        method: ProjectorMethod = "solved",
+        start: Tensor | Literal["identity", "procrustes"] = "identity",
+        momentum: float = 0.99,
+        refresh_every_steps: int = 10,
+    ):
+        super().__init__()
+        _check_channels(student_channels, target_channels)
+        if method not in ("solved", "cayley", "matrix_exp", "fixed"):
+            raise ValueError(f"unknown projector method {method!r}; choose solved, cayley, matrix_exp or fixed")
+        if refresh_every_steps < 1:
+            raise ValueError(f"refresh_every_steps must be at least 1, not {refresh_every_steps}")
+        self.student_channels, self.target_channels, self.method = student_channels, target_channels, method
+        self.refresh_every_steps = refresh_every_steps
+        narrow, wide = sorted((student_channels, target_channels))
+        matrix = start.detach().float() if isinstance(start, Tensor) else torch.eye(narrow, wide)
+        if matrix.shape != (narrow, wide) or orthonormality_error(matrix) > 1e-4:
+            raise ValueError(
+                f"start must be a {narrow} x {wide} matrix with orthonormal rows, not {list(matrix.shape)}"
+            )
+        self.is_learned = method in ("cayley", "matrix_exp")
+        self.is_wider = student_channels > target_channels
+        self._solves_at_start = method == "solved" or (isinstance(start, str) and start == "procrustes")
+        self._accumulates = not self.is_learned or self._solves_at_start
+        self.statistics = RunningCrossCovariance(student_channels, target_channels, momentum)
+        if self.is_learned:
+            self.register_buffer("base", _complete(matrix))
+            self.tangent = nn.Parameter(torch.zeros(wide, narrow))
+            self.gain = nn.Parameter(torch.ones(()))
+            self.bias = nn.Parameter(torch.zeros(wide))
+        else:
+            self.register_buffer("solution", matrix.clone())
+            self.register_buffer("gain", torch.ones(()))
+
+    def matrix(self) -> Float[Tensor, "narrow wide"]:
+        """P, with orthonormal rows, float32."""
+        if not self.is_learned:
+            return self.solution
+        with torch.autocast(self.tangent.device.type, enabled=False):
+            wide, narrow = self.tangent.shape
+            half = torch.cat([self.tangent, self.tangent.new_zeros(wide, wide - narrow)], dim=1).float()
+            skew = half - half.T
+            if self.method == "matrix_exp":
+                rotation = torch.matrix_exp(skew)
+            else:
+                identity = torch.eye(wide, device=skew.device)
+                rotation = torch.linalg.solve(identity - skew / 2, identity + skew / 2)
+            return (self.base @ rotation[:, :narrow]).T
+
+    def forward(
+        self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]
+    ) -> tuple[Tensor, Tensor]:
+        """Student and target rows in the wider one's space, float32, both `[B, N, wide]`.
+
+        In training mode the rows also enter the running statistics. No gradient flows into the target.
+        """
+        _check_rows(self, student, target)
+        with torch.autocast(student.device.type, enabled=False):
+            student, target = student.float(), target.detach().float()
+            if self.training and self._accumulates:
+                self.statistics.accumulate(student.flatten(0, -2), target.flatten(0, -2))
+            matrix = self.matrix()
+            if not self.is_learned:
+                student = student - self.statistics.student_mean
+                target = target - self.statistics.target_mean
+            if self.is_wider:
+                target = target @ matrix
+            else:
+                student = student @ matrix
+            return self.gain * student + (self.bias if self.is_learned else 0), target
+
+    def after_step(self, step: int) -> None:
+        """Once per optimizer step, outside any compiled graph: bring statistics, gain and, when due, P up to date.
+
+        Args:
+            step: optimizer steps made so far; P is solved again at every multiple of `refresh_every_steps`.
+        """
+        if self.is_learned:
+            return
+        self.statistics.merge()
+        matrix = self.solution
+        if self.method == "solved" and step % self.refresh_every_steps == 0:
+            matrix = self._solve()
+        self._set(matrix)
+
+    def initialize(self) -> None:
+        """Start from the closed form for the rows of forward passes made in training mode so far, without any step.
+
+        Those rows count as the running statistics' first step.
+        """
+        if not self._accumulates:
+            return
+        self.statistics.num_merges.zero_()
+        self.statistics.merge()
+        self._set(self._solve() if self._solves_at_start else self.solution)
+        self._accumulates = not self.is_learned
+
+    @torch.no_grad()
+    def _solve(self) -> Tensor:
+        matrix = procrustes(self._oriented_cross_covariance())
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(matrix, 0)  # unlike devices may round the same solution differently
+        return matrix
+
+    @torch.no_grad()
+    def _set(self, matrix: Tensor) -> None:
+        """Take over P, with the gain (and bias) that fit it in the least-squares sense."""
+        statistics = self.statistics
+        matched = (matrix * self._oriented_cross_covariance()).sum()
+        self.gain.copy_(matched / statistics.student_variance.clamp(min=1e-12))
+        if not self.is_learned:
+            self.solution.copy_(matrix)
+            return
+        self.base.copy_(_complete(matrix))
+        student_mean, target_mean = statistics.student_mean, statistics.target_mean
+        if self.is_wider:
+            self.bias.copy_(target_mean @ matrix - self.gain * student_mean)
+        else:
+            self.bias.copy_(target_mean - self.gain * student_mean @ matrix)
+
+    def _oriented_cross_covariance(self) -> Tensor:
+        cross_covariance = self.statistics.cross_covariance
+        return cross_covariance.T if self.is_wider else cross_covariance
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"{self.student_channels} -> {self.target_channels}, {self.method}"
+
+
+class LinearProjector(nn.Module):
+    """A free linear map with bias, trained: the 1x1 convolution of FitNets (Romero et al., 2015, arXiv 1412.6550).
+
+    Args:
+        student_channels: Ds.
+        target_channels: Dt.
+    """
+
+    def __init__(self, student_channels: int, target_channels: int):
+        super().__init__()
+        _check_channels(student_channels, target_channels)
+        self.student_channels, self.target_channels = student_channels, target_channels
+        self.linear = nn.Linear(student_channels, target_channels)
+
+    def forward(
+        self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]
+    ) -> tuple[Tensor, Tensor]:
+        """Projected student rows and the target, both `[B, N, Dt]`."""
+        _check_rows(self, student, target)
+        return self.linear(student), target.detach()
+
+
+class IdentityProjector(nn.Module):
+    """No projection: student and target are compared as they are, as BK-SDM does (Kim et al., 2023, arXiv 2305.15798).
+
+    Raises:
+        ValueError: if the widths differ.
+    """
+
+    def __init__(self, student_channels: int, target_channels: int):
+        super().__init__()
+        _check_channels(student_channels, target_channels)
+        if student_channels != target_channels:
+            raise ValueError(
+                f"without a projector student and target need equal widths, not {student_channels} and "
+                f"{target_channels}; use another projector"
+            )
+        self.student_channels, self.target_channels = student_channels, target_channels
+
+    def forward(
+        self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]
+    ) -> tuple[Tensor, Tensor]:
+        """Both as they came."""
+        _check_rows(self, student, target)
+        return student, target.detach()
+
+
+Projector = OrthogonalProjector | LinearProjector | IdentityProjector
+
+
+def parameter_groups(network: nn.Module, projectors: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: the network decayed, projectors never.
+
+    Args:
+        network: the student alone.
+        projectors: may be without parameters; then there is one group.
+        weight_decay: of the network.
+    """
+    groups = [{"params": list(network.parameters()), "weight_decay": weight_decay}]
+    projector_parameters = [parameter for projector in projectors for parameter in projector.parameters()]
+    if projector_parameters:
+        groups.append({"params": projector_parameters, "weight_decay": 0.0})
+    return groups
+
+
+def _complete(rows: Float[Tensor, "narrow wide"]) -> Float[Tensor, "wide wide"]:
+    """An orthogonal matrix whose first columns are the given orthonormal rows."""
+    columns = rows.double().T
+    full, _ = torch.linalg.qr(columns, mode="complete")
+    full[:, : columns.shape[1]] = columns
+    return full.float()
+
+
+def _check_channels(student_channels: int, target_channels: int) -> None:
+    if student_channels < 1 or target_channels < 1:
+        raise ValueError(f"a projector needs at least 1 channel, not {student_channels} and {target_channels}")
+
+
+def _check_rows(projector: Any, student: Tensor, target: Tensor) -> None:
+    if (
+        student.shape[:-1] != target.shape[:-1]
+        or student.shape[-1] != projector.student_channels
+        or target.shape[-1] != projector.target_channels
+    ):
+        raise ValueError(
+            f"expected student rows [..., {projector.student_channels}] and target rows [..., "
+            f"{projector.target_channels}], got {list(student.shape)} and {list(target.shape)}"
+        )

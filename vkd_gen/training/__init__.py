@@ -1,0 +1,1 @@
+"""What the training recipes share. Needs the extra `train`."""

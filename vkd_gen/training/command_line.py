@@ -1,0 +1,90 @@
+"""From a recipe's dataclass to its command line, and from a user's mistake to one line."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+USER_ERROR = 2
+"""Exit status for a mistake in the command line, the configuration, the data or the models."""
+
+
+def parse_command_line(presets: Mapping[str, Config], description: str, default: str) -> Config:
+    """Make a recipe's configuration from `--preset NAME` (default: `default`) and flags that override its fields.
+
+    Exits with status 2 and one line on standard error for anything that cannot be understood, 0 after `--help`.
+
+    Args:
+        presets: name -> complete configuration, frozen dataclasses of one type with a field `preset`.
+        description: first paragraph of the help text.
+        default: the preset in use where none is named.
+    """
+    arguments = sys.argv[1:]
+    name = default
+    for position, argument in enumerate(arguments):
+        if argument == "--preset" and position + 1 < len(arguments):
+            name = arguments[position + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    if name not in presets:
+        _exit(f"there is no preset {name!r}; choose one of {', '.join(presets)}")
+    preset = presets[name]
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(type(preset), default=preset, description=description, args=arguments)
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        _exit(_condense(messages.getvalue()))
+    except ValueError as error:  # from a dataclass' own checks
+        _exit(str(error))
+
+
+def _condense(message: str) -> str:
+    """Tyro's error box as one line."""
+    lines = [re.sub(r"[\u2500-\u257f]+", " ", line) for line in message.splitlines()]
+    text = re.sub(r"\s+", " ", " ".join(lines)).strip()
+    text = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error)\s*:?\s*", "", text)
+    return re.split(r"For full helptext", text)[0].strip() or "the command line could not be understood; see --help"
+
+
+def _exit(message: str) -> Any:
+    rank = os.environ.get("RANK", "0")
+    prefix = "error: " if rank == "0" else f"error in process {rank}: "
+    print(prefix + " ".join(message.split()), file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a ValueError or OSError into one line on standard error and exit status 2; Ctrl-C into status 130.
+
+    Set VKD_GEN_TRACEBACK=1 to see the traceback instead.
+    """
+    if os.environ.get("VKD_GEN_TRACEBACK"):
+        yield
+        return
+    try:
+        yield
+    except BrokenPipeError:  # the reader of standard output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, OSError) as error:
+        _exit(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        print("interrupted; --resume_from_checkpoint latest goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], description: str, default: str) -> None:
+    """Parse the command line and run `main` on it, with users' mistakes told in one line."""
+    with one_line_errors():
+        main(parse_command_line(presets, description, default))

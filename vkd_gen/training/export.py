@@ -1,0 +1,86 @@
+"""The end of a run: a stock diffusers pipeline folder with a model card, and its upload."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import SchedulerMixin
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from torch import nn
+
+from vkd_gen.sampling import stock_pipeline
+from vkd_gen.training.run_folder import environment
+
+
+def export_pipeline(unet: nn.Module, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
+    """Save a pipeline that `DiffusionPipeline.from_pretrained` loads without this package, and its model card."""
+    stock_pipeline(unet, noise_scheduler).save_pretrained(folder, safe_serialization=True)
+    ModelCard(card).save(folder / "README.md")
+
+
+def model_card(title: str, facts: Mapping[str, Any], results: str, data: str) -> str:
+    """Model card, Markdown with the hub's metadata.
+
+    Args:
+        title: heading.
+        facts: what the reader should know, a table row each.
+        results: Markdown, such as the table of results.
+        data: the training set's name or id.
+    """
+    metadata = ModelCardData(library_name="diffusers", tags=["vkd-gen", "unconditional-image-generation"])
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    versions = ", ".join(f"{name} {version}" for name, version in environment().items())
+    return f"""---
+{metadata.to_yaml()}
+---
+# {title}
+
+| | |
+|---|---|
+{rows}
+
+{results}
+
+Trained on {data} with
+
+```
+{command_line()}
+```
+
+```python
+from diffusers import DiffusionPipeline
+
+images = DiffusionPipeline.from_pretrained("THIS_FOLDER")(batch_size=16).images
+```
+
+Made with {versions}.
+"""
+
+
+def command_line() -> str:
+    """The command that this process was started with, folders shortened to what a reader needs."""
+    return shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def upload(folder: Path, repository: str | None) -> str:
+    """Upload an exported pipeline to the Hugging Face hub.
+
+    Args:
+        folder: the pipeline's.
+        repository: id; by default the name of the run's folder.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: if the hub cannot be reached or refuses.
+    """
+    try:
+        url = HfApi().create_repo(repository or folder.parent.resolve().name, exist_ok=True)
+        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload from vkd-gen")
+    except Exception as error:  # network, authentication and naming errors each have a class of their own
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the pipeline is in {folder}, but uploading it failed: {reason}") from error
+    return str(url)

@@ -1,0 +1,138 @@
+"""The folder of a run: configuration, environment, metrics and checkpoints. Only the main process writes."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from vkd_gen.training.options import FREE_TO_CHANGE
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+PACKAGES = ("vkd-gen", "torch", "diffusers", "accelerate", "datasets", "numpy")
+
+
+class RunFolder:
+    """Paths of one run.
+
+    Args:
+        path: the run's `--output_dir`.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+
+    def check(self, config: dict[str, Any], resume: str | None) -> None:
+        """Check, before anything is loaded, that the run may use this folder. Changes nothing.
+
+        Raises:
+            ValueError: if the folder holds a run that would be overwritten, or one of another configuration.
+        """
+        for parent in (self.path, *self.path.parents):
+            if parent.exists() and not parent.is_dir():
+                raise ValueError(f"--output_dir {self.path} cannot be a folder: {parent} is a file")
+        saved = self.path / "config.json"
+        if not saved.exists():
+            return
+        if resume is None:
+            raise ValueError(
+                f"{self.path} already holds a run; go on with it by --resume_from_checkpoint latest, "
+                "or choose another --output_dir"
+            )
+        before = json.loads(saved.read_text())
+        changed = [
+            f"--{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in config.items()
+            if name not in FREE_TO_CHANGE and before.get(name) != json.loads(json.dumps(value))
+        ]
+        if changed and self.checkpoints():
+            raise ValueError(f"{self.path} holds another run: {'; '.join(changed)}")
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Make the folder and write down the configuration, the versions and the commit."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "config.json", config)
+        write_json(self.path / "environment.json", environment())
+        for leftover in self.path.glob(".checkpoint-*"):
+            shutil.rmtree(leftover)
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        if not self.path.is_dir():
+            return []
+        found = [path for path in self.path.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=checkpoint_step)
+
+    def resume_point(self, resume: str | None) -> Path | None:
+        """The checkpoint to go on from; None to start anew.
+
+        Raises:
+            ValueError: if the named checkpoint does not exist.
+        """
+        if resume is None:
+            return None
+        if resume == "latest":
+            checkpoints = self.checkpoints()
+            return checkpoints[-1] if checkpoints else None
+        for path in (Path(resume), self.path / resume):
+            if path.is_dir() and CHECKPOINT.fullmatch(path.name):
+                return path
+        known = ", ".join(path.name for path in self.checkpoints()) or "none"
+        raise ValueError(f"there is no checkpoint {resume}; {self.path} holds {known}")
+
+    def remove_old_checkpoints(self, keep: int) -> None:
+        """Remove all but the `keep` newest checkpoints."""
+        for path in self.checkpoints()[:-keep]:
+            shutil.rmtree(path)
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the metrics after `step`: a resumed run writes them again."""
+        kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        temporary = self.metrics.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.metrics)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint folder was made at."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON through a temporary file, so that the file is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, str]:
+    """Versions and commit that a result depends on."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {**versions, "commit": git.stdout.strip() or "unknown"}
