@@ -78,7 +78,12 @@ def convert_prediction(
     """Express a network's prediction in another prediction type, so that teacher and student may differ in it.
 
     Args:
+        noise_scheduler: the schedule.
         prediction: what a network of type `source` predicts for `noisy_sample`.
+        noisy_sample: the network's input.
+        timesteps: `[B]`.
+        source: prediction type of `prediction`.
+        target: prediction type to express it in.
 
     Returns:
         The same statement about the sample, as type `target`, float32. Where the schedule leaves no signal
@@ -140,8 +145,11 @@ def timestep_weights(
     """Weight of each sample's loss terms; None for uniform weighting.
 
     Args:
+        noise_scheduler: the schedule.
+        timesteps: `[B]`.
         weighting: `uniform`, or `min_snr`: the squared error of the implied sample weighs min(SNR, gamma)
             (Hang et al., 2023, arXiv 2303.09556), expressed for the prediction type in use.
+        prediction_type: what the loss is taken in.
         snr_gamma: the bound gamma on the signal-to-noise ratio, above 0.
     """
     if weighting == "uniform":

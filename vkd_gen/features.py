@@ -144,7 +144,8 @@ def feature_shapes(unet: nn.Module, layers: Iterable[str]) -> dict[str, tuple[in
             with torch.no_grad():
                 copy(**example_inputs(copy))
         except RuntimeError as error:
-            raise ValueError(f"{type(unet).__name__} cannot take a sample of size {unet.config.sample_size}: {error}")
+            size = unet.config.sample_size
+            raise ValueError(f"{type(unet).__name__} cannot take a sample of size {size}: {error}") from error
         return {layer: tuple(feature.shape[1:]) for layer, feature in capture.stop().items()}
 
 

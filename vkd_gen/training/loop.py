@@ -178,7 +178,7 @@ class TrainingRun:
             batch_sampler=draws,
             num_workers=options.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # else it draws its base seed from the global generator, which a resume restores
+            generator=torch.Generator(),  # the global one, which a resume restores, is left alone
         )
         self._progress = tqdm(
             total=options.max_train_steps,

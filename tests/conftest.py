@@ -1,0 +1,77 @@
+"""Models small enough to train on a CPU within a test."""
+
+import os
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+
+CIFAR10 = os.environ.get("VKD_GEN_CIFAR10")
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+
+
+def tiny_unet(channels=(8, 16), *, layers_per_block=1, size=8, in_channels=1, attention=False, seed=0, **config):
+    """An unconditional UNet of a few thousand parameters."""
+    torch.manual_seed(seed)
+    kind = "Attn" if attention else ""
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=in_channels,
+        out_channels=in_channels,
+        layers_per_block=layers_per_block,
+        block_out_channels=channels,
+        down_block_types=(f"{kind}DownBlock2D",) * len(channels),
+        up_block_types=(f"{kind}UpBlock2D",) * len(channels),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        add_attention=attention,
+        **config,
+    )
+
+
+def tiny_condition_unet(channels=(8, 16), seed=0):
+    """A text-conditional UNet with cross attention, as Stable Diffusion's."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+
+
+def make_batch(batch_size=4, *, channels=1, size=8, seed=0):
+    """A batch as `distillation_losses` takes it."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch_size, channels, size, size)
+    return {
+        "sample": torch.rand(shape, generator=generator) * 2 - 1,
+        "noise": torch.randn(shape, generator=generator),
+        "timesteps": torch.randint(0, 1000, (batch_size,), generator=generator),
+    }
+
+
+@pytest.fixture
+def noise_scheduler():
+    """The DDPM schedule, epsilon."""
+    return DDPMScheduler()
+
+
+@pytest.fixture
+def pipeline_folder(tmp_path):
+    """A saved pipeline with a tiny UNet, as teachers come."""
+    from vkd_gen.sampling import stock_pipeline
+
+    folder = tmp_path / "teacher"
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
+    return folder
