@@ -7,6 +7,7 @@ A recipe keeps what is its own, the loss:
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -50,7 +51,7 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
         raise ValueError(f"--report_to {options.report_to}: {error}") from error
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(f"--report_to {options.report_to}: that tracker is not installed")
-    set_seed(options.seed, device_specific=True)
+    set_seed(options.seed)  # the same on every process: they build the same models
     return accelerator
 
 
@@ -147,6 +148,7 @@ class TrainingRun:
         if options.report_to is not None:
             plain = {name: value for name, value in config.items() if isinstance(value, int | float | str | bool)}
             accelerator.init_trackers("vkd-gen", config=plain)
+        set_seed(options.seed, device_specific=True)  # from here on for what is random inside the model, as dropout
         self._resume()
 
     def _resume(self) -> None:
@@ -185,6 +187,7 @@ class TrainingRun:
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no animation
             disable=not accelerator.is_local_main_process,
         )
         self.model.train()
@@ -245,7 +248,7 @@ class TrainingRun:
             self.folder.append_metrics({"step": self.step, **line})
         self.accelerator.log(line, step=self.step)
         shown = {name.removeprefix("loss/"): f"{value:.4f}" for name, value in line.items() if _is_shown(name)}
-        self._progress.set_postfix({**shown, "img/s": f"{line['images_per_second']:.0f}"})
+        self._progress.set_postfix({**shown, "img/s": f"{line['images_per_second']:.0f}"}, refresh=False)
         self._sums, self._passes, self._since = {}, 0, time.perf_counter()
 
     def save_checkpoint(self) -> None:
