@@ -24,6 +24,7 @@ from vkd_gen.evaluation.compare import (
     matching_table,
     print_table,
 )
+from vkd_gen.evaluation.feature_network import load_feature_network
 from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
@@ -185,6 +186,7 @@ def resolve(config: StudentConfig) -> StudentConfig:
             f"--method {config.method} has no feature loss; for one of your own set --projector, "
             "--feature_normalization and --feature_loss too, or choose --method vkd"
         )
+    loss_weights(config, 0)
     return config
 
 
@@ -229,12 +231,14 @@ def pair_named_or_all(config: StudentConfig, student: UNet2DModel, teacher: UNet
     return vkd.pair_layers(student, teacher, layers=config.layers, pairs=named or None)
 
 
-def feature_weight_at(config: StudentConfig, step: int) -> float:
-    """The feature weight at a step: constant, then falling linearly to 0."""
+def loss_weights(config: StudentConfig, step: int) -> vkd.LossWeights:
+    """The weights at a step: constant, but for features, which may fall linearly to 0 towards the end."""
     share = step / config.training.max_train_steps
-    if share <= config.feature_decay_start:
-        return config.feature_weight
-    return config.feature_weight * (1 - share) / (1 - config.feature_decay_start)
+    start = config.feature_decay_start
+    factor = 1.0 if share <= start else (1 - share) / (1 - start)
+    return vkd.LossWeights(
+        denoising=config.denoising_weight, output=config.output_weight, feature=config.feature_weight * factor
+    )
 
 
 def build_projected_student(
@@ -302,6 +306,9 @@ def main(config: StudentConfig) -> None:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
 
+    feature_network = load_feature_network(Path(config.feature_network)) if config.feature_network else None
+    if feature_network and student.config.in_channels != 1:
+        raise ValueError("--feature_network scores grey images; leave it out for a teacher of colours")
     images, held_out = load_images(
         config.dataset,
         resolution=student.config.sample_size,
@@ -344,11 +351,7 @@ def main(config: StudentConfig) -> None:
             batch,
             noise_scheduler=noise_scheduler,
             teacher=teacher,
-            weights=vkd.LossWeights(
-                denoising=config.denoising_weight,
-                output=config.output_weight,
-                feature=feature_weight_at(config, run.step),
-            ),
+            weights=loss_weights(config, run.step),
             feature_loss_kind=config.feature_loss or "mse",
             timestep_weighting=config.timestep_weighting,
             snr_gamma=config.snr_gamma,
@@ -364,7 +367,7 @@ def main(config: StudentConfig) -> None:
             teacher_scheduler,
             images=images,
             held_out=held_out,
-            feature_network=config.feature_network,
+            feature_network=feature_network,
             num_score_samples=config.num_score_samples,
         )
         write_json(folder.path / "results.json", results)

@@ -103,6 +103,8 @@ def build_unet(config: TeacherConfig) -> UNet2DModel:
     """The UNet that the configuration describes."""
     stages = range(len(config.block_out_channels))
     with_attention = [stage in config.attention_stages for stage in stages]
+    if not with_attention:
+        raise ValueError("--block_out_channels must name at least one stage")
     if set(config.attention_stages) - set(stages):
         raise ValueError(f"--attention_stages must name stages 0 to {len(stages) - 1}")
     if config.resolution % 2 ** (len(stages) - 1):

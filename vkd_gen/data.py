@@ -3,6 +3,7 @@
 C channels, H height, W width.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -178,6 +179,7 @@ def _datasets():
     except ImportError as error:
         raise ValueError("reading tables and hub data sets needs the package datasets: pip install datasets") from error
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs tracebacks; its errors are told in one line here
     return datasets
 
 

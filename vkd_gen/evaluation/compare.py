@@ -1,7 +1,6 @@
 """A student beside its teacher, in numbers and pictures."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from vkd_gen.data import Images
 from vkd_gen.distillation import FrozenTeacher, ProjectedStudent
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
-from vkd_gen.evaluation.feature_network import load_feature_network
+from vkd_gen.evaluation.feature_network import FeatureNetwork
 from vkd_gen.evaluation.scores import frechet_distance, held_out_errors
 from vkd_gen.normalization import width_floor
 from vkd_gen.sampling import sample_images
@@ -36,7 +35,7 @@ def compare_to_teacher(
     *,
     images: Images,
     held_out: Images,
-    feature_network: str | None = None,
+    feature_network: FeatureNetwork | None = None,
     num_score_samples: int = 1000,
     num_inference_steps: int = 50,
     num_shown: int = 32,
@@ -50,7 +49,7 @@ def compare_to_teacher(
         teacher_scheduler: the teacher's.
         images: training images, the reference of the Frechet distance.
         held_out: images that neither was trained on.
-        feature_network: file of a feature network; None leaves the Frechet distance out.
+        feature_network: scores the samples; None leaves the Frechet distance out.
         num_score_samples: samples that the Frechet distance is computed from.
         num_inference_steps: DDIM steps.
         num_shown: samples to return.
@@ -82,16 +81,15 @@ def compare_to_teacher(
         for name, (unet, scheduler) in unets.items()
     }
     if feature_network:
-        network, facts = load_feature_network(Path(feature_network))
-        reference = network.extract(_uint8(images.stack()))
+        reference = feature_network.extract(_uint8(images.stack()))
         for name in unets:
-            rows[name]["frechet_distance"] = frechet_distance(network.extract(samples[name]), reference)
+            rows[name]["frechet_distance"] = frechet_distance(feature_network.extract(samples[name]), reference)
         rows["held-out images"] = {
-            "frechet_distance": frechet_distance(network.extract(_uint8(held_out.stack())), reference)
+            "frechet_distance": frechet_distance(feature_network.extract(_uint8(held_out.stack())), reference)
         }
         protocol["frechet_distance"] = (
             f"{num_samples} samples (seeds 0 to {num_samples - 1}) against {len(images)} training images, in the "
-            f"features of the {facts.get('dataset', '')} network ({Path(feature_network).name}); not Inception's"
+            f"features of {feature_network.facts.get('file', 'a small network')}; not Inception's"
         )
     return {"rows": rows, "protocol": protocol}, {name: images[:num_shown] for name, images in samples.items()}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ class FeatureNetwork(nn.Module):
             nn.ReLU(),
         )
         self.head = nn.Linear(4 * width, 10)
+        self.facts: dict[str, str] = {}
 
     def forward(self, images: Float[Tensor, "batch 1 height width"]) -> tuple[Tensor, Tensor]:
         """Features `[batch, 4 * width]` and logits `[batch, 10]` of images in [-1, 1]."""
@@ -92,10 +93,20 @@ def save_feature_network(network: FeatureNetwork, path: Path, facts: Mapping[str
     save_file(network.state_dict(), path, metadata=dict(facts))
 
 
-def load_feature_network(path: Path) -> tuple[FeatureNetwork, dict[str, str]]:
-    """Read what `save_feature_network` wrote: the network in eval mode, and the facts."""
-    with safe_open(path, "pt") as file:
-        facts = file.metadata() or {}
+def load_feature_network(path: Path) -> FeatureNetwork:
+    """Read what `save_feature_network` wrote, in eval mode; the facts are in `.facts`.
+
+    Raises:
+        ValueError: if the file is not there or not a feature network.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no feature network {path}; recipes/train_feature_network.py makes one")
     network = FeatureNetwork()
-    network.load_state_dict(load_file(path))
-    return network.eval(), facts
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a feature network: {str(error).splitlines()[0]}") from error
+    network.facts = {"file": path.name, **facts}
+    return network.eval()

@@ -47,7 +47,7 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
             project_dir=options.output_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(f"--report_to {options.report_to}: {error}") from error
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(f"--report_to {options.report_to}: that tracker is not installed")

@@ -1,0 +1,38 @@
+"""Recipes run in this process, as their command line would run them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+SHORT = ("--max_train_steps", "2", "--train_batch_size", "4", "--log_every_steps", "1")
+SHORT_STUDENT = (*SHORT, "--calibration_samples", "192", "--num_score_samples", "70")
+
+
+def load_recipe(name):
+    """The recipe as a module."""
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_recipe(monkeypatch):
+    """Run a recipe in this process with the given flags."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+    def run(name, *flags):
+        module = load_recipe(name)
+        monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, flags)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+        module.run_recipe(module.main, module.PRESETS, module.__doc__, default="digits")
+
+    return run

@@ -1,0 +1,219 @@
+"""Users' mistakes: one line on standard error, exit status 2, no traceback, and nothing lost."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from tests.conftest import tiny_condition_unet, tiny_unet
+from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT
+from vkd_gen.sampling import stock_pipeline
+
+STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
+
+
+def save_unet(folder, unet):
+    unet.save_pretrained(folder)
+    return folder
+
+
+def images_in(folder, count=6, side=8):
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 255, (side, side), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def pickled_teacher(tmp):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp / "pickled", safe_serialization=False)
+    return tmp / "pickled"
+
+
+def damaged_teacher(tmp):
+    folder = save_unet(tmp / "damaged", tiny_unet())
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    return folder
+
+
+def teacher_without_signal(tmp):
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    stock_pipeline(tiny_unet(), scheduler).save_pretrained(tmp / "zero-snr")
+    return tmp / "zero-snr"
+
+
+def corrupt_images(tmp):
+    folder = images_in(tmp / "corrupt")
+    (folder / "broken.png").write_text("not an image")
+    return folder
+
+
+def truncated_images(tmp):
+    folder = images_in(tmp / "truncated", side=64)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:300])
+    return folder
+
+
+def table(tmp, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp / "table.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def file_at(tmp):
+    (tmp / "file").write_text("")
+    return tmp / "file"
+
+
+# What is wrong, the flags that a function of the test's folder gives, and words that the message must have.
+STUDENT_MISTAKES = {
+    "unknown preset": (lambda tmp: ["--preset", "digit"], "no preset 'digit'.*digits"),
+    "unknown flag": (lambda tmp: ["--max_train_step", 3], "max_train_step"),
+    "unknown method": (lambda tmp: ["--method", "kd"], "--method.*vkd"),
+    "not a number": (lambda tmp: ["--max_train_steps", "many"], "max-train-steps.*many"),
+    "flag without value": (lambda tmp: ["--seed"], "seed"),
+    "negative steps": (lambda tmp: ["--max_train_steps", -5], "--max_train_steps must be at least 1, not -5"),
+    "negative seed": (lambda tmp: ["--seed", -1], "--seed must be at least 0"),
+    "empty batch": (lambda tmp: ["--train_batch_size", 0], "--train_batch_size must be at least 1"),
+    "learning rate nan": (lambda tmp: ["--learning_rate", "nan"], "--learning_rate must be above 0"),
+    "EMA decay one": (lambda tmp: ["--ema_max_decay", 1], "--ema_max_decay"),
+    "unknown precision": (lambda tmp: ["--mixed_precision", "fp8"], "mixed-precision"),
+    "unknown tracker": (lambda tmp: ["--report_to", "paper"], "--report_to paper"),
+    "decay start above one": (lambda tmp: ["--feature_decay_start", 1.5], "--feature_decay_start"),
+    "negative weight": (lambda tmp: ["--output_weight", -1], "output weight must be at least 0"),
+    "no weight at all": (lambda tmp: ["--method", "none", "--denoising_weight", 0], "all weights are 0"),
+    "weight without method": (lambda tmp: ["--method", "output", "--feature_weight", 1], "no feature loss"),
+    "custom without teacher": (lambda tmp: ["--preset", "custom", "--teacher", ""], "needs --teacher and --dataset"),
+    "missing teacher": (lambda tmp: ["--teacher", tmp / "nowhere"], "no teacher folder"),
+    "teacher on no hub": (lambda tmp: ["--teacher", "nobody/nothing"], "nobody/nothing.*hub"),
+    "teacher is a file": (lambda tmp: ["--teacher", file_at(tmp)], "is a file"),
+    "folder without teacher": (lambda tmp: ["--teacher", images_in(tmp / "x")], "holds no UNet"),
+    "pickled teacher": (lambda tmp: ["--teacher", pickled_teacher(tmp)], "pickled weights only.*safetensors"),
+    "damaged teacher": (lambda tmp: ["--teacher", damaged_teacher(tmp)], "cannot load the UNet"),
+    "class-conditional teacher": (
+        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(num_class_embeds=10))],
+        "class-conditional",
+    ),
+    "text-conditional teacher": (
+        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_condition_unet())],
+        "UNet2DConditionModel|cannot load",
+    ),
+    "teacher of latents": (lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(in_channels=4))], "1 or 3 chan"),
+    "zero terminal SNR": (
+        lambda tmp: ["--teacher", teacher_without_signal(tmp), "--student_prediction_type", "sample"],
+        "zero terminal SNR",
+    ),
+    "size not divisible": (lambda tmp: ["--resolution", 9], "cannot take a sample of size 9|resolution"),
+    "width zero": (lambda tmp: ["--student_width", 0], "width must be above 0"),
+    "no layers": (lambda tmp: ["--student_layers_per_block", 0], "layers_per_block must be at least 1"),
+    "unknown layer": (lambda tmp: ["--layer_pairs", "mid_blok"], "no layer 'mid_blok'.*'mid_block'"),
+    "unlike resolutions": (lambda tmp: ["--layer_pairs", "mid_block:up_blocks.1"], r"mid_block \(.*up_blocks.1 \("),
+    "paired twice": (lambda tmp: ["--layer_pairs", "mid_block", "mid_block"], "paired twice"),
+    "unlike widths without projector": (lambda tmp: ["--projector", "identity"], "equal widths"),
+    "whitening rank too high": (
+        lambda tmp: ["--feature_normalization", "whiten", "--whitening_rank", 1000],
+        "whitening rank must lie between 1",
+    ),
+    "whitening exponent": (
+        lambda tmp: ["--feature_normalization", "whiten", "--whitening_exponent", 2],
+        "exponent must lie between 0 and 1",
+    ),
+    "too few to calibrate": (lambda tmp: ["--calibration_samples", 1], "too few samples to calibrate"),
+    "missing images": (lambda tmp: ["--dataset", tmp / "nowhere"], "no folder or file"),
+    "data set on no hub": (lambda tmp: ["--dataset", "nobody/nothing"], "nobody/nothing"),
+    "empty folder": (lambda tmp: ["--dataset", images_in(tmp / "x", count=0)], "holds no images"),
+    "one image": (lambda tmp: ["--dataset", images_in(tmp / "x", count=1)], "at least 2 are needed"),
+    "no image": (lambda tmp: ["--dataset", corrupt_images(tmp)], "broken.png.*repair or remove"),
+    "truncated image": (lambda tmp: ["--dataset", truncated_images(tmp)], "cannot read the image.*png"),
+    "neither folder nor table": (lambda tmp: ["--dataset", file_at(tmp)], "neither a folder nor"),
+    "no parquet": (lambda tmp: ["--dataset", shutil.copy(file_at(tmp), tmp / "x.parquet")], "cannot read.*parquet"),
+    "table without images": (lambda tmp: ["--dataset", table(tmp, label=[1, 2])], "0 columns of images.*label"),
+    "column missing": (
+        lambda tmp: ["--dataset", table(tmp, label=[1, 2]), "--image_column", "picture"],
+        "no column 'picture'.*label",
+    ),
+    "output is a file": (lambda tmp: ["--output_dir", file_at(tmp)], "is a file"),
+    "output under a file": (lambda tmp: ["--output_dir", file_at(tmp) / "x"], "is a file"),
+    "no feature network": (lambda tmp: ["--feature_network", tmp / "nowhere"], "feature network"),
+    "resume from nowhere": (lambda tmp: ["--resume_from_checkpoint", "checkpoint-9"], "no checkpoint checkpoint-9"),
+}
+
+TEACHER_MISTAKES = {
+    "groups": (lambda tmp: ["--norm_num_groups", 7], "--norm_num_groups 7 must divide"),
+    "resolution": (lambda tmp: ["--resolution", 9], "--resolution 9 cannot be halved"),
+    "attention": (lambda tmp: ["--attention_stages", 5], "--attention_stages"),
+    "channels": (lambda tmp: ["--channels", 2], "1 or 3 channels"),
+    "no stages": (lambda tmp: ["--block_out_channels"], "block_out_channels|block-out-channels"),
+}
+
+MISTAKES = [
+    *(pytest.param(STUDENT, *mistake, id=name) for name, mistake in STUDENT_MISTAKES.items()),
+    *(pytest.param(TEACHER, *mistake, id=f"teacher: {name}") for name, mistake in TEACHER_MISTAKES.items()),
+]
+
+
+@pytest.mark.parametrize(("recipe", "flags", "words"), MISTAKES)
+def test_mistake_is_told_in_one_line(recipe, flags, words, tmp_path, pipeline_folder, run_recipe, capfd):
+    output = tmp_path / "run"
+    given = [str(flag) for flag in flags(tmp_path)]
+    common = [*SHORT_STUDENT, "--teacher", pipeline_folder] if recipe == STUDENT else SHORT
+    defaults = [*map(str, common), "--output_dir", str(output)]
+    with pytest.raises(SystemExit) as exit_status:
+        run_recipe(recipe, *defaults, *given)
+    assert exit_status.value.code == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(errors) == 1
+    import re
+
+    assert re.search(words, errors[0]), errors[0]
+    assert not (output / "pipeline").exists()
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_folder, run_recipe, capfd):
+    flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
+    run_recipe(STUDENT, *flags)
+    weights = (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        run_recipe(STUDENT, *flags)
+    assert "already holds a run" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest", "--learning_rate", 0.5)
+    assert "--learning_rate was 0.002 and is 0.5" in capfd.readouterr().err
+    assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("flags", [["--preset", "digit"], ["--teacher", "./nowhere"]])
+def test_the_real_command_tells_it_in_one_line_too(flags, tmp_path):
+    command = [sys.executable, str(RECIPES / f"{STUDENT}.py"), *flags, "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == result.stderr.splitlines()
+
+
+def test_pickles_in_a_teacher_folder_are_never_opened(tmp_path, run_recipe, capfd):
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    folder = save_unet(tmp_path / "teacher", tiny_unet())
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(Payload(), folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(SystemExit):
+        run_recipe(STUDENT, *SHORT_STUDENT, "--teacher", folder, "--output_dir", tmp_path / "run")
+    assert "pickled" in capfd.readouterr().err
+    assert not (tmp_path / "executed").exists()
+    assert json.loads((folder / "config.json").read_text())["_class_name"] == "UNet2DModel"

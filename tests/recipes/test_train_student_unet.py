@@ -1,0 +1,210 @@
+"""The main recipe, run as users run it, a few steps on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.conftest import CIFAR10, tiny_unet
+from tests.recipes.conftest import RECIPES, SHORT_STUDENT
+from vkd_gen.sampling import stock_pipeline
+from vkd_gen.training.loop import TrainingRun
+
+RECIPE = "train_student_unet"
+WEIGHTS = "pipeline/unet/diffusion_pytorch_model.safetensors"
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(folder, other):
+    first, second = load_file(folder / WEIGHTS), load_file(other / WEIGHTS)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def without_times(metrics):
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in metrics]
+
+
+@pytest.fixture
+def student_flags(pipeline_folder):
+    return [*SHORT_STUDENT, "--teacher", pipeline_folder]
+
+
+@pytest.mark.parametrize("method", ["vkd", "vkd-paper", "fitnet", "output", "none"])
+def test_every_method_trains_exports_and_reports(method, student_flags, tmp_path, run_recipe, capsys):
+    run = tmp_path / "run"
+    run_recipe(RECIPE, *student_flags, "--method", method, "--output_dir", run, "--preview_every_steps", 1)
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["rows"]) == {"teacher", "student", "held-out images"}
+    assert results["rows"]["student"]["parameters"] < results["rows"]["teacher"]["parameters"]
+    assert results["rows"]["teacher"]["teacher_distance"] == 0 < results["rows"]["student"]["teacher_distance"]
+    terms = {name.removeprefix("loss/") for name in read_metrics(run)[-1] if name.startswith("loss/")}
+    assert {"total", "denoising"} <= terms
+    assert ("output" in terms) == (method != "none")
+    assert ("feature/mid_block" in terms) == (method not in ("none", "output"))
+    for file in ("samples.png", "previews/step-000002.png", "config.json", "environment.json", "pipeline/README.md"):
+        assert (run / file).stat().st_size > 0
+    card = (run / "pipeline/README.md").read_text()
+    assert "train_student_unet.py" in card
+    assert "denoising error" in card
+    assert str(run / "samples.png") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_the_student_samples_where_this_package_is_not_importable(student_flags, tmp_path, run_recipe):
+    run_recipe(RECIPE, *student_flags, "--output_dir", tmp_path / "run")
+    script = """
+import sys
+sys.modules["vkd_gen"] = None  # any import of it fails
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+print(len(pipeline(batch_size=2, num_inference_steps=2).images), type(pipeline).__name__)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "run" / "pipeline")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout.split() == ["2", "DDIMPipeline"]
+    names = load_file(tmp_path / "run" / WEIGHTS).keys()
+    assert not [name for name in names if "projector" in name or "normalizer" in name or name.startswith("student")]
+
+
+@pytest.mark.parametrize("method", ["vkd", "vkd-paper"])
+def test_a_run_interrupted_at_any_step_ends_as_the_straight_one(method, tmp_path, run_recipe, monkeypatch, capfd):
+    # Dropout makes the result depend on the random state that the checkpoint must bring back.
+    stock_pipeline(tiny_unet(dropout=0.1), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    flags = [*SHORT_STUDENT, "--teacher", tmp_path / "teacher", "--method", method, "--projector_refresh_steps", 2]
+    flags += ["--max_train_steps", 6, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
+    flags += ["--gradient_accumulation_steps", 2, "--student_width", 1, "--student_layers_per_block", 1]
+    run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "straight")
+
+    after_step = TrainingRun._after_step
+    for interrupted_at in range(1, 7):
+
+        def interrupt(run, step=interrupted_at):
+            after_step(run)
+            if run.step == step:
+                raise KeyboardInterrupt
+
+        run = tmp_path / f"interrupted-{interrupted_at}"
+        monkeypatch.setattr(TrainingRun, "_after_step", interrupt)
+        with pytest.raises(SystemExit) as exit_status:
+            run_recipe(RECIPE, *flags, "--output_dir", run)
+        monkeypatch.setattr(TrainingRun, "_after_step", after_step)
+        assert exit_status.value.code == 130
+        assert "--resume_from_checkpoint latest" in capfd.readouterr().err
+        torch.manual_seed(interrupted_at)
+        run_recipe(RECIPE, *flags, "--output_dir", run)
+        assert_same_weights(tmp_path / "straight", run)
+        assert without_times(read_metrics(run)) == without_times(read_metrics(tmp_path / "straight"))
+        assert not list(run.glob(".checkpoint-*"))
+
+
+def test_accumulated_passes_equal_one_large_batch(student_flags, tmp_path, run_recipe):
+    run_recipe(RECIPE, *student_flags, "--train_batch_size", 8, "--output_dir", tmp_path / "large")
+    flags = [*student_flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2]
+    run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "accumulated")
+    for large, small in zip(read_metrics(tmp_path / "large"), read_metrics(tmp_path / "accumulated"), strict=True):
+        for name in ("loss/total", "loss/feature/mid_block", "gradient_norm"):
+            assert small[name] == pytest.approx(large[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["vkd", "vkd-paper"])
+def test_two_processes_equal_one(method, student_flags, tmp_path):
+    flags = [*student_flags, "--method", method, "--max_train_steps", 20, "--projector_refresh_steps", 5]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for processes, batch_size in ((1, 8), (2, 4)):
+        launch = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else ["--num_processes", "1", "--cpu"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, RECIPES / f"{RECIPE}.py", *flags]
+        command += ["--train_batch_size", batch_size, "--output_dir", tmp_path / str(processes)]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+    one, two = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
+    assert len(one) == len(two) == 20
+    assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-6)
+    for first, second in zip(one, two, strict=True):
+        for name in first:
+            if name.startswith("loss/"):
+                assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-5), (first["step"], name)
+
+
+def test_dry_run_prints_and_touches_nothing(student_flags, tmp_path, run_recipe, capsys):
+    run_recipe(RECIPE, *student_flags, "--dry_run", "--dataset", "not/loaded", "--output_dir", tmp_path / "run")
+    output = capsys.readouterr().out
+    for words in ("parameters", "MACs", "mid_block (8, 4, 4) <- mid_block (16, 4, 4)", '"method": "vkd"'):
+        assert words in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_custom_teacher_and_a_folder_of_pngs(pipeline_folder, tmp_path, run_recipe):
+    images = tmp_path / "images" / "nested"
+    images.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(generator.integers(0, 255, (10, 12, 3), dtype=np.uint8)).save(images / f"{number}.png")
+    flags = ["--preset", "custom", *SHORT_STUDENT, "--dataset", tmp_path / "images", "--dataloader_num_workers", 1]
+    for name, teacher in (("root", pipeline_folder / "unet"), ("pipeline", pipeline_folder)):
+        run_recipe(RECIPE, *flags, "--teacher", teacher, "--output_dir", tmp_path / name)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert "frechet_distance" not in results["rows"]["student"]
+    assert_same_weights(tmp_path / "root", tmp_path / "pipeline")
+
+
+@pytest.mark.skipif(CIFAR10 is None, reason="VKD_GEN_CIFAR10 does not name a folder with CIFAR-10")
+def test_cifar10_from_teacher_to_samples(tmp_path, run_recipe):
+    flags = ["--max_train_steps", 2, "--train_batch_size", 4, "--log_every_steps", 1, "--dataloader_num_workers", 0]
+    network = ["--block_out_channels", 8, 16, "--norm_num_groups", 4, "--layers_per_block", 1, "--attention_stages"]
+    run_recipe("train_teacher_unet", "--preset", "cifar10", *flags, *network, "--output_dir", tmp_path / "teacher")
+    student = ["--teacher", tmp_path / "teacher/pipeline", "--calibration_samples", 192]
+    run_recipe(RECIPE, "--preset", "cifar10", *flags, *student, "--output_dir", tmp_path / "student")
+    assert Image.open(tmp_path / "student/samples.png").mode == "RGB"
+    assert len(json.loads((tmp_path / "student/results.json").read_text())["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixed_precision", "bf16"],
+        ["--gradient_checkpointing", "--layers", "mid_and_up"],
+        ["--student_prediction_type", "v_prediction", "--timestep_weighting", "min_snr"],
+        ["--projector", "cayley", "--projector_start", "procrustes", "--feature_decay_start", 0.0],
+        ["--projector", "random", "--feature_normalization", "standardize"],
+        ["--projector", "pca", "--feature_normalization", "layer_norm", "--feature_loss", "smooth_l1"],
+        ["--feature_normalization", "whiten", "--whitening_exponent", 0.5],
+        ["--feature_normalization", "whiten", "--whitening_rank", 3],
+        ["--student_width", 2, "--feature_normalization", "center"],
+        ["--student_width", 1, "--projector", "identity", "--layer_pairs", "mid_block", "up_blocks.1.resnets.0"],
+        ["--denoising_weight", 0, "--output_weight", 0],
+        ["--ema_max_decay", 0, "--max_grad_norm", 0, "--lr_scheduler", "constant"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_options_combine(flags, student_flags, tmp_path, run_recipe):
+    run_recipe(RECIPE, *student_flags, *flags, "--output_dir", tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["step"] == 2
+    assert all(np.isfinite(value) for value in last.values())
+
+
+def test_tracker_and_upload(student_flags, tmp_path, run_recipe, monkeypatch, capsys):
+    from huggingface_hub import RepoUrl
+
+    uploads = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, name, **_: RepoUrl(f"https://huggingface.co/me/{name}")
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **given: uploads.append(given))
+    flags = ["--report_to", "tensorboard", "--push_to_hub", "--output_dir", tmp_path / "run"]
+    run_recipe(RECIPE, *student_flags, *flags)
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert uploads[0]["repo_id"] == "me/run"
+    assert uploads[0]["folder_path"] == tmp_path / "run" / "pipeline"
+    assert "huggingface.co/me/run" in capsys.readouterr().out.replace("\n", "")
