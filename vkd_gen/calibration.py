@@ -23,7 +23,7 @@ class _Moments:
     """Sums of one layer's rows, float64."""
 
     def __init__(self, channels: int, num_bins: int, device: torch.device):
-        options = {"dtype": torch.float64, "device": device}
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.count = torch.zeros(num_bins, **options)
         self.sum = torch.zeros(num_bins, channels, **options)
         self.product = torch.zeros(channels, channels, **options)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,8 +127,8 @@ def _readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
     return _hub_readers(source, image_column)
 
 
-def embedded_pixels(name: Literal["digits", "mnist"]) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (uint8, `[images, H, W]`) and labels (0 to 9, `[images]`) of an embedded set.
+def embedded_pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (uint8, `[images, H, W]`) and labels (0 to 9, `[images]`) of `digits` or `mnist`.
 
     Raises:
         ValueError: if the package that carries it is not installed.

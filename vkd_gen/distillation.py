@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
 from vkd_gen.diffusion import (
@@ -66,7 +66,7 @@ class FrozenTeacher:
         ValueError: for an unknown layer name.
     """
 
-    def __init__(self, unet: nn.Module, layers: Iterable[str] = (), *, prediction_type: PredictionType = "epsilon"):
+    def __init__(self, unet: ModelMixin, layers: Iterable[str] = (), *, prediction_type: PredictionType = "epsilon"):
         self.unet = unet.eval().requires_grad_(False)
         self.prediction_type = prediction_type
         self._capture = FeatureCapture(unet, dict.fromkeys(layers))
@@ -105,7 +105,7 @@ class ProjectedStudent(nn.Module):
 
     def __init__(
         self,
-        student: nn.Module,
+        student: ModelMixin,
         layer_pairs: Sequence[LayerPair] = (),
         projectors: Sequence[Projector] = (),
         normalizers: Sequence[FeatureNormalizer] = (),
@@ -273,7 +273,7 @@ def distillation_losses(
 
 
 def predict(
-    unet: nn.Module, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any] | None = None
+    unet: ModelMixin, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any] | None = None
 ) -> Tensor:
     """One forward pass of a diffusers UNet, the prediction alone, `[B, C, H, W]`."""
     return unet(sample, timesteps, **(conditioning or {}), return_dict=False)[0]

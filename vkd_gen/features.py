@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -120,7 +121,7 @@ def to_rows(feature: Tensor) -> Float[Tensor, "batch positions channels"]:
     raise ValueError(f"a feature has shape [B, C, H, W], [B, N, C] or [B, C], not {list(feature.shape)}")
 
 
-def feature_shapes(unet: nn.Module, layers: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def feature_shapes(unet: ModelMixin, layers: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of the named layers' outputs for one sample, without the batch axis and without computing anything.
 
     A copy of the model without weights (on the meta device) is run, so this is fast and free of memory at any size.
@@ -149,7 +150,7 @@ def feature_shapes(unet: nn.Module, layers: Iterable[str]) -> dict[str, tuple[in
         return {layer: tuple(feature.shape[1:]) for layer, feature in capture.stop().items()}
 
 
-def example_inputs(unet: nn.Module) -> dict[str, Any]:
+def example_inputs(unet: ModelMixin) -> dict[str, Any]:
     """Inputs of the right shapes for one forward pass of a diffusers UNet, batch size 1, on the default device."""
     config = unet.config
     size = config.sample_size

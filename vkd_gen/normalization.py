@@ -175,8 +175,10 @@ class FeatureNormalizer(nn.Module):
             raise ValueError(f"normalization {kind!r} needs the statistics that calibrate() gives, or channels")
         self.kind, self.statistics = kind, statistics
         self.exponent, self.shrinkage, self.num_train_timesteps = exponent, shrinkage, num_train_timesteps
-        self.channels = channels if statistics is None else statistics.covariance.shape[0]
-        self.target_channels = self.channels
+        if statistics is not None:
+            channels = statistics.covariance.shape[0]
+        assert channels is not None
+        self.channels, self.target_channels = channels, channels
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie between 0 and 1, not {shrinkage}")
         match kind:
@@ -187,7 +189,7 @@ class FeatureNormalizer(nn.Module):
             case "standardize":
                 mean, matrix = statistics.mean, shrink(statistics.covariance, shrinkage).diagonal().rsqrt()[None]
             case "whiten":
-                self.target_channels = self.channels if rank is None else rank
+                self.target_channels = channels if rank is None else rank
                 mean = statistics.mean
                 matrix = whitening_matrix(statistics.covariance, self.target_channels, exponent, shrinkage)
             case _:

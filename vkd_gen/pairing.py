@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from diffusers import ModelMixin
 
 from vkd_gen.features import feature_shapes
 
@@ -38,7 +38,7 @@ class LayerPair:
         return self.teacher_shape[0 if len(self.teacher_shape) == 3 else -1]
 
 
-def stage_layers(unet: nn.Module) -> list[str]:
+def stage_layers(unet: ModelMixin) -> list[str]:
     """Names of the stages of a diffusers UNet, in the order they run."""
     layers = [f"down_blocks.{number}" for number in range(len(unet.down_blocks))]
     layers += ["mid_block"] if unet.mid_block is not None else []
@@ -46,8 +46,8 @@ def stage_layers(unet: nn.Module) -> list[str]:
 
 
 def pair_layers(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: ModelMixin,
+    teacher: ModelMixin,
     *,
     layers: PairedLayers = "all",
     pairs: Sequence[tuple[str, str]] | None = None,
@@ -102,7 +102,7 @@ def pair_layers(
     return chosen
 
 
-def _pair_named(student: nn.Module, teacher: nn.Module, pairs: Sequence[tuple[str, str]]) -> list[LayerPair]:
+def _pair_named(student: ModelMixin, teacher: ModelMixin, pairs: Sequence[tuple[str, str]]) -> list[LayerPair]:
     if not pairs:
         raise ValueError("no layer pairs are given")
     student_layers = [pair[0] for pair in pairs]

@@ -65,6 +65,7 @@ class RunningCrossCovariance(nn.Module):
     student_variance: Tensor
     target_variance: Tensor
     num_merges: Tensor
+    sums: Tensor
 
     def __init__(self, student_channels: int, target_channels: int, momentum: float):
         super().__init__()
@@ -161,6 +162,9 @@ class OrthogonalProjector(nn.Module):
     """
 
     gain: Tensor
+    solution: Tensor
+    base: Tensor
+    bias: Tensor
 
     def __init__(
         self,
@@ -241,13 +245,14 @@ class OrthogonalProjector(nn.Module):
         """Once per optimizer step, outside any compiled graph: bring statistics, gain and, when due, P up to date.
 
         Args:
-            step: optimizer steps made so far; P is solved again at every multiple of `refresh_every_steps`.
+            step: optimizer steps made so far; P is solved after the first and at every multiple of
+                `refresh_every_steps`.
         """
         if self.is_learned:
             return
         self.statistics.merge()
         matrix = self.solution
-        if self.method == "solved" and step % self.refresh_every_steps == 0:
+        if self.method == "solved" and (step == 1 or step % self.refresh_every_steps == 0):
             matrix = self._solve()
         self._set(matrix)
 

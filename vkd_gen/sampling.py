@@ -6,12 +6,12 @@ C channels, H height, W width.
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, SchedulerMixin
+from diffusers import DDIMPipeline, DDIMScheduler, ModelMixin, SchedulerMixin
 from jaxtyping import UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def stock_pipeline(unet: nn.Module, noise_scheduler: SchedulerMixin) -> DDIMPipeline:
+def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin) -> DDIMPipeline:
     """The diffusers pipeline that students are sampled with and exported as: DDIM on the training schedule.
 
     Args:
@@ -25,7 +25,7 @@ def stock_pipeline(unet: nn.Module, noise_scheduler: SchedulerMixin) -> DDIMPipe
 
 @torch.no_grad()
 def sample_images(
-    unet: nn.Module,
+    unet: ModelMixin,
     noise_scheduler: SchedulerMixin,
     seeds: Sequence[int],
     *,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from vkd_gen.distillation import FrozenTeacher, ProjectedStudent
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.feature_network import FeatureNetwork
 from vkd_gen.evaluation.scores import frechet_distance, held_out_errors
+from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import width_floor
 from vkd_gen.sampling import sample_images
 
@@ -28,7 +29,7 @@ COLUMNS = {
 
 
 def compare_to_teacher(
-    student: nn.Module,
+    student: ModelMixin,
     noise_scheduler: SchedulerMixin,
     teacher: FrozenTeacher,
     teacher_scheduler: SchedulerMixin,
@@ -127,7 +128,7 @@ def markdown_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_models(teacher: nn.Module, student: nn.Module) -> str:
+def describe_models(teacher: ModelMixin, student: ModelMixin) -> str:
     """Sizes of both, in lines."""
     costs = {
         name: (count_parameters(unet), count_macs(unet)) for name, unet in (("teacher", teacher), ("student", student))
@@ -137,15 +138,13 @@ def describe_models(teacher: nn.Module, student: nn.Module) -> str:
     return "\n".join([*lines, f"student / teacher: {share[0]:.1%} of the parameters, {share[1]:.1%} of the MACs"])
 
 
-def matching_table(projected: ProjectedStudent, loss: str) -> str:
+def matching_table(projected: ProjectedStudent, loss: FeatureLoss) -> str:
     """What each pair compares, with the floor that the student's width implies, as lines of a table."""
     lines = [
         f"{'student layer':<24}{'teacher layer':<24}{'projector':<26}{'floor (' + loss + ')':>18}{'discarded':>12}"
     ]
-    for pair, projector, normalizer in zip(
-        projected.layer_pairs, projected.projectors, projected.normalizers, strict=True
-    ):
-        floor = width_floor(normalizer.target_covariance(), projector.student_channels, loss)
+    for pair, normalizer in zip(projected.layer_pairs, projected.normalizers, strict=True):
+        floor = width_floor(normalizer.target_covariance(), pair.student_channels, loss)
         lines.append(
             f"{pair.student:<24}{pair.teacher:<24}"
             f"{f'{pair.student_channels} -> {normalizer.target_channels} ({normalizer.kind})':<26}"

@@ -4,20 +4,19 @@ import time
 from collections.abc import Mapping
 
 import torch
-from diffusers import SchedulerMixin
-from torch import nn
+from diffusers import ModelMixin, SchedulerMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 from vkd_gen.features import example_inputs
 from vkd_gen.sampling import sample_images
 
 
-def count_parameters(unet: nn.Module) -> int:
+def count_parameters(unet: ModelMixin) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in unet.parameters())
 
 
-def count_macs(unet: nn.Module) -> int:
+def count_macs(unet: ModelMixin) -> int:
     """Multiply-accumulates of one forward pass on one sample, in convolutions, matrix products and attention.
 
     Counted on a copy without weights: nothing is computed. torch's counter counts two operations per accumulate.
@@ -30,7 +29,7 @@ def count_macs(unet: nn.Module) -> int:
 
 
 def milliseconds_per_image(
-    unets: Mapping[str, tuple[nn.Module, SchedulerMixin]],
+    unets: Mapping[str, tuple[ModelMixin, SchedulerMixin]],
     *,
     num_images: int = 32,
     num_inference_steps: int = 50,

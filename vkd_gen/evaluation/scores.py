@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from vkd_gen.data import Images, TrainingDraws
 from vkd_gen.diffusion import add_noise, convert_prediction, prediction_target, prediction_type_of
@@ -36,7 +36,7 @@ def frechet_distance(
 
 @torch.no_grad()
 def held_out_errors(
-    unets: Mapping[str, tuple[nn.Module, SchedulerMixin]],
+    unets: Mapping[str, tuple[ModelMixin, SchedulerMixin]],
     teacher: FrozenTeacher | None,
     images: Images,
     *,

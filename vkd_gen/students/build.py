@@ -2,10 +2,10 @@
 
 import math
 
-from torch import nn
+from diffusers import ModelMixin
 
 
-def build_student(teacher: nn.Module, *, width: float = 1.0, layers_per_block: int | None = None) -> nn.Module:
+def build_student(teacher: ModelMixin, *, width: float = 1.0, layers_per_block: int | None = None) -> ModelMixin:
     """A student of the teacher's class with random weights.
 
     Args:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -56,7 +56,7 @@ def _condense(message: str) -> str:
     return re.split(r"For full helptext", text)[0].strip() or "the command line could not be understood; see --help"
 
 
-def _exit(message: str) -> Any:
+def _exit(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     prefix = "error: " if rank == "0" else f"error in process {rank}: "
     print(prefix + " ".join(message.split()), file=sys.stderr)

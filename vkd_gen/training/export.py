@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from torch import nn
 
 from vkd_gen.sampling import stock_pipeline
 from vkd_gen.training.run_folder import environment
 
 
-def export_pipeline(unet: nn.Module, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
+def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
     """Save a pipeline that `DiffusionPipeline.from_pretrained` loads without this package, and its model card."""
     stock_pipeline(unet, noise_scheduler).save_pretrained(folder, safe_serialization=True)
     ModelCard(card).save(folder / "README.md")

@@ -28,9 +28,9 @@ def load_teacher(source: str) -> tuple[UNet2DModel, DDPMScheduler]:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ValueError(f"there is no teacher folder {source}")
     try:
-        unet_folder, scheduler_folder = "unet", "scheduler"
+        scheduler_folder: str | None = "scheduler"
         try:
-            unet = UNet2DModel.from_pretrained(source, subfolder=unet_folder, use_safetensors=True)
+            unet = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
         except OSError:  # no such subfolder: older repositories keep everything at the root
             unet = UNet2DModel.from_pretrained(source, use_safetensors=True)
             scheduler_folder = None

@@ -1,0 +1,45 @@
+# make quickstart   install, distil the digits teacher, show teacher and student side by side
+# make test         install and run the tests (under 6 minutes on two cores)
+# make test-all     the slow tests too
+# make test-lowest  the tests on the lowest versions that pyproject.toml allows
+# make check        what CI runs: lint, types, tests
+#
+# TORCH=...  what to install torch from, before anything else, such as TORCH="torch==2.13.0", or for machines without
+#            a GPU TORCH="torch --index-url URL_OF_THE_CPU_BUILDS"; by default pip chooses.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+BIN = $(VENV)/bin
+
+.PHONY: quickstart test test-all test-lowest lint check clean
+
+quickstart: $(VENV)/train.stamp
+	$(BIN)/accelerate launch recipes/train_student_unet.py --preset digits --resume_from_checkpoint latest
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install -q -c tests/lowest.txt -e ".[test]"
+	$(VENV)-lowest/bin/python -m pytest -q
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+$(VENV)/%.stamp: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(BIN)/pip install -q $(TORCH))
+	$(BIN)/pip install -q -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info
