@@ -145,6 +145,7 @@ class TrainingRun:
         accelerator.register_for_checkpointing(self.learning_rate)
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
+        self._checked_gradients = False
         if options.report_to is not None:
             plain = {name: value for name, value in config.items() if isinstance(value, int | float | str | bool)}
             accelerator.init_trackers("vkd-gen", config=plain)
@@ -206,6 +207,8 @@ class TrainingRun:
             losses: scalars; all are logged as means over the passes since the last log line.
         """
         self.accelerator.backward(losses["total"])
+        if not self._checked_gradients:
+            self._warn_of_missing_gradients()
         for name, value in losses.items():
             self._sums[f"loss/{name}"] = self._sums.get(f"loss/{name}", 0) + value.detach()
         self._passes += 1
@@ -214,6 +217,21 @@ class TrainingRun:
             self._sums["gradient_norm"] = self._sums.get("gradient_norm", 0) + norm.detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _warn_of_missing_gradients(self) -> None:
+        """Once, after the first backward: a parameter that nothing reaches is a mistake in what was asked for, or in
+        what compiled it (the CPU backend of torch 2.13's compiler loses convolutions' weight gradients).
+        """
+        self._checked_gradients = True
+        named = [
+            (name, parameter) for name, parameter in self._bare_model.named_parameters() if parameter.requires_grad
+        ]
+        missing = [name for name, parameter in named if parameter.grad is None or not parameter.grad.any()]
+        if missing:
+            self.accelerator.print(
+                f"warning: {len(missing)} of {len(named)} parameters got no gradient in the first step, such as "
+                f"{', '.join(missing[:3])}"
+            )
 
     def _after_step(self) -> None:
         options = self.options
