@@ -137,7 +137,9 @@ DIGITS = StudentConfig(
     teacher=str(ASSETS / "digits-teacher"),
     dataset="digits",
     feature_network=str(ASSETS / "digits-features.safetensors"),
-    training=TrainingOptions(output_dir="runs/digits", max_train_steps=1000, learning_rate=2e-3),
+    training=TrainingOptions(
+        output_dir="runs/digits", max_train_steps=1000, learning_rate=2e-3, preview_every_steps=250
+    ),
 )
 MNIST = replace(
     DIGITS,

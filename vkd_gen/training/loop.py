@@ -52,6 +52,7 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(f"--report_to {options.report_to}: that tracker is not installed")
     set_seed(options.seed)  # the same on every process: they build the same models
+    accelerator.wait_for_everyone()  # all have checked the run's folder before the first one writes to it
     return accelerator
 
 
@@ -219,8 +220,10 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _warn_of_missing_gradients(self) -> None:
-        """Once, after the first backward: a parameter that nothing reaches is a mistake in what was asked for, or in
-        what compiled it (the CPU backend of torch 2.13's compiler loses convolutions' weight gradients).
+        """Once, after the first backward.
+
+        A parameter that nothing reaches is a mistake in what was asked for, or in what compiled it: torch 2.13's
+        compiler loses the gradients of convolutions on a CPU.
         """
         self._checked_gradients = True
         named = [

@@ -1,0 +1,46 @@
+"""The README's code runs, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import tests.recipes.conftest as recipes
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_loop_in_the_readme_runs(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "runs/my-student/diffusion_pytorch_model.safetensors").exists()
+
+
+def test_the_file_tree_names_what_is_there():
+    (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", README, flags=re.DOTALL)
+    folder, named = ROOT, []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = ROOT if not line.startswith(" ") else ROOT / "vkd_gen"
+        assert (folder / name).exists(), name
+        named.append(name)
+    modules = {path.name for path in (ROOT / "vkd_gen").glob("*.py")} - {"__init__.py", "version.py"}
+    assert modules <= set(named)
+
+
+def test_presets_methods_and_flags_are_the_recipes():
+    recipe = recipes.load_recipe("train_student_unet")
+    from vkd_gen.training.options import flat_config
+
+    rows = set(re.findall(r"^\| `([a-z0-9-]+)`", README, flags=re.MULTILINE))
+    assert rows >= set(recipe.PRESETS) | set(recipe.METHODS)
+    flags = set(re.findall(r"--([a-z]+(?:_[a-z]+)+)", README))
+    assert flags <= set(flat_config(recipe.PRESETS["digits"]))
+
+
+@pytest.mark.parametrize("image", re.findall(r"!\[.*?\]\((.*?)\)", README))
+def test_pictures_are_there(image):
+    assert (ROOT / image).exists()
