@@ -88,6 +88,8 @@ def calibrate(
         timesteps = batch["timesteps"]
         noisy_sample = add_noise(noise_scheduler, batch["sample"], batch["noise"], timesteps)
         _, features = teacher(noisy_sample, timesteps, batch.get("conditioning"))
+        if not features:
+            raise ValueError("the teacher hands over no features; name its layers when building FrozenTeacher")
         bins = timestep_bins(timesteps, num_timestep_bins, num_train_timesteps)
         for layer, feature in features.items():
             rows = to_rows(feature)

@@ -5,8 +5,10 @@ C channels, H height, W width.
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,10 @@ class Images:
 
     def __getitem__(self, index: int) -> Float[Tensor, "channels height width"]:
         """Image `index`, float32 in [-1, 1]: resized so that the shorter side fits, then cropped at the centre."""
-        image = self.read(int(self.indices[index])).convert("L" if self.channels == 1 else "RGB")
+        image = self.read(int(self.indices[index]))
+        if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        image = image.convert("L" if self.channels == 1 else "RGB")
         if image.size != (self.resolution, self.resolution):
             scale = self.resolution / min(image.size)
             width, height = (max(self.resolution, round(side * scale)) for side in image.size)
@@ -113,7 +118,7 @@ def _readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
     """Split name -> (read image i, number of images)."""
     if source in EMBEDDED:
         pixels = embedded_pixels(source)[0]
-        return {"train": (lambda i: Image.fromarray(pixels[i]), len(pixels))}
+        return {"train": (partial(_read_pixels, pixels), len(pixels))}
     path = Path(source)
     if path.exists():
         if path.is_file() and path.suffix.lower() not in TABLE_SUFFIXES:
@@ -121,10 +126,15 @@ def _readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
         tables = (
             [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TABLE_SUFFIXES]
         )
-        return _table_readers(tables, image_column) if tables else {"train": _folder_reader(path)}
+        return _table_readers(path, tables, image_column) if tables else {"train": _folder_reader(path)}
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
     return _hub_readers(source, image_column)
+
+
+# The readers are partials of functions, not closures: workers that are started afresh are sent them.
+def _read_pixels(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])
 
 
 def embedded_pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -154,16 +164,16 @@ def _folder_reader(folder: Path) -> Reader:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     for file in files:  # the header alone: fast, and finds what is no image before the training starts
         _open_image(file).close()
+    return partial(_read_file, files), len(files)
 
-    def read(index: int) -> Image.Image:
-        image = _open_image(files[index])
-        try:
-            image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"cannot read the image {files[index]}: {error}; repair or remove it") from error
-        return image
 
-    return read, len(files)
+def _read_file(files: list[Path], index: int) -> Image.Image:
+    image = _open_image(files[index])
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read the image {files[index]}: {error}; repair or remove it") from error
+    return image
 
 
 def _open_image(file: Path) -> Image.Image:
@@ -183,11 +193,14 @@ def _datasets():
     return datasets
 
 
-def _table_readers(files: list[Path], image_column: str | None) -> Mapping[str, Reader]:
+def _table_readers(source: Path, files: list[Path], image_column: str | None) -> Mapping[str, Reader]:
     datasets = _datasets()
     splits: dict[str, list[str]] = {}
     for file in files:
-        split = "test" if file.stem.lower().startswith(("test", "val")) and len(files) > 1 else "train"
+        # test-00000-of-00001.parquet, validation.parquet, default/test/0000.parquet, test/data-00000-of-00001.arrow
+        parts = file.relative_to(source).with_suffix("").parts if len(files) > 1 else ()
+        is_test = any(re.match(r"(test|val|valid|validation)(?![a-z])", part, re.IGNORECASE) for part in parts)
+        split = "test" if is_test else "train"
         splits.setdefault(split, []).append(str(file))
     try:
         kind = TABLE_SUFFIXES[files[0].suffix.lower()]
@@ -229,14 +242,17 @@ def _table_reader(table: Any, image_column: str | None, source: str) -> Reader:
             table = table.cast_column(column, datasets.Image())
         except Exception as error:
             raise ValueError(f"column {column!r} of {source} does not hold images: {_one_line(error)}") from error
+    return partial(_read_cell, table, column, source), len(table)
 
-    def read(index: int) -> Image.Image:
-        try:
-            return table[index][column]
-        except Exception as error:  # whatever the image library raises for damaged bytes
-            raise ValueError(f"cannot read image {index} of {source}: {_one_line(error)}") from error
 
-    return read, len(table)
+def _read_cell(table: Any, column: str, source: str, index: int) -> Image.Image:
+    try:
+        image = table[index][column]
+    except Exception as error:  # whatever the image library raises for damaged bytes
+        raise ValueError(f"cannot read image {index} of {source}: {_one_line(error)}") from error
+    if image is None:
+        raise ValueError(f"cannot read image {index} of {source}: the cell is empty")
+    return image
 
 
 def _one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ def prediction_type_of(noise_scheduler: SchedulerMixin) -> PredictionType:
     Raises:
         ValueError: if it is not one of epsilon, v_prediction and sample.
     """
-    prediction_type = noise_scheduler.config.prediction_type
+    prediction_type = noise_scheduler.config.get("prediction_type")
     if prediction_type not in get_args(PredictionType):
         raise ValueError(f"prediction type {prediction_type!r} is not one of {', '.join(get_args(PredictionType))}")
     return prediction_type
@@ -90,6 +90,9 @@ def convert_prediction(
         (`alpha_t = 0`) an epsilon says nothing about the sample and the result is not finite: see
         `check_convertible`.
     """
+    for kind in (source, target):
+        if kind not in get_args(PredictionType):
+            raise ValueError(f"unknown prediction type {kind!r}")
     prediction = prediction.float()
     if source == target:
         return prediction
@@ -107,9 +110,7 @@ def convert_prediction(
             return noise
         case "sample":
             return sample
-        case "v_prediction":
-            return alpha * noise - sigma * sample
-    raise ValueError(f"unknown prediction type {source!r} or {target!r}")
+    return alpha * noise - sigma * sample
 
 
 def check_convertible(noise_scheduler: SchedulerMixin, source: PredictionType, target: PredictionType) -> None:

@@ -83,7 +83,8 @@ class FrozenTeacher:
         """The teacher's prediction `[B, C, H, W]`, float32, and its features by layer name, in its own precision."""
         if with_features:
             self._capture.start()
-        prediction = predict(self.unet, noisy_sample.to(self.unet.dtype), timesteps, conditioning)
+        dtype = self.unet.dtype
+        prediction = predict(self.unet, noisy_sample.to(dtype), timesteps, _cast(conditioning or {}, dtype))
         return prediction.float(), self._capture.stop() if with_features else {}
 
 
@@ -160,6 +161,9 @@ class ProjectedStudent(nn.Module):
         """
         if teacher_features is None:
             return predict(self.student, noisy_sample, timesteps, conditioning), {}
+        missing = [pair.teacher for pair in self.layer_pairs if pair.teacher not in teacher_features]
+        if missing:
+            raise ValueError(f"the teacher does not capture {', '.join(missing)}; name them in FrozenTeacher's layers")
         self._capture.start()
         prediction = predict(self.student, noisy_sample, timesteps, conditioning)
         features = self._capture.stop()
@@ -270,6 +274,13 @@ def distillation_losses(
         losses |= layers
     terms = [getattr(weights, name) * losses[name] for name in ("denoising", "output", "feature") if name in losses]
     return {"total": torch.stack(terms).sum(), **losses}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors of a (nested) mapping in another precision; all else as it is."""
+    if isinstance(value, Mapping):
+        return {name: _cast(entry, dtype) for name, entry in value.items()}
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def predict(

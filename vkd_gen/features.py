@@ -4,6 +4,7 @@ B batch, C channels, H height, W width, N positions (H*W, or tokens).
 """
 
 import difflib
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,17 +67,16 @@ class FeatureCapture:
         self.layers = check_layers(module, layers)
         self._features: dict[str, Tensor] = {}
         self._recording = False
+        # Partials of a method, not closures: a deep copy of the model and its capture then belong together.
         self._handles = [
-            module.get_submodule(layer).register_forward_hook(self._make_hook(layer)) for layer in self.layers
+            module.get_submodule(layer).register_forward_hook(functools.partial(self._record, layer))
+            for layer in self.layers
         ]
 
-    def _make_hook(self, layer: str):
-        def hook(_module: nn.Module, _inputs: tuple, output: Any) -> None:
-            if self._recording:
-                # Down blocks return (hidden states, skip states), some attention layers a one-element tuple.
-                self._features[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def _record(self, layer: str, _module: nn.Module, _inputs: tuple, output: Any) -> None:
+        if self._recording:
+            # Down blocks return (hidden states, skip states), some attention layers a one-element tuple.
+            self._features[layer] = output[0] if isinstance(output, tuple) else output
 
     def start(self) -> None:
         """Record from now on; what an interrupted pass left behind is dropped."""
@@ -154,6 +154,8 @@ def example_inputs(unet: ModelMixin) -> dict[str, Any]:
     """Inputs of the right shapes for one forward pass of a diffusers UNet, batch size 1, on the default device."""
     config = unet.config
     size = config.sample_size
+    if size is None:
+        raise ValueError(f"{type(unet).__name__} names no sample_size in its config; set one to know its shapes")
     height, width = (size, size) if isinstance(size, int) else size
     inputs: dict[str, Any] = {
         "sample": torch.zeros(1, config.in_channels, height, width),

@@ -54,7 +54,8 @@ def feature_loss(
 
     Args:
         prediction: projected student rows, `[B, N, K]`.
-        target: normalised teacher rows, `[B, N, K]`; gradients do not flow into it.
+        target: normalised teacher rows, `[B, N, K]`. Not cut off here: for a student wider than the teacher a learned
+            projector stands on this side. Projectors cut off what they are given.
         kind: `mse`, or `smooth_l1` as the published VkD code uses (Miles et al., 2024, arXiv 2403.06213).
         weights: one weight per sample.
         beta: where smooth-L1 turns from quadratic to linear, in units of the target.
@@ -63,7 +64,7 @@ def feature_loss(
         ValueError: if the shapes differ, or for an unknown kind.
     """
     _check_same_shape(prediction, target)
-    prediction, target = prediction.float(), target.detach().float()
+    prediction, target = prediction.float(), target.float()
     match kind:
         case "mse":
             return weighted_mean((prediction - target).square(), weights)

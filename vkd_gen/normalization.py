@@ -114,7 +114,8 @@ def whiten_batch(rows: Float[Tensor, "rows channels"], shrinkage: float = 1e-3) 
     centred = rows - _all_reduce(rows.sum(0)) / count
     covariance = shrink(_all_reduce(centred.T @ centred) / count, shrinkage)
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    if failed:
+    # In an empty direction rounding may leave a pivot just above zero.
+    if failed or (factor.diagonal().square() <= 1e-12 * covariance.diagonal()).any():
         raise ValueError(
             f"the batch's {int(count)} rows do not determine a {len(covariance)}-channel covariance; "
             "raise the batch size or the whitening shrinkage"
@@ -172,7 +173,8 @@ class FeatureNormalizer(nn.Module):
     ):
         super().__init__()
         if statistics is None and (channels is None or kind in ("center", "standardize", "whiten")):
-            raise ValueError(f"normalization {kind!r} needs the statistics that calibrate() gives, or channels")
+            needed = "the statistics that calibrate() gives" + (", or channels" if channels is None else "")
+            raise ValueError(f"normalization {kind!r} needs {needed}")
         self.kind, self.statistics = kind, statistics
         self.exponent, self.shrinkage, self.num_train_timesteps = exponent, shrinkage, num_train_timesteps
         if statistics is not None:
@@ -209,7 +211,7 @@ class FeatureNormalizer(nn.Module):
             timesteps: `[B]`.
         """
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-            rows = rows.float()
+            rows = rows.detach().float()
             match self.kind:
                 case "none":
                     return rows
@@ -271,6 +273,8 @@ def width_floor(
         loss: the feature loss in use; the result is in its units.
         beta: of smooth-L1.
     """
+    if loss not in ("mse", "smooth_l1"):
+        raise ValueError(f"unknown feature loss {loss!r}; choose mse or smooth_l1")
     channels = len(target_covariance)
     if student_channels >= channels:
         return 0.0

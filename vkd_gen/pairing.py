@@ -112,7 +112,8 @@ def _pair_named(student: ModelMixin, teacher: ModelMixin, pairs: Sequence[tuple[
     teacher_shapes = feature_shapes(teacher, dict.fromkeys(pair[1] for pair in pairs))
     for student_layer, teacher_layer in pairs:
         shapes = student_shapes[student_layer], teacher_shapes[teacher_layer]
-        if len(shapes[0]) != len(shapes[1]) or (len(shapes[0]) == 3 and shapes[0][1:] != shapes[1][1:]):
+        positions = [shape[1:] if len(shape) == 3 else shape[:-1] for shape in shapes]
+        if positions[0] != positions[1]:
             raise ValueError(
                 f"student layer {student_layer} {shapes[0]} and teacher layer {teacher_layer} {shapes[1]} "
                 "differ in resolution"

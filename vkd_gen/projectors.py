@@ -81,29 +81,49 @@ class RunningCrossCovariance(nn.Module):
         # Sums since the last merge, about the running means: (count, mean offsets, second moments) in one vector,
         # so that one reduction carries them all.
         size = 3 + student_channels + target_channels + student_channels * target_channels
-        self.register_buffer("sums", torch.zeros(size), persistent=False)
+        self.register_buffer("sums", torch.zeros(size, dtype=torch.float64), persistent=False)
 
     @torch.no_grad()
     def accumulate(self, student: Float[Tensor, "rows student"], target: Float[Tensor, "rows target"]) -> None:
-        """Add rows to the sums."""
-        student = student.detach().float() - self.student_mean
-        target = target.detach().float() - self.target_mean
-        scalars = torch.stack([student.new_tensor(len(student)), student.square().sum(), target.square().sum()])
-        self.sums += torch.cat([scalars, student.sum(0), target.sum(0), (student.T @ target).flatten()])
+        """Add rows to the sums.
+
+        The large products are taken of rows centred on themselves, where float32 is exact enough however far from zero
+        they lie, and moved to the running means in float64.
+        """
+        student, target = student.detach().float(), target.detach().float()
+        count = len(student)
+        student_centre, target_centre = student.sum(0) / max(count, 1), target.sum(0) / max(count, 1)
+        student, target = student - student_centre, target - target_centre
+        student_shift = student_centre.double() - self.student_mean
+        target_shift = target_centre.double() - self.target_mean
+        student_sum, target_sum = student.sum(0).double(), target.sum(0).double()
+        student_offset, target_offset = student_sum + count * student_shift, target_sum + count * target_shift
+        scalars = torch.stack(
+            [
+                self.sums.new_tensor(count),
+                student.square().sum() + student_shift @ (student_sum + student_offset),
+                target.square().sum() + target_shift @ (target_sum + target_offset),
+            ]
+        )
+        product = (
+            student.T @ target + torch.outer(student_offset, target_shift) + torch.outer(student_shift, target_sum)
+        )
+        self.sums += torch.cat([scalars, student_offset, target_offset, product.flatten()])
 
     @torch.no_grad()
     def merge(self) -> None:
         """Fold the sums of all processes into the averages and clear them; without new rows nothing changes."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
+        # A step with a non-finite feature counts as one without rows: it must not poison the averages.
+        self.sums.copy_(torch.where(self.sums.isfinite().all(), self.sums, 0.0))
         widths = [3, len(self.student_mean), len(self.target_mean), self.cross_covariance.numel()]
         count = self.sums[0]
         scalars, student_offset, target_offset, product = (self.sums / count.clamp(min=1)).split(widths)
-        has_rows = (count > 0).to(self.num_merges.dtype)
-        self.num_merges += has_rows
+        has_rows = (count > 0).double()
+        self.num_merges += has_rows.long()
         # (1 - m) / (1 - m^n): the n-th step's weight in the average of n steps
         weight = has_rows * (1 - self.momentum) / (1 - self.momentum ** self.num_merges.clamp(min=1).double())
-        weight = weight.to(product.dtype)
 
         def mix(old: Tensor, second_moment: Tensor, correction: Tensor) -> Tensor:
             return (1 - weight) * old + weight * second_moment - weight**2 * correction
@@ -186,9 +206,12 @@ class OrthogonalProjector(nn.Module):
         self.refresh_every_steps = refresh_every_steps
         narrow, wide = sorted((student_channels, target_channels))
         matrix = start.detach().float() if isinstance(start, Tensor) else torch.eye(narrow, wide)
+        if isinstance(start, str) and start not in ("identity", "procrustes"):
+            raise ValueError(f"unknown start {start!r}; choose identity or procrustes, or give a matrix")
         if matrix.shape != (narrow, wide) or orthonormality_error(matrix) > 1e-4:
             raise ValueError(
-                f"start must be a {narrow} x {wide} matrix with orthonormal rows, not {list(matrix.shape)}"
+                f"start must be a {narrow} x {wide} matrix with orthonormal rows; given is a matrix of shape "
+                f"{list(matrix.shape)} whose rows are {orthonormality_error(matrix):.1g} off"
             )
         self.is_learned = method in ("cayley", "matrix_exp")
         self.is_wider = student_channels > target_channels
@@ -203,6 +226,7 @@ class OrthogonalProjector(nn.Module):
         else:
             self.register_buffer("solution", matrix.clone())
             self.register_buffer("gain", torch.ones(()))
+        self.register_load_state_dict_post_hook(_stop_accumulating)
 
     def matrix(self) -> Float[Tensor, "narrow wide"]:
         """P, with orthonormal rows, float32."""
@@ -213,7 +237,7 @@ class OrthogonalProjector(nn.Module):
             half = torch.cat([self.tangent, self.tangent.new_zeros(wide, wide - narrow)], dim=1).float()
             skew = half - half.T
             if self.method == "matrix_exp":
-                rotation = torch.matrix_exp(skew)
+                rotation = torch.matrix_exp(skew.double()).float()  # float32 drifts to 1e-4 off at larger widths
             else:
                 identity = torch.eye(wide, device=skew.device)
                 rotation = torch.linalg.solve(identity - skew / 2, identity + skew / 2)
@@ -265,6 +289,8 @@ class OrthogonalProjector(nn.Module):
             return
         self.statistics.num_merges.zero_()
         self.statistics.merge()
+        if self.statistics.num_merges == 0:
+            raise ValueError("no rows to start from: make forward passes in training mode before initialize()")
         self._set(self._solve() if self._solves_at_start else self.solution)
         self._accumulates = not self.is_learned
 
@@ -280,9 +306,11 @@ class OrthogonalProjector(nn.Module):
         """Take over P, with the gain (and bias) that fit it in the least-squares sense."""
         statistics = self.statistics
         matched = (matrix * self._oriented_cross_covariance()).sum()
-        self.gain.copy_(matched / statistics.student_variance.clamp(min=1e-12))
+        has_rows = statistics.num_merges > 0
+        gain = matched / statistics.student_variance.clamp(min=1e-12)
+        self.gain.copy_(torch.where(has_rows, gain, self.gain))
         if not self.is_learned:
-            self.solution.copy_(matrix)
+            self.solution.copy_(torch.where(has_rows, matrix, self.solution))
             return
         self.base.copy_(_complete(matrix))
         student_mean, target_mean = statistics.student_mean, statistics.target_mean
@@ -363,6 +391,12 @@ def parameter_groups(network: nn.Module, projectors: Iterable[nn.Module], weight
     if projector_parameters:
         groups.append({"params": projector_parameters, "weight_decay": 0.0})
     return groups
+
+
+def _stop_accumulating(projector: OrthogonalProjector, _incompatible_keys: Any) -> None:
+    """After loading: a learned projector that was initialized before it was saved collects nothing more."""
+    if projector.is_learned and projector.statistics.num_merges > 0:
+        projector._accumulates = False
 
 
 def _complete(rows: Float[Tensor, "narrow wide"]) -> Float[Tensor, "wide wide"]:

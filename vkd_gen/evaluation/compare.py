@@ -61,7 +61,7 @@ def compare_to_teacher(
     nn.Module.float(teacher.unet)
     unets = {"teacher": (teacher.unet, teacher_scheduler), "student": (student, noise_scheduler)}
     device = next(student.parameters()).device
-    rows: dict[str, dict[str, float]] = {
+    rows: dict[str, dict[str, int | float]] = {
         name: {"parameters": count_parameters(unet), "macs": count_macs(unet)} for name, (unet, _) in unets.items()
     }
     times = milliseconds_per_image(unets, num_inference_steps=num_inference_steps)
@@ -99,7 +99,7 @@ def _uint8(images: Tensor) -> Tensor:
     return images.add(1).mul(127.5).round().to(torch.uint8)
 
 
-def _cells(row: dict[str, float], columns: Sequence[str]) -> list[str]:
+def _cells(row: dict[str, int | float], columns: Sequence[str]) -> list[str]:
     return [COLUMNS[column].format(row[column]) if column in row else "-" for column in columns]
 
 

@@ -101,12 +101,13 @@ def load_feature_network(path: Path) -> FeatureNetwork:
     """
     if not path.is_file():
         raise ValueError(f"there is no feature network {path}; recipes/train_feature_network.py makes one")
-    network = FeatureNetwork()
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+        weights = load_file(path)
+        network = FeatureNetwork(width=len(weights["features.0.bias"]))
+        network.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is not a feature network: {str(error).splitlines()[0]}") from error
     network.facts = {"file": path.name, **facts}
     return network.eval()

@@ -25,7 +25,8 @@ def frechet_distance(
     if len(features) < 2 or len(reference) < 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(f"cannot compare features {list(features.shape)} and {list(reference.shape)}")
     features, reference = features.double(), reference.double()
-    covariance, reference_covariance = features.T.cov(), reference.T.cov()
+    channels = features.shape[1]
+    covariance, reference_covariance = (rows.T.cov().view(channels, channels) for rows in (features, reference))
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # The eigenvalues of C1 C2 are those of the symmetric C1^(1/2) C2 C1^(1/2).
@@ -60,6 +61,9 @@ def held_out_errors(
         Name -> `denoising_error` and, with a teacher, `teacher_distance`: the squared difference between the two
         predictions; both per element and in the UNet's own prediction type.
     """
+    was_training = {name: unet.training for name, (unet, _) in unets.items()}
+    for unet, _ in unets.values():
+        unet.eval()
     draws = TrainingDraws(images, seed=seed)
     sums = {name: {"denoising_error": 0.0} | ({"teacher_distance": 0.0} if teacher else {}) for name in unets}
     for first in range(0, num_draws, batch_size):
@@ -79,4 +83,6 @@ def held_out_errors(
                     noise_scheduler, answer, noisy_sample, timesteps, teacher.prediction_type, kind
                 )
                 sums[name]["teacher_distance"] += float((prediction - answer).square().mean()) * len(items)
+    for name, (unet, _) in unets.items():
+        unet.train(was_training[name])
     return {name: {key: value / num_draws for key, value in errors.items()} for name, errors in sums.items()}

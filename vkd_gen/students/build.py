@@ -24,7 +24,7 @@ def build_student(teacher: ModelMixin, *, width: float = 1.0, layers_per_block: 
         raise ValueError(f"width must be above 0 and finite, not {width}")
     if layers_per_block is not None and layers_per_block < 1:
         raise ValueError(f"layers_per_block must be at least 1, not {layers_per_block}")
-    config = dict(teacher.config)
+    config = {name: value for name, value in teacher.config.items() if name != "_name_or_path"}
     blocks = (*config["down_block_types"], *config["up_block_types"])
     has_attention = config["add_attention"] or any("Attn" in block for block in blocks)
     head = (config["attention_head_dim"] or 1) if has_attention else 1

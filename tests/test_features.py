@@ -1,0 +1,565 @@
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.conftest import tiny_condition_unet, tiny_unet
+from vkd_gen.features import FeatureCapture, check_layers, feature_shapes, nearest_names, to_rows
+
+UNET_LAYERS = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0.resnets.1", "up_blocks.0", "up_blocks.1")
+CONDITION_LAYERS = (
+    "down_blocks.0",
+    "down_blocks.0.attentions.0",
+    "down_blocks.0.attentions.0.transformer_blocks.0",
+    "mid_block",
+    "up_blocks.1.resnets.0",
+    "up_blocks.1",
+)
+
+
+def unet_inputs(batch_size=2, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch_size, 1, 8, 8, generator=generator), torch.arange(batch_size) * 100
+
+
+def capture_forward(unet, capture, *inputs, **options):
+    capture.start()
+    prediction = unet(*inputs, **options).sample
+    return prediction, capture.stop()
+
+
+def features_loss(prediction, features):
+    """Depends on the prediction and, unevenly, on each feature."""
+    return prediction.square().mean() + sum(
+        weight * feature.square().mean() for weight, feature in enumerate(features.values(), start=2)
+    )
+
+
+def gradients(unet):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in unet.named_parameters()}
+
+
+def assert_same_gradients(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    assert any(value is not None and value.abs().max() > 0 for value in expected.values())
+    for name, value in expected.items():
+        assert (value is None) == (actual[name] is None), name
+        if value is not None:
+            torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+# FeatureCapture
+
+
+def run_by_hand(unet, sample, timesteps):
+    """The forward pass of UNet2DModel written out, with every intermediate result by its layer's name."""
+    outputs = {}
+    embedding = unet.time_embedding(unet.time_proj(timesteps))
+    hidden = unet.conv_in(sample)
+    skips = [hidden]
+    for i, block in enumerate(unet.down_blocks):
+        hidden, block_skips = block(hidden, embedding)
+        outputs[f"down_blocks.{i}"] = hidden
+        skips += block_skips
+    hidden = outputs["mid_block"] = unet.mid_block(hidden, embedding)
+    for i, block in enumerate(unet.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            hidden = outputs[f"up_blocks.{i}.resnets.{j}"] = resnet(torch.cat([hidden, skips.pop()], 1), embedding)
+        if block.upsamplers is not None:
+            hidden = block.upsamplers[0](hidden)
+        outputs[f"up_blocks.{i}"] = hidden
+    return outputs
+
+
+def test_features_are_the_layers_outputs():
+    unet = tiny_unet()
+    capture = FeatureCapture(unet, UNET_LAYERS)
+    inputs = unet_inputs()
+    prediction, features = capture_forward(unet, capture, *inputs)
+    expected = run_by_hand(unet, *inputs)
+    assert list(features) == list(UNET_LAYERS)
+    for layer in UNET_LAYERS:
+        torch.testing.assert_close(features[layer], expected[layer], msg=layer)
+    head = unet.conv_out(unet.conv_act(unet.conv_norm_out(features["up_blocks.1"])))
+    torch.testing.assert_close(prediction, head)
+
+
+def test_condition_unet_outputs_are_resolved_to_tensors():
+    """Down blocks return (hidden states, skip states), attention layers (hidden states,)."""
+    unet = tiny_condition_unet()
+    capture = FeatureCapture(unet, CONDITION_LAYERS)
+    sample, tokens = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
+    prediction, features = capture_forward(unet, capture, sample, torch.tensor([3, 700]), tokens)
+    assert {layer: tuple(feature.shape) for layer, feature in features.items()} == {
+        "down_blocks.0": (2, 8, 4, 4),
+        "down_blocks.0.attentions.0": (2, 8, 8, 8),
+        "down_blocks.0.attentions.0.transformer_blocks.0": (2, 64, 8),
+        "mid_block": (2, 16, 4, 4),
+        "up_blocks.1.resnets.0": (2, 8, 8, 8),
+        "up_blocks.1": (2, 8, 8, 8),
+    }
+    # What follows each layer in the model, applied by hand, gives the next one.
+    attended, down = features["down_blocks.0.attentions.0"], features["down_blocks.0"]
+    torch.testing.assert_close(unet.down_blocks[0].downsamplers[0](attended), down)
+    head = unet.conv_out(unet.conv_act(unet.conv_norm_out(features["up_blocks.1"])))
+    torch.testing.assert_close(prediction, head)
+
+
+def test_features_come_in_the_order_asked_for():
+    unet = tiny_unet()
+    capture = FeatureCapture(unet, reversed(UNET_LAYERS))
+    assert list(capture_forward(unet, capture, *unet_inputs())[1]) == list(reversed(UNET_LAYERS))
+
+
+def test_capture_changes_no_prediction():
+    unet = tiny_unet()
+    plain = unet(*unet_inputs()).sample
+    prediction, _ = capture_forward(unet, FeatureCapture(unet, UNET_LAYERS), *unet_inputs())
+    assert torch.equal(prediction, plain)
+
+
+def test_features_carry_gradients_to_the_layers_below_only():
+    unet = tiny_unet()
+    _, features = capture_forward(unet, FeatureCapture(unet, ["mid_block"]), *unet_inputs())
+    features["mid_block"].square().mean().backward()
+    for name, parameter in unet.named_parameters():
+        reached = parameter.grad is not None and parameter.grad.abs().max() > 0
+        is_below = name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block"))
+        assert reached == is_below, name
+
+
+def test_only_passes_between_start_and_stop_are_recorded():
+    unet = tiny_unet()
+    capture = FeatureCapture(unet, ["mid_block"])
+    unet(*unet_inputs(seed=1))  # before
+    first, features = capture_forward(unet, capture, *unet_inputs(seed=2))
+    value = features["mid_block"].clone()
+    unet(*unet_inputs(seed=3))  # after
+    with pytest.raises(RuntimeError, match="did not run"):
+        capture.stop()
+    torch.testing.assert_close(features["mid_block"], value, rtol=0, atol=0)
+    assert first.shape == (2, 1, 8, 8)
+
+
+def test_layer_that_did_not_run_is_named():
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    capture = FeatureCapture(model, ["used", "unused"])
+    capture.start()
+    model["used"](torch.zeros(1, 2))
+    with pytest.raises(RuntimeError, match=r"did not run in the forward pass: unused$"):
+        capture.stop()
+
+
+def test_start_drops_what_an_interrupted_pass_left_behind():
+    unet = tiny_unet()
+    capture = FeatureCapture(unet, ["down_blocks.0", "up_blocks.1"])
+    broken = unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
+    capture.start()
+    with pytest.raises(ZeroDivisionError):
+        unet(*unet_inputs())
+    broken.remove()
+    capture.start()
+    with pytest.raises(RuntimeError, match=r"down_blocks\.0, up_blocks\.1"):
+        capture.stop()
+
+
+def test_remove_takes_every_hook_off():
+    unet = tiny_unet()
+    capture = FeatureCapture(unet, UNET_LAYERS)
+    assert sum(len(module._forward_hooks) for module in unet.modules()) == len(UNET_LAYERS)
+    capture.remove()
+    assert sum(len(module._forward_hooks) for module in unet.modules()) == 0
+    capture.start()
+    unet(*unet_inputs())
+    with pytest.raises(RuntimeError, match="did not run"):
+        capture.stop()
+
+
+def test_two_captures_share_a_model():
+    unet = tiny_unet()
+    first, second = FeatureCapture(unet, ["mid_block"]), FeatureCapture(unet, ["mid_block", "up_blocks.0"])
+    second.start()
+    _, features = capture_forward(unet, first, *unet_inputs())
+    assert torch.equal(features["mid_block"], second.stop()["mid_block"])
+    first.remove()
+    assert list(capture_forward(unet, second, *unet_inputs())[1]) == ["mid_block", "up_blocks.0"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_is_kept_alive_after_stop(checkpointing):
+    unet = tiny_unet().train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    capture = FeatureCapture(unet, UNET_LAYERS)
+    prediction, features = capture_forward(unet, capture, *unet_inputs())
+    features_loss(prediction, features).backward()
+    alive = [weakref.ref(feature) for feature in features.values()] + [weakref.ref(prediction)]
+    assert all(reference() is not None for reference in alive)
+    del prediction, features
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * len(alive)
+
+
+def test_nothing_is_kept_alive_after_a_failed_stop():
+    unet = tiny_unet()
+    capture = FeatureCapture(unet, ["down_blocks.0", "up_blocks.1"])
+    kept = []
+    unet.down_blocks[0].register_forward_hook(lambda _m, _i, output: kept.append(weakref.ref(output[0])))
+    broken = unet.mid_block.register_forward_pre_hook(lambda *_: 1 / 0)
+    capture.start()
+    with pytest.raises(ZeroDivisionError):
+        unet(*unet_inputs())
+    with pytest.raises(RuntimeError):
+        capture.stop()
+    broken.remove()
+    gc.collect()
+    assert len(kept) == 1
+    assert kept[0]() is None
+
+
+# Gradient checkpointing and accumulation
+
+
+def train_pass(unet, layers, inputs):
+    capture = FeatureCapture(unet, layers)
+    prediction, features = capture_forward(unet, capture, *inputs)
+    values = {layer: feature.detach().clone() for layer, feature in features.items()}
+    assert all(feature.requires_grad for feature in features.values())
+    features_loss(prediction, features).backward()
+    return capture, values
+
+
+@pytest.mark.parametrize("make_unet", [tiny_unet, lambda: tiny_unet(attention=True)], ids=["resnets", "attention"])
+def test_gradient_checkpointing_changes_neither_features_nor_gradients(make_unet):
+    plain, checkpointed = make_unet().train(), make_unet().train()
+    checkpointed.enable_gradient_checkpointing()  # diffusers: use_reentrant=False
+    num_calls = []
+    checkpointed.up_blocks[0].resnets[1].conv1.register_forward_hook(lambda *_: num_calls.append(1))
+    layers = (*UNET_LAYERS, "up_blocks.0.resnets.1.conv1")
+    _, expected = train_pass(plain, layers, unet_inputs())
+    capture, values = train_pass(checkpointed, layers, unet_inputs())
+    assert len(num_calls) == 2  # the inner layer did run again during backward
+    for layer in layers:
+        torch.testing.assert_close(values[layer], expected[layer], msg=layer)
+    assert_same_gradients(gradients(checkpointed), gradients(plain))
+    with pytest.raises(RuntimeError, match="did not run") as error:  # backward's second pass was not recorded
+        capture.stop()
+    assert str(error.value).endswith(", ".join(layers))
+
+
+def test_checkpointed_inner_feature_alone_reaches_the_parameters_below():
+    """The feature itself, made inside a checkpoint, carries the gradient; not only the prediction."""
+    unet = tiny_unet().train()
+    unet.enable_gradient_checkpointing()
+    _, features = capture_forward(unet, FeatureCapture(unet, ["up_blocks.0.resnets.1"]), *unet_inputs())
+    features["up_blocks.0.resnets.1"].square().mean().backward()
+    assert unet.conv_in.weight.grad.abs().max() > 0
+    assert unet.up_blocks[0].resnets[1].conv2.weight.grad.abs().max() > 0
+    assert unet.up_blocks[1].resnets[0].conv1.weight.grad is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backward", ["at once", "at the end"])
+def test_gradient_accumulation_equals_one_batch(checkpointing, backward):
+    sample, timesteps = unet_inputs(batch_size=4)
+    whole, parts = tiny_unet().train(), tiny_unet().train()
+    train_pass(whole, UNET_LAYERS, (sample, timesteps))
+
+    if checkpointing:
+        parts.enable_gradient_checkpointing()
+    capture = FeatureCapture(parts, UNET_LAYERS)
+    losses = []
+    for part in (slice(0, 2), slice(2, 4)):
+        loss = features_loss(*capture_forward(parts, capture, sample[part], timesteps[part])) / 2
+        if backward == "at once":
+            loss.backward()
+        losses.append(loss)
+    if backward == "at the end":
+        sum(losses).backward()
+    assert_same_gradients(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
+
+
+# torch.compile
+
+COMPILED_LAYERS = ("down_blocks.0", "mid_block", "up_blocks.0.resnets.1")
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def check_compiled(backend):
+    def smallest_unet():
+        return tiny_unet((4,)).train()  # tracing is what takes the time
+
+    inputs = unet_inputs()
+    eager, unet = smallest_unet(), smallest_unet()
+    prediction, expected = capture_forward(eager, FeatureCapture(eager, COMPILED_LAYERS), *inputs)
+    features_loss(prediction, expected).backward()
+
+    capture = FeatureCapture(unet, COMPILED_LAYERS)
+    compiled = torch.compile(unet, backend=backend)
+    compiled_prediction, features = capture_forward(compiled, capture, *inputs)
+    assert list(features) == list(COMPILED_LAYERS)
+    torch.testing.assert_close(compiled_prediction, prediction, rtol=1e-4, atol=1e-5)
+    for layer in COMPILED_LAYERS:
+        torch.testing.assert_close(features[layer], expected[layer], rtol=1e-4, atol=1e-5)
+    features_loss(compiled_prediction, features).backward()
+    assert_same_gradients(gradients(unet), gradients(eager), rtol=1e-3, atol=1e-5)
+    return compiled, capture, inputs, expected
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_model_gives_the_eager_features_and_gradients():
+    check_compiled("aot_eager")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_model_sees_start_and_stop():
+    """Backend eager; whether to record is no constant of the traced graph."""
+    compiled, capture, inputs, expected = check_compiled("eager")
+    compiled(*inputs)  # not recorded
+    with pytest.raises(RuntimeError, match="did not run"):
+        capture.stop()
+    _, features = capture_forward(compiled, capture, *inputs)  # recorded again
+    for layer in COMPILED_LAYERS:
+        torch.testing.assert_close(features[layer], expected[layer])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_inductor_gives_the_eager_features_and_gradients():
+    check_compiled("inductor")
+
+
+# Layer names
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("up_block.0.resnets.1", "up_blocks.0.resnets.1"),
+        ("midblock", "mid_block"),
+        ("down_blocks.2", "down_blocks.1"),
+        ("module.down_blocks.1", "down_blocks.1"),  # as inside DDP
+    ],
+)
+def test_unknown_layer_names_the_nearest(wrong, nearest):
+    with pytest.raises(ValueError, match="UNet2DModel has no layer") as error:
+        FeatureCapture(tiny_unet(), ["mid_block", wrong])
+    assert repr(wrong) in str(error.value)
+    assert repr(nearest) in str(error.value)
+
+
+def test_unknown_layer_leaves_no_hooks():
+    unet = tiny_unet()
+    with pytest.raises(ValueError):
+        FeatureCapture(unet, ["mid_block", "nothing"])
+    assert sum(len(module._forward_hooks) for module in unet.modules()) == 0
+
+
+def test_the_model_itself_is_no_layer():
+    with pytest.raises(ValueError, match="has no layer ''"):
+        check_layers(tiny_unet(), [""])
+
+
+def test_layer_named_twice():
+    with pytest.raises(ValueError, match="named twice"):
+        FeatureCapture(tiny_unet(), ["mid_block", "up_blocks.0", "mid_block"])
+
+
+def test_check_layers_takes_any_iterable():
+    assert check_layers(tiny_unet(), iter(["mid_block", "up_blocks.0"])) == ("mid_block", "up_blocks.0")
+
+
+def test_nearest_names():
+    assert nearest_names("mid_blok", ["", "conv_in", "mid_block"]) == "'mid_block'"
+    # nothing is alike: the first ones
+    assert nearest_names("zzz", ["", "conv_in", "mid_block"], count=1) == "'conv_in'"
+    assert nearest_names("block.0", ["blocks.1", "blocks.0", "xyz"], count=1) == "'blocks.0'"
+
+
+# to_rows
+
+
+def test_to_rows_known_value():
+    """Two channels on a 1 x 3 map: row n holds both channels at position n."""
+    feature = torch.tensor([[[[1.0, 2.0, 3.0]], [[10.0, 20.0, 30.0]]]])
+    assert to_rows(feature).tolist() == [[[1, 10], [2, 20], [3, 30]]]
+
+
+def test_to_rows_equals_loops():
+    feature = torch.randn(2, 3, 4, 5)
+    expected = np.empty((2, 20, 3))
+    for b in range(2):
+        for h in range(4):
+            for w in range(5):
+                expected[b, h * 5 + w] = feature[b, :, h, w].double().numpy()
+    np.testing.assert_array_equal(to_rows(feature).double().numpy(), expected)
+
+
+def test_to_rows_keeps_tokens_and_vectors():
+    tokens, vectors = torch.randn(2, 7, 3), torch.randn(2, 3)
+    assert torch.equal(to_rows(tokens), tokens)
+    assert to_rows(vectors).shape == (2, 1, 3)
+    assert torch.equal(to_rows(vectors)[:, 0], vectors)
+
+
+def test_to_rows_copies_nothing_and_passes_gradients():
+    feature = torch.randn(2, 3, 4, 4, requires_grad=True)
+    rows = to_rows(feature)
+    assert rows.data_ptr() == feature.data_ptr()
+    rows[1, 6, 2].backward()  # position 6 is row 1, column 2 of the map
+    assert feature.grad.nonzero().tolist() == [[1, 2, 1, 2]]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 2, 3, 4, 5)])
+def test_to_rows_refuses_other_ranks(shape):
+    with pytest.raises(ValueError, match="a feature has shape"):
+        to_rows(torch.zeros(shape))
+
+
+# feature_shapes
+
+
+def from_changed_config(unet, **changes):
+    return type(unet).from_config({**unet.config, **changes})
+
+
+def make_class_unet():
+    return tiny_unet(num_class_embeds=10), {"class_labels": torch.tensor([1, 2])}
+
+
+def make_wide_unet():
+    return tiny_unet(size=(8, 16), attention=True), {}
+
+
+def make_three_stage_unet():
+    return tiny_unet((4, 8, 12), in_channels=3, layers_per_block=2), {}
+
+
+def make_condition_unet():
+    return tiny_condition_unet(), {"encoder_hidden_states": torch.randn(2, 5, 8)}
+
+
+def make_odd_condition_unet():
+    """Unlike UNet2DModel, UNet2DConditionModel takes sizes that its stages do not divide."""
+    unet = from_changed_config(tiny_condition_unet(), sample_size=7)
+    return unet, {"encoder_hidden_states": torch.randn(2, 5, 8)}
+
+
+def make_sdxl_like_unet():
+    unet = from_changed_config(
+        tiny_condition_unet(),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 16,
+    )
+    added = {"text_embeds": torch.randn(2, 16), "time_ids": torch.randn(2, 6)}
+    return unet, {"encoder_hidden_states": torch.randn(2, 5, 8), "added_cond_kwargs": added}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_class_unet,
+        make_wide_unet,
+        make_three_stage_unet,
+        make_condition_unet,
+        make_odd_condition_unet,
+        make_sdxl_like_unet,
+    ],
+)
+def test_feature_shapes_equal_a_real_forward_pass(make):
+    unet, conditioning = make()
+    layers = [name for name, _ in unet.named_children() if name.startswith("conv")]
+    layers += ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0.resnets.1", "up_blocks.0", "up_blocks.1"]
+    if isinstance(unet, UNet2DConditionModel):
+        layers += ["down_blocks.0.attentions.0.transformer_blocks.0"]
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    sample = torch.randn(2, unet.config.in_channels, height, width)
+    with torch.no_grad():
+        _, features = capture_forward(unet, FeatureCapture(unet, layers), sample, torch.tensor([0, 5]), **conditioning)
+    expected = {layer: tuple(feature.shape[1:]) for layer, feature in features.items()}
+    assert feature_shapes(unet, layers) == expected
+    assert list(feature_shapes(unet, layers)) == layers
+
+
+class NothingButMeta(TorchDispatchMode):
+    """Stops the first operation that gives a tensor with data."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.num_operations += 1
+        for value in tree_leaves(result):
+            assert not isinstance(value, torch.Tensor) or value.is_meta, f"{function} computes on {value.device}"
+        return result
+
+
+@pytest.mark.parametrize("make_unet", [lambda: tiny_unet(attention=True), tiny_condition_unet])
+def test_feature_shapes_computes_nothing(make_unet):
+    unet = make_unet()
+    with NothingButMeta() as mode:
+        feature_shapes(unet, ["mid_block", "up_blocks.1"])
+    assert mode.num_operations > 100
+    with pytest.raises(AssertionError, match="computes on cpu"), NothingButMeta():
+        torch.zeros(1)
+
+
+def test_feature_shapes_of_a_model_too_large_for_the_machine():
+    """More than 100 GB of weights and as much of features, on the meta device."""
+    with torch.device("meta"):
+        unet = tiny_unet((8192, 16384), size=1024)
+    with NothingButMeta():
+        shapes = feature_shapes(unet, ["down_blocks.0", "mid_block", "up_blocks.1"])
+    assert shapes == {
+        "down_blocks.0": (8192, 512, 512),
+        "mid_block": (16384, 512, 512),
+        "up_blocks.1": (8192, 1024, 1024),
+    }
+
+
+def test_feature_shapes_leaves_model_and_randomness_alone():
+    unet = tiny_unet()
+    unet.train()
+    state, before = torch.get_rng_state(), {name: value.clone() for name, value in unet.state_dict().items()}
+    feature_shapes(unet, UNET_LAYERS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert unet.training
+    assert sum(len(module._forward_hooks) for module in unet.modules()) == 0
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert torch.zeros(1).device.type == "cpu"  # the default device is restored
+
+
+def test_feature_shapes_refuses_a_size_that_does_not_fit():
+    """7 -> 4 -> 8: the skip connection of size 7 cannot be joined."""
+    unet = tiny_unet(size=7)
+    with pytest.raises(ValueError, match="UNet2DModel cannot take a sample of size 7"):
+        feature_shapes(unet, ["mid_block"])
+    assert torch.zeros(1).device.type == "cpu"
+
+
+def test_feature_shapes_refuses_a_model_without_a_size():
+    """diffusers allows `sample_size=None`, its default; there is then no shape to name."""
+    unet = UNet2DModel.from_config({**tiny_unet().config, "sample_size": None})
+    with pytest.raises(ValueError, match="sample_size"):
+        feature_shapes(unet, ["mid_block"])
+
+
+def test_feature_shapes_refuses_an_unknown_layer():
+    with pytest.raises(ValueError, match="mid_block"):
+        feature_shapes(tiny_unet(), ["mid_blocks"])

@@ -1,0 +1,991 @@
+import io
+import math
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from jaxtyping import TypeCheckError
+from torch import nn
+
+from vkd_gen.losses import feature_loss
+from vkd_gen.projectors import (
+    IdentityProjector,
+    LinearProjector,
+    OrthogonalProjector,
+    RunningCrossCovariance,
+    orthonormality_error,
+    parameter_groups,
+    principal_directions,
+    procrustes,
+    random_orthonormal,
+)
+
+# Student and target channels.
+WIDTHS = pytest.mark.parametrize("widths", [(3, 6), (4, 4), (6, 3)], ids=lambda widths: f"{widths[0]}to{widths[1]}")
+METHODS = pytest.mark.parametrize("method", ["solved", "cayley", "matrix_exp", "fixed"])
+LEARNED = pytest.mark.parametrize("method", ["cayley", "matrix_exp"])
+# With --jaxtyping-packages the type checker is faster than the library's own check.
+REFUSED = (ValueError, TypeCheckError)
+
+
+def double(tensor):
+    return tensor.detach().double().numpy()
+
+
+def make_rows(widths, shape=(8, 16), *, seed=0, noise=0.5):
+    """Student and target rows that share a part, with unequal scales and means that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    student_channels, target_channels = widths
+    common = torch.randn(*shape, 5, generator=generator)
+    fixed = torch.Generator().manual_seed(99)
+    student_map = torch.randn(5, student_channels, generator=fixed)
+    target_map = torch.randn(5, target_channels, generator=fixed)
+    student = common @ student_map + noise * torch.randn(*shape, student_channels, generator=generator) + 1.5
+    target = 0.7 * common @ target_map + noise * torch.randn(*shape, target_channels, generator=generator) - 0.5
+    return student, target
+
+
+def random_projector(widths, method, seed=0):
+    """A projector away from its trivial start: some P, some gain, and means or bias."""
+    start = random_orthonormal(min(widths), max(widths), seed)
+    projector = OrthogonalProjector(*widths, method=method, start=start).train()
+    if projector.is_learned:
+        with torch.no_grad():
+            projector.tangent.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+            projector.gain.fill_(0.8)
+            projector.bias.normal_(generator=torch.Generator().manual_seed(seed))
+    else:
+        projector(*make_rows(widths, seed=seed))
+        projector.initialize()
+    return projector
+
+
+def state_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+# The trap: why torch's own parametrization is not used
+
+
+def one_adamw_step(parameters, loss, weight_decay):
+    optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=weight_decay)
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("weight_decay", [0.01, 0.05])
+@pytest.mark.parametrize("widths", [(3, 6), (6, 3)], ids=["narrower", "wider"])
+def test_torch_default_orthogonal_map_turns_to_zero_under_weight_decay(widths, weight_decay):
+    """torch.nn.utils.parametrizations.orthogonal picks householder for a rectangle and keeps its signs, -1.0, as
+    decayed parameters that are cut off to integers: -0.999975 becomes 0, and P with it, for ever."""
+    student, target = make_rows(widths)
+    linear = torch.nn.utils.parametrizations.orthogonal(nn.Linear(*widths, bias=False))
+    assert linear.weight.norm().item() == pytest.approx(math.sqrt(min(widths)), rel=1e-5)
+    one_adamw_step(linear.parameters(), (linear(student) - target).square().mean(), weight_decay)
+    assert linear.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize("weight_decay", [0.01, 0.05])
+@pytest.mark.parametrize("method", ["solved", "cayley", "matrix_exp"])
+@WIDTHS
+def test_ours_stays_orthonormal_under_weight_decay(widths, method, weight_decay):
+    projector = OrthogonalProjector(*widths, method=method, refresh_every_steps=1).train()
+    backbone = nn.Linear(widths[0], widths[0])
+    for step in range(1, 6):
+        student, target = make_rows(widths, seed=step)
+        projected, target = projector(backbone(student), target)
+        parameters = [*backbone.parameters(), *projector.parameters()]  # everything decayed, as a careless user would
+        one_adamw_step(parameters, (projected - target).square().mean(), weight_decay)
+        projector.after_step(step)
+        matrix = projector.matrix()
+        assert matrix.shape == (min(widths), max(widths))
+        assert orthonormality_error(matrix) < 1e-5
+        assert matrix.norm().item() == pytest.approx(math.sqrt(min(widths)), rel=1e-5)
+    assert not torch.equal(projector.matrix(), torch.eye(min(widths), max(widths)))  # and it moved
+
+
+@LEARNED
+def test_weight_decay_pulls_towards_the_start(method):
+    start = random_orthonormal(3, 6, seed=4)
+    projector = OrthogonalProjector(3, 6, method=method, start=start)
+    with torch.no_grad():
+        projector.tangent.normal_(std=0.3)
+    optimizer = torch.optim.SGD([projector.tangent], lr=1.0, weight_decay=0.5)
+    distances = []
+    for _ in range(20):
+        distances.append((projector.matrix() - start).norm().item())
+        projector.tangent.grad = torch.zeros_like(projector.tangent)
+        optimizer.step()
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] > 0.3
+    assert distances[-1] < 1e-4
+
+
+@pytest.mark.parametrize("method", ["solved", "cayley", "matrix_exp"])
+@pytest.mark.parametrize("widths", [(3, 6), (6, 3)], ids=["narrower", "wider"])
+def test_orthonormal_over_1000_bf16_autocast_steps(widths, method):
+    projector = OrthogonalProjector(*widths, method=method).train()
+    backbone = nn.Linear(5, widths[0])
+    parameters = [*backbone.parameters(), *projector.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(4, 8, 5, generator=generator)
+    target = sample @ torch.randn(5, widths[1], generator=generator)
+    start = projector.matrix().detach().clone()
+    errors = []
+    for step in range(1, 1001):
+        with torch.autocast("cpu", torch.bfloat16):
+            rows = backbone(sample)
+            projected, wanted = projector(rows, target)
+            loss = (projected - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        projector.after_step(step)
+        if step % 20 == 0:
+            errors.append(orthonormality_error(projector.matrix()))
+    assert rows.dtype == torch.bfloat16
+    assert projected.dtype == wanted.dtype == torch.float32
+    assert len(errors) == 50
+    assert max(errors) < 1e-5
+    assert (projector.matrix() - start).norm() > 0.1
+
+
+# procrustes and other closed forms
+
+
+def test_procrustes_known_value():
+    """C = [[0, 2], [-3, 0]] is diag(2, 3) times a rotation by 90 degrees, its polar factor."""
+    expected = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    torch.testing.assert_close(procrustes(torch.tensor([[0.0, 2.0], [-3.0, 0.0]])), expected)
+
+
+def test_procrustes_known_value_of_a_narrow_student():
+    """The best direction for one student channel is that of its covariances with the targets: (3, 4) / 5."""
+    torch.testing.assert_close(procrustes(torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 0.8]]))
+
+
+def test_procrustes_equals_scipy():
+    student, target = (rows.flatten(0, 1).numpy() for rows in make_rows((5, 5)))
+    expected, _ = scipy.linalg.orthogonal_procrustes(student.astype(np.float64), target.astype(np.float64))
+    actual = procrustes(torch.from_numpy(student.T @ target / len(student)))
+    np.testing.assert_allclose(double(actual), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (5, 5), (7, 3)])
+def test_procrustes_reaches_the_nuclear_norm(shape):
+    """max over orthonormal P of trace(P^T C) is the sum of C's singular values (von Neumann's trace inequality)."""
+    cross_covariance = torch.randn(shape)
+    matrix = procrustes(cross_covariance)
+    optimum = np.linalg.svd(double(cross_covariance), compute_uv=False).sum()
+    assert np.trace(double(matrix).T @ double(cross_covariance)) == pytest.approx(optimum, rel=1e-5)
+    assert orthonormality_error(matrix) < 1e-5
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (4, 4)])
+def test_procrustes_beats_random_candidates(widths):
+    student, target = (double(rows.flatten(0, 1)) for rows in make_rows(widths))
+    best = double(procrustes(torch.from_numpy(student.T @ target / len(student))))
+    assert best.shape == widths
+
+    def error(matrix):
+        return np.square(student @ matrix - target).sum()
+
+    candidates = [double(random_orthonormal(*widths, seed)) for seed in range(500)]
+    assert error(best) < min(error(candidate) for candidate in candidates)
+    generator = np.random.default_rng(0)
+    for _ in range(100):  # and those nearby
+        skew = 0.05 * generator.standard_normal((widths[1], widths[1]))
+        assert error(best) < error(best @ scipy.linalg.expm(skew - skew.T))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (5, 5), (7, 3)])
+def test_random_orthonormal(shape):
+    matrix = random_orthonormal(*shape, seed=1)
+    assert matrix.shape == shape
+    assert matrix.dtype == torch.float32
+    assert orthonormality_error(matrix) < 1e-6
+    assert torch.equal(matrix, random_orthonormal(*shape, seed=1))
+    assert not torch.allclose(matrix, random_orthonormal(*shape, seed=2), atol=0.01)
+
+
+def test_random_orthonormal_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    random_orthonormal(3, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_orthonormal_is_uniform():
+    """Entries have mean 0 and variance 1 / wide (Haar measure); QR alone gives first entries of one sign."""
+    matrices = torch.stack([random_orthonormal(2, 4, seed) for seed in range(1000)])
+    bound = 4 / math.sqrt(4 * 1000)  # four standard errors
+    assert matrices.mean(0).abs().max() < bound
+    torch.testing.assert_close(matrices.square().mean(0), torch.full((2, 4), 0.25), rtol=0, atol=0.03)
+
+
+def test_principal_directions_known_value():
+    directions = principal_directions(torch.diag(torch.tensor([1.0, 9.0, 4.0])), 2)
+    torch.testing.assert_close(directions.abs(), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+
+
+def test_principal_directions_equal_numpy():
+    rows = make_rows((6, 6))[0].flatten(0, 1)
+    covariance = torch.from_numpy(np.cov(double(rows).T))
+    directions = principal_directions(covariance, 4)
+    values, vectors = np.linalg.eigh(covariance.numpy())
+    leading = vectors[:, np.argsort(values)[::-1][:4]].T
+    np.testing.assert_allclose(np.abs((double(directions) * leading).sum(1)), np.ones(4), atol=1e-5)
+    assert directions.dtype == torch.float32
+    assert orthonormality_error(directions) < 1e-6
+    OrthogonalProjector(4, 6, start=directions)  # may serve as a start
+
+
+def test_orthonormality_error_known_values():
+    assert orthonormality_error(torch.eye(2, 3)) == 0
+    assert orthonormality_error(2 * torch.eye(2, 3)) == 3  # 4 - 1
+    assert orthonormality_error(2 * torch.eye(3, 2)) == 3
+    assert orthonormality_error(torch.zeros(2, 2)) == 1
+    assert orthonormality_error(torch.tensor([[1.0, 0.0], [0.6, 0.8]])) == pytest.approx(0.6, rel=1e-6)
+
+
+# RunningCrossCovariance
+
+
+class ReferenceStatistics:
+    """Every row ever seen, with the weight that an exponential average without start-up bias gives its step."""
+
+    def __init__(self, momentum):
+        self.momentum, self.steps = momentum, []
+
+    def add(self, student, target):
+        self.steps.append((double(student), double(target)))
+
+    def moments(self):
+        age = np.arange(len(self.steps))[::-1]
+        weights = self.momentum ** age.astype(np.float64)
+        weights /= weights.sum()
+        student_mean = sum(w * s.mean(0) for w, (s, _) in zip(weights, self.steps, strict=True))
+        target_mean = sum(w * t.mean(0) for w, (_, t) in zip(weights, self.steps, strict=True))
+        cross, student_variance, target_variance = 0, 0, 0
+        for weight, (student, target) in zip(weights, self.steps, strict=True):
+            s, t = student - student_mean, target - target_mean
+            cross = cross + weight * np.einsum("ns,nt->st", s, t) / len(s)
+            student_variance += weight * np.square(s).sum() / len(s)
+            target_variance += weight * np.square(t).sum() / len(t)
+        return {
+            "student_mean": student_mean,
+            "target_mean": target_mean,
+            "cross_covariance": cross,
+            "student_variance": student_variance,
+            "target_variance": target_variance,
+        }
+
+
+def assert_statistics(statistics, expected, tolerance):
+    """Errors relative to the size of what is estimated; of means, to the standard deviation."""
+    deviation = {
+        "student_mean": math.sqrt(expected["student_variance"]),
+        "target_mean": math.sqrt(expected["target_variance"]),
+    }
+    for name, value in expected.items():
+        scale = deviation.get(name, np.abs(value).max())
+        error = np.abs(double(getattr(statistics, name)) - value).max() / scale
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+def uneven_steps(num_steps, offset=0.0, drift=0.0):
+    """Row counts differ from step to step; the means may be far from zero, and may move."""
+    for step, count in zip(range(num_steps), [40, 7, 200, 1, 64, 33], strict=False):
+        student, target = make_rows((3, 5), (count,), seed=step)
+        yield student + offset + step * drift, target - 2 * offset + step * drift
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("num_steps", [1, 2, 6])
+def test_running_statistics_equal_a_weighted_average(momentum, num_steps):
+    statistics, reference = RunningCrossCovariance(3, 5, momentum), ReferenceStatistics(momentum)
+    for student, target in uneven_steps(num_steps, drift=0.5):
+        statistics.accumulate(student, target)
+        statistics.merge()
+        reference.add(student, target)
+    assert int(statistics.num_merges) == num_steps
+    assert_statistics(statistics, reference.moments(), 2e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 6])
+def test_running_statistics_are_stable_far_from_zero(num_steps):
+    """Mean / standard deviation of about 1000: the naive E[xy] - E[x]E[y] has no correct digit left in float32."""
+    statistics, reference = RunningCrossCovariance(3, 5, 0.9), ReferenceStatistics(0.9)
+    for student, target in uneven_steps(num_steps, offset=2000.0):
+        statistics.accumulate(student, target)
+        statistics.merge()
+        reference.add(student, target)
+    moments = reference.moments()
+    assert moments["student_mean"].min() / math.sqrt(moments["student_variance"] / 3) > 500
+    assert_statistics(statistics, moments, 1e-3)
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    whole, parts = RunningCrossCovariance(3, 5, 0.9), RunningCrossCovariance(3, 5, 0.9)
+    for step in range(3):
+        student, target = make_rows((3, 5), (48,), seed=step)
+        whole.accumulate(student, target)
+        for part in (slice(0, 5), slice(5, 30), slice(30, 48)):
+            parts.accumulate(student[part], target[part])
+        whole.merge()
+        parts.merge()
+    assert int(parts.num_merges) == 3
+    for name, value in whole.named_buffers():
+        torch.testing.assert_close(dict(parts.named_buffers())[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_merge_without_rows_changes_nothing():
+    statistics = RunningCrossCovariance(3, 5, 0.9)
+    statistics.merge()
+    assert all(bool((value == 0).all()) for value in statistics.buffers())
+    statistics.accumulate(*make_rows((3, 5), (20,)))
+    statistics.merge()
+    before = state_of(statistics)
+    statistics.merge()
+    assert_same_state(state_of(statistics), before)
+
+
+def test_merge_starts_a_new_sum():
+    statistics = RunningCrossCovariance(3, 5, 0.0)  # the latest step alone
+    for seed in (1, 2):
+        student, target = make_rows((3, 5), (30,), seed=seed)
+        statistics.accumulate(student, target)
+        statistics.merge()
+    np.testing.assert_allclose(double(statistics.student_mean), double(student).mean(0), rtol=1e-5)
+
+
+def test_running_statistics_have_no_parameters_and_take_no_gradient():
+    statistics = RunningCrossCovariance(3, 5, 0.9)
+    student, target = (rows.requires_grad_() for rows in make_rows((3, 5), (20,)))
+    statistics.accumulate(student, target)
+    statistics.merge()
+    assert not list(statistics.parameters())
+    assert not any(value.requires_grad for value in statistics.buffers())
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0, math.nan])
+def test_momentum_out_of_range(momentum):
+    with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
+        RunningCrossCovariance(3, 5, momentum)
+
+
+# OrthogonalProjector: the matrix
+
+
+@pytest.mark.parametrize(
+    ("method", "angle"),
+    # exp([[0, -a], [a, 0]]) rotates by a; the Cayley transform of the same by 2 atan(a / 2).
+    [("matrix_exp", 0.7), ("cayley", 2 * math.atan(0.35))],
+)
+def test_learned_matrix_known_value(method, angle):
+    projector = OrthogonalProjector(2, 2, method=method)
+    with torch.no_grad():
+        projector.tangent[1, 0] = 0.7
+    expected = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    torch.testing.assert_close(projector.matrix().detach(), expected)
+    narrow = OrthogonalProjector(1, 2, method=method)
+    with torch.no_grad():
+        narrow.tangent[1, 0] = 0.7
+    torch.testing.assert_close(narrow.matrix().detach(), expected[:1])
+
+
+@LEARNED
+@WIDTHS
+def test_learned_matrix_equals_a_float64_reference(method, widths):
+    projector = random_projector(widths, method)
+    narrow, wide = min(widths), max(widths)
+    skew = np.zeros((wide, wide))
+    for i in range(wide):
+        for j in range(narrow):
+            value = projector.tangent[i, j].item()
+            skew[i, j] += value
+            skew[j, i] -= value
+    if method == "matrix_exp":
+        rotation = scipy.linalg.expm(skew)
+    else:
+        rotation = np.linalg.inv(np.eye(wide) - skew / 2) @ (np.eye(wide) + skew / 2)
+    expected = (double(projector.base) @ rotation)[:, :narrow].T
+    np.testing.assert_allclose(double(projector.matrix()), expected, atol=2e-6)
+
+
+@METHODS
+@WIDTHS
+def test_matrix_starts_where_it_is_told(method, widths):
+    start = random_orthonormal(min(widths), max(widths), seed=3)
+    projector = OrthogonalProjector(*widths, method=method, start=start)
+    torch.testing.assert_close(projector.matrix().detach(), start, rtol=0, atol=1e-6)
+    assert projector.matrix().dtype == torch.float32
+    start.zero_()  # the projector keeps its own copy
+    assert projector.matrix().norm() > 1
+
+
+@METHODS
+@WIDTHS
+def test_identity_start_pads_the_narrower_side_with_zeros(method, widths):
+    projector = OrthogonalProjector(*widths, method=method).eval()
+    student, target = make_rows(widths)
+    projected, wanted = projector(student, target)
+    pad = abs(widths[0] - widths[1])
+    padded_student = nn.functional.pad(student, (0, pad if widths[0] < widths[1] else 0))
+    padded_target = nn.functional.pad(target, (0, pad if widths[0] > widths[1] else 0))
+    torch.testing.assert_close(projected, padded_student)
+    torch.testing.assert_close(wanted, padded_target)
+
+
+@LEARNED
+@pytest.mark.parametrize("widths", [(24, 48), (48, 48), (48, 24)])
+def test_learned_matrix_is_orthonormal_at_realistic_widths(method, widths):
+    projector = OrthogonalProjector(*widths, method=method)
+    with torch.no_grad():
+        projector.tangent.normal_(std=0.05)
+    assert orthonormality_error(projector.matrix()) < 1e-5
+    assert projector.matrix().norm().item() == pytest.approx(math.sqrt(min(widths)), rel=1e-5)
+
+
+# OrthogonalProjector: forward
+
+
+@METHODS
+@WIDTHS
+def test_forward_equals_its_formula(method, widths):
+    """g (S - mean) P against T - mean, for a wider student g (S - mean) against (T - mean) P; learned: with a bias."""
+    projector = random_projector(widths, method).eval()
+    student, target = make_rows(widths, seed=5)
+    projected, wanted = projector(student, target)
+    s, t, matrix, gain = double(student), double(target), double(projector.matrix()), double(projector.gain)
+    bias = double(projector.bias) if projector.is_learned else 0
+    if not projector.is_learned:
+        s = s - double(projector.statistics.student_mean)
+        t = t - double(projector.statistics.target_mean)
+    if widths[0] > widths[1]:
+        t = np.einsum("bnk,kw->bnw", t, matrix)
+    else:
+        s = np.einsum("bnk,kw->bnw", s, matrix)
+    np.testing.assert_allclose(double(projected), gain * s + bias, atol=1e-5)
+    np.testing.assert_allclose(double(wanted), t, atol=1e-5)
+
+
+@METHODS
+@pytest.mark.parametrize("widths", [(3, 6), (4, 4)])
+def test_student_similarities_are_kept_up_to_the_gain(method, widths):
+    """The point of VkD: P P^T = I keeps the Gram matrix of centred rows, so all distances and angles."""
+    projector = random_projector(widths, method).eval()
+    student, target = make_rows(widths, shape=(2, 9), seed=5)
+    projected, _ = projector(student, target)
+    rows, projected = double(student.flatten(0, 1)), double(projected.flatten(0, 1))
+    rows, projected = rows - rows.mean(0), projected - projected.mean(0)
+    gain = double(projector.gain)
+    assert gain != pytest.approx(1, abs=0.01)
+    np.testing.assert_allclose(projected @ projected.T, gain**2 * rows @ rows.T, atol=1e-4)
+
+
+@METHODS
+def test_target_similarities_are_kept_for_a_wider_student(method):
+    projector = random_projector((6, 3), method).eval()
+    student, target = make_rows((6, 3), shape=(2, 9), seed=5)
+    projected, wanted = projector(student, target)
+    centred = [double(rows.flatten(0, 1)) for rows in (student, projected, target, wanted)]
+    student, projected, target, wanted = (rows - rows.mean(0) for rows in centred)
+    np.testing.assert_allclose(projected, double(projector.gain) * student, atol=1e-5)  # no student direction is lost
+    np.testing.assert_allclose(wanted @ wanted.T, target @ target.T, atol=1e-5)
+
+
+@METHODS
+@WIDTHS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_result_is_float32_in_any_precision(method, widths, dtype):
+    projector = random_projector(widths, method).eval()
+    student, target = (rows.to(dtype) for rows in make_rows(widths))
+    expected = projector(student.float(), target.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = projector(student, target)
+    for value, wanted in zip(actual, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, wanted)  # not one product in bfloat16
+
+
+@METHODS
+@WIDTHS
+def test_gradients_reach_student_and_parameters_never_the_target(method, widths):
+    projector = random_projector(widths, method)
+    student, target = (rows.requires_grad_() for rows in make_rows(widths))
+    projected, wanted = projector(student, target)
+    # P is trained on the target's side for a wider student; everything else there is cut off
+    assert wanted.requires_grad == (projector.is_learned and widths[0] > widths[1])
+    upstream = torch.randn_like(projected)
+    (projected * upstream).sum().backward()
+    assert target.grad is None
+    # dL/dS = g dL/dY P^T: neither amplified nor hidden in some direction
+    expected = double(projector.gain) * double(upstream)
+    if widths[0] <= widths[1]:
+        expected = expected @ double(projector.matrix()).T
+    np.testing.assert_allclose(double(student.grad), expected, atol=1e-5)
+    if method in ("solved", "fixed"):
+        assert not list(projector.parameters())
+        assert not any(value.requires_grad for value in projector.buffers())
+    else:
+        assert sorted(dict(projector.named_parameters())) == ["bias", "gain", "tangent"]
+        for name, parameter in projector.named_parameters():
+            # a wider student is not multiplied by P; there the target is
+            is_reached = name != "tangent" or widths[0] <= widths[1]
+            assert (parameter.grad is not None and parameter.grad.abs().max() > 1e-3) == is_reached, name
+
+
+@LEARNED
+@WIDTHS
+@pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
+def test_the_feature_loss_trains_every_parameter(method, widths, kind):
+    """For a wider student P stands on the target's side of the loss and has to be trained there."""
+    projector = OrthogonalProjector(*widths, method=method).train()
+    student, target = (rows.requires_grad_() for rows in make_rows(widths))
+    feature_loss(*projector(student, target), kind).backward()
+    assert target.grad is None
+    assert student.grad.abs().max() > 0
+    for name, parameter in projector.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 1e-3, name
+
+
+@LEARNED
+@WIDTHS
+def test_learned_projector_learns_a_planted_matrix(method, widths):
+    generator = np.random.default_rng(0)
+    skew = 0.4 * generator.standard_normal((max(widths), max(widths)))
+    planted = torch.from_numpy(scipy.linalg.expm(skew - skew.T)[: min(widths)]).float()
+    rows = torch.randn(4, 64, min(widths))
+    student, target = (rows, rows @ planted) if widths[0] <= widths[1] else (rows @ planted, rows)
+    projector = OrthogonalProjector(*widths, method=method).train()
+    optimizer = torch.optim.Adam(projector.parameters(), lr=0.03)
+    losses = []
+    for _ in range(250):
+        projected, wanted = projector(student, target)
+        loss = (projected - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.1
+    assert losses[-1] < 1e-4 * losses[0]
+    torch.testing.assert_close(projector.matrix().detach(), planted, rtol=0, atol=0.02)
+
+
+# OrthogonalProjector: closed forms
+
+
+def planted_problem(widths, seed=0, count=400):
+    """Rows that one rotation, gain and pair of means bring together without any remainder."""
+    generator = torch.Generator().manual_seed(seed)
+    narrow, wide = min(widths), max(widths)
+    planted = random_orthonormal(narrow, wide, seed=11)
+    scales = torch.linspace(0.5, 2.0, narrow)
+    narrow_rows = torch.randn(4, count // 4, narrow, generator=generator) * scales
+    gain = 1.7
+    if widths[0] <= widths[1]:
+        student, target = narrow_rows + 3.0, gain * narrow_rows @ planted - 2.0
+    else:
+        student, target = narrow_rows @ planted / gain + 3.0, narrow_rows - 2.0
+    return student, target, planted, gain
+
+
+@WIDTHS
+def test_solved_projector_recovers_a_planted_rotation_gain_and_means(widths):
+    student, target, planted, gain = planted_problem(widths)
+    projector = OrthogonalProjector(*widths).train()
+    projector(student, target)
+    projector.initialize()
+    torch.testing.assert_close(projector.matrix(), planted, rtol=0, atol=1e-4)
+    assert projector.gain.item() == pytest.approx(gain, rel=1e-4)
+    np.testing.assert_allclose(double(projector.statistics.student_mean), double(student).mean((0, 1)), atol=1e-4)
+    np.testing.assert_allclose(double(projector.statistics.target_mean), double(target).mean((0, 1)), atol=1e-4)
+    projected, wanted = projector.eval()(student, target)
+    torch.testing.assert_close(projected, wanted, rtol=0, atol=1e-3)
+    # for rows that it has not seen as well
+    projected, wanted = projector(*planted_problem(widths, seed=1)[:2])
+    torch.testing.assert_close(projected, wanted, rtol=0, atol=1e-3)
+
+
+@WIDTHS
+def test_solved_projector_recovers_over_running_steps(widths):
+    projector = OrthogonalProjector(*widths, momentum=0.9, refresh_every_steps=5).train()
+    for step in range(1, 11):
+        student, target, planted, gain = planted_problem(widths, seed=step)
+        projector(student, target)
+        projector.after_step(step)
+    torch.testing.assert_close(projector.matrix(), planted, rtol=0, atol=1e-4)
+    assert projector.gain.item() == pytest.approx(gain, rel=1e-4)
+
+
+@METHODS
+@WIDTHS
+def test_initialize_equals_a_float64_least_squares_solution(method, widths):
+    """Several batches; `fixed` keeps its P and takes the best gain and means, the others take the best P as well."""
+    narrow, wide = min(widths), max(widths)
+    given = random_orthonormal(narrow, wide, seed=2)
+    projector = OrthogonalProjector(*widths, method=method, start=given if method == "fixed" else "procrustes").train()
+    batches = [make_rows(widths, seed=seed, shape=(seed + 1, 20)) for seed in range(3)]
+    for batch in batches:
+        projector(*batch)
+    projector.initialize()
+
+    student, target = (np.concatenate([double(batch[i].flatten(0, 1)) for batch in batches]) for i in (0, 1))
+    s, t = student - student.mean(0), target - target.mean(0)
+    cross = s.T @ t if widths[0] <= widths[1] else t.T @ s
+    if method == "fixed":
+        matrix = double(given)
+    else:
+        left, _, right = np.linalg.svd(cross, full_matrices=False)
+        matrix = left @ right
+    gain = (matrix * cross).sum() / np.square(s).sum()
+    np.testing.assert_allclose(double(projector.matrix()), matrix, atol=1e-4)
+    assert projector.gain.item() == pytest.approx(gain, rel=1e-4)
+    residual = gain * s @ matrix - t if widths[0] <= widths[1] else gain * s - t @ matrix
+    projected, wanted = projector.eval()(*(torch.from_numpy(rows).float()[None] for rows in (student, target)))
+    np.testing.assert_allclose(double(projected - wanted)[0], residual, atol=1e-3)
+
+
+@METHODS
+@WIDTHS
+def test_closed_form_gain_and_means_are_optimal(method, widths):
+    projector = OrthogonalProjector(*widths, method=method, start="procrustes").train()
+    student, target = make_rows(widths)
+    projector(student, target)
+    projector.initialize()
+    projected, wanted = (double(rows) for rows in projector.eval()(student, target))
+
+    def error(factor, shift):
+        return np.square(factor * projected + shift - wanted).mean()
+
+    centre = (projected - wanted).mean((0, 1))
+    np.testing.assert_allclose(centre, np.zeros(max(widths)), atol=1e-5)
+    mean = projected.mean((0, 1))
+    for factor in (0.97, 1.03):
+        assert error(factor, (1 - factor) * mean) > error(1, 0)
+    for channel in np.eye(max(widths)):
+        assert error(1, 0.05 * channel) > error(1, 0)
+        assert error(1, -0.05 * channel) > error(1, 0)
+
+
+@LEARNED
+@WIDTHS
+def test_learned_from_procrustes_starts_as_solved(method, widths):
+    learned = OrthogonalProjector(*widths, method=method, start="procrustes").train()
+    solved = OrthogonalProjector(*widths).train()
+    for seed in range(2):
+        learned(*make_rows(widths, seed=seed))
+        solved(*make_rows(widths, seed=seed))
+    learned.initialize()
+    solved.initialize()
+    torch.testing.assert_close(learned.matrix().detach(), solved.matrix(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(learned.gain.detach(), solved.gain)
+    batch = make_rows(widths, seed=9)
+    (projected, wanted), (solved_projected, solved_wanted) = learned(*batch), solved(*batch)
+    torch.testing.assert_close((projected - wanted).detach(), solved_projected - solved_wanted, rtol=0, atol=1e-5)
+
+
+@LEARNED
+def test_initialize_leaves_a_learned_projector_with_a_given_start_alone(method):
+    projector = OrthogonalProjector(3, 6, method=method, start=random_orthonormal(3, 6)).train()
+    before = state_of(projector)
+    projector(*make_rows((3, 6)))
+    projector.initialize()
+    projector.after_step(10)
+    assert_same_state(state_of(projector), before)
+
+
+@LEARNED
+def test_learned_projector_accumulates_only_until_it_is_initialized(method):
+    projector = OrthogonalProjector(3, 6, method=method, start="procrustes").train()
+    projector(*make_rows((3, 6)))
+    assert projector.statistics.sums[0] == 8 * 16  # rows
+    projector.initialize()
+    before = state_of(projector)
+    projector(*make_rows((3, 6), seed=1))
+    projector.after_step(10)
+    assert projector.statistics.sums.abs().max() == 0
+    assert_same_state(state_of(projector), before)
+
+
+@pytest.mark.parametrize("call", ["initialize", "after_step"])
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [("solved", "identity"), ("fixed", "identity"), ("cayley", "procrustes"), ("matrix_exp", "procrustes")],
+)
+def test_without_rows_the_start_stays(method, start, call):
+    """A refusal in words would do as well; a gain of 0 that silently cuts the student off would not."""
+    projector = OrthogonalProjector(3, 6, method=method, start=start).train()
+    before = state_of(projector)
+    with suppress(ValueError, RuntimeError):
+        projector.initialize() if call == "initialize" else projector.after_step(10)
+    assert_same_state(state_of(projector), before)
+
+
+def test_initialize_forgets_what_came_before():
+    """Rows seen up to `initialize` count as the first step of the running statistics, in full."""
+    projector = OrthogonalProjector(3, 6, momentum=0.9).train()
+    projector(*make_rows((3, 6), seed=1))
+    projector.after_step(1)
+    student, target = make_rows((3, 6), seed=2)
+    projector(student + 1, target)
+    projector.initialize()
+    reference = ReferenceStatistics(0.9)
+    reference.add((student + 1).flatten(0, 1), target.flatten(0, 1))
+    assert_statistics(projector.statistics, reference.moments(), 1e-5)
+    student, target = make_rows((3, 6), seed=3)
+    projector(student, target)
+    projector.after_step(1)
+    reference.add(student.flatten(0, 1), target.flatten(0, 1))
+    assert_statistics(projector.statistics, reference.moments(), 1e-5)
+
+
+def test_solved_matrix_is_refreshed_when_due_and_the_gain_at_every_step():
+    projector = OrthogonalProjector(3, 6, refresh_every_steps=3).train()
+    matrices, gains = [projector.matrix().clone()], [projector.gain.item()]
+    for step in range(1, 8):
+        projector(*make_rows((3, 6), seed=step))
+        projector.after_step(step)
+        matrices.append(projector.matrix().clone())
+        gains.append(projector.gain.item())
+    changed = [step for step in range(1, 8) if not torch.equal(matrices[step], matrices[step - 1])]
+    assert changed == [1, 3, 6]  # after the first step, then at every multiple
+    assert all(gains[step] != gains[step - 1] for step in range(1, 8))
+
+
+def test_fixed_matrix_never_changes():
+    start = random_orthonormal(3, 6, seed=2)
+    projector = OrthogonalProjector(3, 6, method="fixed", start=start, refresh_every_steps=1).train()
+    for step in range(1, 4):
+        projector(*make_rows((3, 6), seed=step))
+        projector.after_step(step)
+        assert torch.equal(projector.matrix(), start)
+    assert projector.gain != 1
+
+
+@METHODS
+def test_evaluation_accumulates_nothing(method):
+    projector = random_projector((3, 6), method).eval()
+    before, sums = state_of(projector), projector.statistics.sums.clone()
+    projected, wanted = projector(*make_rows((3, 6), seed=7))
+    assert torch.equal(projector.statistics.sums, sums)
+    assert_same_state(state_of(projector), before)
+    training_projected, training_wanted = projector.train()(*make_rows((3, 6), seed=7))
+    assert torch.equal(projected, training_projected)  # the rows count from the next step on
+    assert torch.equal(wanted, training_wanted)
+    assert (projector.statistics.sums[0] == 8 * 16) == (method in ("solved", "fixed"))
+
+
+# Saving and resuming
+
+
+def train_steps(projector, backbone, steps):
+    losses = []
+    for step in steps:
+        student, target = make_rows((projector.student_channels, projector.target_channels), seed=step)
+        projected, wanted = projector(backbone(student), target)
+        loss = (projected - wanted).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in (*backbone.parameters(), *projector.parameters()):
+                parameter -= 0.05 * parameter.grad
+                parameter.grad = None
+        projector.after_step(step)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("method", "start"),
+    [
+        ("solved", "identity"),
+        ("fixed", "identity"),
+        ("cayley", "identity"),
+        ("matrix_exp", "identity"),
+        ("cayley", "procrustes"),
+        ("fixed", "procrustes"),
+    ],
+)
+@WIDTHS
+def test_resumed_run_equals_the_straight_one(method, start, widths):
+    def make():
+        projector = OrthogonalProjector(*widths, method=method, start=start, momentum=0.8, refresh_every_steps=3)
+        return projector.train(), nn.Linear(widths[0], widths[0])
+
+    projector, backbone = make()
+    projector(backbone(make_rows(widths)[0]), make_rows(widths)[1])
+    projector.initialize()
+    train_steps(projector, backbone, range(1, 5))
+    file = io.BytesIO()
+    torch.save([projector.state_dict(), backbone.state_dict()], file)
+    straight = train_steps(projector, backbone, range(5, 10))
+
+    file.seek(0)
+    resumed_projector, resumed_backbone = make()
+    for module, state in zip((resumed_projector, resumed_backbone), torch.load(file), strict=True):
+        module.load_state_dict(state)
+    assert train_steps(resumed_projector, resumed_backbone, range(5, 10)) == straight
+    assert_same_state(state_of(resumed_projector), state_of(projector))
+
+
+@LEARNED
+def test_resumed_learned_projector_accumulates_nothing(method):
+    """It was initialized before it was saved; on resuming there is nothing left to collect, at every step, for."""
+    projector = OrthogonalProjector(3, 6, method=method, start="procrustes").train()
+    projector(*make_rows((3, 6)))
+    projector.initialize()
+    resumed = OrthogonalProjector(3, 6, method=method, start="procrustes").train()
+    resumed.load_state_dict(projector.state_dict())
+    resumed(*make_rows((3, 6), seed=1))
+    assert resumed.statistics.sums.abs().max() == 0
+
+
+# Errors
+
+
+@pytest.mark.parametrize("projector", [OrthogonalProjector, LinearProjector, IdentityProjector])
+@pytest.mark.parametrize("widths", [(0, 4), (4, 0), (-1, -1)])
+def test_no_channels(projector, widths):
+    with pytest.raises(ValueError, match="at least 1 channel"):
+        projector(*widths)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "householder"}, "householder"),
+        ({"refresh_every_steps": 0}, "refresh_every_steps must be at least 1, not 0"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"start": torch.eye(6, 3)}, "3 x 6 matrix with orthonormal rows"),
+        ({"start": 1.01 * torch.eye(3, 6)}, "3 x 6 matrix with orthonormal rows"),
+        ({"start": torch.zeros(3, 6)}, "3 x 6 matrix with orthonormal rows"),
+        ({"start": "principal"}, "principal"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_orthogonal_projector_refuses(options, message):
+    with pytest.raises(REFUSED, match=message):
+        OrthogonalProjector(3, 6, **options)
+
+
+@pytest.mark.parametrize(
+    "projector",
+    [
+        OrthogonalProjector(4, 4),
+        OrthogonalProjector(4, 4, method="cayley"),
+        LinearProjector(4, 4),
+        IdentityProjector(4, 4),
+    ],
+    ids=["solved", "cayley", "linear", "identity"],
+)
+@pytest.mark.parametrize(
+    ("student", "target"),
+    [((2, 9, 3), (2, 9, 4)), ((2, 9, 4), (2, 9, 3)), ((2, 9, 4), (2, 8, 4)), ((2, 9, 4), (1, 9, 4))],
+)
+def test_rows_that_do_not_fit(projector, student, target):
+    with pytest.raises(REFUSED):
+        projector(torch.zeros(student), torch.zeros(target))
+
+
+def test_rows_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"expected student rows \[\.\.\., 3\].*got \[2, 9, 4\] and \[2, 9, 6\]"):
+        OrthogonalProjector(3, 6)(torch.zeros(2, 9, 4), torch.zeros(2, 9, 6))
+
+
+def test_identity_projector_needs_equal_widths():
+    with pytest.raises(ValueError, match="equal widths, not 3 and 6"):
+        IdentityProjector(3, 6)
+
+
+# The baselines
+
+
+def test_linear_projector_is_a_1x1_convolution():
+    """FitNets' regressor."""
+    projector = LinearProjector(3, 6)
+    feature = torch.randn(2, 3, 4, 4)
+    target = torch.randn(2, 16, 6)
+    weight, bias = projector.linear.weight, projector.linear.bias
+    expected = nn.functional.conv2d(feature, weight[:, :, None, None], bias)
+    projected, wanted = projector(feature.flatten(2).transpose(1, 2), target)
+    torch.testing.assert_close(projected, expected.flatten(2).transpose(1, 2))
+    assert torch.equal(wanted, target)
+
+
+def test_identity_projector_changes_nothing():
+    student, target = make_rows((4, 4))
+    projected, wanted = IdentityProjector(4, 4)(student, target)
+    assert torch.equal(projected, student)
+    assert torch.equal(wanted, target)
+    assert not list(IdentityProjector(4, 4).parameters())
+
+
+@pytest.mark.parametrize("make", [LinearProjector, IdentityProjector])
+def test_baselines_route_gradients_to_the_student_only(make):
+    projector = make(4, 4)
+    student, target = (rows.requires_grad_() for rows in make_rows((4, 4)))
+    projected, wanted = projector(student, target)
+    (projected - wanted).square().mean().backward()
+    assert student.grad.abs().max() > 0
+    assert target.grad is None
+    assert all(parameter.grad.abs().max() > 0 for parameter in projector.parameters())
+
+
+# parameter_groups
+
+
+def test_projectors_are_not_decayed():
+    network = nn.Linear(4, 4)
+    projectors = [
+        OrthogonalProjector(4, 8, method="cayley"),
+        OrthogonalProjector(4, 8),
+        LinearProjector(4, 8),
+        IdentityProjector(4, 4),
+    ]
+    with torch.no_grad():
+        projectors[0].tangent.normal_()
+    groups = parameter_groups(network, iter(projectors), 0.5)
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert list(map(id, groups[0]["params"])) == list(map(id, network.parameters()))
+    expected = [*projectors[0].parameters(), *projectors[2].parameters()]
+    assert len(expected) == 5
+    assert list(map(id, groups[1]["params"])) == list(map(id, expected))
+
+    before = [parameter.detach().clone() for parameter in (*network.parameters(), *expected)]
+    for parameter in (*network.parameters(), *expected):
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.AdamW(groups, lr=0.1, weight_decay=0.3).step()
+    for old, new in zip(before[:2], network.parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), 0.95 * old)  # 1 - lr * weight_decay
+    for old, new in zip(before[2:], expected, strict=True):
+        assert torch.equal(new.detach(), old)
+
+
+@pytest.mark.parametrize("projectors", [[], [OrthogonalProjector(4, 8)], [IdentityProjector(4, 4)]])
+def test_projectors_without_parameters_make_no_group(projectors):
+    groups = parameter_groups(nn.Linear(4, 4), projectors, 0.1)
+    assert len(groups) == 1
+    torch.optim.AdamW(groups)
+
+
+def test_a_step_with_a_non_finite_feature_leaves_the_averages_alone():
+    projector = OrthogonalProjector(3, 5, refresh_every_steps=1)
+    projector(torch.randn(4, 9, 3), torch.randn(4, 9, 5))
+    projector.after_step(1)
+    before = {name: value.clone() for name, value in projector.state_dict().items()}
+    poisoned = torch.randn(4, 9, 3)
+    poisoned[1, 2, 0] = float("nan")
+    projector(poisoned, torch.randn(4, 9, 5))
+    projector.after_step(2)
+    for name, value in projector.state_dict().items():
+        torch.testing.assert_close(value, before[name])
