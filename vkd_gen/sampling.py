@@ -38,7 +38,7 @@ def sample_images(
     CPU, whatever the device.
 
     Args:
-        unet: an unconditional `UNet2DModel`; its training mode is restored afterwards.
+        unet: an unconditional `UNet2DModel`, float32; its training mode is restored afterwards.
         noise_scheduler: the schedule that it was trained with.
         seeds: one per image.
         num_inference_steps: network evaluations per image, at least 1.

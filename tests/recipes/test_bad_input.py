@@ -82,7 +82,7 @@ def file_at(tmp):
 # What is wrong, the flags that a function of the test's folder gives, and words that the message must have.
 STUDENT_MISTAKES = {
     "unknown preset": (lambda tmp: ["--preset", "digit"], "no preset 'digit'.*digits"),
-    "unknown flag": (lambda tmp: ["--max_train_step", 3], "max_train_step"),
+    "unknown flag": (lambda tmp: ["--max_train_step", 3], "max.train.step"),
     "unknown method": (lambda tmp: ["--method", "kd"], "--method.*vkd"),
     "not a number": (lambda tmp: ["--max_train_steps", "many"], "max-train-steps.*many"),
     "flag without value": (lambda tmp: ["--seed"], "seed"),
@@ -112,7 +112,10 @@ STUDENT_MISTAKES = {
         lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_condition_unet())],
         "UNet2DConditionModel|cannot load",
     ),
-    "teacher of latents": (lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(in_channels=4))], "1 or 3 chan"),
+    "teacher of latents": (
+        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(in_channels=4))],
+        "1 or 3 chan|grey images",
+    ),
     "zero terminal SNR": (
         lambda tmp: ["--teacher", teacher_without_signal(tmp), "--student_prediction_type", "sample"],
         "zero terminal SNR",

