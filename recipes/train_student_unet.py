@@ -29,14 +29,14 @@ from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
 from vkd_gen.training.command_line import run_recipe
-from vkd_gen.training.export import export_pipeline, model_card, upload
-from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator
+from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
 from vkd_gen.training.models import load_teacher
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.previews import save_sample_grid
 from vkd_gen.training.run_folder import RunFolder, write_json
 
-ASSETS = Path(__file__).parent / "assets"
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,10 @@ class StudentConfig:
         """Check what can be checked without loading anything."""
         if not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
-        for name in ("calibration_samples", "num_timestep_bins", "num_score_samples", "projector_refresh_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        least = {"calibration_samples": 1, "num_timestep_bins": 1, "num_score_samples": 2, "projector_refresh_steps": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -134,9 +135,9 @@ METHODS: dict[str, dict[str, Any]] = {
 """What each --method stands for; `output_weight` is 1 where it is not named."""
 
 DIGITS = StudentConfig(
-    teacher=str(ASSETS / "digits-teacher"),
+    teacher="recipes/assets/digits-teacher",
     dataset="digits",
-    feature_network=str(ASSETS / "digits-features.safetensors"),
+    feature_network="recipes/assets/digits-features.safetensors",
     training=TrainingOptions(
         output_dir="runs/digits", max_train_steps=1000, learning_rate=2e-3, preview_every_steps=250
     ),
@@ -144,9 +145,9 @@ DIGITS = StudentConfig(
 MNIST = replace(
     DIGITS,
     preset="mnist",
-    teacher=str(ASSETS / "mnist-teacher"),
+    teacher="recipes/assets/mnist-teacher",
     dataset="mnist",
-    feature_network=str(ASSETS / "mnist-features.safetensors"),
+    feature_network="recipes/assets/mnist-features.safetensors",
     training=replace(DIGITS.training, output_dir="runs/mnist", train_batch_size=64),
 )
 CIFAR10 = replace(
@@ -189,7 +190,17 @@ def resolve(config: StudentConfig) -> StudentConfig:
             "--feature_normalization and --feature_loss too, or choose --method vkd"
         )
     loss_weights(config, 0)
+    if not config.feature_weight and (config.layer_pairs or config.projector or config.feature_normalization):
+        raise ValueError(
+            f"--method {config.method} has no feature loss for --layer_pairs, --projector or --feature_normalization "
+            "to act on; choose another --method, or set --feature_weight"
+        )
     return config
+
+
+def find(path: str) -> str:
+    """A file or folder of this repository, from wherever the recipe is started; anything else as it is."""
+    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
 
 
 def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics):
@@ -258,10 +269,17 @@ def build_projected_student(
         return vkd.ProjectedStudent(student)
 
     def draws(num_draws: int) -> Iterator[dict[str, Tensor]]:
-        return fixed_batches(images, noise_scheduler, seed=config.training.seed, num_draws=num_draws, device=device)
+        return fixed_batches(
+            images,
+            noise_scheduler,
+            seed=config.training.seed,
+            num_draws=num_draws,
+            batch_size=config.training.eval_batch_size,
+            device=device,
+        )
 
     saved = folder.path / "calibration.safetensors"
-    if saved.exists() and config.training.resume_from_checkpoint:
+    if saved.exists() and folder.resume_point(config.training.resume_from_checkpoint):
         statistics = vkd.load_statistics(saved)
     else:
         statistics = vkd.calibrate(
@@ -282,11 +300,11 @@ def main(config: StudentConfig) -> None:
     uses_features = config.feature_weight > 0
     accelerator = make_accelerator(
         options,
-        # What the loss does not reach in some step: the output layer, or learned projectors once their weight is 0.
-        find_unused_parameters=not (config.denoising_weight or config.output_weight) or config.feature_decay_start < 1,
+        # A loss of features alone does not reach the output layer.
+        find_unused_parameters=not (config.denoising_weight or config.output_weight),
     )
 
-    teacher_unet, teacher_scheduler = load_teacher(config.teacher)
+    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(find(config.teacher))
     if config.resolution is not None:
         teacher_unet.register_to_config(sample_size=config.resolution)
     student = vkd.build_student(
@@ -300,6 +318,11 @@ def main(config: StudentConfig) -> None:
     )
     check_convertible(noise_scheduler, prediction_type, prediction_type_of(noise_scheduler))
     pairs = pair_named_or_all(config, student, teacher_unet) if uses_features else []
+    schedule = noise_scheduler.config
+    accelerator.print(
+        f"schedule: {schedule.num_train_timesteps} steps, {schedule.beta_schedule}; the teacher predicts "
+        f"{prediction_type}, the student {schedule.prediction_type} (from {schedule_origin})"
+    )
     accelerator.print(describe_models(teacher_unet, student))
     accelerator.print(f"{len(inherited)} of {len(student.state_dict())} weight tensors inherited from the teacher")
     if config.dry_run:
@@ -308,7 +331,7 @@ def main(config: StudentConfig) -> None:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
 
-    feature_network = load_feature_network(Path(config.feature_network)) if config.feature_network else None
+    feature_network = load_feature_network(Path(find(config.feature_network))) if config.feature_network else None
     if feature_network and student.config.in_channels != 1:
         raise ValueError("--feature_network scores grey images; leave it out for a teacher of colours")
     images, held_out = load_images(
@@ -318,8 +341,11 @@ def main(config: StudentConfig) -> None:
         image_column=config.image_column,
     )
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    facts = {**flat_config(config), **run_facts(accelerator, images)}
+    folder.check(facts, options.resume_from_checkpoint)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.start(flat_config(config))
+        folder.start(facts)
     accelerator.wait_for_everyone()
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -362,6 +388,11 @@ def main(config: StudentConfig) -> None:
 
     student = run.finish()
     if accelerator.is_main_process:
+        title = f"{folder.path.name} student"
+        card = {"teacher": config.teacher, "method": config.method, "steps": run.step, "seed": options.seed}
+        card |= {"training": run.cost()}
+        # Exported before it is scored, so that nothing which fails from here on can lose it.
+        export_pipeline(student, noise_scheduler, folder.path / "pipeline", model_card(title, card, "", config.dataset))
         results, samples = compare_to_teacher(
             student,
             noise_scheduler,
@@ -371,12 +402,11 @@ def main(config: StudentConfig) -> None:
             held_out=held_out,
             feature_network=feature_network,
             num_score_samples=config.num_score_samples,
+            batch_size=options.eval_batch_size,
         )
         write_json(folder.path / "results.json", results)
         save_sample_grid(samples, folder.path / "samples.png")
-        facts = {"teacher": config.teacher, "method": config.method, "steps": run.step, "seed": options.seed}
-        card = model_card(f"{folder.path.name} student", facts, markdown_table(results), config.dataset)
-        export_pipeline(student, noise_scheduler, folder.path / "pipeline", card)
+        write_model_card(folder.path / "pipeline", model_card(title, card, markdown_table(results), config.dataset))
         print_table(results)
         print(f"student: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
         if options.push_to_hub:

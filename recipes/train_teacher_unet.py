@@ -3,6 +3,7 @@
 accelerate launch recipes/train_teacher_unet.py --preset digits --output_dir runs/digits-teacher
 """
 
+import json
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,8 +16,8 @@ from vkd_gen.evaluation.cost import count_parameters
 from vkd_gen.losses import prediction_loss
 from vkd_gen.sampling import sample_images
 from vkd_gen.training.command_line import run_recipe
-from vkd_gen.training.export import export_pipeline, model_card
-from vkd_gen.training.loop import TrainingRun, make_accelerator
+from vkd_gen.training.export import export_pipeline, model_card, upload
+from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.previews import save_sample_grid, to_uint8
 from vkd_gen.training.run_folder import RunFolder
@@ -140,13 +141,17 @@ def main(config: TeacherConfig) -> None:
     unet = build_unet(config)
     accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters")
     if config.dry_run:
+        accelerator.print(json.dumps(flat_config(config), indent=2))
         return
     images, held_out = load_images(
         config.dataset, resolution=config.resolution, channels=config.channels, image_column=config.image_column
     )
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    facts = {**flat_config(config), **run_facts(accelerator, images)}
+    folder.check(facts, options.resume_from_checkpoint)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.start(flat_config(config))
+        folder.start(facts)
     accelerator.wait_for_everyone()
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -172,18 +177,25 @@ def main(config: TeacherConfig) -> None:
 
     unet = run.finish()
     if accelerator.is_main_process:
-        samples = sample_images(unet, noise_scheduler, range(32))
-        save_sample_grid(
-            {"teacher": samples, "held-out images": to_uint8(held_out.stack(32))}, folder.path / "samples.png"
-        )
         card = model_card(
             f"{config.preset} teacher",
-            {"parameters": f"{count_parameters(unet):,}", "steps": options.max_train_steps, "seed": options.seed},
+            {
+                "parameters": f"{count_parameters(unet):,}",
+                "steps": run.step,
+                "seed": options.seed,
+                "training": run.cost(),
+            },
             results="",
             data=config.dataset,
         )
         export_pipeline(unet, noise_scheduler, folder.path / "pipeline", card)
+        samples = sample_images(unet, noise_scheduler, range(32), batch_size=options.eval_batch_size)
+        save_sample_grid(
+            {"teacher": samples, "held-out images": to_uint8(held_out.stack(32))}, folder.path / "samples.png"
+        )
         print(f"teacher: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
+        if options.push_to_hub:
+            print(f"uploaded: {upload(folder.path / 'pipeline', options.hub_model_id)}")
 
 
 if __name__ == "__main__":

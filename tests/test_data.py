@@ -559,3 +559,13 @@ def test_images_can_be_sent_to_workers(kind, request, tmp_path):
     train, _ = load(source, resolution=resolution)
     draws = TrainingDraws(train, seed=1)
     assert_same_draw(pickle.loads(pickle.dumps(draws))[3], draws[3])
+
+
+def test_folder_of_images_with_a_test_folder(tmp_path):
+    for part, level in (("train", 10), ("test", 200)):
+        (tmp_path / part).mkdir()
+        for number in range(3):
+            grey(level).save(tmp_path / part / f"test-{number}.png")
+    train, held_out = load(str(tmp_path), channels=1)
+    assert set(grey_levels(train)) == {10}
+    assert set(grey_levels(held_out)) == {200}

@@ -10,10 +10,11 @@ from vkd_gen.features import FeatureCapture
 from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
 from vkd_gen.pairing import LayerPair, pair_layers
 from vkd_gen.projectors import IdentityProjector, LinearProjector, OrthogonalProjector, parameter_groups
-from vkd_gen.students import build_student, copy_matching_weights
+from vkd_gen.students import REDUCTIONS, Reduction, build_student, copy_matching_weights
 from vkd_gen.version import __version__ as __version__
 
 __all__ = [
+    "REDUCTIONS",
     "FeatureCapture",
     "FeatureNormalizer",
     "FeatureStatistics",
@@ -24,6 +25,7 @@ __all__ = [
     "LossWeights",
     "OrthogonalProjector",
     "ProjectedStudent",
+    "Reduction",
     "build_student",
     "calibrate",
     "copy_matching_weights",

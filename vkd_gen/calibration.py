@@ -4,6 +4,7 @@ The teacher does not change, so neither do its statistics: no running averages, 
 B batch, N positions, C channels, M timestep bins.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ def save_statistics(statistics: Mapping[str, FeatureStatistics], path: Path) -> 
         for layer, entry in statistics.items()
         for name, value in vars(entry).items()
     }
-    save_file(tensors, path)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
 
 
 def load_statistics(path: Path) -> dict[str, FeatureStatistics]:

@@ -126,7 +126,7 @@ def _readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
         tables = (
             [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TABLE_SUFFIXES]
         )
-        return _table_readers(path, tables, image_column) if tables else {"train": _folder_reader(path)}
+        return _table_readers(path, tables, image_column) if tables else _folder_readers(path)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
     return _hub_readers(source, image_column)
@@ -158,13 +158,24 @@ def embedded_pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"the data set {name!r} comes with the package {package}: pip install {package}") from error
 
 
-def _folder_reader(folder: Path) -> Reader:
+def _folder_readers(folder: Path) -> Mapping[str, Reader]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     for file in files:  # the header alone: fast, and finds what is no image before the training starts
         _open_image(file).close()
-    return partial(_read_file, files), len(files)
+    # Names of folders alone: an image that is called test.png may well be one to train on.
+    splits = _by_split(files, [file.relative_to(folder).parts[:-1] for file in files])
+    return {split: (partial(_read_file, files), len(files)) for split, files in splits.items()}
+
+
+def _by_split(files: list[Path], names: list[tuple[str, ...]]) -> dict[str, list[Path]]:
+    """Files by split, told from their names: test-00000-of-00001, validation, default/test/0000; all else is train."""
+    splits: dict[str, list[Path]] = {}
+    for file, parts in zip(files, names, strict=True):
+        is_test = any(re.match(r"(test|val|valid|validation)(?![a-z])", part, re.IGNORECASE) for part in parts)
+        splits.setdefault("test" if is_test else "train", []).append(file)
+    return splits if "train" in splits else {"train": files}
 
 
 def _read_file(files: list[Path], index: int) -> Image.Image:
@@ -195,16 +206,12 @@ def _datasets():
 
 def _table_readers(source: Path, files: list[Path], image_column: str | None) -> Mapping[str, Reader]:
     datasets = _datasets()
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        # test-00000-of-00001.parquet, validation.parquet, default/test/0000.parquet, test/data-00000-of-00001.arrow
-        parts = file.relative_to(source).with_suffix("").parts if len(files) > 1 else ()
-        is_test = any(re.match(r"(test|val|valid|validation)(?![a-z])", part, re.IGNORECASE) for part in parts)
-        split = "test" if is_test else "train"
-        splits.setdefault(split, []).append(str(file))
+    root = source if source.is_dir() else source.parent
+    splits = _by_split(files, [(*file.relative_to(root).parts[:-1], file.stem) for file in files])
     try:
         kind = TABLE_SUFFIXES[files[0].suffix.lower()]
-        tables = datasets.load_dataset(kind, data_files=splits)
+        data_files = {split: [str(file) for file in found] for split, found in splits.items()}
+        tables = datasets.load_dataset(kind, data_files=data_files)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
         raise ValueError(f"cannot read {files[0]}: {_one_line(error)}") from error
     return {split: _table_reader(table, image_column, str(files[0].parent)) for split, table in tables.items()}

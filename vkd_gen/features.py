@@ -137,8 +137,8 @@ def feature_shapes(unet: ModelMixin, layers: Iterable[str]) -> dict[str, tuple[i
         ValueError: for an unknown layer name, or if the sample size does not fit the number of stages.
     """
     layers = check_layers(unet, layers)
+    copy = copy_without_weights(unet)
     with torch.device("meta"):
-        copy = type(unet).from_config(dict(unet.config))
         capture = FeatureCapture(copy, layers)
         capture.start()
         try:
@@ -148,6 +148,14 @@ def feature_shapes(unet: ModelMixin, layers: Iterable[str]) -> dict[str, tuple[i
             size = unet.config.sample_size
             raise ValueError(f"{type(unet).__name__} cannot take a sample of size {size}: {error}") from error
         return {layer: tuple(feature.shape[1:]) for layer, feature in capture.stop().items()}
+
+
+def copy_without_weights(unet: ModelMixin) -> ModelMixin:
+    """The same UNet on the meta device: it has shapes, but neither weights nor memory."""
+    # diffusers' private notes say, for one, which entries to reset to their defaults.
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        return type(unet).from_config(config)
 
 
 def example_inputs(unet: ModelMixin) -> dict[str, Any]:

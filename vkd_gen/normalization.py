@@ -138,7 +138,7 @@ class FeatureNormalizer(nn.Module):
         center: minus the timestep bin's mean, all channels divided by one number: mean variance 1, geometry kept.
         standardize: minus the bin's mean, each channel to variance 1.
         whiten: minus the bin's mean, then `whitening_matrix`; keeps `rank` directions.
-        batch_whiten: `whiten_batch`, by the batch's own statistics.
+        batch_whiten: `whiten_batch`, by the statistics of one forward pass over all processes, not over accumulation.
 
     Args:
         kind: see above.

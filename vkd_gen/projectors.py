@@ -21,8 +21,8 @@ def procrustes(cross_covariance: Float[Tensor, "rows columns"]) -> Float[Tensor,
     For rows S and T with cross-covariance C = S^T T / n it minimises ||S P - T|| over all P with orthonormal rows
     (S narrower than T) and over all rotations (equal widths).
     """
-    left, _, right = torch.linalg.svd(cross_covariance, full_matrices=False)
-    return left @ right
+    left, _, right = torch.linalg.svd(cross_covariance.double(), full_matrices=False)
+    return (left @ right).to(cross_covariance.dtype)  # a product in TF32 would be orthonormal to 1e-3 only
 
 
 def random_orthonormal(rows: int, columns: int, seed: int = 0) -> Float[Tensor, "rows columns"]:
@@ -234,14 +234,15 @@ class OrthogonalProjector(nn.Module):
             return self.solution
         with torch.autocast(self.tangent.device.type, enabled=False):
             wide, narrow = self.tangent.shape
-            half = torch.cat([self.tangent, self.tangent.new_zeros(wide, wide - narrow)], dim=1).float()
+            # In float64: the exponential drifts to 1e-4 off in float32, and products to 1e-3 in TF32.
+            half = torch.cat([self.tangent, self.tangent.new_zeros(wide, wide - narrow)], dim=1).double()
             skew = half - half.T
             if self.method == "matrix_exp":
-                rotation = torch.matrix_exp(skew.double()).float()  # float32 drifts to 1e-4 off at larger widths
+                rotation = torch.matrix_exp(skew)
             else:
-                identity = torch.eye(wide, device=skew.device)
+                identity = torch.eye(wide, device=skew.device, dtype=skew.dtype)
                 rotation = torch.linalg.solve(identity - skew / 2, identity + skew / 2)
-            return (self.base @ rotation[:, :narrow]).T
+            return (self.base.double() @ rotation[:, :narrow]).T.float()
 
     def forward(
         self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from tests.conftest import tiny_condition_unet, tiny_unet
 from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT
+from vkd_gen.calibration import load_statistics
 from vkd_gen.sampling import stock_pipeline
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
@@ -50,6 +51,12 @@ def teacher_without_signal(tmp):
     scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
     stock_pipeline(tiny_unet(), scheduler).save_pretrained(tmp / "zero-snr")
     return tmp / "zero-snr"
+
+
+def flow_teacher(tmp):
+    save_unet(tmp / "flow", tiny_unet())
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp / "flow")
+    return tmp / "flow"
 
 
 def corrupt_images(tmp):
@@ -119,6 +126,19 @@ STUDENT_MISTAKES = {
     "zero terminal SNR": (
         lambda tmp: ["--teacher", teacher_without_signal(tmp), "--student_prediction_type", "sample"],
         "zero terminal SNR",
+    ),
+    "size not divisible without features": (lambda tmp: ["--resolution", 9, "--method", "output"], "sample of size 9"),
+    "flags without effect": (lambda tmp: ["--method", "none", "--projector", "linear"], "no feature loss for"),
+    "fp16 on a CPU": (lambda tmp: ["--mixed_precision", "fp16"], "fp16 needs a GPU"),
+    "one sample to score": (lambda tmp: ["--num_score_samples", 1], "--num_score_samples must be at least 2"),
+    "teacher of another family": (lambda tmp: ["--teacher", flow_teacher(tmp)], "FlowMatch.*not a schedule of betas"),
+    "oblong teacher": (
+        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(size=[8, 16]))],
+        "8 x 16 pixels.*square",
+    ),
+    "truncated image in a worker": (
+        lambda tmp: ["--dataset", truncated_images(tmp), "--dataloader_num_workers", 1, "--method", "none"],
+        "error: cannot read the image.*png",
     ),
     "size not divisible": (lambda tmp: ["--resolution", 9], "cannot take a sample of size 9|resolution"),
     "width zero": (lambda tmp: ["--student_width", 0], "width must be above 0"),
@@ -193,10 +213,45 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_fold
     with pytest.raises(SystemExit):
         run_recipe(STUDENT, *flags)
     assert "already holds a run" in capfd.readouterr().err
+    other = [*flags[:-1], tmp_path / "other", "--resume_from_checkpoint", tmp_path / "run/checkpoint-2"]
+    with pytest.raises(SystemExit):
+        run_recipe(STUDENT, *other, "--method", "none")
+    assert "--method was 'vkd' and is 'none'" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest", "--learning_rate", 0.5)
     assert "--learning_rate was 0.002 and is 0.5" in capfd.readouterr().err
     assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def fail(*_):
+    raise OSError("gone")
+
+
+def test_a_run_that_failed_early_does_not_block_its_folder_nor_lend_its_statistics(
+    tmp_path, pipeline_folder, run_recipe, monkeypatch, capfd
+):
+    flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vkd_gen.training.loop.TrainingRun.backward", fail)
+        with pytest.raises(SystemExit):
+            run_recipe(STUDENT, *flags, "--num_timestep_bins", 2)
+    assert "error: gone" in capfd.readouterr().err
+    run_recipe(STUDENT, *flags, "--num_timestep_bins", 3, "--resume_from_checkpoint", "latest")
+    assert load_statistics(tmp_path / "run/calibration.safetensors")["mid_block"].mean.shape[0] == 3
+
+
+def test_a_student_is_exported_before_anything_can_fail_to_score_it(
+    tmp_path, pipeline_folder, run_recipe, monkeypatch, capfd
+):
+    flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vkd_gen.evaluation.compare.frechet_distance", fail)
+        with pytest.raises(SystemExit):
+            run_recipe(STUDENT, *flags)
+    assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").exists()
+    run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest", "--num_score_samples", 80)
+    assert (tmp_path / "run/results.json").exists()
+    assert capfd.readouterr().err.count("error: ") == 1
 
 
 @pytest.mark.parametrize("flags", [["--preset", "digit"], ["--teacher", "./nowhere"]])

@@ -9,7 +9,8 @@ RECIPE = "train_teacher_unet"
 def test_a_teacher_trains_and_loads(tmp_path, run_recipe):
     run = tmp_path / "run"
     run_recipe(RECIPE, *SHORT, "--prediction_type", "v_prediction", "--output_dir", run, "--block_out_channels", 8, 16)
-    unet, scheduler = load_teacher(str(run / "pipeline"))
+    unet, scheduler, origin = load_teacher(str(run / "pipeline"))
+    assert origin == str(run / "pipeline/scheduler")
     assert unet.config.block_out_channels == [8, 16]
     assert scheduler.config.prediction_type == "v_prediction"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
@@ -31,6 +32,7 @@ def test_every_teacher_that_a_preset_names_has_a_preset_here():
 
 def test_the_committed_digits_teacher_is_what_its_preset_describes():
     recipe = load_recipe(RECIPE)
-    unet, _ = load_teacher(load_recipe("train_student_unet").PRESETS["digits"].teacher)
+    students = load_recipe("train_student_unet")
+    unet = load_teacher(students.find(students.PRESETS["digits"].teacher)).unet
     described = recipe.build_unet(recipe.PRESETS["digits"])
     assert {k: v.shape for k, v in unet.state_dict().items()} == {k: v.shape for k, v in described.state_dict().items()}

@@ -7,7 +7,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from torch.utils.flop_counter import FlopCounterMode
 
-from vkd_gen.features import example_inputs
+from vkd_gen.features import copy_without_weights, example_inputs
 from vkd_gen.sampling import sample_images
 
 
@@ -20,11 +20,16 @@ def count_macs(unet: ModelMixin) -> int:
     """Multiply-accumulates of one forward pass on one sample, in convolutions, matrix products and attention.
 
     Counted on a copy without weights: nothing is computed. torch's counter counts two operations per accumulate.
+
+    Raises:
+        ValueError: if the sample size does not fit the number of stages.
     """
-    with torch.device("meta"), torch.no_grad():
-        copy = type(unet).from_config(dict(unet.config))
-        with FlopCounterMode(display=False) as counter:
+    copy = copy_without_weights(unet)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        try:
             copy(**example_inputs(copy))
+        except RuntimeError as error:
+            raise ValueError(f"the UNet cannot take a sample of size {unet.config.sample_size}: {error}") from error
     return counter.get_total_flops() // 2
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeVar
 
 import tyro
+from tqdm import tqdm
 
 Config = TypeVar("Config")
 
@@ -57,6 +58,8 @@ def _condense(message: str) -> str:
 
 
 def _exit(message: str) -> NoReturn:
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # else the message stands at the end of the progress bar's line
     rank = os.environ.get("RANK", "0")
     prefix = "error: " if rank == "0" else f"error in process {rank}: "
     print(prefix + " ".join(message.split()), file=sys.stderr)
@@ -78,9 +81,14 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
-        _exit(str(error) or type(error).__name__)
+        # A worker that reads images hands over its whole traceback as text.
+        text = str(error)
+        _exit(text.rsplit("ValueError: ", 1)[-1] if text.startswith("Caught ") else text or type(error).__name__)
     except KeyboardInterrupt:
-        print("interrupted; --resume_from_checkpoint latest goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "interrupted; --resume_from_checkpoint latest goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

@@ -16,6 +16,11 @@ from vkd_gen.training.run_folder import environment
 def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
     """Save a pipeline that `DiffusionPipeline.from_pretrained` loads without this package, and its model card."""
     stock_pipeline(unet, noise_scheduler).save_pretrained(folder, safe_serialization=True)
+    write_model_card(folder, card)
+
+
+def write_model_card(folder: Path, card: str) -> None:
+    """Write (or replace) the card of an exported pipeline."""
     ModelCard(card).save(folder / "README.md")
 
 
@@ -59,7 +64,7 @@ Made with {versions}.
 
 
 def command_line() -> str:
-    """The command that this process was started with, folders shortened to what a reader needs."""
+    """The command that this process was started with."""
     return shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 

@@ -39,8 +39,12 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
     Raises:
         ValueError: for a precision or a tracker that is not available here.
     """
+    uses_mps = torch.backends.mps.is_available() and not torch.cuda.is_available()
+    if uses_mps:
+        print("running on the CPU: Apple's GPUs have no float64, which the statistics are taken in")
     try:
         accelerator = Accelerator(
+            cpu=uses_mps,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             mixed_precision=options.mixed_precision,
             log_with=options.report_to,
@@ -48,12 +52,24 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
     except (ImportError, ValueError) as error:
-        raise ValueError(f"--report_to {options.report_to}: {error}") from error
+        reason = str(error) if options.report_to is None else f"--report_to {options.report_to}: {error}"
+        raise ValueError(reason) from error
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(f"--report_to {options.report_to}: that tracker is not installed")
     set_seed(options.seed)  # the same on every process: they build the same models
     accelerator.wait_for_everyone()  # all have checked the run's folder before the first one writes to it
     return accelerator
+
+
+def run_facts(accelerator: Accelerator, images: Images) -> dict[str, Any]:
+    """What decides the result beside the flags: a resumed run must find the same."""
+    return {
+        "num_training_images": len(images),
+        "num_processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+    }
 
 
 def fixed_batches(
@@ -62,8 +78,8 @@ def fixed_batches(
     *,
     seed: int,
     num_draws: int,
+    batch_size: int,
     device: torch.device,
-    batch_size: int = 64,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches for calibration: draws that no training step makes, the same on every process.
 
@@ -72,8 +88,8 @@ def fixed_batches(
         noise_scheduler: for the range of the timesteps.
         seed: of the run.
         num_draws: draws in all.
-        device: of the batches.
         batch_size: at a time.
+        device: of the batches.
 
     Yields:
         `sample`, `noise` and `timesteps`, as `TrainingRun.batches` does.
@@ -150,13 +166,17 @@ class TrainingRun:
         if options.report_to is not None:
             plain = {name: value for name, value in config.items() if isinstance(value, int | float | str | bool)}
             accelerator.init_trackers("vkd-gen", config=plain)
+        self._started = time.perf_counter()
         set_seed(options.seed, device_specific=True)  # from here on for what is random inside the model, as dropout
         self._resume()
+        self._first_step = self.step
 
     def _resume(self) -> None:
         checkpoint = self.folder.resume_point(self.options.resume_from_checkpoint)
         if checkpoint is not None:
             self.accelerator.load_state(str(checkpoint))
+            if self.ema is not None:
+                self.ema.to(self.accelerator.device)  # accelerate loads what is registered to the CPU
             self.step = checkpoint_step(checkpoint)
             self.accelerator.print(f"going on from {checkpoint}")
         if self.accelerator.is_main_process:
@@ -288,7 +308,7 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.store(self.unet.parameters())
             self.ema.copy_to(self.unet.parameters())
-        images = sample_images(self.unet, self.noise_scheduler, range(32))
+        images = sample_images(self.unet, self.noise_scheduler, range(32), batch_size=self.options.eval_batch_size)
         if self.ema is not None:
             self.ema.restore(self.unet.parameters())
         save_sample_grid({f"step {self.step}": images}, self.folder.path / "previews" / f"step-{self.step:06d}.png")
@@ -300,6 +320,15 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.copy_to(self.unet.parameters())
         return self.unet.eval()
+
+    def cost(self) -> str:
+        """What the steps made since this process started took, for the model card."""
+        device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "CPU"
+        seconds = time.perf_counter() - self._started
+        return (
+            f"{self.step - self._first_step} steps in {seconds / 60:.1f} minutes on {self.accelerator.num_processes} x "
+            f"{device}, {self.accelerator.mixed_precision} mixed precision"
+        )
 
     def on_main_process(self, action: Callable[[], Any]) -> None:
         """Run `action` on the main process while the others wait."""

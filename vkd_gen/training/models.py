@@ -1,21 +1,29 @@
 """Teachers from folders and the hub, safetensors only."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from diffusers import DDPMScheduler, UNet2DModel
 
 WEIGHTS = "diffusion_pytorch_model"
 
 
-def load_teacher(source: str) -> tuple[UNet2DModel, DDPMScheduler]:
+class LoadedTeacher(NamedTuple):
+    """A UNet on the CPU, its noise schedule, and where the schedule is from."""
+
+    unet: UNet2DModel
+    noise_scheduler: DDPMScheduler
+    schedule_origin: str
+
+
+def load_teacher(source: str) -> LoadedTeacher:
     """Load a UNet and its noise schedule from a pipeline or model folder, or from the Hugging Face hub.
 
     Args:
-        source: folder or hub id; the UNet lies under `unet/` or at the root, the scheduler under `scheduler/` or at
-            the root. Without a scheduler the DDPM default (linear, 1,000 steps, epsilon) is taken.
-
-    Returns:
-        The UNet on the CPU, and the schedule as a DDPMScheduler.
+        source: folder or hub id; the UNet lies under `unet/` or at the root, the scheduler under `scheduler/`, beside
+            the UNet's folder or at the root. Without a scheduler the DDPM default (linear, 1,000 steps, epsilon) is
+            taken, and `schedule_origin` says so.
 
     Raises:
         ValueError: in one line: nothing there, only pickled weights, another kind of model.
@@ -34,14 +42,14 @@ def load_teacher(source: str) -> tuple[UNet2DModel, DDPMScheduler]:
         except OSError:  # no such subfolder: older repositories keep everything at the root
             unet = UNet2DModel.from_pretrained(source, use_safetensors=True)
             scheduler_folder = None
-        scheduler = DDPMScheduler.from_pretrained(source, subfolder=scheduler_folder)
+        scheduler_config = DDPMScheduler.load_config(source, subfolder=scheduler_folder)
     except Exception as error:  # offline, missing, gated and malformed each have a class of their own
         reason = " ".join(str(error).split())
         raise ValueError(f"there is no teacher folder {source}, and the hub did not give it: {reason[:200]}") from error
-    return _check(unet, source), scheduler
+    return LoadedTeacher(_check(unet, source), _scheduler(scheduler_config, source), source)
 
 
-def _load_folder(folder: Path) -> tuple[UNet2DModel, DDPMScheduler]:
+def _load_folder(folder: Path) -> LoadedTeacher:
     unet_folder = next((path for path in (folder / "unet", folder) if (path / "config.json").is_file()), None)
     if unet_folder is None:
         raise ValueError(f"{folder} holds no UNet: neither unet/config.json nor config.json is there")
@@ -58,15 +66,32 @@ def _load_folder(folder: Path) -> tuple[UNet2DModel, DDPMScheduler]:
         unet = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:  # damaged weights, and configurations of other models, raise all kinds of errors
         raise ValueError(f"cannot load the UNet in {unet_folder}: {' '.join(str(error).split())[:300]}") from error
-    scheduler_folder = next(
-        (path for path in (folder / "scheduler", folder) if (path / "scheduler_config.json").is_file()), None
+    beside = unet_folder.resolve().parent / "scheduler"
+    for path in (folder / "scheduler", folder, beside):
+        if (path / "scheduler_config.json").is_file():
+            scheduler = _scheduler(DDPMScheduler.load_config(path), str(path))
+            return LoadedTeacher(_check(unet, str(folder)), scheduler, str(path))
+    return LoadedTeacher(
+        _check(unet, str(folder)), DDPMScheduler(), "diffusers' default; the teacher comes without one"
     )
-    scheduler = DDPMScheduler.from_pretrained(scheduler_folder) if scheduler_folder else DDPMScheduler()
-    return _check(unet, str(folder)), scheduler
+
+
+def _scheduler(config: Mapping[str, Any], source: str) -> DDPMScheduler:
+    if "beta_schedule" not in config and "trained_betas" not in config:
+        raise ValueError(
+            f"{source} holds a {config.get('_class_name', 'scheduler')}, which is not a schedule of betas; this recipe "
+            "distils models of the DDPM family"
+        )
+    return DDPMScheduler.from_config(config)
 
 
 def _check(unet: UNet2DModel, source: str) -> UNet2DModel:
     config = unet.config
+    if not isinstance(config.sample_size, int | None):
+        height, width = config.sample_size
+        if height != width:
+            raise ValueError(f"{source} makes images of {height} x {width} pixels; this recipe distils square ones")
+        unet.register_to_config(sample_size=height)
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"{source} holds a {config['_class_name']}; this recipe distils a UNet2DModel")
     if config.num_class_embeds is not None or config.class_embed_type is not None:

@@ -17,6 +17,8 @@ class TrainingOptions:
     """Seed of initialisation, data order, noise and timesteps; 0 or above."""
     train_batch_size: int = 128
     """Images per process and forward pass."""
+    eval_batch_size: int = 64
+    """Images per forward pass in calibration, previews and scores."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
     max_train_steps: int = 1000
@@ -76,6 +78,7 @@ class TrainingOptions:
 MINIMA = {
     "seed": 0,
     "train_batch_size": 1,
+    "eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "max_train_steps": 1,
     "lr_warmup_steps": 0,
@@ -89,8 +92,10 @@ MINIMA = {
 }
 
 FREE_TO_CHANGE = frozenset(
-    {"output_dir", "dataloader_num_workers", "log_every_steps", "preview_every_steps", "checkpointing_steps"}
-    | {"checkpoints_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id", "dry_run"}
+    {"output_dir", "resume_from_checkpoint", "dry_run"}
+    | {"dataloader_num_workers", "eval_batch_size", "log_every_steps", "preview_every_steps"}
+    | {"checkpointing_steps", "checkpoints_total_limit", "report_to", "push_to_hub", "hub_model_id"}
+    | {"feature_network", "num_score_samples"}
 )
 """Fields that may differ between a run and its resumption: they do not touch what is trained."""
 

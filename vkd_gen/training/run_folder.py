@@ -28,30 +28,34 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
 
     def check(self, config: dict[str, Any], resume: str | None) -> None:
-        """Check, before anything is loaded, that the run may use this folder. Changes nothing.
+        """Check that the run may use this folder; call it on every process, before one of them writes. Changes nothing.
+
+        Args:
+            config: what decides the result: the flags, and later also the facts that turned up.
+            resume: `--resume_from_checkpoint`.
 
         Raises:
-            ValueError: if the folder holds a run that would be overwritten, or one of another configuration.
+            ValueError: if the folder holds a run that would be overwritten, or the checkpoint is of another run.
         """
         for parent in (self.path, *self.path.parents):
             if parent.exists() and not parent.is_dir():
                 raise ValueError(f"--output_dir {self.path} cannot be a folder: {parent} is a file")
-        saved = self.path / "config.json"
-        if not saved.exists():
-            return
-        if resume is None:
+        point = self.resume_point(resume)
+        if point is None and (self.checkpoints() or (self.path / "pipeline").exists()):
             raise ValueError(
-                f"{self.path} already holds a run; go on with it by --resume_from_checkpoint latest, "
-                "or choose another --output_dir"
+                f"{self.path} already holds a run; go on from one of its checkpoints by --resume_from_checkpoint "
+                "latest, or choose another --output_dir"
             )
-        before = json.loads(saved.read_text())
+        if point is None or not (point.parent / "config.json").exists():
+            return
+        before = json.loads((point.parent / "config.json").read_text())
         changed = [
-            f"--{name} was {before.get(name)!r} and is {value!r}"
+            f"--{name} was {before[name]!r} and is {value!r}"
             for name, value in config.items()
-            if name not in FREE_TO_CHANGE and before.get(name) != json.loads(json.dumps(value))
+            if name not in FREE_TO_CHANGE and name in before and before[name] != json.loads(json.dumps(value))
         ]
-        if changed and self.checkpoints():
-            raise ValueError(f"{self.path} holds another run: {'; '.join(changed)}")
+        if changed:
+            raise ValueError(f"{point} is of another run: {'; '.join(changed)}")
 
     def start(self, config: dict[str, Any]) -> None:
         """Make the folder and write down the configuration, the versions and the commit."""
