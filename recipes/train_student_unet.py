@@ -148,7 +148,14 @@ MNIST = replace(
     teacher="recipes/assets/mnist-teacher",
     dataset="mnist",
     feature_network="recipes/assets/mnist-features.safetensors",
-    training=replace(DIGITS.training, output_dir="runs/mnist", train_batch_size=64),
+    training=replace(
+        DIGITS.training,
+        output_dir="runs/mnist",
+        train_batch_size=64,
+        max_train_steps=2000,
+        learning_rate=1e-3,
+        preview_every_steps=500,
+    ),
 )
 CIFAR10 = replace(
     DIGITS,

@@ -61,8 +61,9 @@ class Images:
         return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
     def stack(self, count: int | None = None) -> Float[Tensor, "images channels height width"]:
-        """The first `count` images (default: all) as one tensor."""
-        return torch.stack([self[index] for index in range(min(count or len(self), len(self)))])
+        """`count` images, evenly spaced (default: all), as one tensor; sets are often sorted by class."""
+        count = min(count or len(self), len(self))
+        return torch.stack([self[number * len(self) // count] for number in range(count)])
 
 
 def load_images(
