@@ -807,6 +807,12 @@ def test_two_processes_equal_one_on_the_whole_batch(ddp_results, case):
     expected = ddp_case(*case, rank=0, num_processes=1)
     for found in ddp_results:
         assert_runs_equal(found[case], expected)
+        # The first step's gradients as one vector: no further from the single process' than float32 rounds.
+        first, first_expected = (
+            torch.cat([g.flatten() for g in run[0][0].values()]) for run in (found[case], expected)
+        )
+        assert (first - first_expected).norm() <= 1e-6 * first_expected.norm()
+        assert (first - first_expected).abs().max() <= 1e-6 * max(1, first_expected.abs().max())
 
 
 @pytest.mark.parametrize("case", DDP_CASES, ids="-".join)
