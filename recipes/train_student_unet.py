@@ -189,6 +189,7 @@ def resolve(config: StudentConfig) -> StudentConfig:
     """Fill in what --method decides."""
     if not config.teacher or not config.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
+    asked = bool(config.layer_pairs or config.projector or config.feature_normalization)
     defaults = {"output_weight": 1.0, **METHODS[config.method]}
     config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
     if config.feature_weight and None in (config.projector, config.feature_normalization, config.feature_loss):
@@ -197,10 +198,10 @@ def resolve(config: StudentConfig) -> StudentConfig:
             "--feature_normalization and --feature_loss too, or choose --method vkd"
         )
     loss_weights(config, 0)
-    if not config.feature_weight and (config.layer_pairs or config.projector or config.feature_normalization):
+    if asked and not config.feature_weight:
         raise ValueError(
-            f"--method {config.method} has no feature loss for --layer_pairs, --projector or --feature_normalization "
-            "to act on; choose another --method, or set --feature_weight"
+            "the feature weight is 0: there is no feature loss for --layer_pairs, --projector or "
+            "--feature_normalization to act on; choose another --method, or set --feature_weight"
         )
     return config
 
@@ -213,7 +214,8 @@ def find(path: str) -> str:
 def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics):
     """Projector and normaliser of one layer pair."""
     student_channels = pair.student_channels
-    rank = config.whitening_rank or min(student_channels, pair.teacher_channels)
+    reachable = min(student_channels, pair.teacher_channels)
+    rank = reachable if config.whitening_rank is None else config.whitening_rank
     normalizer = vkd.FeatureNormalizer(
         config.feature_normalization,
         statistics,

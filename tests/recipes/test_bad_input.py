@@ -128,7 +128,10 @@ STUDENT_MISTAKES = {
         "zero terminal SNR",
     ),
     "size not divisible without features": (lambda tmp: ["--resolution", 9, "--method", "output"], "sample of size 9"),
-    "flags without effect": (lambda tmp: ["--method", "none", "--projector", "linear"], "no feature loss for"),
+    "flags without effect": (
+        lambda tmp: ["--method", "none", "--projector", "linear"],
+        "weight is 0: there is no feature loss",
+    ),
     "fp16 on a CPU": (lambda tmp: ["--mixed_precision", "fp16"], "fp16 needs a GPU"),
     "one sample to score": (lambda tmp: ["--num_score_samples", 1], "--num_score_samples must be at least 2"),
     "teacher of another family": (lambda tmp: ["--teacher", flow_teacher(tmp)], "FlowMatch.*not a schedule of betas"),
@@ -149,6 +152,10 @@ STUDENT_MISTAKES = {
     "unlike widths without projector": (lambda tmp: ["--projector", "identity"], "equal widths"),
     "whitening rank too high": (
         lambda tmp: ["--feature_normalization", "whiten", "--whitening_rank", 1000],
+        "whitening rank must lie between 1",
+    ),
+    "whitening rank zero": (
+        lambda tmp: ["--feature_normalization", "whiten", "--whitening_rank", 0],
         "whitening rank must lie between 1",
     ),
     "whitening exponent": (
