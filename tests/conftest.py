@@ -4,9 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of commands that tests start: tiny models lose by more threads
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel  # noqa: E402
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 torch.set_num_threads(1)
 CIFAR10 = os.environ.get("VKD_GEN_CIFAR10")
