@@ -18,15 +18,15 @@ quickstart: $(VENV)/train.stamp
 	$(BIN)/accelerate launch recipes/train_student_unet.py --preset digits --resume_from_checkpoint latest
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-all: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(BIN)/python -m pytest -q -n auto -m "slow or not slow"
 
 test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/pip install -q -c tests/lowest.txt -e ".[test]"
-	$(VENV)-lowest/bin/python -m pytest -q
+	$(VENV)-lowest/bin/python -m pytest -q -n auto
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
