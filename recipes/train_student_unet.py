@@ -147,14 +147,16 @@ MNIST = replace(
     preset="mnist",
     teacher="recipes/assets/mnist-teacher",
     dataset="mnist",
+    student_width=1.0,
+    student_layers_per_block=1,
     feature_network="recipes/assets/mnist-features.safetensors",
     training=replace(
         DIGITS.training,
         output_dir="runs/mnist",
         train_batch_size=64,
-        max_train_steps=2000,
+        max_train_steps=800,
         learning_rate=1e-3,
-        preview_every_steps=500,
+        preview_every_steps=200,
     ),
 )
 CIFAR10 = replace(
