@@ -154,9 +154,9 @@ MNIST = replace(
         DIGITS.training,
         output_dir="runs/mnist",
         train_batch_size=64,
-        max_train_steps=800,
+        max_train_steps=2000,
         learning_rate=1e-3,
-        preview_every_steps=200,
+        preview_every_steps=500,
     ),
 )
 CIFAR10 = replace(
