@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from jaxtyping import TypeCheckError
 
+import vkd_gen.diffusion
 from vkd_gen.diffusion import (
     add_noise,
     check_convertible,
@@ -310,3 +311,8 @@ def test_unknown_weighting_and_type(noise_scheduler):
         timestep_weights(noise_scheduler, TIMESTEPS, "p2", "epsilon")
     with pytest.raises(REFUSED, match="flow"):
         timestep_weights(noise_scheduler, TIMESTEPS, "min_snr", "flow")
+
+
+def test_times_become_timesteps_of_equal_width():
+    time = torch.tensor([0.0, 0.000999, 0.001, 0.5, 0.9999999, 1.0])
+    assert vkd_gen.diffusion.to_timesteps(DDPMScheduler(), time).tolist() == [0, 0, 1, 500, 999, 999]

@@ -27,6 +27,12 @@ def prediction_type_of(noise_scheduler: SchedulerMixin) -> PredictionType:
     return prediction_type
 
 
+def to_timesteps(noise_scheduler: SchedulerMixin, time: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Timesteps of the schedule for times in [0, 1], of equal width each."""
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    return (time * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
 def _alpha_sigma(noise_scheduler: SchedulerMixin, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
     # Kept where the timesteps are, as the schedulers themselves do in add_noise: one transfer per run, not per step.
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vkd_gen.data import Images, TrainingDraws
-from vkd_gen.diffusion import add_noise, convert_prediction, prediction_target, prediction_type_of
+from vkd_gen.diffusion import add_noise, convert_prediction, prediction_target, prediction_type_of, to_timesteps
 from vkd_gen.distillation import FrozenTeacher, predict
 
 
@@ -70,8 +70,7 @@ def held_out_errors(
         items = [draws[draw] for draw in range(first, min(first + batch_size, num_draws))]
         batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
         for name, (unet, noise_scheduler) in unets.items():
-            num_timesteps = noise_scheduler.config.num_train_timesteps
-            timesteps = (batch["time"] * num_timesteps).long().clamp(max=num_timesteps - 1)
+            timesteps = to_timesteps(noise_scheduler, batch["time"])
             noisy_sample = add_noise(noise_scheduler, batch["sample"], batch["noise"], timesteps)
             kind = prediction_type_of(noise_scheduler)
             prediction = predict(unet, noisy_sample.to(unet.dtype), timesteps).float()

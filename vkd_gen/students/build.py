@@ -83,14 +83,14 @@ def reduce_config(config: Mapping[str, Any], reduction: Reduction) -> dict[str, 
     """The student's configuration; see `build_student`."""
     # diffusers' private notes say, for one, which entries to reset to their defaults.
     config = {name: value for name, value in config.items() if not name.startswith("_")}
-    has_several_classes = "cross_attention_dim" in config  # a UNet2DConditionModel
+    is_condition_model = "cross_attention_dim" in config  # a UNet2DConditionModel
     num_stages = len(config["block_out_channels"])
     _drop_attention(config, _stage_numbers(reduction.drop_attention, num_stages))
     dropped = _stage_numbers(reduction.drop_stages, num_stages)
     if len(dropped) == num_stages:
         raise ValueError("a student needs at least one stage; drop_stages names all of them")
     _drop_stages(config, dropped)
-    _set_layers_per_block(config, reduction.layers_per_block, per_stage=has_several_classes)
+    _set_layers_per_block(config, reduction.layers_per_block, per_stage=is_condition_model)
     if reduction.drop_mid_block:
         config["mid_block_type"] = None
     _set_width(config, reduction.width)

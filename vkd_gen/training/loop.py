@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws
+from vkd_gen.diffusion import to_timesteps
 from vkd_gen.sampling import sample_images
 from vkd_gen.training.options import TrainingOptions
 from vkd_gen.training.previews import save_sample_grid
@@ -102,8 +103,7 @@ def fixed_batches(
 
 def _on_device(batch: dict[str, Tensor], noise_scheduler: SchedulerMixin, device: torch.device) -> dict[str, Tensor]:
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    num_timesteps = noise_scheduler.config.num_train_timesteps
-    batch["timesteps"] = (batch.pop("time") * num_timesteps).long().clamp(max=num_timesteps - 1)
+    batch["timesteps"] = to_timesteps(noise_scheduler, batch.pop("time"))
     return batch
 
 
