@@ -6,8 +6,7 @@ accelerate launch recipes/train_student_unet.py --preset custom --teacher FOLDER
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,19 +23,17 @@ from vkd_gen.evaluation.compare import (
     matching_table,
     print_table,
 )
-from vkd_gen.evaluation.feature_network import load_feature_network
+from vkd_gen.evaluation.report import save_results
+from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
 from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
-from vkd_gen.training.command_line import run_recipe
+from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
 from vkd_gen.training.models import load_teacher
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
-from vkd_gen.training.previews import save_sample_grid
-from vkd_gen.training.run_folder import RunFolder, write_json
-
-ROOT = Path(__file__).parents[1]
+from vkd_gen.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +98,10 @@ class StudentConfig:
     """Weight of the timesteps in every term."""
     snr_gamma: float = 5.0
     """Bound of min_snr."""
-    feature_network: str | None = None
-    """Network whose features score the samples, from train_feature_network.py; without one no Frechet distance."""
-    num_score_samples: int = 1000
-    """Samples that the Frechet distance is computed from."""
     dry_run: bool = False
     """Print the resolved configuration, the sizes and the layer pairs, then stop."""
+    scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
+    """What samples are scored by."""
     training: SharedOptions
     """Options of the training loop."""
 
@@ -114,7 +109,7 @@ class StudentConfig:
         """Check what can be checked without loading anything."""
         if not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
-        least = {"calibration_samples": 1, "num_timestep_bins": 1, "num_score_samples": 2, "projector_refresh_steps": 1}
+        least = {"calibration_samples": 1, "num_timestep_bins": 1, "projector_refresh_steps": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
@@ -137,7 +132,9 @@ METHODS: dict[str, dict[str, Any]] = {
 DIGITS = StudentConfig(
     teacher="recipes/assets/digits-teacher",
     dataset="digits",
-    feature_network="recipes/assets/digits-features.safetensors",
+    scores=ScoreOptions(
+        extractor="recipes/assets/digits-features.safetensors", kid_subset_size=250, num_inference_steps=25
+    ),
     training=TrainingOptions(
         output_dir="runs/digits", max_train_steps=1000, learning_rate=2e-3, preview_every_steps=250
     ),
@@ -149,7 +146,7 @@ MNIST = replace(
     dataset="mnist",
     student_width=1.0,
     student_layers_per_block=1,
-    feature_network="recipes/assets/mnist-features.safetensors",
+    scores=replace(DIGITS.scores, extractor="recipes/assets/mnist-features.safetensors"),
     training=replace(
         DIGITS.training,
         output_dir="runs/mnist",
@@ -164,7 +161,7 @@ CIFAR10 = replace(
     preset="cifar10",
     teacher="runs/cifar10-teacher/pipeline",
     dataset=default_cifar10(),
-    feature_network=None,
+    scores=ScoreOptions(extractor="none"),
     training=replace(
         DIGITS.training,
         output_dir="runs/cifar10",
@@ -200,17 +197,13 @@ def resolve(config: StudentConfig) -> StudentConfig:
             "--feature_normalization and --feature_loss too, or choose --method vkd"
         )
     loss_weights(config, 0)
+    check_score_options(config.scores, config.training.score_every_steps)
     if asked and not config.feature_weight:
         raise ValueError(
             "the feature weight is 0: there is no feature loss for --layer_pairs, --projector or "
             "--feature_normalization to act on; choose another --method, or set --feature_weight"
         )
     return config
-
-
-def find(path: str) -> str:
-    """A file or folder of this repository, from wherever the recipe is started; anything else as it is."""
-    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
 
 
 def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics):
@@ -315,7 +308,7 @@ def main(config: StudentConfig) -> None:
         find_unused_parameters=not (config.denoising_weight or config.output_weight),
     )
 
-    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(find(config.teacher))
+    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(repository_path(config.teacher, __file__))
     if config.resolution is not None:
         teacher_unet.register_to_config(sample_size=config.resolution)
     student = vkd.build_student(
@@ -342,9 +335,6 @@ def main(config: StudentConfig) -> None:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
 
-    feature_network = load_feature_network(Path(find(config.feature_network))) if config.feature_network else None
-    if feature_network and student.config.in_channels != 1:
-        raise ValueError("--feature_network scores grey images; leave it out for a teacher of colours")
     images, held_out = load_images(
         config.dataset,
         resolution=student.config.sample_size,
@@ -352,6 +342,8 @@ def main(config: StudentConfig) -> None:
         image_column=config.image_column,
     )
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
+    scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     facts = {**flat_config(config), **run_facts(accelerator, images)}
     folder.check(facts, options.resume_from_checkpoint)
     accelerator.wait_for_everyone()
@@ -383,6 +375,7 @@ def main(config: StudentConfig) -> None:
         images=images,
         noise_scheduler=noise_scheduler,
         config=flat_config(config),
+        score=(lambda unet: scorer.score_unet("student", unet, noise_scheduler)[0]) if scorer else None,
     )
     for batch in run.batches():
         losses = vkd.distillation_losses(
@@ -398,30 +391,34 @@ def main(config: StudentConfig) -> None:
         run.backward(losses)
 
     student = run.finish()
-    if accelerator.is_main_process:
-        title = f"{folder.path.name} student"
-        card = {"teacher": config.teacher, "method": config.method, "steps": run.step, "seed": options.seed}
-        card |= {"training": run.cost()}
-        # Exported before it is scored, so that nothing which fails from here on can lose it.
-        export_pipeline(student, noise_scheduler, folder.path / "pipeline", model_card(title, card, "", config.dataset))
-        results, samples = compare_to_teacher(
-            student,
-            noise_scheduler,
-            teacher,
-            teacher_scheduler,
-            images=images,
-            held_out=held_out,
-            feature_network=feature_network,
-            num_score_samples=config.num_score_samples,
-            batch_size=options.eval_batch_size,
+    title = f"{folder.path.name} student"
+    card = {"teacher": config.teacher, "method": config.method, "steps": run.step, "seed": options.seed}
+    card |= {"training": run.cost()}
+    # Exported before it is scored, so that nothing which fails from here on can lose it.
+    run.on_main_process(
+        lambda: export_pipeline(
+            student, noise_scheduler, folder.path / "pipeline", model_card(title, card, "", config.dataset)
         )
-        write_json(folder.path / "results.json", results)
-        save_sample_grid(samples, folder.path / "samples.png")
+    )
+    results, samples = compare_to_teacher(
+        student,
+        noise_scheduler,
+        teacher,
+        teacher_scheduler,
+        held_out=held_out,
+        scorer=scorer,
+        num_inference_steps=config.scores.num_inference_steps,
+        batch_size=options.eval_batch_size,
+    )
+    if accelerator.is_main_process:
+        save_results(folder.path, results, samples)
         write_model_card(folder.path / "pipeline", model_card(title, card, markdown_table(results), config.dataset))
         print_table(results)
         print(f"student: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
+        print(f"report: {folder.path / 'report.html'}")
         if options.push_to_hub:
             print(f"uploaded: {upload(folder.path / 'pipeline', options.hub_model_id)}")
+    run.end()
 
 
 if __name__ == "__main__":

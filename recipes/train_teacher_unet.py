@@ -4,7 +4,7 @@ accelerate launch recipes/train_teacher_unet.py --preset digits --output_dir run
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,14 +12,16 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from vkd_gen.data import default_cifar10, load_images
 from vkd_gen.diffusion import add_noise, prediction_target
+from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
 from vkd_gen.evaluation.cost import count_parameters
+from vkd_gen.evaluation.report import save_results
+from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
 from vkd_gen.losses import prediction_loss
-from vkd_gen.sampling import sample_images
-from vkd_gen.training.command_line import run_recipe
-from vkd_gen.training.export import export_pipeline, model_card, upload
+from vkd_gen.pictures import to_uint8
+from vkd_gen.training.command_line import repository_path, run_recipe
+from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
-from vkd_gen.training.previews import save_sample_grid, to_uint8
 from vkd_gen.training.run_folder import RunFolder
 
 
@@ -51,6 +53,8 @@ class TeacherConfig:
     """Noise schedule, 1,000 steps."""
     dry_run: bool = False
     """Print the configuration and the model's size, then stop."""
+    scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
+    """What samples are scored by."""
     training: SharedOptions
     """Options of the training loop."""
 
@@ -59,6 +63,9 @@ DIGITS = TeacherConfig(
     dataset="digits",
     resolution=8,
     block_out_channels=(32, 64),
+    scores=ScoreOptions(
+        extractor="recipes/assets/digits-features.safetensors", kid_subset_size=250, num_inference_steps=25
+    ),
     training=TrainingOptions(output_dir="runs/digits-teacher", max_train_steps=3500, learning_rate=2e-3),
 )
 MNIST = replace(
@@ -67,6 +74,7 @@ MNIST = replace(
     dataset="mnist",
     resolution=28,
     block_out_channels=(16, 32, 64),
+    scores=replace(DIGITS.scores, extractor="recipes/assets/mnist-features.safetensors"),
     training=replace(
         DIGITS.training,
         output_dir="runs/mnist-teacher",
@@ -85,6 +93,7 @@ CIFAR10 = replace(
     block_out_channels=(64, 128, 128, 128),
     attention_stages=(1,),
     norm_num_groups=32,
+    scores=ScoreOptions(extractor="none"),
     training=replace(
         DIGITS.training,
         output_dir="runs/cifar10-teacher",
@@ -136,6 +145,7 @@ def main(config: TeacherConfig) -> None:
     """Train, export and sample one teacher."""
     options = config.training
     folder = RunFolder(options.output_dir)
+    check_score_options(config.scores, options.score_every_steps)
     folder.check(flat_config(config), options.resume_from_checkpoint)
     accelerator = make_accelerator(options)
     unet = build_unet(config)
@@ -147,6 +157,8 @@ def main(config: TeacherConfig) -> None:
         config.dataset, resolution=config.resolution, channels=config.channels, image_column=config.image_column
     )
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
+    scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     facts = {**flat_config(config), **run_facts(accelerator, images)}
     folder.check(facts, options.resume_from_checkpoint)
     accelerator.wait_for_everyone()
@@ -167,6 +179,7 @@ def main(config: TeacherConfig) -> None:
         images=images,
         noise_scheduler=noise_scheduler,
         config=flat_config(config),
+        score=(lambda unet: scorer.score_unet("teacher", unet, noise_scheduler)[0]) if scorer else None,
     )
     for batch in run.batches():
         sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
@@ -176,26 +189,26 @@ def main(config: TeacherConfig) -> None:
         run.backward({"total": prediction_loss(prediction, target)})
 
     unet = run.finish()
+    title, card = f"{config.preset} teacher", {"parameters": f"{count_parameters(unet):,}", "steps": run.step}
+    card |= {"seed": options.seed, "training": run.cost()}
+    # Exported before it is scored, so that nothing which fails from here on can lose it.
+    exported = folder.path / "pipeline"
+    run.on_main_process(
+        lambda: export_pipeline(unet, noise_scheduler, exported, model_card(title, card, "", config.dataset))
+    )
+    results, samples = score_model(
+        "teacher", unet, noise_scheduler, held_out=held_out, scorer=scorer, batch_size=options.eval_batch_size
+    )
     if accelerator.is_main_process:
-        card = model_card(
-            f"{config.preset} teacher",
-            {
-                "parameters": f"{count_parameters(unet):,}",
-                "steps": run.step,
-                "seed": options.seed,
-                "training": run.cost(),
-            },
-            results="",
-            data=config.dataset,
-        )
-        export_pipeline(unet, noise_scheduler, folder.path / "pipeline", card)
-        samples = sample_images(unet, noise_scheduler, range(32), batch_size=options.eval_batch_size)
-        save_sample_grid(
-            {"teacher": samples, "held-out images": to_uint8(held_out.stack(32))}, folder.path / "samples.png"
-        )
-        print(f"teacher: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
+        samples["held-out images"] = to_uint8(held_out.stack(32))
+        save_results(folder.path, results, samples)
+        write_model_card(exported, model_card(title, card, markdown_table(results), config.dataset))
+        print_table(results)
+        print(f"teacher: {exported}\nsamples: {folder.path / 'samples.png'}")
+        print(f"report: {folder.path / 'report.html'}")
         if options.push_to_hub:
-            print(f"uploaded: {upload(folder.path / 'pipeline', options.hub_model_id)}")
+            print(f"uploaded: {upload(exported, options.hub_model_id)}")
+    run.end()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of commands that tests start: tiny models lose by more threads
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub's client
 
 import pytest
 import torch

@@ -387,8 +387,8 @@ def test_where_cifar10_comes_from(monkeypatch):
     [
         ({"channels": 2}, "1 or 3 channels, not 2"),
         ({"resolution": 0}, "resolution must be at least 1"),
-        ({"held_out_fraction": 0.0}, "held_out_fraction must lie between"),
-        ({"held_out_fraction": 1.0}, "held_out_fraction must lie between"),
+        ({"held_out_fraction": -0.1}, "held_out_fraction must be at least 0 and below 1"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction must be at least 0 and below 1"),
     ],
 )
 def test_arguments_out_of_range(options, message):

@@ -14,7 +14,10 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-FOUNDATIONS = {name: set() for name in ("features", "projectors", "normalization", "losses", "diffusion", "data")}
+FOUNDATIONS = {
+    name: set()
+    for name in ("features", "projectors", "normalization", "losses", "diffusion", "data", "pictures", "provenance")
+}
 CORE = FOUNDATIONS | {
     "version": set(),
     "pairing": {"features", "diffusion"},

@@ -6,7 +6,7 @@ C channels, H height, W width.
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -46,7 +46,11 @@ class Images:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Float[Tensor, "channels height width"]:
-        """Image `index`, float32 in [-1, 1]: resized so that the shorter side fits, then cropped at the centre."""
+        """Image `index`, float32 in [-1, 1]."""
+        return torch.from_numpy(self._pixels(index).astype(np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+    def _pixels(self, index: int) -> np.ndarray:
+        """Image `index`, uint8, `[H, W, C]`: resized so that the shorter side fits, then cropped at the centre."""
         image = self.read(int(self.indices[index]))
         if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255 instead of scaling
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -57,8 +61,11 @@ class Images:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
             left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
             image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        pixels = np.asarray(image, dtype=np.float32).reshape(self.resolution, self.resolution, self.channels)
-        return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+        return np.asarray(image).reshape(self.resolution, self.resolution, self.channels)
+
+    def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "images channels height width"]:
+        """Images as uint8: what `__getitem__` gives, before scaling."""
+        return torch.stack([torch.from_numpy(self._pixels(index).copy()).permute(2, 0, 1) for index in indices])
 
     def stack(self, count: int | None = None) -> Float[Tensor, "images channels height width"]:
         """`count` images, evenly spaced (default: all), as one tensor; sets are often sorted by class."""
@@ -78,11 +85,11 @@ def load_images(
         resolution: height and width to bring the images to, pixels.
         channels: 1 (grey) or 3 (RGB).
         held_out_fraction: share of the images to hold out where the source has no test split of its own; the same
-            images in every run.
+            images in every run. 0 holds out none.
         image_column: the column that holds the images; by default the only column of images.
 
     Returns:
-        Training images, held-out images.
+        Training images, held-out images (empty if there is no test split and none are asked for).
 
     Raises:
         ValueError: in one line, for a source that does not exist, holds no images or cannot be read.
@@ -91,8 +98,8 @@ def load_images(
         raise ValueError(f"images have 1 or 3 channels, not {channels}; the model's in_channels must be one of these")
     if resolution < 1:
         raise ValueError(f"resolution must be at least 1 pixel, not {resolution}")
-    if not 0 < held_out_fraction < 1:
-        raise ValueError(f"held_out_fraction must lie between 0 and 1, not {held_out_fraction}")
+    if not 0 <= held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction must be at least 0 and below 1, not {held_out_fraction}")
     readers = _readers(source, image_column)
     splits = {
         split: Images(read, resolution, channels, source, np.arange(count))
@@ -104,6 +111,8 @@ def load_images(
     if "test" in splits:
         return splits["train"], splits["test"]
     images = splits["train"]
+    if not held_out_fraction:
+        return images, replace(images, indices=images.indices[:0])
     num_held_out = max(1, round(held_out_fraction * len(images)))
     if len(images) - num_held_out < 1:
         raise ValueError(f"{source} holds {len(images)} image; at least 2 are needed, one of them to hold out")

@@ -1,29 +1,169 @@
-"""Images from a UNet and a scheduler, one seed per image. The only sampler code: diffusers' own pipeline runs it.
+"""Images from a UNet or a diffusers pipeline, one seed per image; diffusers' own pipelines do the sampling.
 
 C channels, H height, W width.
 """
 
+import inspect
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, ModelMixin, SchedulerMixin
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    SchedulerMixin,
+)
 from jaxtyping import UInt8
 from torch import Tensor
 
+Sampler = Literal["ddim", "ddpm", "dpm-solver"]
+Precision = Literal["no", "fp16", "bf16"]
 
-def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin) -> DDIMPipeline:
-    """The diffusers pipeline that students are sampled with and exported as: DDIM on the training schedule.
+
+def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: Sampler = "ddim") -> DiffusionPipeline:
+    """The diffusers pipeline that students are sampled with and, for `ddim`, exported as.
 
     Args:
         unet: an unconditional `UNet2DModel`.
         noise_scheduler: any diffusers scheduler; its schedule and prediction type are taken over.
+        sampler: `ddim` (Song et al., 2021, arXiv 2010.02502), `ddpm` (Ho et al., 2020, arXiv 2006.11239) or
+            `dpm-solver` (DPM-Solver++, Lu et al., 2022, arXiv 2211.01095).
+
+    Raises:
+        ValueError: for an unknown sampler.
     """
-    pipeline = DDIMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(noise_scheduler.config))
+    config = noise_scheduler.config
+    match sampler:
+        case "ddim":
+            pipeline = DDIMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(config))
+        case "ddpm":
+            pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(config))
+        case "dpm-solver":
+            pipeline = DDPMPipeline(unet=unet, scheduler=DPMSolverMultistepScheduler.from_config(config))
+        case _:
+            raise ValueError(f"there is no sampler {sampler!r}; choose ddim, ddpm or dpm-solver")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipeline:
+    """Load a pipeline that makes images from noise, or from noise and class labels.
+
+    Args:
+        source: a pipeline's folder, the folder of a run of a recipe (its exported pipeline is taken), or a hub id;
+            safetensors only.
+        sampler: for a pipeline of a `UNet2DModel`, what to sample it with; None keeps the pipeline's own.
+
+    Raises:
+        ValueError: in one line, for what is not there, cannot be loaded, or needs more than labels, such as a prompt.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [folder for folder in (path, path / "pipeline") if (folder / "model_index.json").is_file()]
+        if not found:
+            raise ValueError(f"{source} holds no pipeline: neither model_index.json nor pipeline/model_index.json")
+        path = found[0]
+        _refuse_pickles(path)
+    elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"there is no pipeline folder {source}")
+    try:
+        # Under memory saving, tensors of unlike shapes end as errors far from their cause.
+        pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as error:  # offline, missing, damaged and foreign each have a class of their own
+        raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:300]}") from error
+    parameters = inspect.signature(pipeline.__call__).parameters
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    if needed - {"class_labels"} or "prompt" in parameters or not {"batch_size", "class_labels"} & set(parameters):
+        raise ValueError(
+            f"{source} is a {type(pipeline).__name__}, which needs more than noise and class labels; unconditional and "
+            "class-conditional pipelines can be sampled here"
+        )
+    if sampler is not None:
+        if isinstance(pipeline, DDIMPipeline | DDPMPipeline):
+            pipeline = stock_pipeline(pipeline.unet, pipeline.scheduler, sampler)
+        else:
+            raise ValueError(
+                f"{source} is a {type(pipeline).__name__}; a sampler can be chosen for UNet pipelines only"
+            )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Say which part of a pipeline has pickled weights alone: diffusers itself would name a missing file."""
+    for part in json.loads((folder / "model_index.json").read_text()):
+        pickles = [path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in (folder / part).glob(pattern)]
+        if pickles and not list((folder / part).glob("*.safetensors")):
+            raise ValueError(f"{pickles[0]} is pickled and can run code when loaded; only safetensors are read here")
+
+
+def num_classes(pipeline: DiffusionPipeline) -> int:
+    """Number of classes that a pipeline can be asked for; 0 for an unconditional one."""
+    if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
+        return 0
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    return network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm") or 0
+
+
+def image_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """Side in pixels and channels of the images that a pipeline makes."""
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    side = network.config.sample_size
+    side = side if isinstance(side, int) else side[0]
+    if getattr(pipeline, "vae", None) is not None:
+        return side * 2 ** (len(pipeline.vae.config.block_out_channels) - 1), 3
+    return side, network.config.out_channels
+
+
 @torch.no_grad()
+def generate_images(
+    pipeline: DiffusionPipeline,
+    seeds: Sequence[int],
+    *,
+    class_labels: Sequence[int] | None = None,
+    guidance_scale: float | None = None,
+    num_inference_steps: int = 50,
+    precision: Precision = "no",
+) -> UInt8[Tensor, "images channels height width"]:
+    """One batch of images, one per seed.
+
+    Image i depends on its seed (and label) alone, up to rounding in the network: each image has a generator of its own,
+    on the CPU, whatever the device.
+
+    Args:
+        pipeline: from `load_pipeline` or `stock_pipeline`, on the device to compute on.
+        seeds: one per image.
+        class_labels: one per image, for a class-conditional pipeline.
+        guidance_scale: of a class-conditional pipeline with guidance; None keeps the pipeline's default.
+        num_inference_steps: network evaluations per image, at least 1.
+        precision: of the network, by autocast; the sampler itself works in the pipeline's dtype.
+
+    Returns:
+        Images, uint8, on the CPU.
+
+    Raises:
+        ValueError: for a count below 1.
+    """
+    if not seeds or num_inference_steps < 1:
+        raise ValueError("sampling needs at least one seed and one inference step")
+    parameters = inspect.signature(pipeline.__call__).parameters
+    arguments: dict = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds], "output_type": "np"}
+    arguments |= {"batch_size": len(seeds)} if "batch_size" in parameters else {}
+    arguments |= {"class_labels": list(class_labels)} if class_labels is not None else {}
+    arguments |= {"guidance_scale": guidance_scale} if guidance_scale is not None else {}
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
+        images = pipeline(num_inference_steps=num_inference_steps, **arguments).images  # [images, H, W, C] in [0, 1]
+    return torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
+
+
 def sample_images(
     unet: ModelMixin,
     noise_scheduler: SchedulerMixin,
@@ -32,10 +172,7 @@ def sample_images(
     num_inference_steps: int = 50,
     batch_size: int = 128,
 ) -> UInt8[Tensor, "images channels height width"]:
-    """Sample one image per seed with DDIM (Song et al., 2021, arXiv 2010.02502).
-
-    Image i depends on seed i alone, up to rounding in the network: each image has a generator of its own, on the
-    CPU, whatever the device.
+    """Sample one image per seed with DDIM; see `generate_images`.
 
     Args:
         unet: an unconditional `UNet2DModel`, float32; its training mode is restored afterwards.
@@ -50,19 +187,13 @@ def sample_images(
     Raises:
         ValueError: for no seeds or a count below 1.
     """
-    if not seeds or num_inference_steps < 1 or batch_size < 1:
-        raise ValueError("sampling needs at least one seed, one inference step and a batch size of at least 1")
+    if not seeds or batch_size < 1:
+        raise ValueError("sampling needs at least one seed and a batch size of at least 1")
     was_training = unet.training
     pipeline = stock_pipeline(unet.eval(), noise_scheduler)
-    batches = []
-    for first in range(0, len(seeds), batch_size):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]
-        images = pipeline(
-            batch_size=len(generators),
-            generator=generators,
-            num_inference_steps=num_inference_steps,
-            output_type="np",
-        ).images  # [images, H, W, C] in [0, 1]
-        batches.append(torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8))
+    batches = [
+        generate_images(pipeline, seeds[first : first + batch_size], num_inference_steps=num_inference_steps)
+        for first in range(0, len(seeds), batch_size)
+    ]
     unet.train(was_training)
     return torch.cat(batches)

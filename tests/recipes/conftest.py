@@ -9,8 +9,9 @@ from accelerate.state import AcceleratorState, PartialState
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
-SHORT = ("--max_train_steps", "2", "--train_batch_size", "4", "--log_every_steps", "1")
-SHORT_STUDENT = (*SHORT, "--calibration_samples", "192", "--num_score_samples", "8")
+SHORT_SCORES = ("--num_score_samples", "12", "--kid_subset_size", "10", "--num_inference_steps", "2")
+SHORT = ("--max_train_steps", "2", "--train_batch_size", "4", "--log_every_steps", "1", *SHORT_SCORES)
+SHORT_STUDENT = (*SHORT, "--calibration_samples", "192")
 
 
 def load_recipe(name):
@@ -23,10 +24,11 @@ def load_recipe(name):
 
 
 @pytest.fixture
-def run_recipe(monkeypatch):
+def run_recipe(monkeypatch, tmp_path):
     """Run a recipe in this process with the given flags."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("VKD_GEN_CACHE", str(tmp_path / "cache"))
 
     def run(name, *flags):
         module = load_recipe(name)

@@ -133,14 +133,23 @@ STUDENT_MISTAKES = {
         "weight is 0: there is no feature loss",
     ),
     "fp16 on a CPU": (lambda tmp: ["--mixed_precision", "fp16"], "fp16 needs a GPU"),
-    "one sample to score": (lambda tmp: ["--num_score_samples", 1], "--num_score_samples must be at least 2"),
+    "one sample to score": (lambda tmp: ["--num_score_samples", 1], "--num_score_samples must be at least 10"),
     "teacher of another family": (lambda tmp: ["--teacher", flow_teacher(tmp)], "FlowMatch.*not a schedule of betas"),
     "oblong teacher": (
         lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(size=[8, 16]))],
         "8 x 16 pixels.*square",
     ),
     "truncated image in a worker": (
-        lambda tmp: ["--dataset", truncated_images(tmp), "--dataloader_num_workers", 1, "--method", "none"],
+        lambda tmp: [
+            "--dataset",
+            truncated_images(tmp),
+            "--dataloader_num_workers",
+            1,
+            "--method",
+            "none",
+            "--extractor",
+            "none",
+        ],
         "error: cannot read the image.*png",
     ),
     "size not divisible": (lambda tmp: ["--resolution", 9], "cannot take a sample of size 9|resolution"),
@@ -168,7 +177,10 @@ STUDENT_MISTAKES = {
     "empty folder": (lambda tmp: ["--dataset", images_in(tmp / "x", count=0)], "holds no images"),
     "one image": (lambda tmp: ["--dataset", images_in(tmp / "x", count=1)], "at least 2 are needed"),
     "no image": (lambda tmp: ["--dataset", corrupt_images(tmp)], "broken.png.*repair or remove"),
-    "truncated image": (lambda tmp: ["--dataset", truncated_images(tmp)], "cannot read the image.*png"),
+    "truncated image": (
+        lambda tmp: ["--dataset", truncated_images(tmp), "--extractor", "none"],
+        "cannot read the image.*png",
+    ),
     "neither folder nor table": (lambda tmp: ["--dataset", file_at(tmp)], "neither a folder nor"),
     "no parquet": (lambda tmp: ["--dataset", shutil.copy(file_at(tmp), tmp / "x.parquet")], "cannot read.*parquet"),
     "table without images": (lambda tmp: ["--dataset", table(tmp, label=[1, 2])], "0 columns of images.*label"),
@@ -178,7 +190,14 @@ STUDENT_MISTAKES = {
     ),
     "output is a file": (lambda tmp: ["--output_dir", file_at(tmp)], "is a file"),
     "output under a file": (lambda tmp: ["--output_dir", file_at(tmp) / "x"], "is a file"),
-    "no feature network": (lambda tmp: ["--feature_network", tmp / "nowhere"], "feature network"),
+    "no feature network": (lambda tmp: ["--extractor", tmp / "nowhere.safetensors"], "feature network"),
+    "unknown extractor": (lambda tmp: ["--extractor", "incepption"], "choose one of inception"),
+    "scores without extractor": (lambda tmp: ["--extractor", "none", "--score_every_steps", 1], "needs an --extractor"),
+    "larger KID subsets than samples": (lambda tmp: ["--kid_subset_size", 13], "a smaller --kid_subset_size"),
+    "no extractor weights": (
+        lambda tmp: ["--extractor", "inception", "--extractor_weights", tmp / "nowhere.pth"],
+        "there are no extractor weights",
+    ),
     "resume from nowhere": (lambda tmp: ["--resume_from_checkpoint", "checkpoint-9"], "no checkpoint checkpoint-9"),
 }
 
@@ -230,7 +249,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_fold
     assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
-def fail(*_):
+def fail(*_, **_options):
     raise OSError("gone")
 
 
@@ -252,7 +271,7 @@ def test_a_student_is_exported_before_anything_can_fail_to_score_it(
 ):
     flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
     with monkeypatch.context() as patch:
-        patch.setattr("vkd_gen.evaluation.compare.frechet_distance", fail)
+        patch.setattr("vkd_gen.evaluation.scorer.sample_scores", fail)
         with pytest.raises(SystemExit):
             run_recipe(STUDENT, *flags)
     assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").exists()

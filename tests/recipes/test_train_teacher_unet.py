@@ -1,6 +1,7 @@
 """The teacher recipe, a few steps on a CPU."""
 
 from tests.recipes.conftest import SHORT, load_recipe
+from vkd_gen.training.command_line import repository_path
 from vkd_gen.training.models import load_teacher
 
 RECIPE = "train_teacher_unet"
@@ -33,6 +34,6 @@ def test_every_teacher_that_a_preset_names_has_a_preset_here():
 def test_the_committed_digits_teacher_is_what_its_preset_describes():
     recipe = load_recipe(RECIPE)
     students = load_recipe("train_student_unet")
-    unet = load_teacher(students.find(students.PRESETS["digits"].teacher)).unet
+    unet = load_teacher(repository_path(students.PRESETS["digits"].teacher, students.__file__)).unet
     described = recipe.build_unet(recipe.PRESETS["digits"])
     assert {k: v.shape for k, v in unet.state_dict().items()} == {k: v.shape for k, v in described.state_dict().items()}

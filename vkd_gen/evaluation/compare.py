@@ -1,9 +1,9 @@
 """A student beside its teacher, in numbers and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
+from accelerate import PartialState
 from diffusers import ModelMixin, SchedulerMixin
 from rich.console import Console
 from rich.table import Table
@@ -12,20 +12,28 @@ from torch import Tensor, nn
 from vkd_gen.data import Images
 from vkd_gen.distillation import FrozenTeacher, ProjectedStudent
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
-from vkd_gen.evaluation.feature_network import FeatureNetwork
-from vkd_gen.evaluation.scores import frechet_distance, held_out_errors
+from vkd_gen.evaluation.errors import held_out_errors
+from vkd_gen.evaluation.extractors import score_suffix
+from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import width_floor
+from vkd_gen.provenance import environment
 from vkd_gen.sampling import sample_images
 
-COLUMNS = {
+FORMATS = {
     "parameters": "{:,}",
     "macs": "{:,}",
     "ms_per_image": "{:.2f}",
-    "frechet_distance": "{:.2f}",
+    "fid": "{:.2f}",
+    "inception_score": "{:.2f}",
+    "kid": "{:.5f}",
+    "precision": "{:.3f}",
+    "recall": "{:.3f}",
+    "nearer_to_training": "{:.3f}",
     "denoising_error": "{:.4f}",
     "teacher_distance": "{:.4f}",
 }
+"""The columns of a table and how each is shown; results.json has all numbers. Scores end in their extractor's name."""
 
 
 def compare_to_teacher(
@@ -34,26 +42,24 @@ def compare_to_teacher(
     teacher: FrozenTeacher,
     teacher_scheduler: SchedulerMixin,
     *,
-    images: Images,
     held_out: Images,
-    feature_network: FeatureNetwork | None = None,
-    num_score_samples: int = 1000,
+    scorer: Scorer | None = None,
     num_inference_steps: int = 50,
     batch_size: int = 64,
     num_shown: int = 32,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Cost and scores of a student and its teacher, measured in one go on the same seeds and draws.
 
+    With several processes all of them must call it: they share the sampling.
+
     Args:
         student: the UNet to export.
         noise_scheduler: the student's.
         teacher: as trained with; it is brought to float32 here.
         teacher_scheduler: the teacher's.
-        images: training images, the reference of the Frechet distance.
         held_out: images that neither was trained on.
-        feature_network: scores the samples; None leaves the Frechet distance out.
-        num_score_samples: samples that the Frechet distance is computed from.
-        num_inference_steps: DDIM steps; at most those of the schedules.
+        scorer: scores samples; None leaves these scores out.
+        num_inference_steps: DDIM steps where nothing is scored, and of the timing; at most those of the schedules.
         batch_size: images at a time.
         num_shown: samples to return.
 
@@ -62,77 +68,109 @@ def compare_to_teacher(
     """
     nn.Module.float(teacher.unet)
     unets = {"teacher": (teacher.unet, teacher_scheduler), "student": (student, noise_scheduler)}
-    device = next(student.parameters()).device
-    rows: dict[str, dict[str, int | float]] = {
-        name: {"parameters": count_parameters(unet), "macs": count_macs(unet)} for name, (unet, _) in unets.items()
-    }
+    return _score_models(unets, teacher, held_out, scorer, num_inference_steps, batch_size, num_shown)
+
+
+def score_model(
+    name: str,
+    unet: ModelMixin,
+    noise_scheduler: SchedulerMixin,
+    *,
+    held_out: Images,
+    scorer: Scorer | None = None,
+    num_inference_steps: int = 50,
+    batch_size: int = 64,
+    num_shown: int = 32,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Cost and scores of one UNet; see `compare_to_teacher`."""
+    models = {name: (unet, noise_scheduler)}
+    return _score_models(models, None, held_out, scorer, num_inference_steps, batch_size, num_shown)
+
+
+def _score_models(
+    unets: Mapping[str, tuple[ModelMixin, SchedulerMixin]],
+    teacher: FrozenTeacher | None,
+    held_out: Images,
+    scorer: Scorer | None,
+    num_inference_steps: int,
+    batch_size: int,
+    num_shown: int,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     num_timesteps = [scheduler.config.num_train_timesteps for _, scheduler in unets.values()]
     num_inference_steps = min(num_inference_steps, *num_timesteps)
-    num_timed = min(32, batch_size)
-    times = milliseconds_per_image(unets, num_images=num_timed, num_inference_steps=num_inference_steps)
-    errors = held_out_errors(unets, teacher, held_out, batch_size=batch_size, device=device)
-    for name in unets:
-        rows[name] |= {"ms_per_image": times[name], **errors[name]}
-    protocol: dict[str, Any] = {
-        "sampler": "DDIM",
-        "num_inference_steps": num_inference_steps,
-        "device": str(device),
-        "ms_per_image": f"batches of {num_timed}, a tenth of the steps, scaled; taken in turns, best of 3",
-        "errors": "512 draws of (held-out image, noise, timestep), mean square per element",
-        "weights": "moving average",
-    }
-    num_samples = num_score_samples if feature_network else num_shown
-    samples = {
-        name: sample_images(
-            unet, scheduler, range(num_samples), num_inference_steps=num_inference_steps, batch_size=batch_size
-        )
-        for name, (unet, scheduler) in unets.items()
-    }
-    if feature_network:
-        reference = feature_network.extract(_uint8(images.stack()))
-        for name in unets:
-            rows[name]["frechet_distance"] = frechet_distance(feature_network.extract(samples[name]), reference)
-        if len(held_out) > 1:
-            real = feature_network.extract(_uint8(held_out.stack()))
-            rows["held-out images"] = {"frechet_distance": frechet_distance(real, reference)}
-        protocol["frechet_distance"] = (
-            f"{num_samples} samples (seeds 0 to {num_samples - 1}) against {len(images)} training images, in the "
-            f"features of {feature_network.facts.get('file', 'a small network')}; not Inception's"
-        )
-    return {"rows": rows, "protocol": protocol}, {name: images[:num_shown] for name, images in samples.items()}
+    device = next(next(iter(unets.values()))[0].parameters()).device
+    rows: dict[str, dict[str, int | float]] = {name: {} for name in unets}
+    protocol: dict[str, Any] = {"device": str(device), "weights": "moving average"}
+    state = PartialState()
+    if state.is_main_process:  # timed while the others wait
+        num_timed = min(32, batch_size)
+        times = milliseconds_per_image(unets, num_images=num_timed, num_inference_steps=num_inference_steps)
+        errors = held_out_errors(unets, teacher, held_out, batch_size=batch_size, device=device)
+        for name, (unet, _) in unets.items():
+            rows[name] = {"parameters": count_parameters(unet), "macs": count_macs(unet), "ms_per_image": times[name]}
+            rows[name] |= errors[name]
+        protocol |= {
+            "ms_per_image": f"batches of {num_timed}, {num_inference_steps} steps (a tenth, scaled), best of 3",
+            "errors": "512 draws of (held-out image, noise, timestep), mean square per element",
+        }
+    state.wait_for_everyone()
+    samples = {}
+    for name, (unet, scheduler) in unets.items():
+        if scorer:
+            scores, features, source = scorer.score_unet(name, unet, scheduler, num_shown=num_shown)
+            rows[name] |= scores
+            samples[name] = features.shown
+            protocol |= source.protocol
+        else:
+            samples[name] = sample_images(
+                unet, scheduler, range(num_shown), num_inference_steps=num_inference_steps, batch_size=batch_size
+            )
+    if scorer:
+        protocol |= scorer.protocol
+        real = scorer.scores_of_held_out()
+        rows |= {"held-out images": real} if real else {}
+    protocol["environment"] = environment()
+    return {"rows": rows, "protocol": protocol}, samples
 
 
-def _uint8(images: Tensor) -> Tensor:
-    return images.add(1).mul(127.5).round().to(torch.uint8)
-
-
-def _cells(row: dict[str, int | float], columns: Sequence[str]) -> list[str]:
-    return [COLUMNS[column].format(row[column]) if column in row else "-" for column in columns]
-
-
-def _columns(results: dict[str, Any]) -> list[str]:
-    return [column for column in COLUMNS if any(column in row for row in results["rows"].values())]
+def column_formats(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The columns of a table that some row has, each with its format, in the order of `FORMATS`."""
+    found = {column for row in results["rows"].values() for column in row}
+    suffix = score_suffix(results["protocol"].get("extractor", ""))
+    names = ((column, form) for name, form in FORMATS.items() for column in dict.fromkeys((name, name + suffix)))
+    return [(column, form) for column, form in names if column in found]
 
 
 def print_table(results: dict[str, Any]) -> None:
     """Print the rows for a person."""
-    columns = _columns(results)
-    table = Table("", *(column.replace("_", " ") for column in columns))
+    columns = column_formats(results)
+    table = Table("", *(column.replace("_", " ") for column, _ in columns))
     for name, row in results["rows"].items():
         table.add_row(name, *_cells(row, columns))
-    Console(width=120).print(table)
+    Console(width=150).print(table)
+
+
+def _cells(row: dict[str, int | float], columns: list[tuple[str, str]]) -> list[str]:
+    return [form.format(row[column]) if column in row else "-" for column, form in columns]
 
 
 def markdown_table(results: dict[str, Any]) -> str:
     """The rows and the protocol as Markdown."""
-    columns = _columns(results)
+    columns = column_formats(results)
     lines = [
-        "| | " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "| | " + " | ".join(column.replace("_", " ") for column, _ in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     lines += [f"| {name} | " + " | ".join(_cells(row, columns)) + " |" for name, row in results["rows"].items()]
-    lines += ["", *(f"- {name.replace('_', ' ')}: {text}" for name, text in results["protocol"].items())]
+    lines += ["", *(f"- {name.replace('_', ' ')}: {describe(value)}" for name, value in results["protocol"].items())]
     return "\n".join(lines)
+
+
+def describe(value: Any) -> str:
+    """An entry of a protocol in words."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name.replace('_', ' ')} {describe(part)}" for name, part in value.items())
+    return str(value)
 
 
 def describe_models(teacher: ModelMixin, student: ModelMixin) -> str:

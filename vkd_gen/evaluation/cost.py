@@ -2,9 +2,14 @@
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vkd_gen.features import copy_without_weights, example_inputs
@@ -68,3 +73,89 @@ def milliseconds_per_image(
             seconds = (time.perf_counter() - start) * num_inference_steps / timed_steps
             best[name] = min(best[name], seconds / num_images * 1000) if turn else best[name]
     return best
+
+
+def forward_costs(
+    unets: Mapping[str, ModelMixin], *, batch_size: int = 1, repeats: int = 5
+) -> dict[str, dict[str, float]]:
+    """Time and memory of a forward pass of each of several UNets, taken in turns.
+
+    Args:
+        unets: name -> UNet with weights, on the device to measure; the weights' values do not matter.
+        batch_size: samples at a time.
+        repeats: passes per UNet; the fastest counts.
+
+    Returns:
+        Name -> `ms_per_image_and_step`, milliseconds; `peak_memory_bytes`, weights and activations: on a GPU what was
+        allocated at most, else the bytes of all tensors alive at once (what an operation uses inside is not seen).
+    """
+    inputs = {name: _inputs(unet, batch_size) for name, unet in unets.items()}
+    costs = {name: {"ms_per_image_and_step": float("inf")} for name in unets}
+    for turn in range(repeats + 1):  # the first turn is not counted: allocations, choices of algorithms
+        for name, unet in unets.items():
+            milliseconds = _timed(unet, inputs[name]) / batch_size
+            if turn:
+                costs[name]["ms_per_image_and_step"] = min(costs[name]["ms_per_image_and_step"], milliseconds)
+    for name, unet in unets.items():
+        costs[name]["peak_memory_bytes"] = _peak_memory(unet, inputs[name])
+    return costs
+
+
+def _inputs(unet: ModelMixin, batch_size: int) -> dict[str, Any]:
+    def enlarged(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: enlarged(part) for name, part in value.items()}
+        return value.expand(batch_size, *value.shape[1:]).contiguous().to(unet.device)
+
+    return {name: enlarged(value) for name, value in example_inputs(unet).items()}
+
+
+@torch.no_grad()
+def _timed(unet: ModelMixin, inputs: dict[str, Any]) -> float:
+    synchronize = torch.cuda.synchronize if unet.device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    unet(**inputs)
+    synchronize()
+    return (time.perf_counter() - start) * 1000
+
+
+@torch.no_grad()
+def _peak_memory(unet: ModelMixin, inputs: dict[str, Any]) -> int:
+    weights = sum(value.numel() * value.element_size() for value in (*unet.parameters(), *unet.buffers()))
+    if unet.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        unet(**inputs)
+        return weights + torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        unet(**inputs)
+    return weights + live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations inside the context make and that are alive at the same time.
+
+    >>> with LiveBytes() as live:
+    ...     x = torch.zeros(1000)
+    ...     y = x + 1
+    >>> live.peak
+    8000
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and look at what is alive after it."""
+        known = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in known:
+                storage = value.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -36,11 +37,16 @@ def parse_command_line(presets: Mapping[str, Config], description: str, default:
             name = argument.removeprefix("--preset=")
     if name not in presets:
         _exit(f"there is no preset {name!r}; choose one of {', '.join(presets)}")
-    preset = presets[name]
+    return _parse(type(presets[name]), presets[name], description, arguments)
+
+
+def _parse(kind: type[Config], default: Config | None, description: str, arguments: list[str]) -> Config:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(type(preset), default=preset, description=description, args=arguments)
+            if default is None:
+                return tyro.cli(kind, description=description, args=arguments)
+            return tyro.cli(kind, default=default, description=description, args=arguments)
     except SystemExit as error:
         if error.code in (0, None):
             raise
@@ -92,7 +98,26 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+def repository_path(path: str, script: str) -> str:
+    """A file or folder of the repository that a script lies in; anything else as it is.
+
+    Presets name what the repository carries, and scripts are started from anywhere.
+
+    Args:
+        path: a file's, a folder's, or another name.
+        script: the script's `__file__`.
+    """
+    inside = Path(script).resolve().parents[1] / path
+    return str(inside) if not Path(path).exists() and inside.exists() else path
+
+
 def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], description: str, default: str) -> None:
     """Parse the command line and run `main` on it, with users' mistakes told in one line."""
     with one_line_errors():
         main(parse_command_line(presets, description, default))
+
+
+def run_command(main: Callable[[Config], None], kind: type[Config], description: str) -> None:
+    """Parse the command line into a dataclass and run `main` on it, with users' mistakes told in one line."""
+    with one_line_errors():
+        main(_parse(kind, None, description, sys.argv[1:]))

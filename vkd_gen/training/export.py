@@ -9,8 +9,8 @@ from typing import Any
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from vkd_gen.provenance import environment
 from vkd_gen.sampling import stock_pipeline
-from vkd_gen.training.run_folder import environment
 
 
 def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:

@@ -6,6 +6,7 @@ A recipe keeps what is its own, the loss:
         run.backward(losses_of(run.model, batch))
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -24,9 +25,9 @@ from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws
 from vkd_gen.diffusion import to_timesteps
+from vkd_gen.pictures import save_sample_grid
 from vkd_gen.sampling import sample_images
 from vkd_gen.training.options import TrainingOptions
-from vkd_gen.training.previews import save_sample_grid
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 
 
@@ -123,6 +124,7 @@ class TrainingRun:
         images: training images.
         noise_scheduler: the schedule that `unet` is trained on.
         config: everything the run was asked to do, for the trackers.
+        score: the averaged UNet, in eval mode -> score -> value; called by all processes every `score_every_steps`.
     """
 
     def __init__(
@@ -137,7 +139,10 @@ class TrainingRun:
         images: Images,
         noise_scheduler: SchedulerMixin,
         config: Mapping[str, Any],
+        score: Callable[[nn.Module], Mapping[str, float]] | None = None,
     ):
+        self._score = score
+        self._scores: dict[str, str] = {}
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
         self.step = 0
@@ -270,6 +275,8 @@ class TrainingRun:
         self._progress.update()
         if options.preview_every_steps and self.step % options.preview_every_steps == 0:
             self.on_main_process(self._save_preview)
+        if options.score_every_steps and self.step % options.score_every_steps == 0:
+            self._log_scores()
         if self.step % options.checkpointing_steps == 0 or last:
             self.save_checkpoint()
 
@@ -289,7 +296,9 @@ class TrainingRun:
             self.folder.append_metrics({"step": self.step, **line})
         self.accelerator.log(line, step=self.step)
         shown = {name.removeprefix("loss/"): f"{value:.4f}" for name, value in line.items() if _is_shown(name)}
-        self._progress.set_postfix({**shown, "img/s": f"{line['images_per_second']:.0f}"}, refresh=False)
+        self._progress.set_postfix(
+            {**shown, "img/s": f"{line['images_per_second']:.0f}", **self._scores}, refresh=False
+        )
         self._sums, self._passes, self._since = {}, 0, time.perf_counter()
 
     def save_checkpoint(self) -> None:
@@ -304,22 +313,46 @@ class TrainingRun:
             os.replace(temporary, path)
             self.folder.remove_old_checkpoints(self.options.checkpoints_total_limit)
 
-    def _save_preview(self) -> None:
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The averaged weights in the UNet, and the UNet in eval mode, for as long as the context lasts."""
+        self.unet.eval()
         if self.ema is not None:
             self.ema.store(self.unet.parameters())
             self.ema.copy_to(self.unet.parameters())
-        images = sample_images(self.unet, self.noise_scheduler, range(32), batch_size=self.options.eval_batch_size)
+        yield
         if self.ema is not None:
             self.ema.restore(self.unet.parameters())
+        self.model.train()
+
+    def _save_preview(self) -> None:
+        with self.averaged_weights():
+            images = sample_images(self.unet, self.noise_scheduler, range(32), batch_size=self.options.eval_batch_size)
         save_sample_grid({f"step {self.step}": images}, self.folder.path / "previews" / f"step-{self.step:06d}.png")
 
+    def _log_scores(self) -> None:
+        if self._score is None:
+            return
+        with self.averaged_weights():
+            scores = {f"score/{name}": value for name, value in self._score(self.unet).items()}
+        if self.accelerator.is_main_process:
+            self.folder.append_metrics({"step": self.step, **scores})
+        self.accelerator.log(scores, step=self.step)
+        names = [name for name in scores if name.startswith("score/fid") and "held_out" not in name]
+        self._scores = {name.removeprefix("score/"): f"{scores[name]:.2f}" for name in names}
+        self._since = time.perf_counter()  # the time of scoring is not the training's
+
     def finish(self) -> nn.Module:
-        """End the trackers, put the averaged weights into the UNet and return it, in eval mode."""
+        """Put the averaged weights into the UNet and return it, in eval mode; the processes stay together."""
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
         if self.ema is not None:
             self.ema.copy_to(self.unet.parameters())
         return self.unet.eval()
+
+    def end(self) -> None:
+        """End the trackers and the processes' connection: the last call of a recipe."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def cost(self) -> str:
         """What the steps made since this process started took, for the model card."""

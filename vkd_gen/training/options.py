@@ -49,6 +49,8 @@ class TrainingOptions:
     """Steps between lines in metrics.jsonl and the trackers."""
     preview_every_steps: int = 0
     """Steps between sample grids in previews/; 0 for none."""
+    score_every_steps: int = 0
+    """Steps between scores of the moving average; 0 for none before the end."""
     checkpointing_steps: int = 500
     """Steps between checkpoints; one is always made at the end."""
     checkpoints_total_limit: int = 2
@@ -87,6 +89,7 @@ MINIMA = {
     "dataloader_num_workers": 0,
     "log_every_steps": 1,
     "preview_every_steps": 0,
+    "score_every_steps": 0,
     "checkpointing_steps": 1,
     "checkpoints_total_limit": 1,
 }
@@ -95,7 +98,8 @@ FREE_TO_CHANGE = frozenset(
     {"output_dir", "resume_from_checkpoint", "dry_run"}
     | {"dataloader_num_workers", "eval_batch_size", "log_every_steps", "preview_every_steps"}
     | {"checkpointing_steps", "checkpoints_total_limit", "report_to", "push_to_hub", "hub_model_id"}
-    | {"feature_network", "num_score_samples"}
+    | {"score_every_steps", "extractor", "extractor_weights", "num_score_samples", "num_inference_steps"}
+    | {"kid_subset_size"}
 )
 """Fields that may differ between a run and its resumption: they do not touch what is trained."""
 

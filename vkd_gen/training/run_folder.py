@@ -1,19 +1,16 @@
 """The folder of a run: configuration, environment, metrics and checkpoints. Only the main process writes."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from vkd_gen.provenance import environment, write_json
 from vkd_gen.training.options import FREE_TO_CHANGE
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-PACKAGES = ("vkd-gen", "torch", "diffusers", "accelerate", "datasets", "numpy")
 
 
 class RunFolder:
@@ -116,27 +113,3 @@ class RunFolder:
 def checkpoint_step(path: Path) -> int:
     """The step that a checkpoint folder was made at."""
     return int(path.name.removeprefix("checkpoint-"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON through a temporary file, so that the file is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def environment() -> dict[str, str]:
-    """Versions and commit that a result depends on."""
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return {**versions, "commit": git.stdout.strip() or "unknown"}

@@ -9,12 +9,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 
-def save_sample_grid(rows: Mapping[str, Tensor], path: Path, columns: int = 16, least_side: int = 48) -> None:
-    """Save images as a PNG: a titled band per entry, small images enlarged without smoothing.
+def sample_grid(rows: Mapping[str, Tensor], columns: int = 16, least_side: int = 48) -> Image.Image:
+    """Images on one sheet: a titled band per entry, small images enlarged without smoothing.
 
     Args:
         rows: title -> images, uint8, `[images, C, H, W]`; equal positions are meant to share a seed.
-        path: of the PNG.
         columns: images per line.
         least_side: side in pixels that smaller images are enlarged to.
     """
@@ -37,8 +36,13 @@ def save_sample_grid(rows: Mapping[str, Tensor], path: Path, columns: int = 16, 
             tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
             sheet.paste(tile, (gap + number % columns * cell, top + number // columns * cell))
         top += lines[title] * cell
+    return sheet
+
+
+def save_sample_grid(rows: Mapping[str, Tensor], path: Path) -> None:
+    """Save a `sample_grid` as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    sample_grid(rows).save(path)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,38 +1,13 @@
-"""First scores of a student: Frechet distance in a network's features, and errors on images that training never saw."""
+"""Errors on images that training never saw."""
 
 from collections.abc import Mapping
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from jaxtyping import Float
-from torch import Tensor
 
 from vkd_gen.data import Images, TrainingDraws
 from vkd_gen.diffusion import add_noise, convert_prediction, prediction_target, prediction_type_of, to_timesteps
 from vkd_gen.distillation import FrozenTeacher, predict
-
-
-def frechet_distance(
-    features: Float[Tensor, "samples channels"], reference: Float[Tensor, "references channels"]
-) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features, in squared feature units, float64.
-
-    |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al., 2017, arXiv 1706.08500.
-
-    Raises:
-        ValueError: for fewer than two rows, or unlike widths.
-    """
-    if len(features) < 2 or len(reference) < 2 or features.shape[1] != reference.shape[1]:
-        raise ValueError(f"cannot compare features {list(features.shape)} and {list(reference.shape)}")
-    features, reference = features.double(), reference.double()
-    channels = features.shape[1]
-    covariance, reference_covariance = (rows.T.cov().view(channels, channels) for rows in (features, reference))
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # The eigenvalues of C1 C2 are those of the symmetric C1^(1/2) C2 C1^(1/2).
-    product = torch.linalg.eigvalsh(root @ reference_covariance @ root).clamp(min=0).sqrt().sum()
-    offset = (features.mean(0) - reference.mean(0)).square().sum()
-    return float(offset + covariance.trace() + reference_covariance.trace() - 2 * product)
 
 
 @torch.no_grad()

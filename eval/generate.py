@@ -1,0 +1,139 @@
+"""Make images with a diffusers pipeline: unconditional, or class-conditional.
+
+python eval/generate.py runs/digits --output samples --num_images 1000
+accelerate launch eval/generate.py HUB_ID --output samples.npz --num_images 50000 --mixed_precision bf16
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator, PartialState
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+
+from vkd_gen.evaluation.sources import ImageSource, blocks_of_process, from_pipeline, progress_bar
+from vkd_gen.provenance import write_json
+from vkd_gen.sampling import Precision, Sampler, load_pipeline
+from vkd_gen.training.command_line import run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to make. Image i comes from seed SEED + i, whatever the batch size and the number of processes."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder of a pipeline or of a recipe's run, or a hub id."""
+    output: str
+    """Folder for PNGs, or an .npz file. What an interrupted call left there is completed."""
+    num_images: int = 1000
+    """Images to make."""
+    seed: int = 0
+    """Seed of the first image."""
+    sampler: Sampler | None = None
+    """Sampler of a UNet pipeline; by default the pipeline's own."""
+    num_inference_steps: int = 50
+    """Network evaluations per image."""
+    guidance_scale: float | None = None
+    """Guidance of a class-conditional pipeline, whose image i is of class i modulo the number of classes."""
+    mixed_precision: Precision = "no"
+    """Precision of the networks."""
+    batch_size: int = 64
+    """Images at a time, per process."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        least = {"num_images": 1, "seed": 0, "num_inference_steps": 1, "batch_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
+
+
+FREE_TO_CHANGE = ("output", "batch_size", "num_images")
+
+
+def prepare_folder(folder: Path, config: GenerateConfig) -> None:
+    """Make the folder, or see that what lies there is of the same images."""
+    wanted = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    note = folder / "generate.json"
+    if note.exists():
+        before = json.loads(note.read_text())
+        changed = [f"--{name} was {before.get(name)!r} and is {value!r}" for name, value in wanted.items()
+                   if before.get(name) != value]  # fmt: skip
+        if changed:
+            raise ValueError(f"{folder} holds other images: {'; '.join(changed)}; choose another --output")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not of this command; choose another --output")
+    PartialState().wait_for_everyone()  # all have looked before the first one writes
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(note, wanted)
+    PartialState().wait_for_everyone()
+
+
+def make_pngs(source: ImageSource, folder: Path, batch_size: int) -> None:
+    """Write image i as a PNG of its number, unless it is there."""
+    state = PartialState()
+    bar = progress_bar(source.count, "images")
+    for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
+        files = [folder / f"{number:06d}.png" for number in block]
+        if not all(file.exists() for file in files):
+            for file, image in zip(files, source.read(block), strict=True):
+                pixels = image.permute(1, 2, 0).numpy()
+                temporary = file.with_suffix(".tmp")
+                Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary, "png")
+                temporary.replace(file)
+        bar.update(min(len(block) * state.num_processes, source.count - bar.n))
+    bar.close()
+    state.wait_for_everyone()
+
+
+def pack(folder: Path, count: int, path: Path) -> None:
+    """Put PNGs into one array `arr_0`, uint8, `[images, H, W, C]`, as evaluators of other projects read it."""
+    pixels = [np.asarray(Image.open(folder / f"{number:06d}.png")) for number in range(count)]
+    stacked = np.stack(pixels)
+    temporary = path.with_name(path.name + ".tmp.npz")
+    np.savez(temporary, arr_0=stacked if stacked.ndim == 4 else stacked[..., None])
+    temporary.replace(path)
+    shutil.rmtree(folder)
+
+
+def main(config: GenerateConfig) -> None:
+    """Make the images that are not there yet."""
+    output = Path(config.output)
+    for parent in output.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"--output {output} cannot be written: {parent} is a file")
+    is_array = output.suffix == ".npz"
+    if is_array and output.exists():
+        raise ValueError(f"{output} is there already; choose another --output")
+    folder = output.with_name(output.name + ".parts") if is_array else output
+    accelerator = Accelerator()
+    disable_progress_bar()  # of the loading of a pipeline's few parts
+    pipeline = load_pipeline(config.checkpoint, config.sampler).to(accelerator.device)
+    prepare_folder(folder, config)
+    source = from_pipeline(
+        config.checkpoint,
+        pipeline,
+        count=config.num_images,
+        first_seed=config.seed,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        precision=config.mixed_precision,
+    )
+    make_pngs(source, folder, config.batch_size)
+    if accelerator.is_main_process:
+        if is_array:
+            pack(folder, config.num_images, output)
+        else:
+            write_json(folder / "protocol.json", dict(source.protocol))
+        print(f"{config.num_images} images: {output}")
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    run_command(main, GenerateConfig, __doc__)

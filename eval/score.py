@@ -1,0 +1,175 @@
+"""Score images by FID, Inception score, KID, precision and recall, and by how close they lie to training images.
+
+python eval/score.py runs/digits --reference digits --extractor recipes/assets/digits-features.safetensors
+accelerate launch eval/score.py runs/half google/ddpm-cifar10-32 --reference uoft-cs/cifar10 --num_score_samples 50000
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+
+from vkd_gen.data import EMBEDDED, load_images
+from vkd_gen.evaluation.card import update_model_card
+from vkd_gen.evaluation.compare import print_table
+from vkd_gen.evaluation.report import save_results
+from vkd_gen.evaluation.scorer import ScoreOptions, Scorer, SharedScoreOptions, load_statistics_file
+from vkd_gen.evaluation.sources import ImageSource, from_array, from_folder, from_images, from_pipeline
+from vkd_gen.provenance import environment
+from vkd_gen.sampling import Precision, Sampler, image_size, load_pipeline
+from vkd_gen.training.command_line import repository_path, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """What to score, against what. Nothing is written to disk on the way: images go from the sampler to the network."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Each a folder of a pipeline or of a recipe's run, a hub id, a folder of images, or an .npz of images."""
+    reference: str
+    """Data set that the models were trained on: its name, a folder of images, parquet or arrow files, a hub id, an .npz
+    of images, or an .npz of `mu` and `sigma` (FID alone)."""
+    output_dir: str = "scores"
+    """Folder for results.json, samples and the report."""
+    overwrite: bool = False
+    """Replace what an earlier call left in the output folder."""
+    held_out_fraction: float | None = None
+    """Share of the reference that training held out, where it has no test split of its own; by default the recipes'
+    share for digits and mnist, 0 for all else."""
+    image_column: str | None = None
+    """Column of the images in a table; by default the only one that holds images."""
+    sampler: Sampler | None = None
+    """Sampler of UNet pipelines; by default each pipeline's own."""
+    guidance_scale: float | None = None
+    """Guidance of class-conditional pipelines, whose image i is of class i modulo the number of classes."""
+    seed: int = 0
+    """Seed of the first sample; image i comes from seed SEED + i."""
+    mixed_precision: Precision = "no"
+    """Precision of the sampled networks; the extractor works in float32."""
+    batch_size: int = 64
+    """Images at a time, per process."""
+    update_cards: bool = True
+    """Write the scores into the model cards of pipelines in local folders."""
+    scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(num_score_samples=10_000))
+    """What images are scored by."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if not self.sources:
+            raise ValueError("name at least one pipeline, folder or .npz to score")
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError(f"a source is named twice: {' '.join(self.sources)}")
+        if self.seed < 0 or self.batch_size < 1:
+            raise ValueError("--seed must be at least 0 and --batch_size at least 1")
+        if self.held_out_fraction is not None and not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"--held_out_fraction must be at least 0 and below 1, not {self.held_out_fraction}")
+        if self.scores.extractor == "none":
+            raise ValueError("scores need an --extractor")
+
+
+def open_source(name: str, config: ScoreConfig) -> tuple[ImageSource, int, int, DiffusionPipeline | None]:
+    """What a name on the command line stands for, with the size and the channels of its images."""
+    path = Path(name)
+    if path.suffix == ".npz" and path.is_file():
+        source, pipeline = from_array(name), None
+    elif path.is_dir() and not any((folder / "model_index.json").exists() for folder in (path, path / "pipeline")):
+        source, pipeline = from_folder(name), None
+    else:
+        pipeline = load_pipeline(name, config.sampler)
+        source = from_pipeline(
+            name,
+            pipeline,
+            count=config.scores.num_score_samples,
+            first_seed=config.seed,
+            num_inference_steps=config.scores.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            precision=config.mixed_precision,
+        )
+        return source, *image_size(pipeline), pipeline
+    first = source.read(range(1))
+    if first.shape[-1] != first.shape[-2]:
+        raise ValueError(
+            f"the images in {name} are {first.shape[-2]} x {first.shape[-1]} pixels; square ones are scored"
+        )
+    return source, first.shape[-1], first.shape[1], pipeline
+
+
+def open_reference(
+    config: ScoreConfig, size: int, channels: int
+) -> tuple[ImageSource | tuple[torch.Tensor, torch.Tensor], ImageSource | None]:
+    """The images (or statistics) to compare to, and held-out images where there are some."""
+    path = Path(config.reference)
+    if path.suffix == ".npz" and path.is_file():
+        with torch.no_grad():
+            try:
+                return load_statistics_file(config.reference), None
+            except ValueError:
+                return from_array(config.reference), None
+    fraction = config.held_out_fraction
+    if fraction is None:
+        fraction = 1 / 6 if config.reference in EMBEDDED else 0
+    images, held_out = load_images(
+        config.reference,
+        resolution=size,
+        channels=channels,
+        held_out_fraction=fraction,
+        image_column=config.image_column,
+    )
+    return from_images("reference", images), from_images("held-out images", held_out) if len(held_out) else None
+
+
+def main(config: ScoreConfig) -> None:
+    """Score every source against one reference, and write one table."""
+    folder = Path(config.output_dir)
+    for parent in (folder, *folder.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"--output_dir {folder} cannot be a folder: {parent} is a file")
+    if (folder / "results.json").exists() and not config.overwrite:
+        raise ValueError(f"{folder} already holds results; choose another --output_dir, or --overwrite")
+    accelerator = Accelerator()
+    disable_progress_bar()  # of the loading of a pipeline's few parts
+    options = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
+    opened = {name: open_source(name, config) for name in config.sources}
+    sizes = {name: (size, channels) for name, (_, size, channels, _) in opened.items()}
+    if len({size for size, _ in sizes.values()}) > 1:
+        described = ", ".join(f"{name} {size} x {size}" for name, (size, _) in sizes.items())
+        raise ValueError(f"images of unlike sizes cannot be compared to one reference: {described}")
+    size, channels = max(sizes.values())
+    reference, held_out = open_reference(config, size, channels)
+    scorer = Scorer(
+        options,
+        reference,
+        held_out,
+        batch_size=config.batch_size,
+        num_samples=min(source.count for source, *_ in opened.values()),
+    )
+    results: dict[str, Any] = {"rows": {}, "protocol": {**scorer.protocol, "environment": environment()}, "sources": {}}
+    samples = {}
+    for name, (source, _, _, pipeline) in opened.items():
+        if pipeline is not None:
+            pipeline.to(accelerator.device)
+        scores, features = scorer(source)
+        if pipeline is not None:
+            pipeline.to("cpu")
+        results["rows"][name] = scores
+        results["sources"][name] = {**source.protocol, "images_sha256": features.content_hash}
+        samples[name] = features.shown
+    real = scorer.scores_of_held_out()
+    results["rows"] |= {"held-out images": real} if real else {}
+    if accelerator.is_main_process:
+        save_results(folder, results, samples)
+        print_table(results)
+        for name, (_, _, _, pipeline) in opened.items():
+            if pipeline is not None and config.update_cards and Path(name).is_dir():
+                print(f"model card: {update_model_card(Path(name), results, name, config.reference)}")
+        print(f"results: {folder / 'results.json'}\nreport: {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    run_command(main, ScoreConfig, __doc__)

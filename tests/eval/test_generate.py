@@ -1,0 +1,107 @@
+"""eval/generate.py: image i is the same however it is made, and what is there is not made again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from tests.conftest import tiny_unet
+from tests.eval.conftest import EVAL
+from vkd_gen.sampling import sample_images
+
+STEPS = ("--num_inference_steps", 3)
+
+
+def pixels_in(folder):
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+
+
+def test_images_are_those_of_their_seeds_in_any_batch_and_format(tmp_path, checkpoint, run_eval):
+    flags = ["--num_images", 9, "--seed", 4, *STEPS]
+    run_eval("generate", checkpoint, "--output", tmp_path / "pngs", *flags)
+    run_eval("generate", checkpoint, "--output", tmp_path / "odd", *flags, "--batch_size", 2)
+    run_eval("generate", checkpoint, "--output", tmp_path / "array.npz", *flags, "--batch_size", 4)
+    expected = sample_images(tiny_unet(), DDPMScheduler(), range(4, 13), num_inference_steps=3).numpy()[:, 0]
+    assert expected.std() > 10
+    array = np.load(tmp_path / "array.npz")["arr_0"]
+    assert array.shape == (9, 8, 8, 1)
+    assert array.dtype == np.uint8
+    for found in (pixels_in(tmp_path / "pngs"), pixels_in(tmp_path / "odd"), array[..., 0]):
+        assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # the network's rounding
+    assert not (tmp_path / "array.npz.parts").exists()
+    protocol = json.loads((tmp_path / "pngs/protocol.json").read_text())
+    assert protocol["seeds"] == "4 to 12"
+
+
+def test_two_processes_make_the_same_files(tmp_path, checkpoint, run_eval):
+    flags = [checkpoint, "--num_images", 7, "--batch_size", 2, *STEPS, "--output"]
+    run_eval("generate", *flags, tmp_path / "one")
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command += [EVAL / "generate.py", *flags, tmp_path / "two"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = [f"{number:06d}.png" for number in range(7)]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "two").glob("*")) == sorted(
+        [*names, "generate.json", "protocol.json"]
+    )
+
+
+@pytest.mark.parametrize("output", ["pngs", "array.npz"])
+def test_an_interrupted_call_is_completed(tmp_path, checkpoint, run_eval, monkeypatch, output, capfd):
+    flags = [checkpoint, "--num_images", 6, "--batch_size", 2, *STEPS, "--output", tmp_path / output]
+    from vkd_gen.evaluation import sources
+
+    made = []
+    original = sources.generate_images
+
+    def interrupted(pipeline, seeds, **options):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(list(seeds))
+        return original(pipeline, seeds, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "generate_images", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            run_eval("generate", *flags)
+    assert stop.value.code == 130
+    with pytest.raises(SystemExit):  # the rest of other images
+        run_eval("generate", *flags, "--seed", 1)
+    assert "--seed was 0 and is 1" in capfd.readouterr().err
+    made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "generate_images", interrupted)
+        run_eval("generate", *flags)
+    assert made == [[4, 5]]
+    straight = tmp_path / f"straight-{output}"
+    run_eval("generate", *flags[:-1], straight)
+    if output == "pngs":
+        assert (pixels_in(tmp_path / output) == pixels_in(straight)).all()
+    else:
+        assert (np.load(tmp_path / output)["arr_0"] == np.load(straight)["arr_0"]).all()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver"])
+def test_samplers_give_images_of_their_own_that_repeat(tmp_path, checkpoint, run_eval, sampler):
+    for name in ("first", "second"):
+        run_eval("generate", checkpoint, "--output", tmp_path / name, "--num_images", 3, *STEPS, "--sampler", sampler)
+    run_eval("generate", checkpoint, "--output", tmp_path / "ddim", "--num_images", 3, *STEPS)
+    first, second, ddim = (pixels_in(tmp_path / name) for name in ("first", "second", "ddim"))
+    assert (first == second).all()
+    assert (first == ddim).all() == (sampler == "ddim")
+
+
+def test_lower_precision_gives_nearly_the_same_images(tmp_path, checkpoint, run_eval):
+    for precision in ("no", "bf16"):
+        flags = ["--num_images", 3, *STEPS, "--mixed_precision", precision]
+        run_eval("generate", checkpoint, "--output", tmp_path / precision, *flags)
+    full, half = (pixels_in(tmp_path / name).astype(int) for name in ("no", "bf16"))
+    assert 0 < np.abs(full - half).mean() < 3

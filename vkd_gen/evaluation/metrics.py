@@ -1,0 +1,128 @@
+"""Scores from features: torch-fidelity's, and how close samples lie to what was trained on."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity
+
+ISC_SPLITS = 10
+PRC_NEIGHBOURS = 3
+LEAST_IMAGES = ISC_SPLITS
+"""Images that the scores need at least: one for each split of the Inception score, more than a neighbourhood."""
+
+
+def sample_scores(
+    samples: Mapping[str, Float[Tensor, "samples features"]],
+    reference: Mapping[str, Float[Tensor, "references features"]],
+    extractor: Extractor,
+    *,
+    kid_subset_size: int = 1000,
+) -> dict[str, float]:
+    """All that torch-fidelity computes from one set of features, as its own command line does.
+
+    FID (Heusel et al., 2017, arXiv 1706.08500), Inception score (Salimans et al., 2016, arXiv 1606.03498), KID
+    (Binkowski et al., 2018, arXiv 1801.01401; 100 subsets), precision and recall (Kynkaanniemi et al., 2019, arXiv
+    1904.06991; 3 neighbours).
+
+    Args:
+        samples: layer -> features.
+        reference: layer -> features of the images to compare to.
+        extractor: that both come from.
+        kid_subset_size: rows of each of KID's subsets.
+
+    Returns:
+        Score -> value: `fid`, `inception_score`, `kid`, `precision`, `recall`, the first three's companions
+        `inception_score_std` and `kid_std`; each with the extractor's name behind it, unless that is Inception.
+    """
+    import_torch_fidelity()
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    scores: dict[str, float] = {}
+    layer = extractor.layers["fid"]
+    statistics = [fid_features_to_statistics(features[layer]) for features in (samples, reference)]
+    scores["fid"] = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    if "isc" in extractor.layers:
+        found = isc_features_to_metric(samples[extractor.layers["isc"]], splits=ISC_SPLITS)
+        scores["inception_score"], scores["inception_score_std"] = found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+    layer = extractor.layers["kid"]
+    found = kid_features_to_metric(samples[layer], reference[layer], kid_subset_size=kid_subset_size, verbose=False)
+    scores["kid"], scores["kid_std"] = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    layer = extractor.layers["prc"]
+    is_large = max(len(samples[layer]), len(reference[layer])) > 10_000  # all distances at once would fill the memory
+    found = prc_features_to_metric(
+        samples[layer], reference[layer], prc_neighborhood=PRC_NEIGHBOURS, save_cpu_ram=is_large, verbose=False
+    )
+    scores["precision"], scores["recall"] = found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+    return {name + extractor.suffix: value for name, value in scores.items()}
+
+
+def frechet_distance_to_statistics(
+    features: Float[Tensor, "samples features"], mean: Tensor, covariance: Tensor
+) -> float:
+    """FID against saved statistics.
+
+    Args:
+        features: of the samples.
+        mean: of the reference, `[features]`.
+        covariance: of the reference, `[features, features]`.
+    """
+    import_torch_fidelity()
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    statistics = fid_features_to_statistics(features)
+    reference = {
+        "mu": mean.numpy().astype(statistics["mu"].dtype),
+        "sigma": covariance.numpy().astype(statistics["sigma"].dtype),
+    }
+    return fid_statistics_to_metric(statistics, reference, verbose=False)[KEY_METRIC_FID]
+
+
+def memorization_scores(
+    samples: Float[Tensor, "samples features"],
+    training: Float[Tensor, "training features"],
+    held_out: Float[Tensor, "held_out features"],
+) -> dict[str, float]:
+    """How much closer samples lie to training images than to images that the model never saw.
+
+    Of the training images as many are taken, evenly spaced, as are held out, so that neither side has the better
+    chance of a close neighbour. A model that has learnt the distribution puts half of its samples nearer to either;
+    one that copies puts all of them nearer to its training images. After Meehan, Chaudhuri and Dasgupta, 2020, arXiv
+    2004.05675.
+
+    Args:
+        samples: features of the samples.
+        training: of the training images.
+        held_out: of images from the same distribution that were not trained on.
+
+    Returns:
+        `nearest_training` and `nearest_held_out`, the median Euclidean distance of a sample to its nearest neighbour
+        among them; `nearer_to_training`, the share of samples whose nearest neighbour is a training image.
+
+    >>> held_out, samples = torch.zeros(2, 3), torch.ones(4, 3)
+    >>> memorization_scores(samples, training=samples, held_out=held_out)["nearer_to_training"]
+    1.0
+    """
+    count = min(len(training), len(held_out))
+    to_training, to_held_out = (
+        nearest_distances(samples, rows[torch.arange(count) * len(rows) // count]) for rows in (training, held_out)
+    )
+    nearer = (to_training < to_held_out).double() + (to_training == to_held_out).double() / 2
+    return {
+        "nearest_training": float(to_training.median()),
+        "nearest_held_out": float(to_held_out.median()),
+        "nearer_to_training": float(nearer.mean()),
+    }
+
+
+def nearest_distances(
+    features: Float[Tensor, "samples features"], others: Float[Tensor, "others features"], batch_size: int = 2000
+) -> Float[Tensor, " samples"]:
+    """Euclidean distance of each row to the nearest of the others, without the cancellation of matrix products."""
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cat([torch.cdist(rows, others, compute_mode=mode).amin(1) for rows in features.split(batch_size)])

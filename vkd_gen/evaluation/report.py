@@ -1,0 +1,237 @@
+"""One self-contained HTML page for a run, a comparison of runs or a set of scores: samples, curves, tables."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vkd_gen.evaluation.compare import column_formats, describe
+from vkd_gen.evaluation.sources import save_images
+from vkd_gen.pictures import sample_grid, save_sample_grid
+from vkd_gen.provenance import write_json
+
+STYLE = """
+:root { color-scheme: light dark; --line: #d0d7de; --soft: #f6f8fa; --ink: #1f2328; --dim: #59636e; --page: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3d444d; --soft: #151b23; --ink: #f0f6fc; --dim: #9198a1; --page: #0d1117; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
+       max-width: 80rem; padding: 0 1.5rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.dim, td.dim, caption { color: var(--dim); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+thead th { background: var(--soft); font-weight: 600; }
+table.facts td { text-align: left; overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
+img.samples { image-rendering: pixelated; }
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a folder of a run, or of scores, holds.
+
+    Attributes:
+        name: the folder's.
+        results: results.json.
+        samples: name -> first samples, uint8, from equal seeds.
+        metrics: lines of metrics.jsonl.
+    """
+
+    name: str
+    results: dict[str, Any]
+    samples: dict[str, Tensor]
+    metrics: list[dict[str, Any]]
+
+
+def load_outcome(folder: Path) -> Outcome:
+    """Read a folder of a run of a recipe, or of scores.
+
+    Raises:
+        ValueError: if it holds no results, or damaged ones.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no results.json: it is neither a finished run nor a folder of scores")
+    try:
+        results = json.loads(path.read_text())
+        samples = {}
+        if (folder / "samples.npz").exists():
+            with np.load(folder / "samples.npz", allow_pickle=False) as file:
+                samples = {name: torch.from_numpy(file[name]).permute(0, 3, 1, 2) for name in file.files}
+        metrics_file = folder / "metrics.jsonl"
+        lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
+        metrics = [json.loads(line) for line in lines if line.endswith("}")]
+    except Exception as error:  # JSON's, numpy's and the zip file's errors
+        raise ValueError(f"cannot read the results in {folder}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(results, dict) or not {"rows", "protocol"} <= set(results):
+        raise ValueError(f"{path} is not a results file: it has no rows and protocol")
+    return Outcome(folder.resolve().name, results, samples, metrics)
+
+
+def save_results(folder: Path, results: dict[str, Any], samples: Mapping[str, Tensor]) -> None:
+    """Write results.json, samples.npz, samples.png and report.html into the folder of a run or of scores.
+
+    Args:
+        folder: existing or not.
+        results: `rows` and `protocol`, as `compare_to_teacher` gives them; `sources` where each row has its own.
+        samples: name -> first samples, uint8, from equal seeds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results)
+    save_images(samples, folder / "samples.npz")
+    save_sample_grid(samples, folder / "samples.png")
+    write_report([folder], folder / "report.html")
+
+
+def write_report(folders: Sequence[Path], path: Path) -> None:
+    """Write the page; pictures, curves and style are inside it.
+
+    Args:
+        folders: of runs or scores; several make a comparison.
+        path: of the HTML file.
+
+    Raises:
+        ValueError: for a folder without results.
+    """
+    outcomes = [load_outcome(folder) for folder in folders]
+    title = ", ".join(outcome.name for outcome in outcomes)
+    rows = merge_rows(outcomes)
+    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Scores</h2>", _table(rows, outcomes[0].results)]
+    samples = _merge_samples(outcomes)
+    if samples:
+        few = {name: images[:32] for name, images in samples.items()}
+        parts += [
+            "<h2>Samples</h2>",
+            '<p class="dim">The same position in each band is the same seed.</p>',
+            f'<img class="samples" alt="samples" src="{_data_uri(sample_grid(few))}">',
+        ]
+    curves = [outcome for outcome in outcomes if outcome.metrics]
+    if curves:
+        parts += ["<h2>Curves</h2>", f'<img alt="losses and scores by step" src="{_data_uri(draw_curves(curves))}">']
+    for outcome in outcomes:
+        parts += [f"<h2>Protocol{'' if len(outcomes) == 1 else ': ' + html.escape(outcome.name)}</h2>"]
+        parts += [_facts({**outcome.results["protocol"], **outcome.results.get("sources", {})})]
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("." + path.name)
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+
+
+def merge_rows(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+    """The rows of all; one that two runs share, as the same teacher, stands there once (the times of the first run)."""
+    if len(outcomes) == 1:
+        return outcomes[0].results["rows"]
+    merged: dict[str, dict[str, Any]] = {}
+    for outcome in outcomes:
+        for name, row in outcome.results["rows"].items():
+            if name in merged and _without_times(merged[name]) == _without_times(row):
+                continue
+            merged[name if name not in merged and name != "student" else f"{outcome.name}: {name}"] = row
+    return merged
+
+
+def _without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "ms_per_image"}
+
+
+def _merge_samples(outcomes: Sequence[Outcome]) -> dict[str, Tensor]:
+    if len(outcomes) == 1:
+        return outcomes[0].samples
+    merged: dict[str, Tensor] = {}
+    for outcome in outcomes:
+        for name, images in outcome.samples.items():
+            if name in merged and torch.equal(merged[name], images):
+                continue
+            merged[name if name not in merged and name != "student" else f"{outcome.name}: {name}"] = images
+    return merged
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+    columns = column_formats({**results, "rows": rows})
+    head = "".join(f"<th>{html.escape(column.replace('_', ' '))}</th>" for column, _ in columns)
+    lines = []
+    for name, row in rows.items():
+        cells = "".join(f"<td>{form.format(row[column]) if column in row else '-'}</td>" for column, form in columns)
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    body = "\n".join(lines)
+    return f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    rows = (
+        f'<tr><td class="dim">{html.escape(name.replace("_", " "))}</td><td>{html.escape(describe(value))}</td></tr>'
+        for name, value in facts.items()
+    )
+    return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
+
+
+def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
+    """Losses by step, and scores where they were taken during training, a colour per run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = [("loss/denoising", "denoising loss"), ("loss/output", "output distillation loss")]
+    kinds += [("loss/feature", "feature loss, summed over layers"), ("loss/total", "loss")]
+    logged = {name for outcome in outcomes for line in outcome.metrics for name in line}
+    if "loss/denoising" in logged:
+        kinds = [kind for kind in kinds if kind[0] != "loss/total"]
+    scores = sorted(name for name in logged if name.startswith("score/fid") and "held_out" not in name)
+    kinds += [(name, name.removeprefix("score/").replace("_", " ")) for name in scores]
+    kinds = [(name, label) for name, label in kinds if name in logged]
+    figure = Figure(figsize=(5.2 * min(2, len(kinds)), 3.2 * -(-len(kinds) // 2)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = np.atleast_1d(figure.subplots(-(-len(kinds) // 2), min(2, len(kinds)))).flatten()
+    for axis in axes[len(kinds) :]:
+        axis.set_visible(False)
+    for axis, (name, label) in zip(axes, kinds, strict=False):
+        for number, outcome in enumerate(outcomes):
+            points = [(line["step"], line[name]) for line in outcome.metrics if name in line]
+            if points:
+                marker = "o" if name.startswith("score/") else None
+                axis.plot(
+                    *zip(*points, strict=True), label=outcome.name, color=f"C{number}", marker=marker, linewidth=1.4
+                )
+        teacher = outcomes[0].results["rows"].get("teacher", {}).get(name.removeprefix("score/"))
+        if teacher is not None:
+            axis.axhline(teacher, color="0.4", linestyle="--", linewidth=1, label="teacher")
+        values = [line[name] for outcome in outcomes for line in outcome.metrics if name in line]
+        if min(values) > 0:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if max(values) < 20 * min(values) else "")
+        axis.set_xlim(left=0)
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(which="both", labelsize=8)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if len(handles) > 1:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

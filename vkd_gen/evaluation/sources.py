@@ -1,0 +1,270 @@
+"""Where images to score come from - a model, a folder, an array, a data set - and one pass of a network over them.
+
+C channels, H height, W width.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object
+from diffusers import DiffusionPipeline
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from vkd_gen.data import Images, load_images
+from vkd_gen.evaluation.extractors import Extractor
+from vkd_gen.sampling import Precision, generate_images, num_classes
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images by number, made or read when asked for.
+
+    Attributes:
+        name: for messages and tables.
+        count: how many there are.
+        read: numbers -> uint8 images.
+        protocol: how they came about, for results.json.
+    """
+
+    name: str
+    count: int
+    read: Callable[[Sequence[int]], UInt8[Tensor, "images channels height width"]]
+    protocol: Mapping[str, Any]
+
+
+def from_pipeline(
+    name: str,
+    pipeline: DiffusionPipeline,
+    *,
+    count: int,
+    first_seed: int = 0,
+    num_inference_steps: int = 50,
+    guidance_scale: float | None = None,
+    precision: Precision = "no",
+) -> ImageSource:
+    """Images that a pipeline makes: number i from seed `first_seed + i`, and, if it takes labels, of class i in turn.
+
+    Args:
+        name: of the source.
+        pipeline: on the device to compute on.
+        count: images.
+        first_seed: of image 0.
+        num_inference_steps: network evaluations per image; at most the schedule's.
+        guidance_scale: see `generate_images`.
+        precision: see `generate_images`.
+    """
+    classes = num_classes(pipeline)
+    num_inference_steps = min(num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
+
+    def read(indices: Sequence[int]) -> Tensor:
+        return generate_images(
+            pipeline,
+            [first_seed + index for index in indices],
+            class_labels=[index % classes for index in indices] if classes else None,
+            guidance_scale=guidance_scale if classes else None,
+            num_inference_steps=num_inference_steps,
+            precision=precision,
+        )
+
+    protocol: dict[str, Any] = {
+        "pipeline": type(pipeline).__name__,
+        "sampler": type(pipeline.scheduler).__name__,
+        "num_inference_steps": num_inference_steps,
+        "num_images": count,
+        "seeds": f"{first_seed} to {first_seed + count - 1}",
+        "precision": precision,
+    }
+    if classes:
+        protocol |= {"class_labels": f"image number modulo {classes}", "guidance_scale": guidance_scale or "default"}
+    return ImageSource(name, count, read, protocol)
+
+
+def from_images(name: str, images: Images) -> ImageSource:
+    """Images of a data set or folder."""
+    protocol = {"images": images.name, "num_images": len(images), "resize": f"shorter side to {images.resolution}"}
+    return ImageSource(name, len(images), images.pixels, protocol)
+
+
+def from_folder(folder: str) -> ImageSource:
+    """All images under a folder, which must be of one size, as they are.
+
+    Raises:
+        ValueError: for no images, or one of another size than the first.
+    """
+    probe, _ = load_images(folder, resolution=1, channels=1, held_out_fraction=0)
+    first = probe.read(0)
+    if first.width != first.height:
+        raise ValueError(
+            f"the images in {folder} are {first.width} x {first.height} pixels; square ones are scored here"
+        )
+    channels = 1 if first.mode in ("1", "L", "I", "I;16") else 3
+    images, test = load_images(folder, resolution=first.width, channels=channels, held_out_fraction=0)
+    if len(test):
+        raise ValueError(f"{folder} holds a training and a test split; name the folder of one of them")
+
+    def read(indices: Sequence[int]) -> Tensor:
+        for index in indices:
+            size = images.read(index).size
+            if size != first.size:
+                raise ValueError(
+                    f"image {index} in {folder} is {size[0]} x {size[1]} pixels, unlike the first one, "
+                    f"{first.width} x {first.height}; resize them alike before scoring"
+                )
+        return images.pixels(indices)
+
+    return ImageSource(folder, len(images), read, {"images": folder, "num_images": len(images), "resize": "none"})
+
+
+def from_array(path: str) -> ImageSource:
+    """The images of an .npz file: its entry `arr_0` (or its only one), uint8, `[images, H, W, C]`.
+
+    Raises:
+        ValueError: for a file that holds no such array.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            name = "arr_0" if "arr_0" in file.files else file.files[0]
+            pixels = file[name]
+    except Exception as error:  # a zip file's, numpy's and the system's errors
+        raise ValueError(f"cannot read images from {path}: {' '.join(str(error).split())[:200]}") from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not len(pixels):
+        raise ValueError(
+            f"{path} holds {pixels.dtype} {list(pixels.shape)}; images are uint8 [images, height, width, 1 or 3]"
+        )
+
+    def read(indices: Sequence[int]) -> Tensor:
+        return torch.from_numpy(pixels[list(indices)]).permute(0, 3, 1, 2).contiguous()
+
+    return ImageSource(path, len(pixels), read, {"images": path, "num_images": len(pixels), "resize": "none"})
+
+
+def from_tensor(name: str, images: UInt8[Tensor, "images channels height width"]) -> ImageSource:
+    """Images in memory."""
+    return ImageSource(name, len(images), lambda indices: images[list(indices)], {"num_images": len(images)})
+
+
+def save_images(images: Mapping[str, UInt8[Tensor, "images channels height width"]], path: Path) -> None:
+    """Write named sets of images as an .npz, an array `[images, H, W, C]` each."""
+    arrays = {name: value.permute(0, 2, 3, 1).numpy() for name, value in images.items()}
+    temporary = path.with_name("." + path.name)
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one pass over a source gives.
+
+    Attributes:
+        layers: layer -> `[images, features]` float32, on the CPU.
+        content_hash: SHA-256 over the hashes of the images' pixels, in order.
+        shown: the first images.
+    """
+
+    layers: dict[str, Float[Tensor, "images features"]]
+    content_hash: str
+    shown: UInt8[Tensor, "shown channels height width"]
+
+
+def blocks_of_process(count: int, batch_size: int, process_index: int = 0, num_processes: int = 1) -> Iterator[range]:
+    """The batches that one of several processes works on.
+
+    Batches hold the same images however many processes there are, so that each image is computed in the same company.
+
+    >>> [list(block) for block in blocks_of_process(7, 2, process_index=1, num_processes=2)]
+    [[2, 3], [6]]
+    """
+    for first in range(process_index * batch_size, count, num_processes * batch_size):
+        yield range(first, min(first + batch_size, count))
+
+
+def content_hash(source: ImageSource, batch_size: int = 500) -> str:
+    """The hash that `extract_features` gives, without a network."""
+    return _pass_over(source, None, batch_size, num_shown=1, progress="").content_hash
+
+
+def extract_features(
+    source: ImageSource, extractor: Extractor, *, batch_size: int = 64, num_shown: int = 32, progress: str = ""
+) -> Features:
+    """Read every image once and keep its features; all processes share the work and get the whole.
+
+    Args:
+        source: of the images.
+        extractor: the network.
+        batch_size: images at a time, per process.
+        num_shown: first images to keep.
+        progress: title of the progress bar; none if empty.
+    """
+    return _pass_over(source, extractor, batch_size, num_shown, progress)
+
+
+def _pass_over(
+    source: ImageSource, extractor: Extractor | None, batch_size: int, num_shown: int, progress: str
+) -> Features:
+    state = PartialState()
+    parts: list[dict[str, Tensor]] = []
+    numbers: list[int] = []
+    shown: list[Tensor] = []
+    bar = progress_bar(source.count, progress)
+    for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
+        images = source.read(block)
+        parts.append(_rows(images, extractor))
+        numbers += block
+        shown += [image for number, image in zip(block, images, strict=True) if number < num_shown]
+        bar.update(min(len(block) * state.num_processes, source.count - bar.n))
+    bar.close()
+    if not parts:  # fewer batches than processes: the widths must be known here too
+        parts = [{name: rows[:0] for name, rows in _rows(source.read(range(1)), extractor).items()}]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if state.num_processes > 1:
+        rows = _gather(rows, numbers, source.count, state)
+        pairs = gather_object([(number, image) for number, image in zip(numbers, shown, strict=False)])
+        shown = [image for _, image in sorted(pairs, key=lambda pair: pair[0])]
+    shape = f"{list(shown[0].shape)}".encode()
+    whole = hashlib.sha256(shape + rows.pop("digest").numpy().tobytes()).hexdigest()
+    return Features(rows, whole, torch.stack(shown))
+
+
+def progress_bar(total: int, title: str) -> tqdm:
+    """A bar that counts images on the main process; none without a title."""
+    return tqdm(
+        total=total,
+        desc=title,
+        unit="image",
+        disable=not title or not PartialState().is_main_process,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no animation
+    )
+
+
+def _rows(images: Tensor, extractor: Extractor | None) -> dict[str, Tensor]:
+    """What is kept of a batch, a row per image: the hash of its pixels, and its features by layer."""
+    digests = [list(hashlib.sha256(image.numpy()).digest()) for image in images.contiguous()]
+    return {"digest": torch.tensor(digests, dtype=torch.uint8), **(extractor(images) if extractor else {})}
+
+
+def _gather(rows: dict[str, Tensor], numbers: list[int], count: int, state: PartialState) -> dict[str, Tensor]:
+    """The rows of all processes in the order of the images; some processes have fewer than others."""
+    most = int(gather(torch.tensor([len(numbers)], device=state.device)).max())
+    order = torch.full((most,), count)  # what is padded goes to a row behind the last one
+    order[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+    order = gather(order.to(state.device)).cpu()
+    gathered = {}
+    for name in sorted(rows):
+        padded = rows[name].new_zeros(most, rows[name].shape[1])
+        padded[: len(numbers)] = rows[name]
+        whole = rows[name].new_empty(count + 1, rows[name].shape[1])
+        whole[order] = gather(padded.to(state.device)).cpu()
+        gathered[name] = whole[:count]
+    return gathered
