@@ -21,18 +21,20 @@ def tiny_unet(channels=(8, 16), *, layers_per_block=1, size=8, in_channels=1, at
     """An unconditional UNet of a few thousand parameters."""
     torch.manual_seed(seed)
     kind = "Attn" if attention else ""
+    kinds = {
+        "down_block_types": (f"{kind}DownBlock2D",) * len(channels),
+        "up_block_types": (f"{kind}UpBlock2D",) * len(channels),
+        "attention_head_dim": 4,
+    }
     return UNet2DModel(
         sample_size=size,
         in_channels=in_channels,
         out_channels=in_channels,
         layers_per_block=layers_per_block,
         block_out_channels=channels,
-        down_block_types=(f"{kind}DownBlock2D",) * len(channels),
-        up_block_types=(f"{kind}UpBlock2D",) * len(channels),
         norm_num_groups=4,
-        attention_head_dim=4,
         add_attention=attention,
-        **config,
+        **{**kinds, **config},
     )
 
 
@@ -47,8 +49,6 @@ def tiny_condition_unet(channels=(8, 16), *, layers_per_block=1, size=8, seed=0,
     }
     return UNet2DConditionModel(
         sample_size=size,
-        in_channels=4,
-        out_channels=4,
         layers_per_block=layers_per_block,
         block_out_channels=channels,
         norm_num_groups=4,

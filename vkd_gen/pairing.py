@@ -143,7 +143,7 @@ def pair_layers(
 
 
 def _working_places(unet: ModelMixin, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple]:
-    """Stage -> its part and the resolution it works at before it resamples at its end; the middle has its part alone."""
+    """Stage -> its part and the resolution it works at before it resamples at its end; of the middle the part alone."""
     return {
         stage: ("mid_block",) if stage == "mid_block" else (stage.split(".")[0], *shapes[f"{stage}.resnets.0"][1:])
         for stage in stage_layers(unet)
