@@ -362,9 +362,9 @@ def build_projected_student(
 def show_plan(config: StudentConfig, teacher: ModelMixin, show: Callable[[str], None]) -> None:
     """What would be trained, from configurations alone."""
     student = unet_without_weights(resolve_student(config, teacher), "the student")
-    entries = {name: value for name, value in student.config.items() if value != teacher.config.get(name)}
-    entries = {name: value for name, value in entries.items() if not name.startswith("_")}
-    show(f"student: {type(student).__name__}, the teacher's but for {json.dumps(entries) if entries else 'nothing'}")
+    before, after = (json.loads(unet.to_json_string()) for unet in (teacher, student))
+    changed = {name: value for name, value in after.items() if value != before.get(name)}
+    show(f"student: {type(student).__name__}, the teacher's but for {json.dumps(changed) if changed else 'nothing'}")
     show(describe_models(teacher, student))
     for name, unet in (("teacher", teacher), ("student", student)):
         published = vkd.published_cost(unet.config)

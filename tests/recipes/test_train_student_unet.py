@@ -167,7 +167,9 @@ def test_dry_run_needs_no_weights(where, pipeline_folder, run_recipe, capsys):
     flags = ["--student_width", 1, "--student_drop_stages", -1, "--layers", "mid_and_up"]
     output = dry_run(run_recipe, capsys, "--teacher", teacher, *flags)
     output = " ".join(output.split())
-    assert '"block_out_channels": [8]' in output
+    assert (
+        'but for {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}'
+    ) in output
     # The student's only stage works at 8x8, as the teacher's last; its middle too, while the teacher's is 4x4.
     assert "mid_block/2 8x4x4 mid_block 16x4x4 8 -> 16 up_blocks.0 8x8x8 up_blocks.1 8x8x8 8 -> 8" in output
 
