@@ -5,7 +5,15 @@ import os
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.utils import is_transformers_available
 from torch import nn
 
 from tests.conftest import tiny_condition_unet, tiny_unet
@@ -196,6 +204,24 @@ def test_a_student_from_its_configuration_to_training(family, name, tmp_path):
     projected, frozen = project(student, teacher, pairs)
     check_every_pair_learns(projected, frozen, batch, pairs)
     check_trains(projected, frozen, batch)
+
+
+@pytest.mark.skipif(not is_transformers_available(), reason="these pipelines need transformers")
+@pytest.mark.parametrize(
+    ("family", "pipeline_class", "absent"),
+    [
+        ("Stable Diffusion 1", StableDiffusionPipeline, ("safety_checker", "feature_extractor")),
+        ("Stable Diffusion 2", StableDiffusionPipeline, ("safety_checker", "feature_extractor")),
+        ("Stable Diffusion XL", StableDiffusionXLPipeline, ("text_encoder_2", "tokenizer_2")),
+    ],
+)
+def test_stock_text_to_image_pipelines_take_the_student(family, pipeline_class, absent, tmp_path):
+    student = build_student(TEACHERS[family](), REDUCTIONS["bk-tiny"])
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", *absent))
+    pipeline = pipeline_class(**parts, unet=student, scheduler=DDPMScheduler())
+    pipeline.save_pretrained(tmp_path)
+    again = pipeline_class.from_pretrained(tmp_path, **parts).unet.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in student.state_dict().items())
 
 
 # ---- features are the same however the student is run
