@@ -181,10 +181,10 @@ def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
         absurd = [number for number in numbers if number > largest]
         if absurd or len(numbers) > 256:
             raise ValueError(f"{source} is no UNet that could be built: {entry} is {str(value)[:80]}")
-    layers, depths = (
-        max(_numbers(config.get(entry, 1)), default=1) for entry in ("layers_per_block", "transformer_layers_per_block")
+    layers, depth = (
+        max(_numbers(config.get(entry)), default=1) for entry in ("layers_per_block", "transformer_layers_per_block")
     )
-    if len(config["block_out_channels"]) * layers * depths > 4096:
+    if len(list(_numbers(config["block_out_channels"]))) * layers * depth > 4096:
         raise ValueError(f"{source} is no UNet that could be built: too many stages, layers and transformer layers")
     try:
         with torch.device("meta"):
@@ -227,13 +227,14 @@ def _count_stored(folder: Path) -> int:
 
 
 def _load_scheduler(source: str) -> tuple[DDPMScheduler, str]:
-    folder = Path(source)
-    if folder.is_dir():
-        unet_folder = _unet_folder(folder)
-        for path in (folder / "scheduler", folder, unet_folder.resolve().parent / "scheduler"):
-            if (path / "scheduler_config.json").is_file():
-                return _scheduler(DDPMScheduler.load_config(path), str(path)), str(path)
-    if folder.exists() or source in TEACHERS:
+    path = Path(source)
+    if path.exists():
+        unet_folder = _unet_folder(path) if path.is_dir() else path.parent
+        folders = (path / "scheduler", path) if path.is_dir() else (path.parent,)
+        for folder in (*folders, unet_folder.resolve().parent / "scheduler"):
+            if (folder / "scheduler_config.json").is_file():
+                return _scheduler(DDPMScheduler.load_config(folder), str(folder)), str(folder)
+    if path.exists() or source in TEACHERS:
         return DDPMScheduler(), "diffusers' default; the teacher comes without one"
     try:
         try:
