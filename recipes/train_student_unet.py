@@ -5,33 +5,40 @@ accelerate launch recipes/train_student_unet.py --preset custom --teacher FOLDER
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from torch import Tensor
 
 import vkd_gen as vkd
 from vkd_gen.data import Images, default_cifar10, load_images
 from vkd_gen.diffusion import check_convertible, prediction_type_of
+from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
     compare_to_teacher,
     describe_models,
     markdown_table,
-    matching_table,
     print_table,
 )
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
 from vkd_gen.normalization import Normalization
-from vkd_gen.pairing import PairedLayers
+from vkd_gen.pairing import PairedLayers, pair_table
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
 from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
-from vkd_gen.training.models import load_teacher
+from vkd_gen.training.models import (
+    check_memory,
+    load_teacher,
+    load_unet,
+    read_student_config,
+    unet_without_weights,
+)
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 
@@ -50,22 +57,37 @@ class StudentConfig:
     """Column of the images in a table; by default the only one that holds images."""
     resolution: int | None = None
     """Height and width of the images in pixels; by default the teacher's sample size."""
-    student_width: float = 0.5
-    """Factor on the teacher's channels."""
-    student_layers_per_block: int | None = None
-    """Residual layers of each block of the student; by default the teacher's."""
+    student: str = ""
+    """A published student by name (bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m), of which the flags
+    below change a trait; or a config.json; or folder or hub id of a pipeline or UNet, whose weights are the start. Left
+    empty: what the flags below make of the teacher."""
+    student_width: float | None = None
+    """Factor on the teacher's channels; by default 0.5, or what --student has."""
+    student_layers_per_block: int | tuple[int, ...] | None = None
+    """Residual layers of each block of the student, one number or one for each stage; by default the teacher's."""
+    student_transformer_layers: int | tuple[int, ...] | None = None
+    """Transformer blocks of each attention layer, likewise."""
+    student_drop_stages: tuple[int, ...] = ()
+    """Stages that the student does without; 0 has the highest resolution, -1 the lowest."""
+    student_drop_mid_block: bool = False
+    """Leave out the middle block."""
+    student_drop_attention: tuple[int, ...] = ()
+    """Stages of the teacher that lose their attention."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
     inherit_weights: bool | None = None
-    """Start from the teacher's weights wherever name and shape agree; by default if the student is as wide."""
+    """Start from the teacher's weights wherever name and shape agree; by default if the student is as wide and has
+    none of its own."""
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
     """vkd: solved orthogonal projector. vkd-paper: learned orthogonal projector, full whitening by batch statistics,
     smooth-L1, as published. fitnet: free 1x1 convolution. output: distil the teacher's output alone. none: no
     distillation."""
     layers: PairedLayers = "all"
-    """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage."""
+    """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
+    self-attention layers of all stages."""
     layer_pairs: tuple[str, ...] = ()
-    """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER."""
+    """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
+    average-pooled by 2."""
     denoising_weight: float = 1.0
     """Weight of the denoising loss; 0 removes it."""
     output_weight: float | None = None
@@ -99,7 +121,9 @@ class StudentConfig:
     snr_gamma: float = 5.0
     """Bound of min_snr."""
     dry_run: bool = False
-    """Print the resolved configuration, the sizes and the layer pairs, then stop."""
+    """Print the student, its cost beside the teacher's, the layer pairs and the resolved configuration, then stop.
+    Needs no data and no weights: --teacher may also be a config.json, or stable-diffusion-1, stable-diffusion-2,
+    stable-diffusion-xl or ddpm-cifar10-32."""
     scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
     """What samples are scored by."""
     training: SharedOptions
@@ -144,8 +168,7 @@ MNIST = replace(
     preset="mnist",
     teacher="recipes/assets/mnist-teacher",
     dataset="mnist",
-    student_width=1.0,
-    student_layers_per_block=1,
+    student="bk-base",
     scores=replace(DIGITS.scores, extractor="recipes/assets/mnist-features.safetensors"),
     training=replace(
         DIGITS.training,
@@ -188,6 +211,8 @@ def resolve(config: StudentConfig) -> StudentConfig:
     """Fill in what --method decides."""
     if not config.teacher or not config.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
+    if not config.student and config.student_width is None:
+        config = replace(config, student_width=0.5)
     asked = bool(config.layer_pairs or config.projector or config.feature_normalization)
     defaults = {"output_weight": 1.0, **METHODS[config.method]}
     config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
@@ -204,6 +229,39 @@ def resolve(config: StudentConfig) -> StudentConfig:
             "--feature_normalization to act on; choose another --method, or set --feature_weight"
         )
     return config
+
+
+def resolve_student(config: StudentConfig, teacher: ModelMixin) -> dict[str, Any]:
+    """The configuration of the student that --student and the flags beside it describe, at the teacher's resolution."""
+    traits: dict[str, Any] = {
+        "width": config.student_width,
+        "layers_per_block": config.student_layers_per_block,
+        "transformer_layers": config.student_transformer_layers,
+        "drop_stages": config.student_drop_stages or None,
+        "drop_mid_block": config.student_drop_mid_block or None,
+        "drop_attention": config.student_drop_attention or None,
+    }
+    traits = {name: value for name, value in traits.items() if value is not None}
+    if not config.student or config.student in vkd.REDUCTIONS:
+        named = vkd.REDUCTIONS[config.student] if config.student else vkd.Reduction()
+        return vkd.reduce_config(teacher.config, replace(named, **traits))
+    if traits:
+        raise ValueError(f"--student {config.student} is complete; leave out --student_{next(iter(traits))}")
+    return read_student_config(repository_path(config.student, __file__), teacher)
+
+
+def build_resolved_student(config: StudentConfig, teacher: UNet2DModel) -> tuple[UNet2DModel, bool]:
+    """The student, and whether it comes with weights of its own."""
+    resolved = resolve_student(config, teacher)
+    check_memory(unet_without_weights(resolved, "the student"), "the student")
+    path = repository_path(config.student, __file__)
+    if not config.student or config.student in vkd.REDUCTIONS or Path(path).is_file():
+        return vkd.build_student(resolved), False
+    if config.inherit_weights:
+        raise ValueError(f"--student {config.student} comes with weights of its own; leave out --inherit_weights")
+    student = load_unet(path)
+    student.register_to_config(sample_size=teacher.config.sample_size)
+    return student, True
 
 
 def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics):
@@ -242,7 +300,7 @@ def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.F
     return projector, normalizer
 
 
-def pair_named_or_all(config: StudentConfig, student: UNet2DModel, teacher: UNet2DModel) -> list[vkd.LayerPair]:
+def pair_named_or_all(config: StudentConfig, student: ModelMixin, teacher: ModelMixin) -> list[vkd.LayerPair]:
     """The pairs that the user names, or those of --layers."""
     named = [(text.split(":")[0], text.split(":")[-1]) for text in config.layer_pairs]
     return vkd.pair_layers(student, teacher, layers=config.layers, pairs=named or None)
@@ -295,6 +353,34 @@ def build_projected_student(
     return projected
 
 
+def show_plan(config: StudentConfig, teacher: ModelMixin, show: Callable[[str], None]) -> None:
+    """What would be trained, from configurations alone."""
+    student = unet_without_weights(resolve_student(config, teacher), "the student")
+    before, after = (json.loads(unet.to_json_string()) for unet in (teacher, student))
+    changed = {name: value for name, value in after.items() if value != before.get(name)}
+    show(f"student: {type(student).__name__}, the teacher's but for {json.dumps(changed) if changed else 'nothing'}")
+    show(describe_models(teacher, student))
+    for name, unet in (("teacher", teacher), ("student", student)):
+        published = vkd.published_cost(unet.config)
+        if published:
+            macs = f", {published.macs:,} MACs" if published.macs else ""
+            show(f"{name}, as published: {published.parameters:,} parameters{macs} ({published.source})")
+    if config.feature_weight > 0:
+        pairs = pair_named_or_all(config, student, teacher)
+        whitens = config.feature_normalization == "whiten"
+        targets = [
+            config.whitening_rank or min(pair.student_channels, pair.teacher_channels)
+            if whitens
+            else pair.teacher_channels
+            for pair in pairs
+        ]
+        widths = [f"{pair.student_channels} -> {target}" for pair, target in zip(pairs, targets, strict=True)]
+        show(pair_table(pairs, {f"projector ({config.projector})": widths}))
+    if not isinstance(teacher, UNet2DModel):
+        show(f"this recipe cannot train it: a {type(teacher).__name__} needs another recipe, with text and latents")
+    show(json.dumps(flat_config(config), indent=2))
+
+
 def main(config: StudentConfig) -> None:
     """Distil, export, score and show one student."""
     config = resolve(config)
@@ -308,32 +394,31 @@ def main(config: StudentConfig) -> None:
         find_unused_parameters=not (config.denoising_weight or config.output_weight),
     )
 
-    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(repository_path(config.teacher, __file__))
+    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(
+        repository_path(config.teacher, __file__), without_weights=config.dry_run
+    )
     if config.resolution is not None:
         teacher_unet.register_to_config(sample_size=config.resolution)
-    student = vkd.build_student(
-        teacher_unet, width=config.student_width, layers_per_block=config.student_layers_per_block
-    )
-    inherits = config.student_width == 1 if config.inherit_weights is None else config.inherit_weights
-    inherited = vkd.copy_matching_weights(student, teacher_unet) if inherits else []
     prediction_type = prediction_type_of(teacher_scheduler)
     noise_scheduler = DDPMScheduler.from_config(
         teacher_scheduler.config, prediction_type=config.student_prediction_type or prediction_type
     )
     check_convertible(noise_scheduler, prediction_type, prediction_type_of(noise_scheduler))
-    pairs = pair_named_or_all(config, student, teacher_unet) if uses_features else []
     schedule = noise_scheduler.config
     accelerator.print(
         f"schedule: {schedule.num_train_timesteps} steps, {schedule.beta_schedule}; the teacher predicts "
         f"{prediction_type}, the student {schedule.prediction_type} (from {schedule_origin})"
     )
+    if config.dry_run:
+        show_plan(config, teacher_unet, accelerator.print)
+        return
+    student, has_weights = build_resolved_student(config, teacher_unet)
+    as_wide = tuple(student.config.block_out_channels) == tuple(teacher_unet.config.block_out_channels)
+    inherits = as_wide and not has_weights if config.inherit_weights is None else config.inherit_weights
+    inherited = vkd.copy_matching_weights(student, teacher_unet) if inherits else []
+    pairs = pair_named_or_all(config, student, teacher_unet) if uses_features else []
     accelerator.print(describe_models(teacher_unet, student))
     accelerator.print(f"{len(inherited)} of {len(student.state_dict())} weight tensors inherited from the teacher")
-    if config.dry_run:
-        for pair in pairs:
-            accelerator.print(f"{pair.student} {pair.student_shape} <- {pair.teacher} {pair.teacher_shape}")
-        accelerator.print(json.dumps(flat_config(config), indent=2))
-        return
 
     images, held_out = load_images(
         config.dataset,

@@ -22,35 +22,38 @@ def tiny_unet(channels=(8, 16), *, layers_per_block=1, size=8, in_channels=1, at
     """An unconditional UNet of a few thousand parameters."""
     torch.manual_seed(seed)
     kind = "Attn" if attention else ""
+    kinds = {
+        "down_block_types": (f"{kind}DownBlock2D",) * len(channels),
+        "up_block_types": (f"{kind}UpBlock2D",) * len(channels),
+        "attention_head_dim": 4,
+    }
     return UNet2DModel(
         sample_size=size,
         in_channels=in_channels,
         out_channels=in_channels,
         layers_per_block=layers_per_block,
         block_out_channels=channels,
-        down_block_types=(f"{kind}DownBlock2D",) * len(channels),
-        up_block_types=(f"{kind}UpBlock2D",) * len(channels),
         norm_num_groups=4,
-        attention_head_dim=4,
         add_attention=attention,
-        **config,
+        **{**kinds, **config},
     )
 
 
-def tiny_condition_unet(channels=(8, 16), seed=0):
+def tiny_condition_unet(channels=(8, 16), *, layers_per_block=1, size=8, seed=0, **config):
     """A text-conditional UNet with cross attention, as Stable Diffusion's."""
     torch.manual_seed(seed)
+    kinds = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+        "cross_attention_dim": 8,
+    }
     return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
+        sample_size=size,
+        layers_per_block=layers_per_block,
         block_out_channels=channels,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=8,
+        **{**kinds, **config},
     )
 
 

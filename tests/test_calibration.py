@@ -5,8 +5,9 @@ from diffusers import DDPMScheduler
 
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from vkd_gen.calibration import calibrate, load_statistics, save_statistics
+from vkd_gen.diffusion import add_noise
 from vkd_gen.distillation import FrozenTeacher
-from vkd_gen.features import to_rows
+from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, timestep_bins
 
 LAYERS = ["down_blocks.0", "mid_block", "up_blocks.0.resnets.1"]
@@ -251,3 +252,25 @@ def test_calibrate_needs_batches(noise_scheduler):
 def test_calibrate_needs_layers(noise_scheduler):
     with pytest.raises(ValueError, match="layer"):
         calibrate(make_teacher(layers=[]), make_batches(), noise_scheduler, num_timestep_bins=1)
+
+
+def test_statistics_of_a_pooled_layer_are_those_of_its_squares(tmp_path):
+    """Pooling changes a covariance: it must be in the statistics, not applied to features after them."""
+    layers = ["mid_block", "mid_block/2", "up_blocks.0.attentions.0.to_q/4"]
+    unet, batches = tiny_unet(attention=True), make_batches()
+    statistics = calibrate(FrozenTeacher(unet, layers), batches, DDPMScheduler(), num_timestep_bins=2)
+    capture = FeatureCapture(unet, ["mid_block"])
+    capture.start()
+    whole = joined(batches)
+    with torch.no_grad():
+        unet(add_noise(DDPMScheduler(), whole["sample"], whole["noise"], whole["timesteps"]), whole["timesteps"])
+    squares = capture.stop()["mid_block"].unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean((3, 5))
+    expected = numpy_statistics(to_rows(squares), whole["timesteps"], 2)
+    for field in FIELDS:
+        np.testing.assert_allclose(getattr(statistics["mid_block/2"], field), expected[field], rtol=1e-3, atol=1e-5)
+    assert statistics["mid_block/2"].covariance.trace() < statistics["mid_block"].covariance.trace()
+    save_statistics(statistics, tmp_path / "statistics.safetensors")
+    again = load_statistics(tmp_path / "statistics.safetensors")
+    assert again.keys() == set(layers)
+    for layer, entry in statistics.items():
+        assert all(torch.equal(getattr(again[layer], field), getattr(entry, field)) for field in FIELDS)

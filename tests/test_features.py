@@ -10,7 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import tiny_condition_unet, tiny_unet
-from vkd_gen.features import FeatureCapture, check_layers, feature_shapes, nearest_names, to_rows
+from vkd_gen.features import (
+    FeatureCapture,
+    check_layers,
+    feature_shapes,
+    nearest_names,
+    pool,
+    split_pooling,
+    to_rows,
+)
 
 UNET_LAYERS = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0.resnets.1", "up_blocks.0", "up_blocks.1")
 CONDITION_LAYERS = (
@@ -386,6 +394,69 @@ def test_nearest_names():
     # nothing is alike: the first ones
     assert nearest_names("zzz", ["", "conv_in", "mid_block"], count=1) == "'conv_in'"
     assert nearest_names("block.0", ["blocks.1", "blocks.0", "xyz"], count=1) == "'blocks.0'"
+
+
+# pooling
+
+
+def test_pool_known_value():
+    feature = torch.arange(16.0).view(1, 1, 4, 4)
+    assert pool(feature, 2).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
+    assert pool(feature, 4).item() == 7.5
+    assert pool(feature, 1) is feature
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(4, 4, 2), (6, 6, 3), (4, 8, 4)])
+def test_pool_equals_loops(height, width, side):
+    feature = torch.randn(2, 3, height, width, dtype=torch.float64)
+    pooled = pool(feature, side)
+    assert pooled.shape == (2, 3, height // side, width // side)
+    for row in range(height // side):
+        for column in range(width // side):
+            square = feature.numpy()[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
+            np.testing.assert_allclose(pooled[:, :, row, column], square.mean((2, 3)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_tokens_pool_as_the_map_they_are_from(side):
+    feature = torch.randn(2, 5, 6, 6)
+    torch.testing.assert_close(pool(to_rows(feature), side), to_rows(pool(feature, side)))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 6), (1, 16, 2), (1, 12, 2), (1, 9)])
+def test_pool_refuses_what_does_not_divide(shape):
+    """4 x 6, tokens of 4 x 4, tokens of no square, a vector: none of them falls into squares of 3 x 3."""
+    with pytest.raises(
+        ValueError, match=rf"shape {list(shape)} cannot be averaged over squares of 3 x 3".replace("[", r"\[")
+    ):
+        pool(torch.zeros(shape), 3)
+
+
+def test_split_pooling():
+    assert split_pooling("up_blocks.1/2") == ("up_blocks.1", 2)
+    assert split_pooling("up_blocks.1") == ("up_blocks.1", 1)
+
+
+POOLED = ["mid_block", "mid_block/2", "mid_block.attentions.0.to_q/4"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_capture_hands_over_pooled_features_with_their_gradients(checkpointing):
+    unet = tiny_unet((8, 16), attention=True).train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    _, features = capture_forward(unet, FeatureCapture(unet, POOLED), torch.randn(2, 1, 8, 8), 3)
+    assert [tuple(feature.shape) for feature in features.values()] == [(2, 16, 4, 4), (2, 16, 2, 2), (2, 1, 16)]
+    torch.testing.assert_close(features["mid_block/2"], pool(features["mid_block"], 2))
+    features["mid_block.attentions.0.to_q/4"].square().sum().backward()
+    reached = [name for name, parameter in unet.named_parameters() if parameter.grad is not None]
+    assert "mid_block.attentions.0.to_q.weight" in reached
+    assert "mid_block.attentions.0.to_k.weight" not in reached
+
+
+def test_feature_shapes_of_pooled_layers():
+    shapes = feature_shapes(tiny_unet((8, 16), attention=True), POOLED)
+    assert list(shapes.values()) == [(16, 4, 4), (16, 2, 2), (1, 16)]
 
 
 # to_rows

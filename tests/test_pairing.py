@@ -5,8 +5,9 @@ import torch
 from jaxtyping import TypeCheckError
 
 from tests.conftest import tiny_condition_unet, tiny_unet
-from vkd_gen import LayerPair, build_student, pair_layers
-from vkd_gen.pairing import stage_layers
+from vkd_gen import REDUCTIONS, LayerPair, Reduction, build_student, pair_layers
+from vkd_gen.features import feature_shapes, split_pooling
+from vkd_gen.pairing import pair_table, self_attention_layers, stage_layers
 
 REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
 
@@ -63,18 +64,65 @@ def test_students_of_any_width_and_depth_pair_with_their_own_stages(width, layer
     assert names(pair_layers(student, teacher)) == same(*stage_layers(teacher))
 
 
-def test_fewer_stages_pair_by_resolution():
-    """Three teacher stages end at 4x4, 2x2 and 2x2, two student stages at 4x4 and 4x4."""
+def test_fewer_stages_pair_where_they_work_at_the_same_resolution():
+    """Three teacher stages work at 8x8, 4x4 and 2x2, two student stages at 8x8 and 4x4; the last of each ends there."""
     pairs = pair_layers(tiny_unet((8, 16)), tiny_unet((16, 16, 32)))
-    for pair in pairs:
-        assert pair.student_shape[1:] == pair.teacher_shape[1:]
-    # Encoder: only the teacher's first stage is 4x4; counted from the end, the student's last learns from it.
-    # Middle: 4x4 and 2x2, no pair. Decoder: 8x8 and 8x8 against 4x4, 8x8 and 8x8.
-    assert names(pairs) == [
-        ("down_blocks.1", "down_blocks.0"),
+    assert pairs == [
+        LayerPair("down_blocks.0", "down_blocks.0", (8, 4, 4), (16, 4, 4)),
+        LayerPair("down_blocks.1/2", "down_blocks.1", (16, 2, 2), (16, 2, 2)),
+        LayerPair("mid_block/2", "mid_block", (16, 2, 2), (32, 2, 2)),
+        LayerPair("up_blocks.0", "up_blocks.1", (16, 8, 8), (16, 8, 8)),
+        LayerPair("up_blocks.1", "up_blocks.2", (8, 8, 8), (16, 8, 8)),
+    ]
+
+
+def test_of_stages_at_one_resolution_the_last_ones_pair():
+    """Maps of 2x2 shrink to 1x1 and stay there."""
+    kinds = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    teacher = tiny_condition_unet((8, 8, 16), size=2, **kinds)
+    student = build_student(teacher, Reduction(drop_stages=(1,)))
+    assert names(pair_layers(student, teacher)) == [
+        ("down_blocks.0", "down_blocks.0"),
+        ("down_blocks.1", "down_blocks.2"),
+        ("mid_block", "mid_block"),
         ("up_blocks.0", "up_blocks.1"),
         ("up_blocks.1", "up_blocks.2"),
     ]
+
+
+def test_more_stages_pool_the_teacher():
+    pairs = pair_layers(tiny_unet((8, 16, 16)), tiny_unet((16, 32)))
+    assert names(pairs) == [
+        ("down_blocks.0", "down_blocks.0"),
+        ("down_blocks.1", "down_blocks.1/2"),
+        ("mid_block", "mid_block/2"),
+        ("up_blocks.1", "up_blocks.0"),
+        ("up_blocks.2", "up_blocks.1"),
+    ]
+
+
+def test_the_published_tiny_student_pairs_stage_by_stage():
+    """BK-SDM, table of layers: down 0, 1 and 2 with 0, 1 and 2, up 0, 1 and 2 with 1, 2 and 3."""
+    kinds = {
+        "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    }
+    teacher = tiny_condition_unet((8, 8, 16, 16), layers_per_block=2, **kinds)
+    pairs = pair_layers(build_student(teacher, REDUCTIONS["bk-tiny"]), teacher)
+    assert names(pairs) == [
+        ("down_blocks.0", "down_blocks.0"),
+        ("down_blocks.1", "down_blocks.1"),
+        ("down_blocks.2/2", "down_blocks.2"),
+        ("up_blocks.0", "up_blocks.1"),
+        ("up_blocks.1", "up_blocks.2"),
+        ("up_blocks.2", "up_blocks.3"),
+    ]
+
+
+def test_without_a_middle_the_other_stages_pair():
+    teacher = tiny_unet((8, 16))
+    student = build_student(teacher, Reduction(drop_mid_block=True))
+    assert names(pair_layers(student, teacher)) == same("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1")
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((8, 16), (16, 16, 32)), ((8, 8, 16), (16, 32)), ((8,), (8, 8, 8))])
@@ -82,9 +130,12 @@ def test_matched_stages_keep_their_order_and_are_used_once(student, teacher):
     student, teacher = tiny_unet(student), tiny_unet(teacher)
     pairs = pair_layers(student, teacher)
     for side, unet in (("student", student), ("teacher", teacher)):
-        used = [getattr(pair, side) for pair in pairs]
+        used = [split_pooling(getattr(pair, side))[0] for pair in pairs]
         assert used == [name for name in stage_layers(unet) if name in used]
-    assert all(pair.student.split(".")[0] == pair.teacher.split(".")[0] for pair in pairs)
+        shapes = feature_shapes(unet, [getattr(pair, side) for pair in pairs])
+        assert list(shapes.values()) == [getattr(pair, f"{side}_shape") for pair in pairs]
+    assert all(pair.student.split(".")[0].split("/")[0] == pair.teacher.split(".")[0].split("/")[0] for pair in pairs)
+    assert all(pair.student_shape[1:] == pair.teacher_shape[1:] for pair in pairs)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +155,65 @@ def test_conditional_unets_pair_too():
     assert names(pairs) == same("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
 
 
+# ---- self-attention
+
+
+def deep_condition_unet(channels=(8, 16), depth=(3, 2), layers_per_block=2):
+    return tiny_condition_unet(channels, layers_per_block=layers_per_block, transformer_layers_per_block=depth)
+
+
+def test_self_attention_pairs_by_the_share_of_the_stage():
+    teacher = deep_condition_unet()
+    student = build_student(teacher, Reduction(width=0.5, layers_per_block=1, transformer_layers=(1, 2)))
+    down, mid, up = "down_blocks.0.attentions", "mid_block.attentions.0", "up_blocks.1.attentions"
+    # By hand: the encoder's stage has 1 of the student's and 6 of the teacher's, the middle 2 and 2, the decoder 2, 9.
+    assert names(pair_layers(student, teacher, layers="self_attention")) == [
+        (f"{down}.0.transformer_blocks.0.attn1", f"{down}.1.transformer_blocks.2.attn1"),
+        (f"{mid}.transformer_blocks.0.attn1", f"{mid}.transformer_blocks.0.attn1"),
+        (f"{mid}.transformer_blocks.1.attn1", f"{mid}.transformer_blocks.1.attn1"),
+        (f"{up}.0.transformer_blocks.0.attn1", f"{up}.1.transformer_blocks.1.attn1"),
+        (f"{up}.1.transformer_blocks.0.attn1", f"{up}.2.transformer_blocks.2.attn1"),
+    ]
+
+
+def test_self_attention_is_of_tokens():
+    teacher = deep_condition_unet()
+    student = build_student(teacher, width=0.5)
+    for pair in pair_layers(student, teacher, layers="self_attention"):
+        assert len(pair.student_shape) == len(pair.teacher_shape) == 2
+        assert pair.student_shape[0] == pair.teacher_shape[0]
+
+
+def test_self_attention_of_a_dropped_stages_middle_pools_tokens():
+    teacher = tiny_condition_unet(
+        (8, 16, 16),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+    )
+    student = build_student(teacher, Reduction(drop_stages=(-1,)))
+    pairs = pair_layers(student, teacher, layers="self_attention")
+    (middle,) = [pair for pair in pairs if pair.student.startswith("mid_block")]
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    assert middle == LayerPair(f"{layer}/2", layer, (4, 16), (4, 16))
+
+
+def test_self_attention_of_unconditional_unets_and_where_it_is_dropped():
+    teacher = tiny_unet((8, 16), attention=True)
+    student = build_student(teacher, Reduction(drop_attention=(0,)))
+    assert names(pair_layers(student, teacher, layers="self_attention")) == same(
+        "down_blocks.1.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    )
+
+
+def test_cross_attention_is_no_self_attention():
+    teacher = tiny_condition_unet(only_cross_attention=(True, False))
+    assert self_attention_layers(teacher, "down_blocks.0") == []
+    assert self_attention_layers(teacher, "mid_block") == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
+
+
 # ---- named pairs
 
 
@@ -119,6 +229,27 @@ def test_named_pairs_are_kept_in_their_order():
 def test_a_teacher_layer_may_be_named_twice():
     wanted = [("down_blocks.1", "mid_block"), ("mid_block", "mid_block")]
     assert names(pair_layers(tiny_unet((8, 16)), tiny_unet((16, 32)), pairs=wanted)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        (("up_blocks.0", "mid_block"), LayerPair("up_blocks.0/2", "mid_block", (16, 4, 4), (32, 4, 4))),
+        (("mid_block", "conv_in"), LayerPair("mid_block", "conv_in/2", (16, 4, 4), (16, 4, 4))),
+        (("up_blocks.0/4", "mid_block/2"), LayerPair("up_blocks.0/4", "mid_block/2", (16, 2, 2), (32, 2, 2))),
+        (("conv_in/2", "mid_block/4"), LayerPair("conv_in/8", "mid_block/4", (8, 1, 1), (32, 1, 1))),
+        (
+            ("down_blocks.0.attentions.0.to_q", "mid_block.attentions.0.to_q"),
+            LayerPair("down_blocks.0.attentions.0.to_q/2", "mid_block.attentions.0.to_q", (16, 8), (16, 32)),
+        ),
+    ],
+)
+def test_the_finer_of_a_named_pair_is_pooled(pair, expected):
+    student, teacher = tiny_unet((8, 16), attention=True), tiny_unet((16, 32), attention=True)
+    (made,) = pair_layers(student, teacher, pairs=[pair])
+    assert made == expected
+    assert feature_shapes(student, [made.student]) == {made.student: made.student_shape}
+    assert feature_shapes(teacher, [made.teacher]) == {made.teacher: made.teacher_shape}
 
 
 def test_token_layers_count_channels_last():
@@ -142,24 +273,8 @@ def test_student_layer_named_twice():
         pair_layers(tiny_unet(), tiny_unet(), pairs=[("mid_block", "mid_block"), ("mid_block", "down_blocks.1")])
 
 
-@pytest.mark.parametrize("pair", [("up_blocks.0", "mid_block"), ("mid_block", "conv_in")])
-def test_unlike_resolutions_of_maps(pair):
-    with pytest.raises(ValueError, match="differ in resolution"):
-        pair_layers(tiny_unet((8, 16)), tiny_unet((16, 32)), pairs=[pair])
-
-
-def test_unlike_numbers_of_tokens():
-    """64 tokens of the 8x8 stage against 16 of the 4x4 middle: also unlike resolutions."""
-    with pytest.raises(ValueError, match="differ in resolution"):
-        pair_layers(
-            tiny_unet((8, 16), attention=True),
-            tiny_unet((16, 32), attention=True),
-            pairs=[("down_blocks.0.attentions.0.to_q", "mid_block.attentions.0.to_q")],
-        )
-
-
-def test_map_against_tokens():
-    with pytest.raises(ValueError, match="differ in resolution"):
+def test_a_map_against_tokens():
+    with pytest.raises(ValueError, match=r"mid_block \(16, 4, 4\).*to_q \(16, 32\) differ in kind: maps"):
         pair_layers(
             tiny_unet((8, 16), attention=True),
             tiny_unet((16, 32), attention=True),
@@ -167,20 +282,73 @@ def test_map_against_tokens():
         )
 
 
+def test_a_map_against_a_vector():
+    with pytest.raises(ValueError, match=r"mid_block \(16, 4, 4\).*time_embedding \(64,\) differ in kind"):
+        pair_layers(tiny_unet((8, 16)), tiny_unet((16, 32)), pairs=[("mid_block", "time_embedding")])
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_resolutions_that_do_not_divide(attention):
+    """Of 10x10, 5x5 and 3x3 the last two differ, and as tokens 25 and 9."""
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+    teacher = tiny_condition_unet((8, 8, 16), size=10, **kinds)
+    student = build_student(teacher, Reduction(drop_stages=(-1,)))
+    with pytest.raises(ValueError, match=r"differ in resolution, and pooling cannot help: neither divides the other"):
+        pair_layers(student, teacher, layers="self_attention" if attention else "all")
+
+
+def test_tokens_of_no_square_map_are_not_pooled():
+    teacher = tiny_condition_unet((8, 16), size=(4, 8))
+    pairs = [("down_blocks.0.attentions.0.transformer_blocks.0.attn1", "mid_block.attentions.0.proj_out")]
+    with pytest.raises(ValueError, match="differ in"):
+        pair_layers(teacher, teacher, pairs=pairs)
+    tokens = "{}.attentions.0.transformer_blocks.0.attn1"
+    with pytest.raises(ValueError, match=r"\(32, 8\).*\(8, 16\) differ in resolution, and pooling cannot help"):
+        pair_layers(teacher, teacher, pairs=[(tokens.format("down_blocks.0"), tokens.format("mid_block"))])
+
+
+@pytest.mark.parametrize("layer", ["mid_block/1", "mid_block/0", "mid_block/x", "mid_block/", "mid_block/2/2"])
+def test_a_pooling_that_is_none(layer):
+    with pytest.raises(ValueError, match=r"cannot be pooled by.*as in mid_block/2"):
+        pair_layers(tiny_unet(), tiny_unet(), pairs=[(layer, "mid_block")])
+
+
+def test_a_pooling_that_does_not_fit_the_map():
+    with pytest.raises(ValueError, match=r"\[1, 16, 4, 4\] cannot be averaged over squares of 3 x 3"):
+        pair_layers(tiny_unet(), tiny_unet(), pairs=[("mid_block/3", "mid_block")])
+
+
 def test_no_pairs_given():
     with pytest.raises(ValueError, match="no layer pairs are given"):
         pair_layers(tiny_unet(), tiny_unet(), pairs=[])
 
 
-@pytest.mark.parametrize("layers", ["all", "last_up"])
-def test_no_stage_alike(layers):
-    """Of 16x16 and 8x8 images, no stage at the student's single resolution."""
-    with pytest.raises(
-        ValueError, match=r"no stage of the student.*mid_block 16x16x16.*mid_block 16x4x4.*name the pairs"
-    ):
-        pair_layers(tiny_unet((16,), size=16), tiny_unet((8, 16), size=8), layers=layers)
+@pytest.mark.parametrize("pairs", [None, [("mid_block", "mid_block")]])
+def test_samples_of_unlike_sizes(pairs):
+    with pytest.raises(ValueError, match=r"samples of size 16 and the teacher of 8.*one sample_size"):
+        pair_layers(tiny_unet((16,), size=16), tiny_unet((8, 16), size=8), pairs=pairs)
+
+
+def test_no_layer_of_that_kind():
+    with pytest.raises(ValueError, match=r"no layer of the student.*'self_attention'.*match are down_blocks.0"):
+        pair_layers(tiny_unet(), tiny_unet(), layers="self_attention")
 
 
 def test_unknown_choice():
     with pytest.raises(REFUSED, match="middle"):
         pair_layers(tiny_unet(), tiny_unet(), layers="middle")
+
+
+# ---- the table
+
+
+def test_pair_table():
+    pairs = pair_layers(tiny_unet((8, 16)), tiny_unet((16, 16, 32)), layers="mid_and_up")
+    assert pair_table(pairs).splitlines() == [
+        "student layer  shape   teacher layer  shape   projector",
+        "mid_block/2    16x2x2  mid_block      32x2x2  16 -> 32",
+        "up_blocks.0    16x8x8  up_blocks.1    16x8x8  16 -> 16",
+        "up_blocks.1    8x8x8   up_blocks.2    16x8x8  8 -> 16",
+    ]
+    last = [line.split()[-1] for line in pair_table(pairs, {"floor": ["0.1", "0.2", "0.3"]}).splitlines()]
+    assert last == ["floor", "0.1", "0.2", "0.3"]

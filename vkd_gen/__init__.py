@@ -8,9 +8,9 @@ from vkd_gen.calibration import calibrate, load_statistics, save_statistics
 from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
 from vkd_gen.features import FeatureCapture
 from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
-from vkd_gen.pairing import LayerPair, pair_layers
+from vkd_gen.pairing import LayerPair, pair_layers, pair_table
 from vkd_gen.projectors import IdentityProjector, LinearProjector, OrthogonalProjector, parameter_groups
-from vkd_gen.students import REDUCTIONS, Reduction, build_student, copy_matching_weights
+from vkd_gen.students import REDUCTIONS, Reduction, build_student, copy_matching_weights, published_cost, reduce_config
 from vkd_gen.version import __version__ as __version__
 
 __all__ = [
@@ -32,7 +32,10 @@ __all__ = [
     "distillation_losses",
     "load_statistics",
     "pair_layers",
+    "pair_table",
     "parameter_groups",
+    "published_cost",
+    "reduce_config",
     "save_statistics",
     "width_floor",
 ]

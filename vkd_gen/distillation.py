@@ -26,8 +26,8 @@ from vkd_gen.diffusion import (
 )
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss, feature_loss, prediction_loss
-from vkd_gen.normalization import FeatureNormalizer
-from vkd_gen.pairing import LayerPair
+from vkd_gen.normalization import FeatureNormalizer, width_floor
+from vkd_gen.pairing import LayerPair, pair_table
 from vkd_gen.projectors import Projector
 
 
@@ -205,6 +205,27 @@ class ProjectedStudent(nn.Module):
         for projector in self.projectors:
             if hasattr(projector, "initialize"):
                 projector.initialize()
+
+
+def matching_table(projected: ProjectedStudent, loss: FeatureLoss) -> str:
+    """`pair_table` with each projector, the floor that the student's width implies, and what whitening discards."""
+    normalizers = projected.normalizers
+    widths = [pair.student_channels for pair in projected.layer_pairs]
+    floors = [
+        width_floor(normalizer.target_covariance(), width, loss)
+        for width, normalizer in zip(widths, normalizers, strict=True)
+    ]
+    return pair_table(
+        projected.layer_pairs,
+        {
+            "projector": [
+                f"{width} -> {normalizer.target_channels} ({normalizer.kind})"
+                for width, normalizer in zip(widths, normalizers, strict=True)
+            ],
+            f"floor ({loss})": [f"{floor:.4f}" for floor in floors],
+            "discarded": [f"{normalizer.discarded_share():.1%}" for normalizer in normalizers],
+        },
+    )
 
 
 def distillation_losses(

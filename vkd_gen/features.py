@@ -1,14 +1,17 @@
 """Read the outputs of named blocks of a diffusers UNet.
 
-B batch, C channels, H height, W width, N positions (H*W, or tokens).
+A layer is named as the UNet names its submodules, such as `down_blocks.1`; `down_blocks.1/2` is its output averaged
+over squares of 2 x 2 positions. B batch, C channels, H height, W width, N positions (H*W, or tokens).
 """
 
 import difflib
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,8 +24,24 @@ def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     return ", ".join(repr(match) for match in matches or known[:count])
 
 
+def split_pooling(layer: str) -> tuple[str, int]:
+    """A layer's submodule and the side of the squares its output is averaged over, 1 for the output as it is.
+
+    Raises:
+        ValueError: for a side that is no whole number of 2 or more.
+
+    Example:
+        >>> split_pooling("mid_block/4"), split_pooling("mid_block")
+        (('mid_block', 4), ('mid_block', 1))
+    """
+    name, slash, side = layer.partition("/")
+    if slash and not (side.isdecimal() and int(side) >= 2):
+        raise ValueError(f"{layer!r} cannot be pooled by {side!r}; name a whole number of 2 or more, as in {name}/2")
+    return name, int(side) if slash else 1
+
+
 def check_layers(module: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
-    """Return `layers` as a tuple once every one of them is known to name a submodule.
+    """Return `layers` as a tuple once every one of them is known to name a submodule, pooled or not.
 
     Raises:
         ValueError: for an unknown or repeated name; the message lists the nearest known names.
@@ -30,9 +49,10 @@ def check_layers(module: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
     layers = tuple(layers)
     known = dict(module.named_modules())
     for layer in layers:
-        if not layer or layer not in known:
+        name, _ = split_pooling(layer)
+        if not name or name not in known:
             raise ValueError(
-                f"{type(module).__name__} has no layer {layer!r}; the nearest are {nearest_names(layer, known)}"
+                f"{type(module).__name__} has no layer {name!r}; the nearest are {nearest_names(name, known)}"
             )
     if len(set(layers)) < len(layers):
         raise ValueError(f"a layer is named twice in {', '.join(layers)}")
@@ -49,7 +69,8 @@ class FeatureCapture:
 
     Args:
         module: the model to read from.
-        layers: dotted submodule names, such as `down_blocks.1`, `mid_block` or `up_blocks.0.resnets.1`.
+        layers: dotted submodule names, such as `down_blocks.1`, `mid_block` or `up_blocks.0.resnets.1`; with `/2`
+            behind it a layer's output comes average-pooled by 2 in height and width, see `pool`.
 
     Raises:
         ValueError: for an unknown or repeated layer name.
@@ -65,12 +86,13 @@ class FeatureCapture:
 
     def __init__(self, module: nn.Module, layers: Iterable[str]):
         self.layers = check_layers(module, layers)
+        self._pooling = {layer: split_pooling(layer) for layer in self.layers}
         self._features: dict[str, Tensor] = {}
         self._recording = False
         # Partials of a method, not closures: a deep copy of the model and its capture then belong together.
         self._handles = [
-            module.get_submodule(layer).register_forward_hook(functools.partial(self._record, layer))
-            for layer in self.layers
+            module.get_submodule(name).register_forward_hook(functools.partial(self._record, layer))
+            for layer, (name, _) in self._pooling.items()
         ]
 
     def _record(self, layer: str, _module: nn.Module, _inputs: tuple, output: Any) -> None:
@@ -96,13 +118,32 @@ class FeatureCapture:
         missing = [layer for layer in self.layers if layer not in features]
         if missing:
             raise RuntimeError(f"these layers did not run in the forward pass: {', '.join(missing)}")
-        return {layer: features[layer] for layer in self.layers}
+        # Pooled here, not in the hook: what a hook adds inside a checkpointed block is not there when it runs again.
+        return {layer: pool(features[layer], side) for layer, (_, side) in self._pooling.items()}
 
     def remove(self) -> None:
         """Take the hooks off the model again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def pool(feature: Tensor, side: int) -> Tensor:
+    """Average a feature over squares of `side` x `side` positions: `[B, C, H, W]`, or `[B, N, C]` of square maps.
+
+    Raises:
+        ValueError: if `side` does not divide the map's height and width, or the tokens are those of no square map.
+    """
+    if side == 1:
+        return feature
+    shape = list(feature.shape)
+    if feature.ndim == 4 and shape[2] % side == shape[3] % side == 0:
+        return F.avg_pool2d(feature, side)
+    length = math.isqrt(shape[1]) if feature.ndim == 3 else 0
+    if length and length**2 == shape[1] and length % side == 0:
+        maps = feature.transpose(1, 2).unflatten(2, (length, length))
+        return F.avg_pool2d(maps, side).flatten(2).transpose(1, 2)
+    raise ValueError(f"a feature of shape {shape} cannot be averaged over squares of {side} x {side} positions")
 
 
 def to_rows(feature: Tensor) -> Float[Tensor, "batch positions channels"]:
@@ -128,7 +169,7 @@ def feature_shapes(unet: ModelMixin, layers: Iterable[str]) -> dict[str, tuple[i
 
     Args:
         unet: a diffusers UNet (`UNet2DModel` or `UNet2DConditionModel`).
-        layers: dotted submodule names.
+        layers: as for `FeatureCapture`.
 
     Returns:
         Layer name -> `(C, H, W)` for maps, `(N, C)` for tokens.

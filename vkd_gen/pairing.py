@@ -1,23 +1,26 @@
 """Which student layer learns from which teacher layer."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from diffusers import ModelMixin
+from diffusers.models.attention_processor import Attention
 
-from vkd_gen.features import feature_shapes
+from vkd_gen.features import feature_shapes, split_pooling
 
-PairedLayers = Literal["all", "mid_and_up", "last_up"]
+PairedLayers = Literal["all", "mid_and_up", "last_up", "self_attention"]
 
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A student layer and the teacher layer it learns from.
+    """A student layer and the teacher layer it learns from, at equal resolution.
 
     Attributes:
-        student: dotted name in the student.
-        teacher: dotted name in the teacher.
+        student: name in the student; with `/2` behind it the output is average-pooled by 2, see `FeatureCapture`.
+        teacher: name in the teacher, likewise.
         student_shape: of the student's feature, `(C, H, W)` or `(N, C)`.
         teacher_shape: of the teacher's.
     """
@@ -45,6 +48,21 @@ def stage_layers(unet: ModelMixin) -> list[str]:
     return layers + [f"up_blocks.{number}" for number in range(len(unet.up_blocks))]
 
 
+def self_attention_layers(unet: ModelMixin, stage: str) -> list[str]:
+    """Names of a stage's self-attention layers, in the order they run.
+
+    In a `UNet2DConditionModel` these are the `attn1` of its transformer blocks (token features, `[B, N, C]`), in a
+    `UNet2DModel` its `attentions` (maps).
+    """
+    return [
+        f"{stage}.{name}"
+        for name, module in unet.get_submodule(stage).named_modules()
+        if isinstance(module, Attention)
+        and not module.is_cross_attention
+        and (name.endswith(".attn1") or re.fullmatch(r"attentions\.\d+", name))
+    ]
+
+
 def pair_layers(
     student: ModelMixin,
     teacher: ModelMixin,
@@ -54,72 +72,177 @@ def pair_layers(
 ) -> list[LayerPair]:
     """Pair layers of two diffusers UNets.
 
-    Without `pairs`, stages are matched within the encoder, the middle and the decoder by the resolution of their
-    outputs; where several have the same one, in order, counted from the end.
+    Without `pairs`, stages of the encoder and of the decoder are matched where their residual layers work at the same
+    resolution, and the middle with the middle; a stage without a counterpart is left out. Where two features differ in
+    resolution, the finer one is average-pooled to the coarser: `mid_block/2` is the output of `mid_block` pooled by 2.
 
     Args:
         student: the student UNet.
         teacher: the teacher UNet.
         layers: which of the matched stages: `all`; `mid_and_up`, the middle and the decoder; `last_up`, the last
-            decoder stage.
+            decoder stage. Or `self_attention`: the self-attention layers of all of them, each of a student's stage with
+            the one as far through the teacher's stage (Lee et al., 2023, arXiv 2312.04005, distil those).
         pairs: (student layer, teacher layer) names to use instead.
 
     Returns:
-        Pairs in the order the student runs them.
+        Pairs in the order the student runs them; named ones in the order given.
 
     Raises:
-        ValueError: for an unknown name, a student layer named twice, unlike resolutions or no pair at all.
+        ValueError: for an unknown name, a student layer named twice, samples of unlike sizes, resolutions of which
+            neither divides the other, or no pair at all.
     """
+    sizes = [_sides(unet.config.sample_size) for unet in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the student takes samples of size {student.config.sample_size} and the teacher of "
+            f"{teacher.config.sample_size}; give both configurations one sample_size"
+        )
     if pairs is not None:
-        return _pair_named(student, teacher, pairs)
-    student_shapes = feature_shapes(student, stage_layers(student))
-    teacher_shapes = feature_shapes(teacher, stage_layers(teacher))
-    found = []
-    for part in ("down_blocks", "mid_block", "up_blocks"):
-        unmatched = [name for name in teacher_shapes if name.startswith(part)]
-        for student_layer in reversed([name for name in student_shapes if name.startswith(part)]):
-            shape = student_shapes[student_layer]
-            alike = [name for name in unmatched if teacher_shapes[name][1:] == shape[1:]]
-            if alike:
-                found.append(LayerPair(student_layer, alike[-1], shape, teacher_shapes[alike[-1]]))
-                unmatched = unmatched[: unmatched.index(alike[-1])]
-    order = list(student_shapes)
-    found.sort(key=lambda pair: order.index(pair.student))
+        if not pairs:
+            raise ValueError("no layer pairs are given")
+        if len({pair[0] for pair in pairs}) < len(pairs):
+            raise ValueError(f"a student layer is paired twice: {', '.join(pair[0] for pair in pairs)}")
+        student_shapes = feature_shapes(student, [pair[0] for pair in pairs])
+        teacher_shapes = feature_shapes(teacher, dict.fromkeys(pair[1] for pair in pairs))
+        return [_pool_finer(s, t, student_shapes[s], teacher_shapes[t]) for s, t in pairs]
+    student_shapes, teacher_shapes = (
+        feature_shapes(
+            unet,
+            [
+                layer
+                for stage in stage_layers(unet)
+                for layer in (stage, f"{stage}.resnets.0", *self_attention_layers(unet, stage))
+            ],
+        )
+        for unet in (student, teacher)
+    )
+    stages = _match_stages(_working_places(student, student_shapes), _working_places(teacher, teacher_shapes))
     match layers:
         case "all":
-            chosen = found
+            chosen = stages
         case "mid_and_up":
-            chosen = [pair for pair in found if not pair.student.startswith("down_blocks")]
+            chosen = [pair for pair in stages if not pair[0].startswith("down_blocks")]
         case "last_up":
-            chosen = [pair for pair in found if pair.student.startswith("up_blocks")][-1:]
+            chosen = [pair for pair in stages if pair[0].startswith("up_blocks")][-1:]
+        case "self_attention":
+            chosen = [
+                pair
+                for student_stage, teacher_stage in stages
+                for pair in _spread(
+                    self_attention_layers(student, student_stage), self_attention_layers(teacher, teacher_stage)
+                )
+            ]
         case _:
-            raise ValueError(f"unknown choice of layers {layers!r}; choose all, mid_and_up or last_up")
+            raise ValueError(f"unknown choice of layers {layers!r}; choose all, mid_and_up, last_up or self_attention")
     if not chosen:
         raise ValueError(
-            "no stage of the student has the resolution of its counterpart in the teacher: student "
-            f"{_describe(student_shapes)}, teacher {_describe(teacher_shapes)}; name the pairs"
+            f"no layer of the student has a counterpart in the teacher for layers {layers!r}; the stages that "
+            f"match are {', '.join(pair[0] for pair in stages) or 'none'}; choose other layers or name the pairs"
         )
-    return chosen
+    return [_pool_finer(s, t, student_shapes[s], teacher_shapes[t]) for s, t in chosen]
 
 
-def _pair_named(student: ModelMixin, teacher: ModelMixin, pairs: Sequence[tuple[str, str]]) -> list[LayerPair]:
-    if not pairs:
-        raise ValueError("no layer pairs are given")
-    student_layers = [pair[0] for pair in pairs]
-    if len(set(student_layers)) < len(pairs):
-        raise ValueError(f"a student layer is paired twice: {', '.join(student_layers)}")
-    student_shapes = feature_shapes(student, student_layers)
-    teacher_shapes = feature_shapes(teacher, dict.fromkeys(pair[1] for pair in pairs))
-    for student_layer, teacher_layer in pairs:
-        shapes = student_shapes[student_layer], teacher_shapes[teacher_layer]
-        positions = [shape[1:] if len(shape) == 3 else shape[:-1] for shape in shapes]
-        if positions[0] != positions[1]:
-            raise ValueError(
-                f"student layer {student_layer} {shapes[0]} and teacher layer {teacher_layer} {shapes[1]} "
-                "differ in resolution"
-            )
-    return [LayerPair(s, t, student_shapes[s], teacher_shapes[t]) for s, t in pairs]
+def _working_places(unet: ModelMixin, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple]:
+    """Stage -> its part and the resolution it works at before it resamples at its end; of the middle the part alone."""
+    return {
+        stage: ("mid_block",) if stage == "mid_block" else (stage.split(".")[0], *shapes[f"{stage}.resnets.0"][1:])
+        for stage in stage_layers(unet)
+    }
 
 
-def _describe(shapes: dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+def _match_stages(student: Mapping[str, tuple], teacher: Mapping[str, tuple]) -> list[tuple[str, str]]:
+    """Stages at equal places, in the student's order; of several at one place, as of maps of 1 x 1, the last ones."""
+    matched: dict[str, str] = {}
+    for place in student.values():
+        alike = [[stage for stage, other in stages.items() if other == place] for stages in (student, teacher)]
+        matched |= dict(zip(reversed(alike[0]), reversed(alike[1]), strict=False))
+    return [(stage, matched[stage]) for stage in student if stage in matched]
+
+
+def _spread(student_layers: list[str], teacher_layers: list[str]) -> list[tuple[str, str]]:
+    """Each student layer with the teacher layer that ends the same share of the stage; the last with the last."""
+    count = len(student_layers)
+    return [
+        (layer, teacher_layers[math.ceil((number + 1) * len(teacher_layers) / count) - 1])
+        for number, layer in enumerate(student_layers)
+        if teacher_layers
+    ]
+
+
+def _pool_finer(
+    student_layer: str, teacher_layer: str, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]
+) -> LayerPair:
+    sides = [_positions(shape) for shape in (student_shape, teacher_shape)]
+    if sides[0] == sides[1]:
+        return LayerPair(student_layer, teacher_layer, student_shape, teacher_shape)
+    message = (
+        f"student layer {student_layer} {student_shape} and teacher layer {teacher_layer} {teacher_shape} differ in "
+    )
+    if len(student_shape) != len(teacher_shape) or len(student_shape) == 1:
+        raise ValueError(message + "kind: maps (C, H, W), tokens (N, C) and vectors (C) cannot be compared")
+    squares = [_square(side) for side in sides]
+    finer = max(squares)
+    coarser = min(squares)
+    factor = finer[0] // max(coarser[0], 1)
+    if tuple(factor * length for length in coarser) != finer or coarser[0] == 0:
+        raise ValueError(message + "resolution, and pooling cannot help: neither divides the other")
+    if squares[0] == finer:
+        student_layer, student_shape = _pooled(student_layer, student_shape, factor)
+    else:
+        teacher_layer, teacher_shape = _pooled(teacher_layer, teacher_shape, factor)
+    return LayerPair(student_layer, teacher_layer, student_shape, teacher_shape)
+
+
+def _positions(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(H, W) of a map, (N,) of tokens, () of a vector."""
+    return shape[1:] if len(shape) == 3 else shape[:-1]
+
+
+def _square(positions: tuple[int, ...]) -> tuple[int, ...]:
+    """(H, W), for tokens of the square map they are from; (0, 0) where they are from none."""
+    if len(positions) == 2:
+        return positions
+    length = math.isqrt(positions[0])
+    return (length, length) if length**2 == positions[0] else (0, 0)
+
+
+def _pooled(layer: str, shape: tuple[int, ...], factor: int) -> tuple[str, tuple[int, ...]]:
+    name, side = split_pooling(layer)
+    if len(shape) == 3:
+        shape = (shape[0], shape[1] // factor, shape[2] // factor)
+    else:
+        shape = (shape[0] // factor**2, shape[1])
+    return f"{name}/{side * factor}", shape
+
+
+def _sides(sample_size: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    if sample_size is None:
+        return None
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+
+def pair_table(pairs: Sequence[LayerPair], columns: Mapping[str, Sequence[str]] | None = None) -> str:
+    """What learns from what, a line for each pair under a line of headings.
+
+    Args:
+        pairs: from `pair_layers`.
+        columns: further ones, heading -> an entry for each pair; by default the widths that a projector joins.
+    """
+    if columns is None:
+        columns = {"projector": [f"{pair.student_channels} -> {pair.teacher_channels}" for pair in pairs]}
+    table = {
+        "student layer": [pair.student for pair in pairs],
+        "shape": [_by(pair.student_shape) for pair in pairs],
+        "teacher layer": [pair.teacher for pair in pairs],
+        "shape ": [_by(pair.teacher_shape) for pair in pairs],
+        **columns,
+    }
+    widths = [max(len(entry) for entry in (heading.strip(), *entries)) for heading, entries in table.items()]
+    lines = [[heading.strip() for heading in table], *zip(*table.values(), strict=True)]
+    return "\n".join(
+        "  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -59,6 +59,28 @@ def flow_teacher(tmp):
     return tmp / "flow"
 
 
+def config_file(tmp, **changes):
+    config = {**json.loads(tiny_unet().to_json_string()), **changes}
+    (tmp / "config.json").write_text(json.dumps(config))
+    return tmp / "config.json"
+
+
+def teacher_of_absurd_size(tmp, **changes):
+    """Its weights are a few kilobytes; what its config.json asks for is not."""
+    folder = save_unet(tmp / "absurd", tiny_unet())
+    config_file(folder, **changes)
+    return folder
+
+
+def other_json(tmp):
+    (tmp / "other.json").write_text("[1, 2]")
+    return tmp / "other.json"
+
+
+def plain_teacher(tmp):
+    return save_unet(tmp / "plain", tiny_unet())
+
+
 def corrupt_images(tmp):
     folder = images_in(tmp / "corrupt")
     (folder / "broken.png").write_text("not an image")
@@ -156,7 +178,82 @@ STUDENT_MISTAKES = {
     "width zero": (lambda tmp: ["--student_width", 0], "width must be above 0"),
     "no layers": (lambda tmp: ["--student_layers_per_block", 0], "layers_per_block must be at least 1"),
     "unknown layer": (lambda tmp: ["--layer_pairs", "mid_blok"], "no layer 'mid_blok'.*'mid_block'"),
-    "unlike resolutions": (lambda tmp: ["--layer_pairs", "mid_block:up_blocks.1"], r"mid_block \(.*up_blocks.1 \("),
+    "unlike kinds": (lambda tmp: ["--layer_pairs", "mid_block:time_embedding"], r"mid_block \(.*time_embedding \("),
+    "pooled by nothing": (
+        lambda tmp: ["--layer_pairs", "mid_block/x:mid_block"],
+        "mid_block/x.*cannot be pooled by 'x'",
+    ),
+    "pooled too far": (lambda tmp: ["--layer_pairs", "mid_block/3:mid_block"], "averaged over squares of 3 x 3"),
+    "no self-attention": (
+        lambda tmp: ["--layers", "self_attention", "--teacher", plain_teacher(tmp)],
+        "no layer of the",
+    ),
+    "unknown student": (lambda tmp: ["--student", "bk-bse"], "bk-bse is neither one of bk-base, .* nor a file"),
+    "student on no hub": (lambda tmp: ["--student", "nobody/nothing"], "no student folder nobody/nothing.*hub"),
+    "missing student": (lambda tmp: ["--student", tmp / "nowhere"], "no student folder"),
+    "student is no JSON": (lambda tmp: ["--student", file_at(tmp)], "no config.json of a UNet"),
+    "student is no UNet": (lambda tmp: ["--student", other_json(tmp)], "no block_out_channels"),
+    "folder without student": (lambda tmp: ["--student", images_in(tmp / "x")], "holds no UNet"),
+    "pickled student": (lambda tmp: ["--student", pickled_teacher(tmp)], "pickled weights only.*safetensors"),
+    "student of another class": (
+        lambda tmp: ["--student", config_file(tmp, _class_name="Transformer2DModel")],
+        "Transformer2DModel; known are UNet2DModel",
+    ),
+    "student of colours": (
+        lambda tmp: ["--student", config_file(tmp, in_channels=3, out_channels=3)],
+        "has in_channels 3 and the teacher 1",
+    ),
+    "text-conditional student": (
+        lambda tmp: ["--student", save_unet(tmp / "x", tiny_condition_unet(in_channels=1, out_channels=1))],
+        "has cross_attention_dim 8 and the teacher None",
+    ),
+    "student with flags": (
+        lambda tmp: ["--student", config_file(tmp), "--student_drop_stages", 0],
+        "is complete; leave out --student_drop_stages",
+    ),
+    "student with weights inherits": (
+        lambda tmp: ["--student", save_unet(tmp / "x", tiny_unet((8,))), "--inherit_weights", True],
+        "weights of its own; leave out --inherit_weights",
+    ),
+    "student of another method": (lambda tmp: ["--student", "koala-1b"], "UNet2DModel has no transformer layers"),
+    "layers for each stage": (
+        lambda tmp: ["--student_layers_per_block", 1, 1],
+        "UNet2DModel takes one layers_per_block",
+    ),
+    "no such stage": (lambda tmp: ["--student_drop_stages", 7], "there is no stage 7"),
+    "no stage left": (lambda tmp: ["--student_drop_stages", 0, -1], "at least one stage"),
+    "no attention to drop": (lambda tmp: ["--student_drop_attention", 0], "has no attention to drop"),
+    "student too wide": (lambda tmp: ["--student_width", 1e8], "no UNet that could be built: block_out_channels"),
+    "student larger than memory": (lambda tmp: ["--student_width", 4000], "would take .* GB; this machine has"),
+    "student too deep": (lambda tmp: ["--student_layers_per_block", 10**9], "could be built: layers_per_block is"),
+    "absurd student": (
+        lambda tmp: ["--student", config_file(tmp, block_out_channels=[10**9, 10**9])],
+        r"could be built: block_out_channels is \[1000000000",
+    ),
+    "absurd teacher": (
+        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, block_out_channels=[10**9, 10**9])],
+        r"could be built: block_out_channels is \[1000000000",
+    ),
+    "absurdly deep teacher": (
+        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, layers_per_block=10**9)],
+        "could be built: layers_per_block is",
+    ),
+    "absurd number of classes": (
+        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, num_class_embeds=10**12)],
+        "could be built: num_class_embeds is",
+    ),
+    "teacher larger than its weights": (
+        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, block_out_channels=[1024, 1024])],
+        "short of what its config.json asks for",
+    ),
+    "nonsense for channels": (
+        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, block_out_channels="many")],
+        "no UNet that diffusers can build",
+    ),
+    "text-conditional teacher of names": (
+        lambda tmp: ["--teacher", "stable-diffusion-1"],
+        "UNet2DConditionModel.*--dry_run shows",
+    ),
     "paired twice": (lambda tmp: ["--layer_pairs", "mid_block", "mid_block"], "paired twice"),
     "unlike widths without projector": (lambda tmp: ["--projector", "identity"], "equal widths"),
     "whitening rank too high": (

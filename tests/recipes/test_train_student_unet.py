@@ -138,10 +138,77 @@ def test_two_processes_equal_one(method, student_flags, tmp_path):
 
 def test_dry_run_prints_and_touches_nothing(student_flags, tmp_path, run_recipe, capsys):
     run_recipe(RECIPE, *student_flags, "--dry_run", "--dataset", "not/loaded", "--output_dir", tmp_path / "run")
-    output = capsys.readouterr().out
-    for words in ("parameters", "MACs", "mid_block (8, 4, 4) <- mid_block (16, 4, 4)", '"method": "vkd"'):
+    output = " ".join(capsys.readouterr().out.split())
+    for words in ("parameters", "MACs", "mid_block 8x4x4 mid_block 16x4x4 8 -> 16", '"method": "vkd"'):
         assert words in output
     assert not (tmp_path / "run").exists()
+
+
+def dry_run(run_recipe, capsys, *flags):
+    run_recipe(RECIPE, "--dry_run", "--preset", "custom", "--dataset", "not/loaded", *flags)
+    return capsys.readouterr().out
+
+
+def test_dry_run_of_a_model_too_large_for_the_machine(run_recipe, capsys):
+    output = dry_run(run_recipe, capsys, "--teacher", "stable-diffusion-xl", "--student", "koala-700m")
+    assert "teacher: 2,567,463,684 parameters" in output
+    assert "student: 782,822,724 parameters" in output
+    assert "student, as published: 782,000,000 parameters" in output
+    assert "transformer_layers_per_block" in output.splitlines()[1]
+    assert "up_blocks.2    320x128x128  up_blocks.2    320x128x128  320 -> 320" in output
+    assert "cannot train it: a UNet2DConditionModel needs another recipe" in output
+
+
+@pytest.mark.parametrize("where", ["file", "folder", "pipeline"])
+def test_dry_run_needs_no_weights(where, pipeline_folder, run_recipe, capsys):
+    unet = pipeline_folder / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    teacher = {"file": unet / "config.json", "folder": unet, "pipeline": pipeline_folder}[where]
+    flags = ["--student_width", 1, "--student_drop_stages", -1, "--layers", "mid_and_up"]
+    output = dry_run(run_recipe, capsys, "--teacher", teacher, *flags)
+    output = " ".join(output.split())
+    assert (
+        'but for {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}'
+    ) in output
+    # The student's only stage works at 8x8, as the teacher's last; its middle too, while the teacher's is 4x4.
+    assert "mid_block/2 8x4x4 mid_block 16x4x4 8 -> 16 up_blocks.0 8x8x8 up_blocks.1 8x8x8 8 -> 8" in output
+
+
+def test_dry_run_with_self_attention_and_whitening(run_recipe, capsys):
+    flags = ["--student", "bk-tiny", "--student_width", 0.5, "--layers", "self_attention"]
+    output = dry_run(run_recipe, capsys, "--teacher", "stable-diffusion-2", *flags, "--feature_normalization", "whiten")
+    line = next(line for line in output.splitlines() if line.startswith("down_blocks.0"))
+    # 320 channels in heads of 64: half of it, rounded up, is 192.
+    assert line.split() == [
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "4096x192",
+        "down_blocks.0.attentions.1.transformer_blocks.0.attn1", "4096x320", "192", "->", "192",
+    ]  # fmt: skip
+
+
+STUDENTS = {
+    "by name": lambda tmp: ["--student", "bk-tiny"],
+    "by name, changed": lambda tmp: ["--student", "bk-small", "--student_width", 0.5],
+    "by flags": lambda tmp: ["--student_drop_stages", 0, "--student_drop_mid_block", "--student_width", 1],
+    "by file": lambda tmp: ["--student", tmp / "student" / "config.json"],
+    "by folder": lambda tmp: ["--student", tmp / "student"],
+}
+
+
+@pytest.mark.parametrize("way", STUDENTS)
+def test_a_student_by(way, student_flags, tmp_path, run_recipe):
+    tiny_unet((4, 8), seed=1).save_pretrained(tmp_path / "student")
+    flags = [*student_flags, *STUDENTS[way](tmp_path), "--output_dir", tmp_path / "run", "--learning_rate", 1e-12]
+    run_recipe(RECIPE, *flags, "--ema_max_decay", 0, "--adam_weight_decay", 0)
+    student = json.loads((tmp_path / "run/pipeline/unet/config.json").read_text())
+    # Made from 8 and 16 channels; half of 8 is 4, in heads and groups of 4.
+    expected = {"by name": [8], "by name, changed": [4, 8], "by flags": [16], "by file": [4, 8], "by folder": [4, 8]}
+    assert student["block_out_channels"] == expected[way]
+    assert (student["mid_block_type"] is None) == (way not in ("by file", "by folder"))
+    exported, start = load_file(tmp_path / "run" / WEIGHTS), tiny_unet((4, 8), seed=1).state_dict()
+    same = exported.keys() == start.keys() and all(
+        torch.allclose(value, start[name], atol=1e-9) for name, value in exported.items()
+    )
+    assert same == (way == "by folder")
 
 
 def test_custom_teacher_and_a_folder_of_pngs(pipeline_folder, tmp_path, run_recipe):

@@ -10,13 +10,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vkd_gen.data import Images
-from vkd_gen.distillation import FrozenTeacher, ProjectedStudent
+from vkd_gen.distillation import FrozenTeacher
+from vkd_gen.distillation import matching_table as matching_table
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.extractors import score_suffix
 from vkd_gen.evaluation.scorer import Scorer
-from vkd_gen.losses import FeatureLoss
-from vkd_gen.normalization import width_floor
 from vkd_gen.provenance import environment
 from vkd_gen.sampling import sample_images
 
@@ -181,18 +180,3 @@ def describe_models(teacher: ModelMixin, student: ModelMixin) -> str:
     lines = [f"{name}: {parameters:,} parameters, {macs:,} MACs per step" for name, (parameters, macs) in costs.items()]
     share = [small / large for small, large in zip(costs["student"], costs["teacher"], strict=True)]
     return "\n".join([*lines, f"student / teacher: {share[0]:.1%} of the parameters, {share[1]:.1%} of the MACs"])
-
-
-def matching_table(projected: ProjectedStudent, loss: FeatureLoss) -> str:
-    """What each pair compares, with the floor that the student's width implies, as lines of a table."""
-    lines = [
-        f"{'student layer':<24}{'teacher layer':<24}{'projector':<26}{'floor (' + loss + ')':>18}{'discarded':>12}"
-    ]
-    for pair, normalizer in zip(projected.layer_pairs, projected.normalizers, strict=True):
-        floor = width_floor(normalizer.target_covariance(), pair.student_channels, loss)
-        lines.append(
-            f"{pair.student:<24}{pair.teacher:<24}"
-            f"{f'{pair.student_channels} -> {normalizer.target_channels} ({normalizer.kind})':<26}"
-            f"{floor:>18.4f}{normalizer.discarded_share():>12.1%}"
-        )
-    return "\n".join(lines)

@@ -4,12 +4,13 @@ A reduction is a rule, not a table: it reads the teacher's configuration, so one
 `UNet2DModel` or `UNet2DConditionModel`. What diffusers' classes cannot express is refused.
 """
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
 PER_STAGE = (
     "attention_head_dim",
@@ -24,8 +25,12 @@ PER_STAGE = (
 WITHOUT_ATTENTION = {
     "AttnDownBlock2D": "DownBlock2D",
     "AttnUpBlock2D": "UpBlock2D",
+    "AttnSkipDownBlock2D": "SkipDownBlock2D",
+    "AttnSkipUpBlock2D": "SkipUpBlock2D",
     "CrossAttnDownBlock2D": "DownBlock2D",
     "CrossAttnUpBlock2D": "UpBlock2D",
+    "SimpleCrossAttnDownBlock2D": "ResnetDownsampleBlock2D",
+    "SimpleCrossAttnUpBlock2D": "ResnetUpsampleBlock2D",
 }
 
 
@@ -37,6 +42,8 @@ class Reduction:
         width: factor on every stage's channels, above 0; rounded up to what group norms and attention heads need.
         layers_per_block: residual layers of each block; one number, or (`UNet2DConditionModel` alone) one for each of
             the stages that are kept. None keeps the teacher's.
+        transformer_layers: transformer blocks of each attention layer, `UNet2DConditionModel` alone; one number, or one
+            for each of the stages that are kept, the last of which is also the middle's. None keeps the teacher's.
         drop_stages: stages to leave out, 0 being the one of the highest resolution and -1 the lowest.
         drop_mid_block: leave out the middle block.
         drop_attention: stages of the teacher to take the attention layers out of.
@@ -47,54 +54,100 @@ class Reduction:
     drop_stages: tuple[int, ...] = ()
     drop_mid_block: bool = False
     drop_attention: tuple[int, ...] = ()
-
-
-REDUCTIONS = {
-    # Kim et al., 2023, arXiv 2305.15798: one layer fewer in each block; no middle; no lowest stage.
-    "bk-base": Reduction(layers_per_block=1),
-    "bk-small": Reduction(layers_per_block=1, drop_mid_block=True),
-    "bk-tiny": Reduction(layers_per_block=1, drop_mid_block=True, drop_stages=(-1,)),
-}
-"""Published students by name; for Stable Diffusion 1 and 2 they have the published numbers of parameters."""
+    transformer_layers: int | tuple[int, ...] | None = None
 
 
 def build_student(
-    teacher: ModelMixin, reduction: Reduction | None = None, *, width: float = 1.0, layers_per_block: int | None = None
+    teacher: ModelMixin | Mapping[str, Any],
+    reduction: Reduction | None = None,
+    *,
+    width: float = 1.0,
+    layers_per_block: int | None = None,
 ) -> ModelMixin:
     """A student of the teacher's class with random weights.
 
     Args:
-        teacher: a diffusers `UNet2DModel` or `UNet2DConditionModel`; only its configuration is read.
+        teacher: a diffusers `UNet2DModel` or `UNet2DConditionModel`, on the meta device too, or the configuration of
+            one, as its config.json holds it; of a model only the configuration is read.
         reduction: what to reduce, such as one of `REDUCTIONS`.
         width: of the reduction, where none is given.
         layers_per_block: of the reduction, where none is given.
 
     Returns:
-        A UNet whose configuration `from_config` and `save_pretrained` take unchanged.
+        A UNet whose configuration `from_config` and `save_pretrained` take unchanged. Under `torch.device("meta")` it
+        needs no memory.
 
     Raises:
         ValueError: for what is out of range or cannot be expressed.
     """
-    reduction = reduction or Reduction(width=width, layers_per_block=layers_per_block)
+    if reduction is None:
+        reduction = Reduction(width=width, layers_per_block=layers_per_block)
+    elif (width, layers_per_block) != (1.0, None):
+        raise ValueError("a student is given by a reduction, or by width and layers_per_block, not by both")
+    if isinstance(teacher, Mapping):
+        return unet_class(teacher).from_config(reduce_config(teacher, reduction))
     return type(teacher).from_config(reduce_config(teacher.config, reduction))
 
 
+def unet_class(config: Mapping[str, Any]) -> type[UNet2DModel] | type[UNet2DConditionModel]:
+    """The class that a configuration is of: as it says itself, else by the entries that it has.
+
+    Raises:
+        ValueError: for another class.
+    """
+    match config.get("_class_name"):
+        case None:
+            return UNet2DConditionModel if "cross_attention_dim" in config else UNet2DModel
+        case "UNet2DModel":
+            return UNet2DModel
+        case "UNet2DConditionModel":
+            return UNet2DConditionModel
+        case other:
+            raise ValueError(f"the configuration is of {other}; known are UNet2DModel and UNet2DConditionModel")
+
+
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that the class takes, with its defaults for those that a config.json leaves out."""
+    parameters = inspect.signature(unet_class(config).__init__).parameters.values()
+    return {entry.name: config.get(entry.name, entry.default) for entry in parameters if entry.name != "self"}
+
+
 def reduce_config(config: Mapping[str, Any], reduction: Reduction) -> dict[str, Any]:
-    """The student's configuration; see `build_student`."""
-    # diffusers' private notes say, for one, which entries to reset to their defaults.
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
-    is_condition_model = "cross_attention_dim" in config  # a UNet2DConditionModel
+    """The student's configuration, complete; see `build_student`."""
+    is_condition_model = unet_class(config) is UNet2DConditionModel
+    # diffusers' private notes, left out here, say, for one, which entries to reset to their defaults.
+    config = complete_config(config)
     num_stages = len(config["block_out_channels"])
     _drop_attention(config, _stage_numbers(reduction.drop_attention, num_stages))
-    dropped = _stage_numbers(reduction.drop_stages, num_stages)
-    if len(dropped) == num_stages:
-        raise ValueError("a student needs at least one stage; drop_stages names all of them")
-    _drop_stages(config, dropped)
+    _drop_stages(config, kept_stages(num_stages, reduction), reduction.transformer_layers)
     _set_layers_per_block(config, reduction.layers_per_block, per_stage=is_condition_model)
+    _set_transformer_layers(config, reduction, is_condition_model)
     if reduction.drop_mid_block:
         config["mid_block_type"] = None
     _set_width(config, reduction.width)
     return config
+
+
+def kept_stages(num_stages: int, reduction: Reduction) -> tuple[int, ...]:
+    """The teacher's stage that each of the student's stages is made from, from the highest resolution to the lowest.
+
+    Stage `s` is block `s` of the encoder and block `num_stages - 1 - s` of the decoder.
+
+    Args:
+        num_stages: of the teacher.
+        reduction: that the student is made by.
+
+    Raises:
+        ValueError: if a dropped stage is unknown, or none is left.
+
+    Example:
+        >>> kept_stages(4, Reduction(drop_stages=(1, -1)))
+        (0, 2)
+    """
+    dropped = _stage_numbers(reduction.drop_stages, num_stages)
+    if len(dropped) == num_stages:
+        raise ValueError("a student needs at least one stage; drop_stages names all of them")
+    return tuple(stage for stage in range(num_stages) if stage not in dropped)
 
 
 def _stage_numbers(stages: Sequence[int], num_stages: int) -> set[int]:
@@ -113,40 +166,63 @@ def _drop_attention(config: dict[str, Any], stages: set[int]) -> None:
         blocks = list(config[entry])
         for position in positions:
             if blocks[position] not in WITHOUT_ATTENTION:
-                raise ValueError(f"{blocks[position]} (position {position} of {entry}) has no attention to drop")
+                reason = "cannot be had without its" if "Attn" in blocks[position] else "has no"
+                raise ValueError(f"{blocks[position]} (position {position} of {entry}) {reason} attention to drop")
             blocks[position] = WITHOUT_ATTENTION[blocks[position]]
         config[entry] = tuple(blocks)
 
 
-def _drop_stages(config: dict[str, Any], stages: set[int]) -> None:
-    if not stages:
-        return
+def _drop_stages(config: dict[str, Any], kept: Sequence[int], transformer_layers: int | tuple | None) -> None:
     num_stages = len(config["block_out_channels"])
+    if len(kept) == num_stages:
+        return
     for entry in ("block_out_channels", "down_block_types", *PER_STAGE):
         values = config.get(entry)
         if isinstance(values, list | tuple) and len(values) == num_stages:
-            config[entry] = tuple(value for stage, value in enumerate(values) if stage not in stages)
-    config["up_block_types"] = tuple(
-        value for position, value in enumerate(config["up_block_types"]) if num_stages - 1 - position not in stages
-    )
-    if config.get("reverse_transformer_layers_per_block") is not None:
-        raise ValueError("stages of a UNet with reverse_transformer_layers_per_block cannot be dropped")
+            config[entry] = tuple(values[stage] for stage in kept)
+    config["up_block_types"] = tuple(config["up_block_types"][num_stages - 1 - stage] for stage in reversed(kept))
+    if config.get("reverse_transformer_layers_per_block") is not None and transformer_layers is None:
+        raise ValueError(
+            "stages of a UNet with reverse_transformer_layers_per_block can only be dropped with transformer_layers"
+        )
 
 
 def _set_layers_per_block(config: dict[str, Any], layers: int | tuple[int, ...] | None, *, per_stage: bool) -> None:
     if layers is None:
         return
-    counts = [layers] if isinstance(layers, int) else list(layers)
-    if not counts or any(count < 1 for count in counts):
-        raise ValueError(f"layers_per_block must be at least 1, not {layers}")
-    num_stages = len(config["block_out_channels"])
+    _check_layers("layers_per_block", layers, len(config["block_out_channels"]))
     if not isinstance(layers, int) and not per_stage:
         raise ValueError(
             "UNet2DModel takes one layers_per_block for all stages; only UNet2DConditionModel one for each"
         )
-    if not isinstance(layers, int) and len(counts) != num_stages:
-        raise ValueError(f"layers_per_block names {len(counts)} stages; the student has {num_stages}")
     config["layers_per_block"] = layers
+
+
+def _set_transformer_layers(config: dict[str, Any], reduction: Reduction, is_condition_model: bool) -> None:
+    layers = reduction.transformer_layers
+    if layers is not None:
+        if not is_condition_model:
+            raise ValueError(
+                "UNet2DModel has no transformer layers; only UNet2DConditionModel takes transformer_layers"
+            )
+        _check_layers("transformer_layers", layers, len(config["block_out_channels"]))
+        config["transformer_layers_per_block"] = layers
+        config["reverse_transformer_layers_per_block"] = None
+    elif is_condition_model and reduction.layers_per_block is not None:
+        depths = config["transformer_layers_per_block"]
+        if not isinstance(depths, int) and not all(isinstance(depth, int) for depth in depths):
+            raise ValueError(
+                "the teacher gives each of its layers a number of transformer layers of its own; with layers_per_block "
+                "set transformer_layers too"
+            )
+
+
+def _check_layers(name: str, layers: int | tuple[int, ...], num_stages: int) -> None:
+    counts = [layers] if isinstance(layers, int) else list(layers)
+    if not counts or any(count < 1 for count in counts):
+        raise ValueError(f"{name} must be at least 1, not {layers}")
+    if not isinstance(layers, int) and len(counts) != num_stages:
+        raise ValueError(f"{name} names {len(counts)} stages; the student has {num_stages}")
 
 
 def _set_width(config: dict[str, Any], width: float) -> None:
@@ -156,7 +232,7 @@ def _set_width(config: dict[str, Any], width: float) -> None:
         return
     teacher_channels = config["block_out_channels"]
     groups = config["norm_num_groups"] or 1
-    heads = config.get("num_attention_heads") or config["attention_head_dim"]
+    heads = config["attention_head_dim"]
     if "cross_attention_dim" in config:
         # Here attention_head_dim counts heads. Where each stage has its own count, the channels of a head are kept.
         if isinstance(heads, int):
@@ -168,13 +244,16 @@ def _set_width(config: dict[str, Any], width: float) -> None:
         blocks = (*config["down_block_types"], *config["up_block_types"])
         has_attention = config["add_attention"] or any("Attn" in block for block in blocks)
         multiples = [math.lcm(groups, (heads or 1) if has_attention else 1)] * len(teacher_channels)
+        multiples[-1] = math.lcm(multiples[-1], config["attn_norm_num_groups"] or 1)  # of the middle's attention
+    # The first stage's channels are also those of the timestep's sines and cosines, half of them each.
+    multiples[0] = math.lcm(multiples[0], 2)
+    least = [2 * (config["freq_shift"] + 1), *[1] * (len(teacher_channels) - 1)]
     channels = [
-        multiple * math.ceil(count * width / multiple)
-        for count, multiple in zip(teacher_channels, multiples, strict=True)
+        multiple * math.ceil(max(count * width, minimum) / multiple)
+        for count, multiple, minimum in zip(teacher_channels, multiples, least, strict=True)
     ]
     if width < 1:  # a teacher whose heads do not divide its channels is not widened
         channels = [min(pair) for pair in zip(channels, teacher_channels, strict=True)]
     config["block_out_channels"] = tuple(channels)
     if "cross_attention_dim" in config and not isinstance(heads, int):
-        entry = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
-        config[entry] = tuple(count // size for count, size in zip(channels, sizes, strict=True))
+        config["attention_head_dim"] = tuple(count // size for count, size in zip(channels, sizes, strict=True))

@@ -1,58 +1,75 @@
-"""Teachers from folders and the hub, safetensors only."""
+"""UNets from folders, files and the hub: safetensors only, no code, and sizes checked before anything is allocated."""
 
-from collections.abc import Mapping
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import DDPMScheduler, UNet2DModel
+import torch
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
+from safetensors import safe_open
+
+from vkd_gen.students import REDUCTIONS, TEACHERS
+from vkd_gen.students.build import complete_config, unet_class
 
 WEIGHTS = "diffusion_pytorch_model"
 
+LARGEST = {"block_out_channels": 2**16, "layers_per_block": 64, "transformer_layers_per_block": 64}
+"""Entries of a configuration that no UNet has larger; of the others none is above 2^24."""
+
 
 class LoadedTeacher(NamedTuple):
-    """A UNet on the CPU, its noise schedule, and where the schedule is from."""
+    """A UNet on the CPU (or the meta device), its noise schedule, and where the schedule is from."""
 
     unet: UNet2DModel
     noise_scheduler: DDPMScheduler
     schedule_origin: str
 
 
-def load_teacher(source: str) -> LoadedTeacher:
+def load_teacher(source: str, *, without_weights: bool = False) -> LoadedTeacher:
     """Load a UNet and its noise schedule from a pipeline or model folder, or from the Hugging Face hub.
 
     Args:
         source: folder or hub id; the UNet lies under `unet/` or at the root, the scheduler under `scheduler/`, beside
             the UNet's folder or at the root. Without a scheduler the DDPM default (linear, 1,000 steps, epsilon) is
             taken, and `schedule_origin` says so.
+        without_weights: read the configuration alone, and leave the UNet on the meta device. `source` may then also be
+            a config.json or one of `TEACHERS`, and the UNet a `UNet2DConditionModel`.
 
     Raises:
-        ValueError: in one line: nothing there, only pickled weights, another kind of model.
+        ValueError: in one line: nothing there, only pickled weights, another kind of model, absurd sizes.
     """
+    if without_weights:
+        unet = unet_without_weights(read_unet_config(source, "teacher"), source)
+    else:
+        if Path(source).is_file():
+            raise ValueError(f"the teacher {source} is a file; name the folder of a diffusers pipeline or UNet")
+        unet = load_unet(source, "teacher")
+    noise_scheduler, origin = _load_scheduler(source)
+    return LoadedTeacher(_check(unet, source) if isinstance(unet, UNet2DModel) else unet, noise_scheduler, origin)
+
+
+def load_unet(source: str, role: str = "student") -> UNet2DModel:
+    """Load a `UNet2DModel` with its weights from a pipeline or model folder, or from the Hugging Face hub.
+
+    Args:
+        source: folder or hub id; see `load_teacher`.
+        role: what it is wanted as, for messages.
+    """
+    config = read_unet_config(source, role)
+    if unet_class(config) is not UNet2DModel:
+        raise ValueError(
+            f"{source} holds a {unet_class(config).__name__}; this recipe distils a UNet2DModel. --dry_run shows the "
+            "student, its cost and its pairs; training it needs another recipe, with text and latents"
+        )
+    needed = unet_without_weights(config, source)
+    check_memory(needed, source)
     folder = Path(source)
-    if folder.is_dir():
-        return _load_folder(folder)
-    if folder.is_file():
-        raise ValueError(f"the teacher {source} is a file; name the folder of a diffusers pipeline or UNet")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"there is no teacher folder {source}")
-    try:
-        scheduler_folder: str | None = "scheduler"
-        try:
-            unet = UNet2DModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
-        except OSError:  # no such subfolder: older repositories keep everything at the root
-            unet = UNet2DModel.from_pretrained(source, use_safetensors=True)
-            scheduler_folder = None
-        scheduler_config = DDPMScheduler.load_config(source, subfolder=scheduler_folder)
-    except Exception as error:  # offline, missing, gated and malformed each have a class of their own
-        reason = " ".join(str(error).split())
-        raise ValueError(f"there is no teacher folder {source}, and the hub did not give it: {reason[:200]}") from error
-    return LoadedTeacher(_check(unet, source), _scheduler(scheduler_config, source), source)
-
-
-def _load_folder(folder: Path) -> LoadedTeacher:
-    unet_folder = next((path for path in (folder / "unet", folder) if (path / "config.json").is_file()), None)
-    if unet_folder is None:
-        raise ValueError(f"{folder} holds no UNet: neither unet/config.json nor config.json is there")
+    if not folder.is_dir():
+        return _from_hub(source, role)
+    unet_folder = _unet_folder(folder)
     if not list(unet_folder.glob(f"{WEIGHTS}*.safetensors*")):
         pickles = list(unet_folder.glob("*.bin")) + list(unet_folder.glob("*.pt"))
         if pickles:
@@ -63,17 +80,171 @@ def _load_folder(folder: Path) -> LoadedTeacher:
             )
         raise ValueError(f"{unet_folder} holds no weights: {WEIGHTS}.safetensors is not there")
     try:
-        unet = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, low_cpu_mem_usage=False)
+        missing = sum(value.numel() for value in needed.state_dict().values()) - _count_stored(unet_folder)
+        if missing > 0:
+            raise ValueError(f"its weights are {missing:,} numbers short of what its config.json asks for")
+        return UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:  # damaged weights, and configurations of other models, raise all kinds of errors
         raise ValueError(f"cannot load the UNet in {unet_folder}: {' '.join(str(error).split())[:300]}") from error
-    beside = unet_folder.resolve().parent / "scheduler"
-    for path in (folder / "scheduler", folder, beside):
-        if (path / "scheduler_config.json").is_file():
-            scheduler = _scheduler(DDPMScheduler.load_config(path), str(path))
-            return LoadedTeacher(_check(unet, str(folder)), scheduler, str(path))
-    return LoadedTeacher(
-        _check(unet, str(folder)), DDPMScheduler(), "diffusers' default; the teacher comes without one"
+
+
+def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
+    """The configuration of a UNet; weights need not be there.
+
+    Args:
+        source: a config.json, the folder of a pipeline or UNet, one of `TEACHERS`, or a hub id.
+        role: what it is wanted as, for messages.
+
+    Raises:
+        ValueError: in one line: nothing there, no JSON, no UNet.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = _unet_folder(path) / "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: {error}") from error
+        if not isinstance(config, dict) or "block_out_channels" not in config:
+            raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: no block_out_channels")
+    elif source in TEACHERS:
+        return dict(TEACHERS[source])
+    else:
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise ValueError(f"there is no {role} folder {source}")
+        config = _from_hub(source, role, config_only=True)
+    unet_class(config)
+    return config
+
+
+def read_student_config(source: str, teacher: ModelMixin) -> dict[str, Any]:
+    """The configuration of a student from elsewhere, complete, with the teacher's sample size.
+
+    Args:
+        source: a config.json, the folder of a pipeline or UNet, or a hub id.
+        teacher: that it is to learn from; may be on the meta device.
+
+    Raises:
+        ValueError: in one line: nothing there, absurd sizes, or another kind of samples or conditions.
+    """
+    if not Path(source).exists() and "/" not in source:
+        raise ValueError(
+            f"--student {source} is neither one of {', '.join(REDUCTIONS)} nor a file, a folder or a hub id"
+        )
+    config = unet_without_weights(read_unet_config(source), source).config
+    for entry in ("in_channels", "out_channels", "num_class_embeds", "class_embed_type", "cross_attention_dim"):
+        if config.get(entry) != teacher.config.get(entry):
+            raise ValueError(
+                f"the student {source} has {entry} {config.get(entry)} and the teacher {teacher.config.get(entry)}"
+            )
+    return {**config, "sample_size": teacher.config.sample_size}
+
+
+def _from_hub(source: str, role: str, *, config_only: bool = False) -> Any:
+    def load(subfolder: str | None) -> Any:
+        if config_only:
+            return UNet2DModel.load_config(source, subfolder=subfolder)
+        return UNet2DModel.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
+
+    try:
+        try:
+            return load("unet")
+        except OSError:  # no such subfolder: older repositories keep everything at the root
+            return load(None)
+    except Exception as error:  # offline, missing, gated and malformed each have a class of their own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"there is no {role} folder {source}, and the hub did not give it: {reason[:200]}") from error
+
+
+def _unet_folder(folder: Path) -> Path:
+    for path in (folder / "unet", folder):
+        if (path / "config.json").is_file():
+            return path
+    raise ValueError(f"{folder} holds no UNet: neither unet/config.json nor config.json is there")
+
+
+def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
+    """The UNet of a configuration on the meta device, which takes no memory at any size.
+
+    Args:
+        config: as a config.json holds it.
+        source: what it is of, for messages.
+
+    Raises:
+        ValueError: for sizes that no UNet has, and what diffusers does not take.
+    """
+    config = complete_config(config) | {"_class_name": unet_class(config).__name__}
+    for entry, value in config.items():
+        numbers = list(_numbers(value))
+        largest = LARGEST.get(entry.removeprefix("reverse_"), 2**24)
+        absurd = [number for number in numbers if number > largest]
+        if absurd or len(numbers) > 256:
+            raise ValueError(f"{source} is no UNet that could be built: {entry} is {str(value)[:80]}")
+    layers, depth = (
+        max(_numbers(config.get(entry)), default=1) for entry in ("layers_per_block", "transformer_layers_per_block")
     )
+    if len(list(_numbers(config["block_out_channels"]))) * layers * depth > 4096:
+        raise ValueError(f"{source} is no UNet that could be built: too many stages, layers and transformer layers")
+    try:
+        with torch.device("meta"):
+            kind = unet_class(config)
+            return kind.from_config({name: value for name, value in config.items() if not name.startswith("_")})
+    except Exception as error:  # diffusers checks little, and what it does not check fails in all kinds of ways
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source} is no UNet that diffusers can build: {reason[:300]}") from error
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _numbers(entry)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def check_memory(unet: ModelMixin, source: str) -> None:
+    """Refuse a UNet whose weights, in float32, are larger than this machine's memory."""
+    needed = 4 * sum(parameter.numel() for parameter in unet.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"the weights of {source} would take {needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB"
+        )
+
+
+def _count_stored(folder: Path) -> int:
+    """Numbers in the weights of a folder, from the headers of its files alone."""
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    names = {f"{WEIGHTS}.safetensors"}
+    if index.is_file():
+        names = {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
+    count = 0
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return count
+
+
+def _load_scheduler(source: str) -> tuple[DDPMScheduler, str]:
+    path = Path(source)
+    if path.exists():
+        unet_folder = _unet_folder(path) if path.is_dir() else path.parent
+        folders = (path / "scheduler", path) if path.is_dir() else (path.parent,)
+        for folder in (*folders, unet_folder.resolve().parent / "scheduler"):
+            if (folder / "scheduler_config.json").is_file():
+                return _scheduler(DDPMScheduler.load_config(folder), str(folder)), str(folder)
+    if path.exists() or source in TEACHERS:
+        return DDPMScheduler(), "diffusers' default; the teacher comes without one"
+    try:
+        try:
+            config = DDPMScheduler.load_config(source, subfolder="scheduler")
+        except OSError:
+            config = DDPMScheduler.load_config(source)
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the hub did not give a schedule for {source}: {reason[:200]}") from error
+    return _scheduler(config, source), source
 
 
 def _scheduler(config: Mapping[str, Any], source: str) -> DDPMScheduler:

@@ -1,0 +1,141 @@
+"""UNets from folders and files: what is loaded, and that nothing large is made before it is known to be right."""
+
+import json
+import tracemalloc
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import tiny_condition_unet, tiny_unet
+from vkd_gen.students import TEACHERS
+from vkd_gen.training.models import (
+    check_memory,
+    load_teacher,
+    load_unet,
+    read_student_config,
+    read_unet_config,
+    unet_without_weights,
+)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def assert_same(unet, other):
+    values = other.state_dict()
+    assert unet.state_dict().keys() == values.keys()
+    assert all(torch.equal(value, values[name]) for name, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("inside", ["", "unet"])
+def test_weights_of_a_folder(inside, tmp_path):
+    unet = tiny_unet(attention=True)
+    unet.save_pretrained(tmp_path / inside)
+    assert_same(load_unet(str(tmp_path)), unet)
+
+
+def test_weights_in_several_files(tmp_path):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_same(load_unet(str(tmp_path)), unet)
+
+
+def test_weights_by_the_names_of_early_diffusers(tmp_path):
+    """google/ddpm-cifar10-32 has them: as many numbers, under other names."""
+    unet = tiny_unet(attention=True)
+    unet.save_pretrained(tmp_path)
+    early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in load_file(tmp_path / WEIGHTS).items():
+        for new, old in early.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = value
+    assert any("proj_attn" in name for name in renamed)
+    save_file(renamed, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert_same(load_unet(str(tmp_path)), unet)
+
+
+@pytest.mark.parametrize("where", ["unet/config.json", "unet", "."])
+def test_a_teacher_without_weights(where, pipeline_folder):
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(pipeline_folder / "scheduler")
+    (pipeline_folder / "unet" / WEIGHTS).unlink()
+    loaded = load_teacher(str(pipeline_folder / where), without_weights=True)
+    assert {parameter.device.type for parameter in loaded.unet.parameters()} == {"meta"}
+    assert loaded.unet.config.block_out_channels == [8, 16]
+    assert loaded.noise_scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    with pytest.raises(ValueError, match=r"holds no weights|is a file"):
+        load_teacher(str(pipeline_folder / where))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_well_known_teachers_need_no_file(name):
+    unet = load_teacher(name, without_weights=True).unet
+    assert tuple(unet.config.block_out_channels) == TEACHERS[name]["block_out_channels"]
+
+
+def test_a_students_configuration_takes_the_teachers_size(tmp_path):
+    tiny_unet((8,), size=4).save_config(tmp_path)
+    config = read_student_config(str(tmp_path / "config.json"), tiny_unet(size=16))
+    assert (config["sample_size"], config["block_out_channels"]) == (16, [8])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_out_channels": [10**9] * 2},
+        {"block_out_channels": [2**16] * 257},
+        {"layers_per_block": 10**9},
+        {"num_class_embeds": 10**12},
+        {"norm_num_groups": 10**30},
+    ],
+    ids=str,
+)
+def test_absurd_sizes_are_refused_before_memory_is_touched(changes):
+    config = {**json.loads(tiny_unet().to_json_string()), **changes}
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="no UNet that could be built") as error:
+        unet_without_weights(config, "it")
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("layers", [{"layers_per_block": 64, "transformer_layers_per_block": 64}])
+def test_too_many_layers_together(layers):
+    with pytest.raises(ValueError, match="too many stages, layers and transformer layers"):
+        unet_without_weights({**TEACHERS["stable-diffusion-1"], **layers}, "it")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_out_channels": [-8, 16]},
+        {"block_out_channels": 8},
+        {"down_block_types": ["DownBlock2D"]},
+        {"down_block_types": ["os.system", "DownBlock2D"]},
+        {"norm_num_groups": 7},
+        {"sample_size": 8, "layers_per_block": "two"},
+    ],
+    ids=str,
+)
+def test_nonsense_is_told_in_one_line(changes):
+    with pytest.raises(ValueError, match="it is no UNet that diffusers can build: ") as error:
+        unet_without_weights({**json.loads(tiny_unet().to_json_string()), **changes}, "it")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_larger_than_the_machine():
+    with torch.device("meta"):
+        unet = tiny_unet((2**16, 2**16))
+    with pytest.raises(ValueError, match=r"the weights of it would take [\d,]+ GB; this machine has [\d,]+ GB"):
+        check_memory(unet, "it")
+    check_memory(tiny_unet(), "it")
+
+
+def test_another_class_is_named(tmp_path):
+    tiny_condition_unet().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel; this recipe distils a UNet2DModel.*--dry_run"):
+        load_unet(str(tmp_path))
+    assert read_unet_config(str(tmp_path))["cross_attention_dim"] == 8

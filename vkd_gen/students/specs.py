@@ -1,0 +1,151 @@
+"""Published students by name, the teachers they are students of, and what their authors say they cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vkd_gen.students.build import PER_STAGE, Reduction, complete_config, reduce_config, unet_class
+
+REDUCTIONS = {
+    # Kim et al., 2023, arXiv 2305.15798: one layer fewer in each block; no middle; no lowest stage.
+    "bk-base": Reduction(layers_per_block=1),
+    "bk-small": Reduction(layers_per_block=1, drop_mid_block=True),
+    "bk-tiny": Reduction(layers_per_block=1, drop_mid_block=True, drop_stages=(-1,)),
+    # Lee et al., 2023, arXiv 2312.04005, for Stable Diffusion XL: fewer transformer blocks in the lowest stage too. The
+    # highest stage has no attention, so that its 1, which the configuration wants, stands for the authors' 0.
+    "koala-1b": Reduction(layers_per_block=1, transformer_layers=(1, 2, 6)),
+    "koala-700m": Reduction(layers_per_block=1, transformer_layers=(1, 2, 5), drop_mid_block=True),
+    # The size of Fang et al., 2023, arXiv 2305.10924, on CIFAR-10. They prune single channels, also between the layers
+    # of a block, which no configuration can say; at equal widths throughout, in groups of 32, the nearest to their
+    # 19.8 M parameters has 20.1 M (1.6 % more) and 3.5 G multiply-accumulates where they count 3.4.
+    "ddpm-20m": Reduction(width=0.75),
+}
+"""Students by name. They are rules: `bk-tiny` of a teacher of three stages has two. With the teachers of `PUBLISHED`
+they have the published sizes."""
+
+STABLE_DIFFUSION = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "stable-diffusion-1": STABLE_DIFFUSION,
+    "stable-diffusion-2": {
+        **STABLE_DIFFUSION,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "stable-diffusion-xl": {
+        **STABLE_DIFFUSION,
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "ddpm-cifar10-32": {
+        "_class_name": "UNet2DModel",
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    },
+}
+"""Configurations of well-known teachers, as the config.json of their UNets has them: Stable Diffusion 1 (1.1 to 1.5), 2
+(2.0 and 2.1 at 512 pixels; at 768 the sample_size is 96) and XL (base 0.9 and 1.0), and google/ddpm-cifar10-32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedCost:
+    """What the authors of a UNet say it costs.
+
+    Attributes:
+        parameters: of the UNet; to the digit where the weights are published, else as rounded in the source.
+        macs: multiply-accumulates of one forward pass on one sample, as rounded in the source; None if it names none.
+            Counters differ: attention's matrix products are often left out.
+        source: where the numbers stand.
+    """
+
+    parameters: int
+    macs: int | None = None
+    source: str
+
+
+NOTA = "parameters of the weights at huggingface.co/nota-ai"
+KOALA = "model card huggingface.co/etri-vilab/koala-700m"
+DIFF_PRUNING = "Fang et al., 2023, arXiv 2305.10924; table at github.com/VainF/Diff-Pruning"
+
+PUBLISHED: dict[tuple[str, str | None], PublishedCost] = {
+    ("stable-diffusion-1", None): PublishedCost(
+        parameters=859_520_964, source="parameters of the weights of stable-diffusion-v1-5"
+    ),
+    ("stable-diffusion-1", "bk-base"): PublishedCost(parameters=579_384_964, source=f"{NOTA}/bk-sdm-base"),
+    ("stable-diffusion-1", "bk-small"): PublishedCost(parameters=482_346_884, source=f"{NOTA}/bk-sdm-small"),
+    ("stable-diffusion-1", "bk-tiny"): PublishedCost(parameters=323_384_964, source=f"{NOTA}/bk-sdm-tiny"),
+    ("stable-diffusion-2", None): PublishedCost(parameters=865_000_000, source=KOALA),
+    ("stable-diffusion-2", "bk-base"): PublishedCost(parameters=583_480_964, source=f"{NOTA}/bk-sdm-v2-base"),
+    ("stable-diffusion-2", "bk-small"): PublishedCost(parameters=485_787_524, source=f"{NOTA}/bk-sdm-v2-small"),
+    ("stable-diffusion-2", "bk-tiny"): PublishedCost(parameters=326_825_604, source=f"{NOTA}/bk-sdm-v2-tiny"),
+    ("stable-diffusion-xl", None): PublishedCost(parameters=2_567_000_000, source=KOALA),
+    ("stable-diffusion-xl", "koala-1b"): PublishedCost(parameters=1_161_000_000, source=KOALA),
+    ("stable-diffusion-xl", "koala-700m"): PublishedCost(parameters=782_000_000, source=KOALA),
+    ("ddpm-cifar10-32", None): PublishedCost(parameters=35_700_000, macs=6_100_000_000, source=DIFF_PRUNING),
+    ("ddpm-cifar10-32", "ddpm-20m"): PublishedCost(
+        parameters=19_800_000,
+        macs=3_400_000_000,
+        source=f"{DIFF_PRUNING}; pruned channel by channel, so that it is not this UNet but the one nearest to it",
+    ),
+}
+"""(teacher, student or None for the teacher itself) -> its cost; names of `TEACHERS` and `REDUCTIONS`."""
+
+WITHOUT_COST = frozenset(
+    {"sample_size", "center_input_sample", "dropout", "upcast_attention", "norm_eps", "flip_sin_to_cos", "freq_shift"}
+    | {"mid_block_scale_factor", "downsample_padding"}
+)
+"""Entries of a configuration that change no parameter."""
+
+
+def published_cost(config: Mapping[str, Any]) -> PublishedCost | None:
+    """What is published about a UNet of this configuration.
+
+    Args:
+        config: of a UNet; `unet.config`, or what its config.json holds.
+
+    Returns:
+        None for a UNet that `PUBLISHED` does not have. Without `macs` where the sample size is not the published one.
+    """
+    wanted = _structure(config)
+    for (teacher, student), cost in PUBLISHED.items():
+        known = {**TEACHERS[teacher], **reduce_config(TEACHERS[teacher], REDUCTIONS.get(student or "", Reduction()))}
+        if _structure(known) == wanted:
+            same_size = complete_config(config)["sample_size"] == known["sample_size"]
+            return cost if same_size else PublishedCost(parameters=cost.parameters, source=cost.source)
+    return None
+
+
+def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What parameters depend on, written in one way."""
+    entries = {name: value for name, value in complete_config(config).items() if name not in WITHOUT_COST}
+    for name in PER_STAGE:
+        if name in entries and not isinstance(entries[name], list | tuple):
+            entries[name] = [entries[name]] * len(entries["block_out_channels"])
+    entries = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
+    return {**entries, "class": unet_class(config).__name__}
