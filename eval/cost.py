@@ -1,0 +1,125 @@
+"""What UNets cost: parameters, multiply-accumulates, memory; and, measured, time and peak memory of a forward pass.
+
+python eval/cost.py recipes/assets/digits-teacher runs/digits --measure
+python eval/cost.py stable-diffusion-1 --students bk-base bk-small bk-tiny
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from vkd_gen.evaluation.cost import count_macs, count_parameters, forward_costs
+from vkd_gen.provenance import environment, write_json
+from vkd_gen.students import REDUCTIONS, build_student, published_cost, reduce_config
+from vkd_gen.training.command_line import run_command
+from vkd_gen.training.models import check_memory, read_unet_config, unet_without_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """What to count. Configurations are enough: no weights are loaded, and without --measure none are made."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Each a folder of a UNet, of a pipeline or of a recipe's run, a config.json, a hub id, or one of
+    stable-diffusion-1, stable-diffusion-2, stable-diffusion-xl and ddpm-cifar10-32. The first is the teacher."""
+    students: tuple[str, ...] = ()
+    """Students of the first model to add, by the names that train_student_unet.py --student takes: bk-base, ..."""
+    sample_size: int | None = None
+    """Side of the samples that go in, as the UNet sees them; by default what its configuration says."""
+    measure: bool = False
+    """Also time a forward pass and take its peak memory, with random weights, all models in turns."""
+    batch_size: int = 1
+    """Samples at a time when measured."""
+    output: str | None = None
+    """File to write the numbers to, as JSON."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if not self.models:
+            raise ValueError("name at least one model")
+        unknown = set(self.students) - set(REDUCTIONS)
+        if unknown:
+            raise ValueError(f"there is no student {unknown.pop()!r}; choose among {', '.join(REDUCTIONS)}")
+        if self.batch_size < 1 or (self.sample_size is not None and self.sample_size < 1):
+            raise ValueError("--batch_size and --sample_size must be at least 1")
+
+
+def read_configs(config: CostConfig) -> dict[str, dict[str, Any]]:
+    """Name -> configuration of each UNet, students of the first model behind the others."""
+    configs = {}
+    for name in config.models:
+        run = Path(name) / "pipeline"  # of a recipe
+        configs[name] = read_unet_config(str(run) if run.is_dir() else name, "model")
+    teacher = next(iter(configs.values()))
+    configs |= {name: reduce_config(teacher, REDUCTIONS[name]) for name in config.students}
+    size = {} if config.sample_size is None else {"sample_size": config.sample_size}
+    return {name: {**entries, **size} for name, entries in configs.items()}
+
+
+def main(config: CostConfig) -> None:
+    """Count, measure if asked for, and print one table."""
+    configs = read_configs(config)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, entries in configs.items():
+        unet = unet_without_weights(entries, name)
+        if config.measure:
+            check_memory(unet, name)
+        parameters, published = count_parameters(unet), published_cost(entries)
+        rows[name] = {"parameters": parameters, "macs": count_macs(unet), "weights_float32_bytes": parameters * 4}
+        if published is not None:
+            rows[name] |= {"published_parameters": published.parameters, "published_macs": published.macs}
+            rows[name] |= {"published_source": published.source}
+    if config.measure:
+        device = PartialState().device
+        unets = {name: build_student(entries).to(device).eval() for name, entries in configs.items()}
+        for name, costs in forward_costs(unets, batch_size=config.batch_size).items():
+            rows[name] |= costs
+    print_costs(rows)
+    if config.output:
+        protocol = {"batch_size": config.batch_size, "environment": environment()}
+        write_json(Path(config.output), {"rows": rows, "protocol": protocol})
+
+
+MEBIBYTES = ("weights_float32_bytes", "peak_memory_bytes")
+TITLES = {
+    "parameters": "parameters",
+    "published_parameters": "published",
+    "macs": "MACs per step",
+    "published_macs": "published",
+    "weights_float32_bytes": "weights, float32, MiB",
+    "ms_per_image_and_step": "ms per image and step",
+    "peak_memory_bytes": "peak memory, MiB",
+}
+
+
+def print_costs(rows: dict[str, dict[str, Any]]) -> None:
+    """A line per model: each number with its share of the first model's, and what is published about it."""
+    first = next(iter(rows.values()))
+    columns = [name for name in TITLES if any(row.get(name) is not None for row in rows.values())]
+    table = Table("", *(TITLES[name] for name in columns))
+    for title, row in rows.items():
+        cells = []
+        for name in columns:
+            value = row.get(name)
+            if value is None:
+                cells.append("-")
+                continue
+            value = value / 2**20 if name in MEBIBYTES else value
+            text = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+            share = "" if row is first or name.startswith("published") else f"  ({row[name] / first[name]:.1%})"
+            cells.append(text + share)
+        table.add_row(title, *cells)
+    Console(width=150).print(table)
+    for source in dict.fromkeys(row["published_source"] for row in rows.values() if "published_source" in row):
+        print(f"published: {source}")
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    run_command(main, CostConfig, __doc__)

@@ -1,0 +1,221 @@
+"""What a user gets wrong is told in one line that says what to do, with status 2, before the work starts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, RePaintPipeline, RePaintScheduler, UNet2DModel
+from PIL import Image
+
+from tests.conftest import tiny_unet
+from tests.eval.conftest import EVAL, save_pngs
+from vkd_gen.sampling import stock_pipeline
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def pickle_at(tmp):
+    torch.save({"weight": Payload(tmp / "executed")}, tmp / "weights.pth")
+    return tmp / "weights.pth"
+
+
+def array_at(tmp, pixels, name="arr_0"):
+    np.savez(tmp / "array.npz", **{name: pixels})
+    return tmp / "array.npz"
+
+
+def statistics_at(tmp, width):
+    np.savez(tmp / "statistics.npz", mu=np.zeros(width), sigma=np.eye(width))
+    return tmp / "statistics.npz"
+
+
+def text_at(tmp, name="file.txt"):
+    (tmp / name).write_text("something else")
+    return tmp / name
+
+
+def odd_sizes(tmp):
+    save_pngs(tmp / "odd", 12)
+    Image.new("L", (9, 9)).save(tmp / "odd" / "000005.png")
+    return tmp / "odd"
+
+
+def pickled_pipeline(tmp):
+    folder = tmp / "pickled"
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save(Payload(tmp / "executed"), folder / "unet/diffusion_pytorch_model.bin")
+    return folder
+
+
+def inpainting_pipeline(tmp):
+    RePaintPipeline(unet=tiny_unet(), scheduler=RePaintScheduler()).save_pretrained(tmp / "inpainting")
+    return tmp / "inpainting"
+
+
+def damaged_pipeline(tmp):
+    folder = tmp / "damaged"
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return folder
+
+
+def finished(tmp):
+    text_at(tmp, "results.json")
+    return tmp
+
+
+# name -> flags of eval/score.py in place of the good ones, words of the message
+SCORE = {
+    "nothing to score": (lambda tmp: {"sources": []}, "at least one pipeline"),
+    "no such source": (lambda tmp: {"sources": [tmp / "nowhere"]}, "there is no pipeline folder"),
+    "the same source twice": (lambda tmp: {"sources": ["x", "x"]}, "named twice"),
+    "a file that is no array": (lambda tmp: {"sources": [text_at(tmp)]}, "there is no pipeline folder"),
+    "a damaged array": (lambda tmp: {"sources": [text_at(tmp, "x.npz")]}, "cannot read images from"),
+    "an array of numbers": (lambda tmp: {"sources": [array_at(tmp, np.zeros((12, 8, 8, 1)))]}, "float64.*uint8"),
+    "an array of another shape": (
+        lambda tmp: {"sources": [array_at(tmp, np.zeros((12, 8, 8, 4), np.uint8))]},
+        r"\[12, 8, 8, 4\]; images are uint8",
+    ),
+    "an array of objects": (
+        lambda tmp: {"sources": [array_at(tmp, np.array([Payload(tmp / "executed")], dtype=object))]},
+        "cannot read images",
+    ),
+    "a folder without images": (lambda tmp: {"sources": [tmp]}, "holds no images"),
+    "images of unlike sizes": (lambda tmp: {"sources": [odd_sizes(tmp)]}, "image 5 .* is 9 x 9 pixels"),
+    "images that are not square": (
+        lambda tmp: {"sources": [array_at(tmp, np.zeros((12, 8, 9, 1), np.uint8))]},
+        "8 x 9 pixels",
+    ),
+    "sources of unlike sizes": (
+        lambda tmp: {"sources": [save_pngs(tmp / "a", 12), save_pngs(tmp / "b", 12, size=16)]},
+        "unlike sizes",
+    ),
+    "too few images": (lambda tmp: {"sources": [save_pngs(tmp / "few", 9)]}, "9 images are too few"),
+    "fewer images than a KID subset": (
+        lambda tmp: {"sources": [save_pngs(tmp / "few", 12)], "--kid_subset_size": 20},
+        "12 images are too few.*smaller --kid_subset_size",
+    ),
+    "a pickled pipeline": (lambda tmp: {"sources": [pickled_pipeline(tmp)]}, "pickled and can run code"),
+    "a pipeline that needs an image": (lambda tmp: {"sources": [inpainting_pipeline(tmp)]}, "needs more than noise"),
+    "a damaged pipeline": (lambda tmp: {"sources": [damaged_pipeline(tmp)]}, "cannot load the pipeline"),
+    "a hub id that is not there": (lambda tmp: {"sources": ["nobody/nothing"]}, "cannot load the pipeline"),
+    "no such reference": (lambda tmp: {"--reference": tmp / "nowhere"}, "there is no folder or file"),
+    "a reference of too few images": (
+        lambda tmp: {"--reference": save_pngs(tmp / "few", 3)},
+        "the reference.*3 images are too few",
+    ),
+    "a damaged reference": (lambda tmp: {"--reference": text_at(tmp, "x.npz")}, "cannot read"),
+    "statistics of another network": (
+        lambda tmp: {"--reference": statistics_at(tmp, 5)},
+        "5 dimensions.*another network",
+    ),
+    "a held-out share of all": (lambda tmp: {"--held_out_fraction": 1}, "--held_out_fraction must be"),
+    "no such extractor": (lambda tmp: {"--extractor": "resnet"}, "no extractor 'resnet'.*choose one of"),
+    "no extractor": (lambda tmp: {"--extractor": "none"}, "scores need an --extractor"),
+    "no such feature network": (
+        lambda tmp: {"--extractor": tmp / "x.safetensors"},
+        "no feature network.*train_feature_network.py",
+    ),
+    "extractor weights that are not there": (
+        lambda tmp: {"--extractor": "inception", "--extractor_weights": tmp / "nowhere"},
+        "there are no extractor weights",
+    ),
+    "extractor weights that would run code": (
+        lambda tmp: {"--extractor": "inception", "--extractor_weights": pickle_at(tmp)},
+        "not a plain state dict",
+    ),
+    "extractor weights of another network": (
+        lambda tmp: {"--extractor": "inception", "--extractor_weights": other_weights(tmp)},
+        "cannot load the weights.*another network's",
+    ),
+    "weights for a network that carries its own": (
+        lambda tmp: {"--extractor_weights": text_at(tmp)},
+        "carries its weights",
+    ),
+    "no steps": (lambda tmp: {"--num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
+    "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size at least 1"),
+    "unknown sampler": (lambda tmp: {"--sampler": "euler"}, "euler"),
+    "an output that is a file": (lambda tmp: {"--output_dir": text_at(tmp) / "x"}, "is a file"),
+    "an output that holds results": (lambda tmp: {"--output_dir": finished(tmp)}, "already holds results"),
+}
+
+GENERATE = {
+    "no images": (lambda tmp: {"--num_images": 0}, "--num_images must be at least 1"),
+    "a negative seed": (lambda tmp: {"--seed": -1}, "--seed must be at least 0"),
+    "no checkpoint": (lambda tmp: {"sources": [tmp / "nowhere"]}, "there is no pipeline folder"),
+    "an output that is a file": (lambda tmp: {"--output": text_at(tmp)}, "is there already"),
+    "an output below a file": (lambda tmp: {"--output": text_at(tmp) / "x" / "y"}, "is a file"),
+    "an output of something else": (lambda tmp: {"--output": save_pngs(tmp / "x", 2)}, "not of this command"),
+    "an array that is there": (lambda tmp: {"--output": text_at(tmp, "x.npz")}, "is there already"),
+}
+
+COST = {
+    "no model": (lambda tmp: {"sources": []}, "at least one model"),
+    "no such model": (lambda tmp: {"sources": [tmp / "nowhere"]}, "there is no"),
+    "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size"),
+}
+
+REPORT = {
+    "no folder": (lambda tmp: {"sources": []}, "at least one folder"),
+    "a folder without results": (lambda tmp: {"sources": [tmp]}, "holds no results.json"),
+    "damaged results": (lambda tmp: {"sources": [finished(tmp)]}, "cannot read the results"),
+    "an output that is a folder": (lambda tmp: {"--output": tmp}, "is a folder; name a file"),
+}
+CASES = [
+    pytest.param(command, name, id=f"{command}: {name}")
+    for command, cases in (("score", SCORE), ("generate", GENERATE), ("cost", COST), ("report", REPORT))
+    for name in cases
+]
+
+
+def other_weights(tmp):
+    torch.save(UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                           layers_per_block=1).state_dict(), tmp / "other.pth")  # fmt: skip
+    return tmp / "other.pth"
+
+
+@pytest.mark.parametrize(("command", "name"), CASES)
+def test_mistake_is_told_in_one_line(command, name, tmp_path, run_eval, checkpoint, folders, feature_network, capfd):
+    make, words = {"score": SCORE, "generate": GENERATE, "cost": COST, "report": REPORT}[command][name]
+    output = tmp_path / "output"
+    flags = {
+        "score": {"sources": [folders[0]], "--reference": folders[1], "--extractor": feature_network,
+                  "--kid_subset_size": 10, "--output_dir": output},
+        "generate": {"sources": [checkpoint], "--output": output, "--num_images": 2, "--num_inference_steps": 1},
+        "cost": {"sources": [checkpoint]},
+        "report": {"sources": [tmp_path]},
+    }[command] | make(tmp_path)  # fmt: skip
+    sources = flags.pop("sources")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_status:
+        run_eval(command, *sources, *(part for flag in flags.items() for part in flag))
+    assert exit_status.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(lines) == 1
+    assert re.search(words, lines[0]), lines[0]
+    after = [path for path in tmp_path.rglob("*") if "cache" not in path.parts]
+    assert sorted(after) == before  # nothing is left, and no pickle has run
+
+
+@pytest.mark.parametrize("command", ["score", "generate", "cost", "report"])
+def test_the_real_command_tells_it_in_one_line_too(command, tmp_path):
+    flags = {"score": ["--reference", "digits"], "generate": ["--output", str(tmp_path / "x")]}.get(command, [])
+    script = [sys.executable, str(EVAL / f"{command}.py"), "./nowhere", *flags]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*nowhere.*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []

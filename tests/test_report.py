@@ -1,0 +1,79 @@
+"""The HTML page: self-contained, complete, and of several runs at once."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from vkd_gen.evaluation.report import draw_curves, load_outcome, merge_rows, save_results, write_report
+
+ROWS = {"teacher": {"parameters": 10, "fid": 1.25, "ms_per_image": 3.0}, "student": {"parameters": 5, "fid": 2.5}}
+
+
+def make_run(folder, fid=2.5, seed=0):
+    rows = {name: dict(row) for name, row in ROWS.items()}
+    rows["student"]["fid"] = fid
+    generator = torch.Generator().manual_seed(seed)
+    samples = {
+        "teacher": torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8),
+        "student": torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=generator),
+    }
+    folder.mkdir(parents=True)
+    lines = [{"step": step, "loss/total": 1 / step, "loss/denoising": 1 / step} for step in (10, 20, 30)]
+    lines += [{"step": 30, "score/fid": fid, "score/kid": 0.1}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_results(folder, {"rows": rows, "protocol": {"extractor": "inception-v3-compat", "note": "<b>&"}}, samples)
+    return folder
+
+
+def test_a_page_holds_the_tables_the_pictures_and_the_protocol(tmp_path):
+    page = (make_run(tmp_path / "run") / "report.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []  # nothing to fetch
+    assert page.count("data:image/png;base64,") == 2
+    for text in ("<td>2.50</td>", "<td>1.25</td>", "&lt;b&gt;&amp;", "inception-v3-compat"):
+        assert text in page
+    assert "<b>" not in page
+
+
+def test_several_runs_share_their_teacher(tmp_path):
+    runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second", fid=3.75, seed=1)]
+    rows = merge_rows([load_outcome(run) for run in runs])
+    assert list(rows) == ["teacher", "first: student", "second: student"]
+    write_report(runs, tmp_path / "both" / "report.html")
+    page = (tmp_path / "both/report.html").read_text()
+    for text in ("first: student", "second: student", "<td>3.75</td>"):
+        assert text in page
+
+
+def test_unlike_teachers_are_kept_apart(tmp_path):
+    runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second")]
+    results = json.loads((runs[1] / "results.json").read_text())
+    results["rows"]["teacher"]["fid"] = 9
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    rows = merge_rows([load_outcome(run) for run in runs])
+    assert rows["teacher"]["fid"] == 1.25
+    assert rows["second: teacher"]["fid"] == 9
+
+
+def test_curves_have_a_panel_per_loss_and_score(tmp_path):
+    few = draw_curves([load_outcome(make_run(tmp_path / "first"))])
+    run = make_run(tmp_path / "second")
+    lines = [json.loads(line) | {"loss/output": 2.0, "loss/feature": 1.0} for line in (run / "metrics.jsonl").open()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = draw_curves([load_outcome(run)])
+    assert more.height > few.height
+    assert few.convert("L").getextrema() == (0, 255) or few.convert("L").getextrema()[0] < 60
+
+
+def test_samples_survive_the_round_trip(tmp_path):
+    outcome = load_outcome(make_run(tmp_path / "run"))
+    assert torch.equal(outcome.samples["teacher"], torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8))
+    assert [line["step"] for line in outcome.metrics] == [10, 20, 30, 30]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": {}}'])
+def test_damaged_results(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"cannot read the results|not a results file"):
+        load_outcome(tmp_path)
