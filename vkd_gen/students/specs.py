@@ -15,9 +15,9 @@ REDUCTIONS = {
     # highest stage has no attention, so that its 1, which the configuration wants, stands for the authors' 0.
     "koala-1b": Reduction(layers_per_block=1, transformer_layers=(1, 2, 6)),
     "koala-700m": Reduction(layers_per_block=1, transformer_layers=(1, 2, 5), drop_mid_block=True),
-    # The size of Fang et al., 2023, arXiv 2305.10924, on CIFAR-10. They prune single channels, also between the layers
-    # of a block, which no configuration can say; at equal widths throughout, in groups of 32, the nearest to their
-    # 19.8 M parameters has 20.1 M (1.6 % more) and 3.5 G multiply-accumulates where they count 3.4.
+    # The size of Fang et al., 2023, arXiv 2305.10924, on CIFAR-10. Theirs is a pruned module that no configuration
+    # describes. Of widths in groups of 32 the nearest to its 19.8 M parameters has 20.1 M (1.6 % more), and like it
+    # 3.4 G multiply-accumulates without attention's products, 3.5 G with them (the teacher 6.1 and 6.2).
     "ddpm-20m": Reduction(width=0.75),
 }
 """Students by name. They are rules: `bk-tiny` of a teacher of three stages has two. With the teachers of `PUBLISHED`
@@ -111,7 +111,7 @@ PUBLISHED: dict[tuple[str, str | None], PublishedCost] = {
     ("ddpm-cifar10-32", "ddpm-20m"): PublishedCost(
         parameters=19_800_000,
         macs=3_400_000_000,
-        source=f"{DIFF_PRUNING}; pruned channel by channel, so that it is not this UNet but the one nearest to it",
+        source=f"{DIFF_PRUNING}; a pruned module, to which this UNet is the nearest",
     ),
 }
 """(teacher, student or None for the teacher itself) -> its cost; names of `TEACHERS` and `REDUCTIONS`."""
