@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from torch import Tensor
 
 import vkd_gen as vkd
 from vkd_gen.data import Images, default_cifar10, load_images
@@ -27,6 +26,7 @@ from vkd_gen.evaluation.compare import (
 from vkd_gen.evaluation.feature_network import load_feature_network
 from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers
+from vkd_gen.pipelines import num_classes_of
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
 from vkd_gen.training.command_line import run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
@@ -51,6 +51,11 @@ class StudentConfig:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    label_column: str | None = None
+    """Column of the classes in a table, for a class-conditional teacher; by default the only one of classes, else
+    `label`."""
+    guidance_dropout: float = 0.1
+    """Share of the images whose label is hidden from a class-conditional teacher and its student."""
     resolution: int | None = None
     """Height and width of the images in pixels; by default the teacher's sample size."""
     student_width: float = 0.5
@@ -112,6 +117,8 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
+        if not 0 <= self.guidance_dropout < 1:
+            raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
         if not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
         least = {"calibration_samples": 1, "num_timestep_bins": 1, "num_score_samples": 2, "projector_refresh_steps": 1}
@@ -279,7 +286,7 @@ def build_projected_student(
     if not pairs:
         return vkd.ProjectedStudent(student)
 
-    def draws(num_draws: int) -> Iterator[dict[str, Tensor]]:
+    def draws(num_draws: int) -> Iterator[dict[str, Any]]:
         return fixed_batches(
             images,
             noise_scheduler,
@@ -287,6 +294,7 @@ def build_projected_student(
             num_draws=num_draws,
             batch_size=config.training.eval_batch_size,
             device=device,
+            guidance_dropout=config.guidance_dropout,
         )
 
     saved = folder.path / "calibration.safetensors"
@@ -345,11 +353,15 @@ def main(config: StudentConfig) -> None:
     feature_network = load_feature_network(Path(find(config.feature_network))) if config.feature_network else None
     if feature_network and student.config.in_channels != 1:
         raise ValueError("--feature_network scores grey images; leave it out for a teacher of colours")
+    num_classes = num_classes_of(student)
     images, held_out = load_images(
         config.dataset,
         resolution=student.config.sample_size,
         channels=student.config.in_channels,
         image_column=config.image_column,
+        with_labels=num_classes is not None,
+        label_column=config.label_column,
+        num_classes=num_classes,
     )
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     facts = {**flat_config(config), **run_facts(accelerator, images)}
@@ -382,6 +394,7 @@ def main(config: StudentConfig) -> None:
         parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
         images=images,
         noise_scheduler=noise_scheduler,
+        guidance_dropout=config.guidance_dropout,
         config=flat_config(config),
     )
     for batch in run.batches():
@@ -403,7 +416,12 @@ def main(config: StudentConfig) -> None:
         card = {"teacher": config.teacher, "method": config.method, "steps": run.step, "seed": options.seed}
         card |= {"training": run.cost()}
         # Exported before it is scored, so that nothing which fails from here on can lose it.
-        export_pipeline(student, noise_scheduler, folder.path / "pipeline", model_card(title, card, "", config.dataset))
+        export_pipeline(
+            student,
+            noise_scheduler,
+            folder.path / "pipeline",
+            model_card(title, card, "", config.dataset, num_classes=num_classes),
+        )
         results, samples = compare_to_teacher(
             student,
             noise_scheduler,
@@ -417,7 +435,10 @@ def main(config: StudentConfig) -> None:
         )
         write_json(folder.path / "results.json", results)
         save_sample_grid(samples, folder.path / "samples.png")
-        write_model_card(folder.path / "pipeline", model_card(title, card, markdown_table(results), config.dataset))
+        write_model_card(
+            folder.path / "pipeline",
+            model_card(title, card, markdown_table(results), config.dataset, num_classes=num_classes),
+        )
         print_table(results)
         print(f"student: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
         if options.push_to_hub:

@@ -1,6 +1,7 @@
 """Train the teacher that a preset of train_student_unet.py names.
 
 accelerate launch recipes/train_teacher_unet.py --preset digits --output_dir runs/digits-teacher
+accelerate launch recipes/train_teacher_unet.py --preset digits --class_conditional --output_dir runs/digits-by-class
 """
 
 import json
@@ -10,10 +11,12 @@ from typing import Literal
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from vkd_gen.data import default_cifar10, load_images
+from vkd_gen.data import Images, default_cifar10, load_images
 from vkd_gen.diffusion import add_noise, prediction_target
+from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import count_parameters
 from vkd_gen.losses import prediction_loss
+from vkd_gen.pipelines import num_classes_of
 from vkd_gen.sampling import sample_images
 from vkd_gen.training.command_line import run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload
@@ -33,6 +36,12 @@ class TeacherConfig:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    class_conditional: bool = False
+    """Learn images of given classes: the labels come from the data, and their number decides the network's."""
+    label_column: str | None = None
+    """Column of the classes in a table; by default the only one of classes, else `label`."""
+    guidance_dropout: float = 0.1
+    """With --class_conditional: share of the images whose label is hidden, for classifier-free guidance."""
     resolution: int
     """Height and width of the images in pixels."""
     channels: int = 1
@@ -53,6 +62,11 @@ class TeacherConfig:
     """Print the configuration and the model's size, then stop."""
     training: SharedOptions
     """Options of the training loop."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if not 0 <= self.guidance_dropout < 1:
+            raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
 
 
 DIGITS = TeacherConfig(
@@ -100,8 +114,20 @@ CIFAR10 = replace(
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10)}
 
 
-def build_unet(config: TeacherConfig) -> UNet2DModel:
-    """The UNet that the configuration describes."""
+def load_data(config: TeacherConfig) -> tuple[Images, Images]:
+    """Training and held-out images, with labels if they are asked for."""
+    return load_images(
+        config.dataset,
+        resolution=config.resolution,
+        channels=config.channels,
+        image_column=config.image_column,
+        with_labels=config.class_conditional,
+        label_column=config.label_column,
+    )
+
+
+def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
+    """The UNet that the configuration describes; with classes it knows one label more, for no class."""
     stages = range(len(config.block_out_channels))
     with_attention = [stage in config.attention_stages for stage in stages]
     if not with_attention:
@@ -129,6 +155,7 @@ def build_unet(config: TeacherConfig) -> UNet2DModel:
         add_attention=any(with_attention),
         attention_head_dim=32,
         norm_num_groups=config.norm_num_groups,
+        num_class_embeds=num_classes + 1 if num_classes else None,
     )
 
 
@@ -138,14 +165,16 @@ def main(config: TeacherConfig) -> None:
     folder = RunFolder(options.output_dir)
     folder.check(flat_config(config), options.resume_from_checkpoint)
     accelerator = make_accelerator(options)
-    unet = build_unet(config)
-    accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters")
+    # The number of classes is the data's: those come first then, in a dry run too.
+    data = load_data(config) if config.class_conditional else None
+    num_classes = data[0].num_classes if data else 0
+    unet = build_unet(config, num_classes)
+    classes = f", for {num_classes} classes" if num_classes else ""
+    accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters{classes}")
     if config.dry_run:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
-    images, held_out = load_images(
-        config.dataset, resolution=config.resolution, channels=config.channels, image_column=config.image_column
-    )
+    images, held_out = data or load_data(config)
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     facts = {**flat_config(config), **run_facts(accelerator, images)}
     folder.check(facts, options.resume_from_checkpoint)
@@ -166,12 +195,13 @@ def main(config: TeacherConfig) -> None:
         parameter_groups=[{"params": list(unet.parameters()), "weight_decay": options.adam_weight_decay}],
         images=images,
         noise_scheduler=noise_scheduler,
+        guidance_dropout=config.guidance_dropout,
         config=flat_config(config),
     )
     for batch in run.batches():
         sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
         noisy_sample = add_noise(noise_scheduler, sample, noise, timesteps)
-        prediction = run.model(noisy_sample, timesteps, return_dict=False)[0]
+        prediction = predict(run.model, noisy_sample, timesteps, batch.get("conditioning"))
         target = prediction_target(noise_scheduler, sample, noise, timesteps, config.prediction_type)
         run.backward({"total": prediction_loss(prediction, target)})
 
@@ -187,6 +217,7 @@ def main(config: TeacherConfig) -> None:
             },
             results="",
             data=config.dataset,
+            num_classes=num_classes_of(unet),
         )
         export_pipeline(unet, noise_scheduler, folder.path / "pipeline", card)
         samples = sample_images(unet, noise_scheduler, range(32), batch_size=options.eval_batch_size)
