@@ -50,11 +50,10 @@ def reference(unet, seed, label, guidance_scale, prediction_type, num_inference_
             )
         prediction = (1 + weight) * conditional - weight * none
         alpha, sigma = np.sqrt(alpha_bar[timestep]), np.sqrt(1 - alpha_bar[timestep])
-        if prediction_type == "epsilon":
-            noise, clean = prediction, (image - sigma * prediction) / alpha
-        else:
-            noise, clean = alpha * prediction + sigma * image, alpha * image - sigma * prediction
+        is_epsilon = prediction_type == "epsilon"
+        clean = (image - sigma * prediction) / alpha if is_epsilon else alpha * image - sigma * prediction
         clean = clean.clip(-1, 1)
+        noise = (image - alpha * clean) / sigma  # what is left of the image without the clipped sample
         previous = alpha_bar[timestep - stride] if timestep >= stride else 1.0
         image = np.sqrt(previous) * clean + np.sqrt(1 - previous) * noise
     return (image[0] / 2 + 0.5).clip(0, 1)

@@ -21,9 +21,12 @@ def num_classes_of(unet: ModelMixin) -> int | None:
 class ClassConditionalDDIMPipeline(DiffusionPipeline):
     """Images of given classes, by DDIM (Song et al., 2021, arXiv 2010.02502), with classifier-free guidance.
 
-    Called as diffusers' `DiTPipeline` is. Save it by `save_pretrained`, load it by
+    Called as diffusers' `DiTPipeline` is. Save it by `save_pretrained` and load it by
     `ClassConditionalDDIMPipeline.from_pretrained(folder)`; the UNet in it is a stock
     `UNet2DModel.from_pretrained(folder, subfolder="unet")`.
+
+    Where the scheduler clips samples, the noise is derived again from the clipped one (`use_clipped_model_output`).
+    `DDIMPipeline` leaves that out; with guidance images are noise without it.
 
     Args:
         unet: with `num_class_embeds` = classes + 1; guidance needs one that was trained with some labels dropped.
@@ -82,7 +85,10 @@ class ClassConditionalDDIMPipeline(DiffusionPipeline):
             if is_guided:
                 conditional, none = prediction.chunk(2)
                 prediction = none + guidance_scale * (conditional - none)
-            sample = self.scheduler.step(prediction, timestep, sample).prev_sample
+            # The noise that goes with the clipped sample: guidance reaches far outside of [-1, 1], and the network's
+            # own noise, put together with a clipped sample, would add up from step to step.
+            step = self.scheduler.step(prediction, timestep, sample, use_clipped_model_output=True)
+            sample = step.prev_sample
         images = (sample / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
