@@ -155,7 +155,7 @@ def _label(splits: Mapping[str, Images], labels: Mapping[str, Labels], num_class
     source = splits["train"].name
     declared = next(count for _, count in labels.values())
     if None not in (declared, num_classes) and declared != num_classes:
-        raise ValueError(f"{source} has {declared} classes, the model knows {num_classes}")
+        raise ValueError(f"{source} has {declared} classes, the model knows {num_classes} (and a label for none)")
     highest = max(int(numbers.max()) for numbers, _ in labels.values())
     num_images = sum(len(images) for images in splits.values())
     if declared is None and num_classes is None and highest >= num_images:
