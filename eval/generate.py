@@ -39,7 +39,7 @@ class GenerateConfig:
     num_inference_steps: int = 50
     """Network evaluations per image."""
     guidance_scale: float | None = None
-    """Guidance of a class-conditional pipeline, whose image i is of class i modulo the number of classes."""
+    """Guidance of a class-conditional pipeline, whose images are of the class seed modulo classes."""
     mixed_precision: Precision = "no"
     """Precision of the networks."""
     batch_size: int = 64

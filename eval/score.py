@@ -46,7 +46,7 @@ class ScoreConfig:
     sampler: Sampler | None = None
     """Sampler of UNet pipelines; by default each pipeline's own."""
     guidance_scale: float | None = None
-    """Guidance of class-conditional pipelines, whose image i is of class i modulo the number of classes."""
+    """Guidance of class-conditional pipelines, whose images are of the class seed modulo classes."""
     seed: int = 0
     """Seed of the first sample; image i comes from seed SEED + i."""
     mixed_precision: Precision = "no"

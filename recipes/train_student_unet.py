@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
-from torch import Tensor
 
 import vkd_gen as vkd
 from vkd_gen.data import Images, default_cifar10, load_images
@@ -28,6 +27,7 @@ from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
 from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers, pair_table
+from vkd_gen.pipelines import num_classes_of
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
 from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
@@ -55,6 +55,11 @@ class StudentConfig:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    label_column: str | None = None
+    """Column of the classes in a table, for a class-conditional teacher; by default the only one of classes, else
+    `label`."""
+    guidance_dropout: float = 0.1
+    """Share of the images whose label is hidden from a class-conditional teacher and its student."""
     resolution: int | None = None
     """Height and width of the images in pixels; by default the teacher's sample size."""
     student: str = ""
@@ -131,6 +136,8 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
+        if not 0 <= self.guidance_dropout < 1:
+            raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
         if not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
         least = {"calibration_samples": 1, "num_timestep_bins": 1, "projector_refresh_steps": 1}
@@ -330,7 +337,7 @@ def build_projected_student(
     if not pairs:
         return vkd.ProjectedStudent(student)
 
-    def draws(num_draws: int) -> Iterator[dict[str, Tensor]]:
+    def draws(num_draws: int) -> Iterator[dict[str, Any]]:
         return fixed_batches(
             images,
             noise_scheduler,
@@ -338,6 +345,7 @@ def build_projected_student(
             num_draws=num_draws,
             batch_size=config.training.eval_batch_size,
             device=device,
+            guidance_dropout=config.guidance_dropout,
         )
 
     saved = folder.path / "calibration.safetensors"
@@ -420,11 +428,15 @@ def main(config: StudentConfig) -> None:
     accelerator.print(describe_models(teacher_unet, student))
     accelerator.print(f"{len(inherited)} of {len(student.state_dict())} weight tensors inherited from the teacher")
 
+    num_classes = num_classes_of(student)
     images, held_out = load_images(
         config.dataset,
         resolution=student.config.sample_size,
         channels=student.config.in_channels,
         image_column=config.image_column,
+        with_labels=num_classes is not None,
+        label_column=config.label_column,
+        num_classes=num_classes,
     )
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
@@ -459,6 +471,7 @@ def main(config: StudentConfig) -> None:
         parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
         images=images,
         noise_scheduler=noise_scheduler,
+        guidance_dropout=config.guidance_dropout,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("student", unet, noise_scheduler)[0]) if scorer else None,
     )
@@ -482,7 +495,10 @@ def main(config: StudentConfig) -> None:
     # Exported before it is scored, so that nothing which fails from here on can lose it.
     run.on_main_process(
         lambda: export_pipeline(
-            student, noise_scheduler, folder.path / "pipeline", model_card(title, card, "", config.dataset)
+            student,
+            noise_scheduler,
+            folder.path / "pipeline",
+            model_card(title, card, "", config.dataset, num_classes=num_classes),
         )
     )
     results, samples = compare_to_teacher(
@@ -497,7 +513,8 @@ def main(config: StudentConfig) -> None:
     )
     if accelerator.is_main_process:
         save_results(folder.path, results, samples)
-        write_model_card(folder.path / "pipeline", model_card(title, card, markdown_table(results), config.dataset))
+        text = model_card(title, card, markdown_table(results), config.dataset, num_classes=num_classes)
+        write_model_card(folder.path / "pipeline", text)
         print_table(results)
         print(f"student: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
         print(f"report: {folder.path / 'report.html'}")

@@ -1,6 +1,7 @@
 """Train the teacher that a preset of train_student_unet.py names.
 
 accelerate launch recipes/train_teacher_unet.py --preset digits --output_dir runs/digits-teacher
+accelerate launch recipes/train_teacher_unet.py --preset digits --class_conditional --output_dir runs/digits-by-class
 """
 
 import json
@@ -10,14 +11,16 @@ from typing import Literal
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from vkd_gen.data import default_cifar10, load_images
+from vkd_gen.data import Images, default_cifar10, load_images
 from vkd_gen.diffusion import add_noise, prediction_target
+from vkd_gen.distillation import predict
 from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
 from vkd_gen.evaluation.cost import count_parameters
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
 from vkd_gen.losses import prediction_loss
 from vkd_gen.pictures import to_uint8
+from vkd_gen.pipelines import num_classes_of
 from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
@@ -35,6 +38,12 @@ class TeacherConfig:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    class_conditional: bool = False
+    """Learn images of given classes: the labels come from the data, and their number decides the network's."""
+    label_column: str | None = None
+    """Column of the classes in a table; by default the only one of classes, else `label`."""
+    guidance_dropout: float = 0.1
+    """With --class_conditional: share of the images whose label is hidden, for classifier-free guidance."""
     resolution: int
     """Height and width of the images in pixels."""
     channels: int = 1
@@ -57,6 +66,11 @@ class TeacherConfig:
     """What samples are scored by."""
     training: SharedOptions
     """Options of the training loop."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if not 0 <= self.guidance_dropout < 1:
+            raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
 
 
 DIGITS = TeacherConfig(
@@ -109,8 +123,20 @@ CIFAR10 = replace(
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10)}
 
 
-def build_unet(config: TeacherConfig) -> UNet2DModel:
-    """The UNet that the configuration describes."""
+def load_data(config: TeacherConfig) -> tuple[Images, Images]:
+    """Training and held-out images, with labels if they are asked for."""
+    return load_images(
+        config.dataset,
+        resolution=config.resolution,
+        channels=config.channels,
+        image_column=config.image_column,
+        with_labels=config.class_conditional,
+        label_column=config.label_column,
+    )
+
+
+def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
+    """The UNet that the configuration describes; with classes it knows one label more, for no class."""
     stages = range(len(config.block_out_channels))
     with_attention = [stage in config.attention_stages for stage in stages]
     if not with_attention:
@@ -138,6 +164,7 @@ def build_unet(config: TeacherConfig) -> UNet2DModel:
         add_attention=any(with_attention),
         attention_head_dim=32,
         norm_num_groups=config.norm_num_groups,
+        num_class_embeds=num_classes + 1 if num_classes else None,
     )
 
 
@@ -148,14 +175,16 @@ def main(config: TeacherConfig) -> None:
     check_score_options(config.scores, options.score_every_steps)
     folder.check(flat_config(config), options.resume_from_checkpoint)
     accelerator = make_accelerator(options)
-    unet = build_unet(config)
-    accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters")
+    # The number of classes is the data's: those come first then, in a dry run too.
+    data = load_data(config) if config.class_conditional else None
+    num_classes = data[0].num_classes if data else 0
+    unet = build_unet(config, num_classes)
+    classes = f", for {num_classes} classes" if num_classes else ""
+    accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters{classes}")
     if config.dry_run:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
-    images, held_out = load_images(
-        config.dataset, resolution=config.resolution, channels=config.channels, image_column=config.image_column
-    )
+    images, held_out = data or load_data(config)
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
@@ -178,13 +207,14 @@ def main(config: TeacherConfig) -> None:
         parameter_groups=[{"params": list(unet.parameters()), "weight_decay": options.adam_weight_decay}],
         images=images,
         noise_scheduler=noise_scheduler,
+        guidance_dropout=config.guidance_dropout,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("teacher", unet, noise_scheduler)[0]) if scorer else None,
     )
     for batch in run.batches():
         sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
         noisy_sample = add_noise(noise_scheduler, sample, noise, timesteps)
-        prediction = run.model(noisy_sample, timesteps, return_dict=False)[0]
+        prediction = predict(run.model, noisy_sample, timesteps, batch.get("conditioning"))
         target = prediction_target(noise_scheduler, sample, noise, timesteps, config.prediction_type)
         run.backward({"total": prediction_loss(prediction, target)})
 
@@ -193,16 +223,17 @@ def main(config: TeacherConfig) -> None:
     card |= {"seed": options.seed, "training": run.cost()}
     # Exported before it is scored, so that nothing which fails from here on can lose it.
     exported = folder.path / "pipeline"
-    run.on_main_process(
-        lambda: export_pipeline(unet, noise_scheduler, exported, model_card(title, card, "", config.dataset))
-    )
+    text = model_card(title, card, "", config.dataset, num_classes=num_classes_of(unet))
+    run.on_main_process(lambda: export_pipeline(unet, noise_scheduler, exported, text))
     results, samples = score_model(
         "teacher", unet, noise_scheduler, held_out=held_out, scorer=scorer, batch_size=options.eval_batch_size
     )
     if accelerator.is_main_process:
         samples["held-out images"] = to_uint8(held_out.stack(32))
         save_results(folder.path, results, samples)
-        write_model_card(exported, model_card(title, card, markdown_table(results), config.dataset))
+        write_model_card(
+            exported, model_card(title, card, markdown_table(results), config.dataset, num_classes=num_classes_of(unet))
+        )
         print_table(results)
         print(f"teacher: {exported}\nsamples: {folder.path / 'samples.png'}")
         print(f"report: {folder.path / 'report.html'}")

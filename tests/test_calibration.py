@@ -95,6 +95,22 @@ def test_calibrate_equals_a_direct_computation(num_bins, noise_scheduler):
         assert_statistics(statistics[layer], numpy_statistics(rows, batch["timesteps"], num_bins), 1e-5)
 
 
+def test_calibrate_passes_labels_on(noise_scheduler):
+    """The statistics of one class are those of a UNet without classes whose time embedding that class has moved."""
+    conditional, moved = tiny_unet(num_class_embeds=3), tiny_unet()
+    weights = conditional.state_dict()
+    embedding = weights.pop("class_embedding.weight")
+    weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + embedding[1]
+    moved.load_state_dict(weights)
+    batches = make_batches()
+    labelled = [batch | {"conditioning": {"class_labels": torch.ones_like(batch["timesteps"])}} for batch in batches]
+    found = calibrate(FrozenTeacher(conditional, LAYERS), labelled, noise_scheduler, num_timestep_bins=3)
+    expected = calibrate(FrozenTeacher(moved, LAYERS), batches, noise_scheduler, num_timestep_bins=3)
+    for layer in LAYERS:
+        wanted = {name: value.numpy() for name, value in vars(expected[layer]).items()}
+        assert_statistics(found[layer], wanted, 1e-5)
+
+
 def test_calibrate_known_values(noise_scheduler):
     """Two samples of two rows each. Bin 0 holds (0, 0), (2, 0): mean (1, 0); bin 1 (5, 1), (5, 3): mean (5, 2).
     Around the means: (-1, 0), (1, 0), (0, -1), (0, 1), so the covariance is the identity times a half."""

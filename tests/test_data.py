@@ -1,5 +1,6 @@
 """Images from every kind of source, and what a run draws from them."""
 
+import dataclasses
 import io
 import itertools
 import pickle
@@ -379,6 +380,156 @@ def test_where_cifar10_comes_from(monkeypatch):
     assert default_cifar10() == "uoft-cs/cifar10"
 
 
+# ---- labels
+
+
+def labelled_table(datasets, labels, kind, column="label"):
+    """Image i has grey level i."""
+    cells = [{"bytes": encoded(value), "path": None} for value in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), column: kind})
+    return datasets.Dataset.from_dict({"image": cells, column: labels}, features=features)
+
+
+def labels_of(images):
+    return [images.label(index) for index in range(len(images))]
+
+
+def test_labels_of_digits():
+    """scikit-learn's description of its digits: 178, 182, 177, 183, 181, 182, 181, 179, 174 and 180 of each."""
+    parts = load("digits", resolution=8, channels=1, with_labels=True)
+    pixels, labels = embedded_pixels("digits")
+    found = [label for images in parts for label in labels_of(images)]
+    assert np.bincount(found).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    for images in parts:
+        assert images.num_classes == 10
+        assert labels_of(images) == labels[images.indices].tolist()
+        torch.testing.assert_close(images[3][0], torch.from_numpy(pixels[images.indices[3]] / 127.5 - 1).float())
+
+
+def test_labels_are_not_read_unless_they_are_asked_for(datasets, tmp_path):
+    labelled_table(datasets, [None, "a", "b"], datasets.Value("string")).to_parquet(tmp_path / "a.parquet")
+    for source in ("digits", tmp_path):
+        train, _ = load(source)
+        assert (train.labels, train.num_classes) == (None, 0)
+
+
+@pytest.mark.skipif(not CIFAR10, reason="VKD_GEN_CIFAR10 does not name a folder with CIFAR-10 as parquet")
+def test_labels_of_cifar10(datasets):
+    """Krizhevsky, 2009: 5,000 images of each of ten classes to train on, 1,000 to test on."""
+    for images, count in zip(load(default_cifar10(), resolution=32, with_labels=True), (5000, 1000), strict=True):
+        assert np.bincount(images.labels).tolist() == [count] * 10
+
+
+CLASSES = {"ant": [1, 2, 3], "bee/big": [4, 5], "bee/small": [6], "Cow": [7, 8]}
+"""Folder -> grey levels of its images. By the order of their names: Cow 0, ant 1, bee 2."""
+NUMBERS = {1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 2, 7: 0, 8: 0}
+
+
+def class_folders(root, classes):
+    for name, levels in classes.items():
+        (root / name).mkdir(parents=True)
+        for level in levels:
+            grey(level).save(root / name / f"{level}.png")
+
+
+def test_class_folders_are_numbered_by_name(tmp_path):
+    class_folders(tmp_path, CLASSES)
+    for images in load(tmp_path, with_labels=True):
+        assert images.num_classes == 3
+        assert labels_of(images) == [NUMBERS[level] for level in grey_levels(images)]
+
+
+@pytest.mark.parametrize("split_names", [("train", "test"), ("Training", "val")])
+def test_class_folders_below_splits_share_their_numbers(tmp_path, split_names):
+    class_folders(tmp_path / split_names[0], CLASSES)
+    class_folders(tmp_path / split_names[1], {"bee": [6], "Cow": [8]})
+    train, held_out = load(tmp_path, with_labels=True)
+    assert labels_of(train) == [NUMBERS[level] for level in grey_levels(train)]
+    assert sorted(zip(grey_levels(held_out), labels_of(held_out), strict=True)) == [(6, 2), (8, 0)]
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    class_folders(tmp_path, {"train": [1, 2], "bus": [3, 4]})
+    train, held_out = load(tmp_path, with_labels=True)
+    found = dict(zip(grey_levels(train) + grey_levels(held_out), labels_of(train) + labels_of(held_out), strict=True))
+    assert found == {1: 1, 2: 1, 3: 0, 4: 0}
+
+
+@pytest.mark.parametrize("column", ["label", "sort"])
+def test_the_only_column_of_classes(datasets, tmp_path, column):
+    labels = [2, 0, 1, 1, 0, 2, 0]
+    kind = datasets.ClassLabel(names=["a", "b", "c", "never seen"])
+    labelled_table(datasets, labels, kind, column).to_parquet(tmp_path / "a.parquet")
+    for images in load(tmp_path, with_labels=True):
+        assert images.num_classes == 4
+        assert labels_of(images) == [labels[level] for level in grey_levels(images)]
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint8"])
+def test_whole_numbers_as_labels(datasets, tmp_path, kind):
+    """As many classes as the highest label says, in whichever split it is."""
+    labelled_table(datasets, [0, 1, 0], datasets.Value(kind)).to_parquet(tmp_path / "train.parquet")
+    labelled_table(datasets, [2, 1], datasets.Value(kind)).to_parquet(tmp_path / "test.parquet")
+    train, held_out = load(tmp_path, with_labels=True)
+    assert (labels_of(train), labels_of(held_out)) == ([0, 1, 0], [2, 1])
+    assert train.num_classes == held_out.num_classes == 3
+    assert load(tmp_path, with_labels=True, num_classes=7)[0].num_classes == 7  # the model knows more
+
+
+def test_the_label_column_can_be_named(datasets, tmp_path):
+    table = labelled_table(datasets, [0, 1, 0, 1], datasets.ClassLabel(names=["a", "b"]))
+    table = table.add_column("coarse", [1, 0, 0, 1])
+    table.to_parquet(tmp_path / "a.parquet")
+    for images in load(tmp_path, with_labels=True, label_column="coarse"):
+        assert labels_of(images) == [[1, 0, 0, 1][level] for level in grey_levels(images)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "options", "message"),
+    [
+        ([0, 1, 2], "int64", {"label_column": "sort"}, r"no column 'sort'; name one by --label_column .*image, label"),
+        ([0.0, 1.0, 0.0], "float32", {}, r"column 'label' of .* must be whole numbers, but it holds float32"),
+        (["a", "b", "a"], "string", {}, "must be whole numbers, but it holds string"),
+        ([True, False, True], "bool", {}, "must be whole numbers, but it holds bool"),
+        ([0, 1, 0], "int64", {"label_column": "image"}, "must be whole numbers, but it holds"),
+        ([0, None, 1], "int64", {}, "must be whole numbers, but it holds empty cells"),
+        ([0, 1, -1], "int64", {}, "image 2 of .* has the label -1; labels are 0 to 1"),
+        ([0, 5, 1], "int64", {"num_classes": 3}, "image 1 of .* has the label 5; labels are 0 to 2"),
+        ([7, 500, 7], "int64", {}, "labels up to 500, but 3 images; number the classes from 0 on"),
+        ([0, 0, 0], "int64", {}, "one class alone; at least 2"),
+    ],
+)
+def test_labels_that_cannot_be_used(datasets, tmp_path, labels, kind, options, message):
+    labelled_table(datasets, labels, datasets.Value(kind)).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path, with_labels=True, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_tables_without_a_choice_of_labels(datasets, tmp_path):
+    kind = datasets.ClassLabel(names=["a", "b"])
+    table = labelled_table(datasets, [0, 1, 0], kind, "fine")
+    table.to_parquet(tmp_path / "one.parquet")
+    table.add_column("coarse", [0, 1, 0], feature=kind).to_parquet(tmp_path / "two.parquet")
+    assert load(tmp_path / "one.parquet", with_labels=True)[0].num_classes == 2
+    with pytest.raises(ValueError, match="has 2 columns of classes and none called label; name one by --label_column"):
+        load(tmp_path / "two.parquet", with_labels=True)
+
+
+@pytest.mark.parametrize("source", ["digits", "folders"])
+def test_a_model_of_another_number_of_classes(tmp_path, source):
+    class_folders(tmp_path, CLASSES)
+    with pytest.raises(ValueError, match=r"has (10|3) classes, the model knows 5"):
+        load("digits" if source == "digits" else tmp_path, channels=1, with_labels=True, num_classes=5)
+
+
+def test_an_image_without_a_class_folder(tmp_path):
+    class_folders(tmp_path, {"ant": [1], "bee": [2]})
+    grey(3).save(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match=r"stray\.png has no class: put each class' images into a folder of its own"):
+        load(tmp_path, with_labels=True)
+
+
 # ---- arguments
 
 
@@ -403,8 +554,8 @@ def drawn_numbers(draws, numbers):
     return grey_levels(draws[number]["sample"] for number in numbers)
 
 
-def assert_same_draw(found, expected):
-    assert found.keys() == expected.keys() == {"sample", "noise", "time"}
+def assert_same_draw(found, expected, names=("sample", "noise", "time")):
+    assert found.keys() == expected.keys() == set(names)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -477,6 +628,63 @@ def test_flips_mirror_half_of_the_images():
             assert torch.equal(found["sample"], expected["sample"].flip(-1))
             num_flipped += 1
     assert 70 <= num_flipped <= 130  # 4 standard errors
+
+
+def labelled_images(count, num_classes):
+    """Image i is i / 255 all over and of class i modulo `num_classes`."""
+    return dataclasses.replace(numbered_images(count), labels=np.arange(count) % num_classes, num_classes=num_classes)
+
+
+def test_draws_with_labels_are_those_without_but_for_the_label():
+    plain = TrainingDraws(numbered_images(40), seed=5, random_flip=True)
+    labelled = TrainingDraws(labelled_images(40, 7), seed=5, random_flip=True, guidance_dropout=0.5)
+    for number in range(100):
+        found = labelled[number]
+        label = found.pop("class_labels")
+        assert_same_draw(found, plain[number])
+        assert label.dtype == torch.int64
+        assert label.shape == ()
+
+
+def test_labels_follow_their_images():
+    images = dataclasses.replace(labelled_images(40, 7), indices=np.arange(3, 40, 2))
+    draws = TrainingDraws(images, seed=5)
+    drawn = [draws[number] for number in range(60)]
+    assert [draw["class_labels"].item() for draw in drawn] == [
+        level % 7 for level in grey_levels(draw["sample"] for draw in drawn)
+    ]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+def test_share_of_dropped_labels(share):
+    images = labelled_images(40, 7)
+    kept, dropping = (TrainingDraws(images, seed=5, guidance_dropout=dropout) for dropout in (0.0, share))
+    labels = [(kept[number]["class_labels"].item(), dropping[number]["class_labels"].item()) for number in range(1000)]
+    dropped = [found == 7 for _, found in labels]
+    assert all(found in (expected, 7) for expected, found in labels)
+    assert abs(np.mean(dropped) - share) <= 4 * np.sqrt(share * (1 - share) / 1000)  # 4 standard errors
+    # Neither the class nor the draw before has a say.
+    if share:
+        by_class = [np.mean([found == 7 for label, found in labels if label == number]) for number in range(7)]
+        assert np.ptp(by_class) < 0.25
+        assert abs(np.corrcoef(dropped[:-1], dropped[1:])[0, 1]) < 0.13
+
+
+def test_dropped_labels_are_a_pure_function_of_seed_and_number():
+    images = labelled_images(40, 7)
+    draws, again = (TrainingDraws(images, seed=5, guidance_dropout=0.5) for _ in range(2))
+    expected = [draws[number]["class_labels"].item() for number in range(60)]
+    order = np.random.default_rng(0).permutation(60)
+    assert [again[int(number)]["class_labels"].item() for number in order] == [expected[number] for number in order]
+    other = TrainingDraws(images, seed=6, guidance_dropout=0.5)
+    dropped = [[draw[number]["class_labels"].item() == 7 for number in range(60)] for draw in (draws, other)]
+    assert dropped[0] != dropped[1]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
+def test_guidance_dropout_out_of_range(share):
+    with pytest.raises(ValueError, match="guidance_dropout must be at least 0 and below 1"):
+        TrainingDraws(labelled_images(4, 2), seed=0, guidance_dropout=share)
 
 
 def test_negative_seed():

@@ -584,6 +584,70 @@ def test_conditioning_goes_to_teacher_and_student(noise_scheduler):
     assert student.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight.grad.count_nonzero() > 0
 
 
+def class_conditional_models():
+    """Student and teacher of three classes, and none."""
+    unets = [tiny_unet(channels, seed=seed, num_class_embeds=4) for seed, channels in ((1, (8, 16)), (2, (16, 32)))]
+    return (*unets, *make_projected(*unets))
+
+
+def labelled_batch(*labels):
+    return make_batch(len(labels)) | {"conditioning": {"class_labels": torch.tensor(labels)}}
+
+
+def test_teacher_and_student_are_given_the_same_labels(noise_scheduler):
+    student, teacher_unet, projected, teacher = class_conditional_models()
+    given = []
+    for unet in (teacher_unet, student):
+        unet.register_forward_pre_hook(
+            lambda module, _, options: given.append((module, options["class_labels"].tolist())), with_kwargs=True
+        )
+    batch = labelled_batch(2, 0, 3, 2)
+    distillation_losses(projected, batch, noise_scheduler=noise_scheduler, teacher=teacher)
+    assert given == [(teacher_unet, [2, 0, 3, 2]), (student, [2, 0, 3, 2])]
+    projected.initialize_projectors(teacher, [batch], noise_scheduler)
+    assert given[2:] == given[:2]
+
+
+def test_losses_with_labels_reference(noise_scheduler):
+    """Sample by sample, with each one's own label."""
+    student, teacher_unet, projected, teacher = class_conditional_models()
+    projected.eval()
+    labels = [2, 0, 3, 2]
+    batch = labelled_batch(*labels)
+    losses = distillation_losses(projected, batch, noise_scheduler=noise_scheduler, teacher=teacher)
+    noisy = add_noise(noise_scheduler, batch["sample"], batch["noise"], batch["timesteps"])
+    denoising, output = [], []
+    for i, label in enumerate(labels):
+        prediction, answer = (
+            unet(noisy[i : i + 1], batch["timesteps"][i], class_labels=torch.tensor([label])).sample[0].detach().numpy()
+            for unet in (student, teacher_unet)
+        )
+        denoising.append(np.square(prediction - batch["noise"][i].numpy()).mean())
+        output.append(np.square(prediction - answer).mean())
+    assert losses["denoising"].item() == pytest.approx(np.mean(denoising), rel=1e-4)
+    assert losses["output"].item() == pytest.approx(np.mean(output), rel=1e-4)
+
+
+def test_every_loss_depends_on_the_labels(noise_scheduler):
+    *_, projected, teacher = class_conditional_models()
+    projected.eval()
+    found, other = (
+        distillation_losses(projected, labelled_batch(*labels), noise_scheduler=noise_scheduler, teacher=teacher)
+        for labels in ((0, 1, 2, 0), (0, 1, 3, 0))
+    )
+    assert all(not torch.isclose(found[name], other[name], rtol=1e-4) for name in found)
+
+
+def test_only_the_labels_of_the_batch_learn(noise_scheduler):
+    student, teacher_unet, projected, teacher = class_conditional_models()
+    losses = distillation_losses(
+        projected, labelled_batch(3, 1, 1), noise_scheduler=noise_scheduler, teacher=teacher, weights=FEATURE_ONLY
+    )
+    losses["total"].backward()
+    assert student.class_embedding.weight.grad.any(1).tolist() == [False, True, False, True]
+    assert teacher_unet.class_embedding.weight.grad is None
+
+
 def test_token_features_of_attention_layers(noise_scheduler):
     """`[B, N, C]` as well as maps."""
     layer = "down_blocks.0.attentions.0.transformer_blocks.0"

@@ -1,5 +1,6 @@
 """Scores and costs, against other implementations and hand counts."""
 
+from dataclasses import replace
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from vkd_gen.evaluation.feature_network import (
     train_feature_network,
 )
 from vkd_gen.normalization import width_floor
+from vkd_gen.sampling import sample_images
 
 
 @pytest.fixture
@@ -101,6 +103,26 @@ def test_held_out_errors_are_without_dropout(images):
     expected = held_out_errors({"student": (unet.eval(), DDPMScheduler())}, None, images, num_draws=20)
     assert held_out_errors({"student": (unet.train(), DDPMScheduler())}, None, images, num_draws=20) == expected
     assert unet.training
+
+
+def test_held_out_errors_with_labels_reference(images):
+    """Every UNet is told each image's own class, and none is dropped."""
+    labelled = replace(images, labels=np.arange(20) % 3, num_classes=3)
+    unet, teacher = (tiny_unet(seed=seed, num_class_embeds=4).eval() for seed in (1, 2))
+    found = held_out_errors({"student": (unet, DDPMScheduler())}, FrozenTeacher(teacher), labelled, num_draws=20)
+    alpha_bar, expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), []
+    for number in range(20):
+        draw = TrainingDraws(labelled, seed=1_000_003)[number]
+        assert draw["class_labels"] in (0, 1, 2)
+        timestep = int(draw["time"] * 1000)
+        noisy = np.sqrt(alpha_bar[timestep]) * draw["sample"] + np.sqrt(1 - alpha_bar[timestep]) * draw["noise"]
+        with torch.no_grad():
+            answers = [
+                net(noisy[None].float(), timestep, draw["class_labels"][None]).sample[0] for net in (unet, teacher)
+            ]
+        expected.append([(answers[0] - other).square().mean().item() for other in (draw["noise"], answers[1])])
+    denoising, distance = np.mean(expected, axis=0)
+    assert found["student"] == pytest.approx({"denoising_error": denoising, "teacher_distance": distance}, rel=1e-4)
 
 
 # ---- cost
@@ -301,6 +323,17 @@ def test_tables_show_every_row_in_columns_of_the_extractors_name(capsys):
     assert table[-1] == "- reference: images x; num images 3"
     print_table(results)
     assert "1,234" in capsys.readouterr().out
+
+
+def test_compare_class_conditional_models(images):
+    """In turn: samples of both are of classes 0, 1, 2, 0, ..."""
+    images, scheduler = replace(images, labels=np.arange(20) % 3, num_classes=3), DDPMScheduler()
+    student, teacher = (tiny_unet(channels, num_class_embeds=4).eval() for channels in ((4,), (8, 16)))
+    options = {"held_out": images, "num_inference_steps": 2, "num_shown": 5}
+    results, samples = compare_to_teacher(student, scheduler, FrozenTeacher(teacher), scheduler, **options)
+    assert results["rows"]["teacher"]["teacher_distance"] == 0 < results["rows"]["student"]["teacher_distance"]
+    expected = sample_images(teacher, scheduler, range(5), class_labels=[0, 1, 2, 0, 1], num_inference_steps=2)
+    assert torch.equal(samples["teacher"], expected)
 
 
 def test_describe_models():

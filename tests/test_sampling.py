@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMScheduler
 
 from tests.conftest import tiny_unet
+from vkd_gen.pipelines import ClassConditionalDDIMPipeline
 from vkd_gen.sampling import sample_images, stock_pipeline
 
 
@@ -95,6 +96,44 @@ def test_stock_pipeline_takes_the_schedule_over_and_survives_saving(tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = DDIMPipeline.from_pretrained(tmp_path)
     assert torch.equal(sample(loaded.unet, [1], loaded.scheduler), sample(unet, [1], scheduler))
+
+
+def test_classes_in_turn_by_default():
+    unet = tiny_unet(num_class_embeds=4)  # three classes, and none
+    seeds = [0, 1, 2, 3, 4, 8]
+    assert torch.equal(sample(unet, seeds), sample(unet, seeds, class_labels=[0, 1, 2, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_image_depends_on_its_seed_and_label_alone(batch_size, guidance_scale):
+    unet, seeds, labels = tiny_unet(num_class_embeds=4), [5, 0, 5, 2, 0], [2, 0, 1, 3, 0]
+    options = {"guidance_scale": guidance_scale}
+    images = sample(unet, seeds, class_labels=labels, batch_size=batch_size, **options)
+    for image, seed, label in zip(images, seeds, labels, strict=True):
+        assert largest_difference(image, sample(unet, [seed], class_labels=[label], **options)[0]) <= 1
+    assert torch.equal(images[1], images[4])  # seed and label agree
+    assert largest_difference(images[0], images[2]) > 5  # labels differ
+
+
+def test_stock_pipeline_of_a_class_conditional_unet():
+    pipeline = stock_pipeline(tiny_unet(num_class_embeds=4), DDPMScheduler(prediction_type="v_prediction"))
+    assert isinstance(pipeline, ClassConditionalDDIMPipeline)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "message"),
+    [
+        (None, {"class_labels": [0, 1]}, "unconditional"),
+        (None, {"guidance_scale": 2.0}, "unconditional"),
+        (4, {"class_labels": [0]}, "2 seeds need as many class labels, not 1"),
+        (4, {"class_labels": [0, 4]}, "there is no class 4"),
+    ],
+)
+def test_labels_that_do_not_fit(classes, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(tiny_unet(num_class_embeds=classes), [0, 1], **options)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Images from an embedded set, a folder, parquet or arrow files or the Hugging Face hub, and training draws from them.
+"""Images, and their classes, from an embedded set, a folder, tables or the Hugging Face hub, and draws from them.
 
 C channels, H height, W width.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class Images:
         channels: 1 (grey) or 3 (RGB).
         name: where they come from, for messages and model cards.
         indices: numbers in the whole source, of the images that these are.
+        labels: class of each image of the whole source, 0 to `num_classes` - 1; None if they were not asked for.
+        num_classes: how many classes there are; 0 without labels.
     """
 
     read: Callable[[int], Image.Image]
@@ -41,6 +43,8 @@ class Images:
     channels: int
     name: str
     indices: np.ndarray
+    labels: np.ndarray | None = None
+    num_classes: int = 0
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -67,6 +71,11 @@ class Images:
         """Images as uint8: what `__getitem__` gives, before scaling."""
         return torch.stack([torch.from_numpy(self._pixels(index).copy()).permute(2, 0, 1) for index in indices])
 
+    def label(self, index: int) -> int:
+        """The class of image `index`; only where there are labels."""
+        assert self.labels is not None, "load_images was not asked for labels"
+        return int(self.labels[self.indices[index]])
+
     def stack(self, count: int | None = None) -> Float[Tensor, "images channels height width"]:
         """`count` images, evenly spaced (default: all), as one tensor; sets are often sorted by class."""
         count = min(count or len(self), len(self))
@@ -74,7 +83,15 @@ class Images:
 
 
 def load_images(
-    source: str, *, resolution: int, channels: int, held_out_fraction: float = 1 / 6, image_column: str | None = None
+    source: str,
+    *,
+    resolution: int,
+    channels: int,
+    held_out_fraction: float = 1 / 6,
+    image_column: str | None = None,
+    with_labels: bool = False,
+    label_column: str | None = None,
+    num_classes: int | None = None,
 ) -> tuple[Images, Images]:
     """Load a set of images and split off a part that training never sees.
 
@@ -87,12 +104,18 @@ def load_images(
         held_out_fraction: share of the images to hold out where the source has no test split of its own; the same
             images in every run. 0 holds out none.
         image_column: the column that holds the images; by default the only column of images.
+        with_labels: read the classes too. Those of a folder of images are its folders, in the order of their names
+            and below `train/` and `test/` if there are such, as in torchvision's ImageFolder.
+        label_column: the column of a table that holds the classes, as whole numbers from 0; by default the only one
+            of classes (datasets' ClassLabel), else the one called `label`.
+        num_classes: how many classes the model knows; by default as many as the source has.
 
     Returns:
         Training images, held-out images (empty if there is no test split and none are asked for).
 
     Raises:
-        ValueError: in one line, for a source that does not exist, holds no images or cannot be read.
+        ValueError: in one line, for a source that does not exist, holds no images or cannot be read, and for labels
+            that are missing, no whole numbers or out of range.
     """
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, not {channels}; the model's in_channels must be one of these")
@@ -100,14 +123,17 @@ def load_images(
         raise ValueError(f"resolution must be at least 1 pixel, not {resolution}")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction must be at least 0 and below 1, not {held_out_fraction}")
-    readers = _readers(source, image_column)
+    readers = {
+        split: reader for split, reader in _readers(source, image_column, label_column).items() if reader.num_images
+    }
     splits = {
-        split: Images(read, resolution, channels, source, np.arange(count))
-        for split, (read, count) in readers.items()
-        if count
+        split: Images(reader.read, resolution, channels, source, np.arange(reader.num_images))
+        for split, reader in readers.items()
     }
     if "train" not in splits:
         raise ValueError(f"{source} holds no images")
+    if with_labels:
+        splits = _label(splits, {split: reader.labels() for split, reader in readers.items()}, num_classes)
     if "test" in splits:
         return splits["train"], splits["test"]
     images = splits["train"]
@@ -121,14 +147,44 @@ def load_images(
     return replace(images, indices=train), replace(images, indices=held_out)
 
 
-Reader = tuple[Callable[[int], Image.Image], int]
+Labels = tuple[np.ndarray, int | None]
+"""Class of each image, int64, and how many classes the source says there are."""
 
 
-def _readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
-    """Split name -> (read image i, number of images)."""
+class Reader(NamedTuple):
+    """One split of a source: read image i, the number of images, and their labels, read when asked for."""
+
+    read: Callable[[int], Image.Image]
+    num_images: int
+    labels: Callable[[], Labels]
+
+
+def _label(splits: Mapping[str, Images], labels: Mapping[str, Labels], num_classes: int | None) -> dict[str, Images]:
+    """The splits with labels, all of which are known to lie in range."""
+    source = splits["train"].name
+    declared = next(count for _, count in labels.values())
+    if None not in (declared, num_classes) and declared != num_classes:
+        raise ValueError(f"{source} has {declared} classes, the model knows {num_classes} (and a label for none)")
+    highest = max(int(numbers.max()) for numbers, _ in labels.values())
+    num_images = sum(len(images) for images in splits.values())
+    if declared is None and num_classes is None and highest >= num_images:
+        raise ValueError(f"{source} has labels up to {highest}, but {num_images} images; number the classes from 0 on")
+    count = declared or num_classes or highest + 1
+    for numbers, _ in labels.values():
+        wrong = np.flatnonzero((numbers < 0) | (numbers >= count))
+        if len(wrong):
+            number = wrong[0]
+            raise ValueError(f"image {number} of {source} has the label {numbers[number]}; labels are 0 to {count - 1}")
+    if count < 2:
+        raise ValueError(f"{source} has one class alone; at least 2 are needed to tell apart")
+    return {split: replace(images, labels=labels[split][0], num_classes=count) for split, images in splits.items()}
+
+
+def _readers(source: str, image_column: str | None, label_column: str | None) -> Mapping[str, Reader]:
+    """Split name -> its reader."""
     if source in EMBEDDED:
-        pixels = embedded_pixels(source)[0]
-        return {"train": (partial(_read_pixels, pixels), len(pixels))}
+        pixels, labels = embedded_pixels(source)
+        return {"train": Reader(partial(_read_pixels, pixels), len(pixels), lambda: (labels.astype(np.int64), 10))}
     path = Path(source)
     if path.exists():
         if path.is_file() and path.suffix.lower() not in TABLE_SUFFIXES:
@@ -136,10 +192,10 @@ def _readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
         tables = (
             [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TABLE_SUFFIXES]
         )
-        return _table_readers(path, tables, image_column) if tables else _folder_readers(path)
+        return _table_readers(path, tables, image_column, label_column) if tables else _folder_readers(path)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
-    return _hub_readers(source, image_column)
+    return _hub_readers(source, image_column, label_column)
 
 
 # The readers are partials of functions, not closures: workers that are started afresh are sent them.
@@ -176,7 +232,26 @@ def _folder_readers(folder: Path) -> Mapping[str, Reader]:
         _open_image(file).close()
     # Names of folders alone: an image that is called test.png may well be one to train on.
     splits = _by_split(files, [file.relative_to(folder).parts[:-1] for file in files])
-    return {split: (partial(_read_file, files), len(files)) for split, files in splits.items()}
+    return {
+        split: Reader(partial(_read_file, chosen), len(chosen), partial(_folder_labels, folder, files, chosen))
+        for split, chosen in splits.items()
+    }
+
+
+def _folder_labels(folder: Path, files: list[Path], chosen: list[Path]) -> Labels:
+    """Classes of the chosen files, numbered in the order of the names of all files' class folders."""
+    names = sorted({_class_folder(folder, file) for file in files})
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[_class_folder(folder, file)] for file in chosen]), len(names)
+
+
+def _class_folder(folder: Path, file: Path) -> str:
+    parts = file.relative_to(folder).parts[:-1]
+    if len(parts) > 1 and re.match(r"(train|training|test|val|valid|validation)(?![a-z])", parts[0], re.IGNORECASE):
+        parts = parts[1:]
+    if not parts:
+        raise ValueError(f"{file} has no class: put each class' images into a folder of its own in {folder}")
+    return parts[0]
 
 
 def _by_split(files: list[Path], names: list[tuple[str, ...]]) -> dict[str, list[Path]]:
@@ -214,7 +289,9 @@ def _datasets():
     return datasets
 
 
-def _table_readers(source: Path, files: list[Path], image_column: str | None) -> Mapping[str, Reader]:
+def _table_readers(
+    source: Path, files: list[Path], image_column: str | None, label_column: str | None
+) -> Mapping[str, Reader]:
     datasets = _datasets()
     root = source if source.is_dir() else source.parent
     splits = _by_split(files, [(*file.relative_to(root).parts[:-1], file.stem) for file in files])
@@ -224,10 +301,11 @@ def _table_readers(source: Path, files: list[Path], image_column: str | None) ->
         tables = datasets.load_dataset(kind, data_files=data_files)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
         raise ValueError(f"cannot read {files[0]}: {_one_line(error)}") from error
-    return {split: _table_reader(table, image_column, str(files[0].parent)) for split, table in tables.items()}
+    name = str(files[0].parent)
+    return {split: _table_reader(table, image_column, label_column, name) for split, table in tables.items()}
 
 
-def _hub_readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
+def _hub_readers(source: str, image_column: str | None, label_column: str | None) -> Mapping[str, Reader]:
     datasets = _datasets()
     try:
         tables = datasets.load_dataset(source)
@@ -237,13 +315,13 @@ def _hub_readers(source: str, image_column: str | None) -> Mapping[str, Reader]:
             f"hub did not give it: {_one_line(error)}"
         ) from error
     return {
-        split: _table_reader(table, image_column, source)
+        split: _table_reader(table, image_column, label_column, source)
         for split, table in tables.items()
         if split in ("train", "test")
     }
 
 
-def _table_reader(table: Any, image_column: str | None, source: str) -> Reader:
+def _table_reader(table: Any, image_column: str | None, label_column: str | None, source: str) -> Reader:
     datasets = _datasets()
     columns = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     if image_column is not None and image_column not in table.column_names:
@@ -259,7 +337,28 @@ def _table_reader(table: Any, image_column: str | None, source: str) -> Reader:
             table = table.cast_column(column, datasets.Image())
         except Exception as error:
             raise ValueError(f"column {column!r} of {source} does not hold images: {_one_line(error)}") from error
-    return partial(_read_cell, table, column, source), len(table)
+    return Reader(
+        partial(_read_cell, table, column, source), len(table), partial(_table_labels, table, label_column, source)
+    )
+
+
+def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
+    datasets = _datasets()
+    classes = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+    column = label_column or (classes[0] if len(classes) == 1 else "label")
+    if column not in table.column_names:
+        missing = (
+            f"no column {column!r}" if label_column else f"{len(classes)} columns of classes and none called label"
+        )
+        raise ValueError(
+            f"{source} has {missing}; name one by --label_column (its columns are {', '.join(table.column_names)})"
+        )
+    kind = table.features[column]
+    cells = table.select_columns([column])[:][column]
+    if not re.match("u?int", str(getattr(kind, "dtype", ""))) or None in cells:
+        held = "empty cells" if None in cells else getattr(kind, "dtype", type(kind).__name__)
+        raise ValueError(f"the labels in column {column!r} of {source} must be whole numbers, but it holds {held}")
+    return np.array(cells, dtype=np.int64), kind.num_classes if column in classes else None
 
 
 def _read_cell(table: Any, column: str, source: str, index: int) -> Image.Image:
@@ -280,33 +379,46 @@ def _one_line(error: Exception) -> str:
 class TrainingDraws(Dataset):
     """What a run draws for its n-th training sample, as a pure function of (seed, n).
 
-    Image, flip, noise and time of draw n do not depend on batch size, number of processes or what was drawn before:
-    any split of the run into steps and processes trains on the same draws, and resuming is starting at another n.
-    Each pass through the images has a permutation of its own.
+    Image, flip, noise, time and label of draw n do not depend on batch size, number of processes or what was drawn
+    before: any split of the run into steps and processes trains on the same draws, and resuming is starting at
+    another n. Each pass through the images has a permutation of its own.
 
     Args:
         images: the training images.
         seed: of the run, 0 or above.
         random_flip: mirror half of the images.
+        guidance_dropout: share of the draws whose label is "no class" instead of the image's, which is what
+            classifier-free guidance needs (Ho and Salimans, 2022, arXiv 2207.12598); only for images with labels.
     """
 
-    def __init__(self, images: Images, *, seed: int, random_flip: bool = False):
+    def __init__(self, images: Images, *, seed: int, random_flip: bool = False, guidance_dropout: float = 0.0):
         if seed < 0:
             raise ValueError(f"seed must be 0 or above, not {seed}")
+        if not 0 <= guidance_dropout < 1:
+            raise ValueError(f"guidance_dropout must be at least 0 and below 1, not {guidance_dropout}")
         self.images, self.seed, self.random_flip = images, seed, random_flip
+        self.guidance_dropout = guidance_dropout
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, draw: int) -> dict[str, Tensor]:
-        """Draw `draw`: `sample` and `noise`, `[C, H, W]` float32, and `time`, uniform in [0, 1)."""
+        """Draw `draw`: `sample` and `noise`, `[C, H, W]` float32, and `time`, uniform in [0, 1).
+
+        For images with labels also `class_labels`, int64: the image's class, or `num_classes` for "no class".
+        """
         epoch, position = divmod(draw, len(self.images))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, _keyed_generator(self.seed, epoch, 1).permutation(len(self.images))
         generator = _keyed_generator(self.seed, draw, 0)
-        sample = self.images[int(self._order[position])]
+        index = int(self._order[position])
+        sample = self.images[index]
         if generator.random() < 0.5 and self.random_flip:
             sample = sample.flip(-1)
         noise = torch.from_numpy(generator.standard_normal(tuple(sample.shape), dtype=np.float32))
-        return {"sample": sample, "noise": noise, "time": torch.tensor(generator.random(), dtype=torch.float32)}
+        item = {"sample": sample, "noise": noise, "time": torch.tensor(generator.random(), dtype=torch.float32)}
+        if self.images.labels is not None:  # last, so that all else is drawn as without labels
+            is_dropped = generator.random() < self.guidance_dropout
+            item["class_labels"] = torch.tensor(self.images.num_classes if is_dropped else self.images.label(index))
+        return item
 
 
 def _keyed_generator(seed: int, number: int, stream: int) -> np.random.Generator:

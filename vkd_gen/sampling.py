@@ -23,6 +23,8 @@ from diffusers import (
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
+
 Sampler = Literal["ddim", "ddpm", "dpm-solver"]
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -31,7 +33,7 @@ def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: S
     """The diffusers pipeline that students are sampled with and, for `ddim`, exported as.
 
     Args:
-        unet: an unconditional `UNet2DModel`.
+        unet: a `UNet2DModel`; diffusers' own `DDIMPipeline` takes it, or, if it is class-conditional, this package's.
         noise_scheduler: any diffusers scheduler; its schedule and prediction type are taken over.
         sampler: `ddim` (Song et al., 2021, arXiv 2010.02502), `ddpm` (Ho et al., 2020, arXiv 2006.11239) or
             `dpm-solver` (DPM-Solver++, Lu et al., 2022, arXiv 2211.01095).
@@ -40,7 +42,11 @@ def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: S
         ValueError: for an unknown sampler.
     """
     config = noise_scheduler.config
+    if num_classes_of(unet) is not None and sampler != "ddim":
+        raise ValueError(f"class-conditional UNets are sampled by ddim, not by {sampler}")
     match sampler:
+        case "ddim" if num_classes_of(unet) is not None:
+            pipeline = ClassConditionalDDIMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(config))
         case "ddim":
             pipeline = DDIMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(config))
         case "ddpm":
@@ -75,7 +81,9 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
         raise ValueError(f"there is no pipeline folder {source}")
     try:
         # Under memory saving, tensors of unlike shapes end as errors far from their cause.
-        pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
+        is_ours = DiffusionPipeline.load_config(path).get("_class_name") == ClassConditionalDDIMPipeline.__name__
+        kind = ClassConditionalDDIMPipeline if is_ours else DiffusionPipeline
+        pipeline = kind.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:  # offline, missing, damaged and foreign each have a class of their own
         raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:300]}") from error
     parameters = inspect.signature(pipeline.__call__).parameters
@@ -86,7 +94,7 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
             "class-conditional pipelines can be sampled here"
         )
     if sampler is not None:
-        if isinstance(pipeline, DDIMPipeline | DDPMPipeline):
+        if isinstance(pipeline, DDIMPipeline | DDPMPipeline | ClassConditionalDDIMPipeline):
             pipeline = stock_pipeline(pipeline.unet, pipeline.scheduler, sampler)
         else:
             raise ValueError(
@@ -106,6 +114,8 @@ def _refuse_pickles(folder: Path) -> None:
 
 def num_classes(pipeline: DiffusionPipeline) -> int:
     """Number of classes that a pipeline can be asked for; 0 for an unconditional one."""
+    if isinstance(pipeline, ClassConditionalDDIMPipeline):
+        return num_classes_of(pipeline.unet) or 0
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         return 0
     network = getattr(pipeline, "unet", None) or pipeline.transformer
@@ -140,7 +150,8 @@ def generate_images(
     Args:
         pipeline: from `load_pipeline` or `stock_pipeline`, on the device to compute on.
         seeds: one per image.
-        class_labels: one per image, for a class-conditional pipeline.
+        class_labels: one per image, for a class-conditional pipeline; by default each image's seed modulo the number
+            of classes, so that consecutive seeds go through the classes in turn.
         guidance_scale: of a class-conditional pipeline with guidance; None keeps the pipeline's default.
         num_inference_steps: network evaluations per image, at least 1.
         precision: of the network, by autocast; the sampler itself works in the pipeline's dtype.
@@ -149,10 +160,15 @@ def generate_images(
         Images, uint8, on the CPU.
 
     Raises:
-        ValueError: for a count below 1.
+        ValueError: for a count below 1, and labels or guidance that the pipeline does not take.
     """
     if not seeds or num_inference_steps < 1:
         raise ValueError("sampling needs at least one seed and one inference step")
+    classes = num_classes(pipeline)
+    if not classes and (class_labels is not None or guidance_scale is not None):
+        raise ValueError("the model is unconditional: it takes neither class labels nor guidance")
+    if classes and class_labels is None:
+        class_labels = [seed % classes for seed in seeds]
     parameters = inspect.signature(pipeline.__call__).parameters
     arguments: dict = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds], "output_type": "np"}
     arguments |= {"batch_size": len(seeds)} if "batch_size" in parameters else {}
@@ -169,15 +185,20 @@ def sample_images(
     noise_scheduler: SchedulerMixin,
     seeds: Sequence[int],
     *,
+    class_labels: Sequence[int] | None = None,
+    guidance_scale: float | None = None,
     num_inference_steps: int = 50,
     batch_size: int = 128,
 ) -> UInt8[Tensor, "images channels height width"]:
     """Sample one image per seed with DDIM; see `generate_images`.
 
     Args:
-        unet: an unconditional `UNet2DModel`, float32; its training mode is restored afterwards.
+        unet: a `UNet2DModel`, float32; its training mode is restored afterwards.
         noise_scheduler: the schedule that it was trained with.
         seeds: one per image.
+        class_labels: one per image, for a class-conditional UNet; by default each image's seed modulo the number of
+            classes, so that consecutive seeds go through the classes in turn.
+        guidance_scale: of classifier-free guidance; 1, the default, is the plain conditional prediction.
         num_inference_steps: network evaluations per image, at least 1.
         batch_size: images at a time.
 
@@ -185,15 +206,25 @@ def sample_images(
         Images, uint8, on the CPU.
 
     Raises:
-        ValueError: for no seeds or a count below 1.
+        ValueError: for no seeds, a count below 1, and labels or guidance that do not fit the UNet.
     """
     if not seeds or batch_size < 1:
         raise ValueError("sampling needs at least one seed and a batch size of at least 1")
+    if class_labels is not None and len(class_labels) != len(seeds):
+        raise ValueError(f"{len(seeds)} seeds need as many class labels, not {len(class_labels)}")
     was_training = unet.training
     pipeline = stock_pipeline(unet.eval(), noise_scheduler)
-    batches = [
-        generate_images(pipeline, seeds[first : first + batch_size], num_inference_steps=num_inference_steps)
-        for first in range(0, len(seeds), batch_size)
-    ]
+    batches = []
+    for first in range(0, len(seeds), batch_size):
+        chosen = slice(first, first + batch_size)
+        batches.append(
+            generate_images(
+                pipeline,
+                seeds[chosen],
+                class_labels=None if class_labels is None else class_labels[chosen],
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+            )
+        )
     unet.train(was_training)
     return torch.cat(batches)

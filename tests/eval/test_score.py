@@ -228,5 +228,5 @@ def test_class_conditional_pipelines_are_asked_for_every_class(tmp_path, run_eva
         "--kid_subset_size", 10, "--num_inference_steps", 2, "--guidance_scale", 2, "--output_dir", tmp_path / "scores",
     )  # fmt: skip
     source = json.loads((tmp_path / "scores/results.json").read_text())["sources"][str(folder)]
-    assert source["class_labels"] == "image number modulo 1000"
+    assert source["class_labels"] == "seed modulo 1000"
     assert source["guidance_scale"] == 2

@@ -103,6 +103,22 @@ def table(tmp, **columns):
     return path
 
 
+def labelled(tmp, labels, name="label"):
+    """A table of grey images with labels."""
+    folder = images_in(tmp / "images", count=len(labels))
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(folder.iterdir())]
+    datasets = pytest.importorskip("datasets")
+    kind = "string" if isinstance(labels[0], str) else "int64"
+    features = datasets.Features({"image": datasets.Image(), name: datasets.Value(kind)})
+    datasets.Dataset.from_dict({"image": cells, name: labels}, features=features).to_parquet(tmp / "table.parquet")
+    return tmp / "table.parquet"
+
+
+def classes(tmp, num_classes):
+    """A teacher of classes."""
+    return save_unet(tmp / "by-class", tiny_unet(num_class_embeds=num_classes + 1))
+
+
 def file_at(tmp):
     (tmp / "file").write_text("")
     return tmp / "file"
@@ -133,10 +149,29 @@ STUDENT_MISTAKES = {
     "folder without teacher": (lambda tmp: ["--teacher", images_in(tmp / "x")], "holds no UNet"),
     "pickled teacher": (lambda tmp: ["--teacher", pickled_teacher(tmp)], "pickled weights only.*safetensors"),
     "damaged teacher": (lambda tmp: ["--teacher", damaged_teacher(tmp)], "cannot load the UNet"),
-    "class-conditional teacher": (
-        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(num_class_embeds=10))],
-        "class-conditional",
+    "teacher of other classes": (lambda tmp: ["--teacher", classes(tmp, 8)], "digits has 10 classes, .* knows 8"),
+    "teacher without classes": (lambda tmp: ["--teacher", classes(tmp, 0)], "num_class_embeds 1; .*2 is least"),
+    "classes of another kind": (
+        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(class_embed_type="timestep"))],
+        "class_embed_type 'timestep'",
     ),
+    "images without classes": (
+        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", images_in(tmp / "images")],
+        "png has no class: put each class' images into a folder",
+    ),
+    "label column missing": (
+        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, [0, 1]), "--label_column", "sort"],
+        "no column 'sort'.*--label_column .*image, label",
+    ),
+    "labels out of range": (
+        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, [0, 2, 1])],
+        "image 1 of .* has the label 2; labels are 0 to 1",
+    ),
+    "labels that are no whole numbers": (
+        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, ["a", "b"])],
+        "column 'label' of .* must be whole numbers, but it holds string",
+    ),
+    "guidance dropout": (lambda tmp: ["--guidance_dropout", 1], "--guidance_dropout must be at least 0 and below 1"),
     "text-conditional teacher": (
         lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_condition_unet())],
         "UNet2DConditionModel|cannot load",
@@ -303,6 +338,19 @@ TEACHER_MISTAKES = {
     "resolution": (lambda tmp: ["--resolution", 9], "--resolution 9 cannot be halved"),
     "attention": (lambda tmp: ["--attention_stages", 5], "--attention_stages"),
     "channels": (lambda tmp: ["--channels", 2], "1 or 3 channels"),
+    "guidance dropout": (lambda tmp: ["--guidance_dropout", -0.1], "--guidance_dropout must be at least 0"),
+    "images without classes": (
+        lambda tmp: ["--class_conditional", "--dataset", images_in(tmp / "images")],
+        "png has no class: put each class' images into a folder",
+    ),
+    "table without labels": (
+        lambda tmp: ["--class_conditional", "--dataset", labelled(tmp, [0, 1], "sort")],
+        "0 columns of classes and none called label; name one by --label_column .*image, sort",
+    ),
+    "one class": (
+        lambda tmp: ["--class_conditional", "--dataset", labelled(tmp, [0, 0])],
+        "one class alone; at least 2",
+    ),
     "no stages": (lambda tmp: ["--block_out_channels"], "block_out_channels|block-out-channels"),
 }
 

@@ -26,7 +26,7 @@ def held_out_errors(
     Args:
         unets: name -> UNet and the noise scheduler that it was trained with.
         teacher: to measure the distance to; None for the denoising error alone.
-        images: that no UNet was trained on.
+        images: that no UNet was trained on; with labels for class-conditional UNets, which are told them.
         num_draws: of (image, noise, timestep).
         batch_size: at a time.
         seed: of the draws, unlike the training's.
@@ -44,15 +44,16 @@ def held_out_errors(
     for first in range(0, num_draws, batch_size):
         items = [draws[draw] for draw in range(first, min(first + batch_size, num_draws))]
         batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+        conditioning = {"class_labels": batch["class_labels"]} if "class_labels" in batch else None
         for name, (unet, noise_scheduler) in unets.items():
             timesteps = to_timesteps(noise_scheduler, batch["time"])
             noisy_sample = add_noise(noise_scheduler, batch["sample"], batch["noise"], timesteps)
             kind = prediction_type_of(noise_scheduler)
-            prediction = predict(unet, noisy_sample.to(unet.dtype), timesteps).float()
+            prediction = predict(unet, noisy_sample.to(unet.dtype), timesteps, conditioning).float()
             target = prediction_target(noise_scheduler, batch["sample"], batch["noise"], timesteps, kind)
             sums[name]["denoising_error"] += float((prediction - target).square().mean()) * len(items)
             if teacher is not None:
-                answer, _ = teacher(noisy_sample, timesteps, with_features=False)
+                answer, _ = teacher(noisy_sample, timesteps, conditioning, with_features=False)
                 answer = convert_prediction(
                     noise_scheduler, answer, noisy_sample, timesteps, teacher.prediction_type, kind
                 )

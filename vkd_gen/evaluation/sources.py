@@ -51,7 +51,7 @@ def from_pipeline(
     guidance_scale: float | None = None,
     precision: Precision = "no",
 ) -> ImageSource:
-    """Images that a pipeline makes: number i from seed `first_seed + i`, and, if it takes labels, of class i in turn.
+    """Images that a pipeline makes: number i from seed `first_seed + i`, classes in turn if it takes labels.
 
     Args:
         name: of the source.
@@ -69,7 +69,6 @@ def from_pipeline(
         return generate_images(
             pipeline,
             [first_seed + index for index in indices],
-            class_labels=[index % classes for index in indices] if classes else None,
             guidance_scale=guidance_scale if classes else None,
             num_inference_steps=num_inference_steps,
             precision=precision,
@@ -84,7 +83,7 @@ def from_pipeline(
         "precision": precision,
     }
     if classes:
-        protocol |= {"class_labels": f"image number modulo {classes}", "guidance_scale": guidance_scale or "default"}
+        protocol |= {"class_labels": f"seed modulo {classes}", "guidance_scale": guidance_scale or "default"}
     return ImageSource(name, count, read, protocol)
 
 

@@ -14,7 +14,11 @@ from vkd_gen.sampling import stock_pipeline
 
 
 def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
-    """Save a pipeline that `DiffusionPipeline.from_pretrained` loads without this package, and its model card."""
+    """Save a pipeline folder and its model card.
+
+    `DiffusionPipeline.from_pretrained` loads it without this package; a class-conditional one is loaded by
+    `ClassConditionalDDIMPipeline.from_pretrained`, and its UNet alone by diffusers' own `UNet2DModel`.
+    """
     stock_pipeline(unet, noise_scheduler).save_pretrained(folder, safe_serialization=True)
     write_model_card(folder, card)
 
@@ -24,7 +28,20 @@ def write_model_card(folder: Path, card: str) -> None:
     ModelCard(card).save(folder / "README.md")
 
 
-def model_card(title: str, facts: Mapping[str, Any], results: str, data: str) -> str:
+UNCONDITIONAL_USE = """from diffusers import DiffusionPipeline
+
+images = DiffusionPipeline.from_pretrained("THIS_FOLDER")(batch_size=16).images"""
+
+CLASS_CONDITIONAL_USE = """from diffusers import UNet2DModel
+from vkd_gen.pipelines import ClassConditionalDDIMPipeline
+
+pipeline = ClassConditionalDDIMPipeline.from_pretrained("THIS_FOLDER")
+images = pipeline(class_labels=[0, 1], guidance_scale=3.0).images  # guidance_scale 1: none
+
+unet = UNet2DModel.from_pretrained("THIS_FOLDER", subfolder="unet")  # needs diffusers alone"""
+
+
+def model_card(title: str, facts: Mapping[str, Any], results: str, data: str, *, num_classes: int | None = None) -> str:
     """Model card, Markdown with the hub's metadata.
 
     Args:
@@ -32,8 +49,12 @@ def model_card(title: str, facts: Mapping[str, Any], results: str, data: str) ->
         facts: what the reader should know, a table row each.
         results: Markdown, such as the table of results.
         data: the training set's name or id.
+        num_classes: of a class-conditional model.
     """
-    metadata = ModelCardData(library_name="diffusers", tags=["vkd-gen", "unconditional-image-generation"])
+    kind = "unconditional" if num_classes is None else "class-conditional"
+    metadata = ModelCardData(library_name="diffusers", tags=["vkd-gen", f"{kind}-image-generation"])
+    if num_classes is not None:
+        facts = {**facts, "classes": f"0 to {num_classes - 1}; {num_classes} for no class"}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     versions = ", ".join(f"{name} {version}" for name, version in environment().items())
     return f"""---
@@ -54,9 +75,7 @@ Trained on {data} with
 ```
 
 ```python
-from diffusers import DiffusionPipeline
-
-images = DiffusionPipeline.from_pretrained("THIS_FOLDER")(batch_size=16).images
+{UNCONDITIONAL_USE if num_classes is None else CLASS_CONDITIONAL_USE}
 ```
 
 Made with {versions}.

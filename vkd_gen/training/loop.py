@@ -67,11 +67,12 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
 
 def run_facts(accelerator: Accelerator, images: Images) -> dict[str, Any]:
     """What decides the result beside the flags: a resumed run must find the same."""
-    return {
+    facts = {
         "num_training_images": len(images),
         "num_processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
     }
+    return facts if images.labels is None else {**facts, "num_classes": images.num_classes}
 
 
 def fixed_batches(
@@ -82,7 +83,8 @@ def fixed_batches(
     num_draws: int,
     batch_size: int,
     device: torch.device,
-) -> Iterator[dict[str, Tensor]]:
+    guidance_dropout: float = 0.0,
+) -> Iterator[dict[str, Any]]:
     """Batches for calibration: draws that no training step makes, the same on every process.
 
     Args:
@@ -92,20 +94,23 @@ def fixed_batches(
         num_draws: draws in all.
         batch_size: at a time.
         device: of the batches.
+        guidance_dropout: share of labels to drop, as in training.
 
     Yields:
-        `sample`, `noise` and `timesteps`, as `TrainingRun.batches` does.
+        What `TrainingRun.batches` does.
     """
-    draws = TrainingDraws(images, seed=seed + 2**32)
+    draws = TrainingDraws(images, seed=seed + 2**32, guidance_dropout=guidance_dropout)
     for first in range(0, num_draws, batch_size):
         items = [draws[draw] for draw in range(first, min(first + batch_size, num_draws))]
         yield _on_device(default_collate(items), noise_scheduler, device)
 
 
-def _on_device(batch: dict[str, Tensor], noise_scheduler: SchedulerMixin, device: torch.device) -> dict[str, Tensor]:
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    batch["timesteps"] = to_timesteps(noise_scheduler, batch.pop("time"))
-    return batch
+def _on_device(batch: dict[str, Tensor], noise_scheduler: SchedulerMixin, device: torch.device) -> dict[str, Any]:
+    moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    moved["timesteps"] = to_timesteps(noise_scheduler, moved.pop("time"))
+    if "class_labels" in moved:
+        moved["conditioning"] = {"class_labels": moved.pop("class_labels")}
+    return moved
 
 
 class TrainingRun:
@@ -121,8 +126,9 @@ class TrainingRun:
         model: the one module that trains; `.after_step(step)` is called on it after each optimizer step if it has that.
         unet: the diffusers UNet inside `model` that is averaged, previewed and exported.
         parameter_groups: for AdamW.
-        images: training images.
+        images: training images; with labels for a class-conditional UNet.
         noise_scheduler: the schedule that `unet` is trained on.
+        guidance_dropout: share of labels that are replaced by "no class".
         config: everything the run was asked to do, for the trackers.
         score: the averaged UNet, in eval mode -> score -> value; called by all processes every `score_every_steps`.
     """
@@ -138,6 +144,7 @@ class TrainingRun:
         parameter_groups: list[dict[str, Any]],
         images: Images,
         noise_scheduler: SchedulerMixin,
+        guidance_dropout: float = 0.0,
         config: Mapping[str, Any],
         score: Callable[[nn.Module], Mapping[str, float]] | None = None,
     ):
@@ -145,6 +152,7 @@ class TrainingRun:
         self._scores: dict[str, str] = {}
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
+        self.guidance_dropout = guidance_dropout
         self.step = 0
         self._bare_model = model
         optimizer = torch.optim.AdamW(parameter_groups, lr=options.learning_rate)
@@ -187,11 +195,12 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             self.folder.cut_metrics(self.step)
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
+    def batches(self) -> Iterator[dict[str, Any]]:
         """Batches for one forward pass each, until the run has made its steps.
 
         Yields:
-            `sample` and `noise`, `[B, C, H, W]` float32 on the device, and `timesteps`, `[B]` int64.
+            `sample` and `noise`, `[B, C, H, W]` float32 on the device, and `timesteps`, `[B]` int64; for images with
+            labels also `conditioning`, the mapping of `class_labels` to `[B]` int64.
         """
         options, accelerator = self.options, self.accelerator
         draws = DrawBatches(
@@ -203,7 +212,12 @@ class TrainingRun:
             num_processes=accelerator.num_processes,
         )
         loader = DataLoader(
-            TrainingDraws(self.images, seed=options.seed, random_flip=options.random_flip),
+            TrainingDraws(
+                self.images,
+                seed=options.seed,
+                random_flip=options.random_flip,
+                guidance_dropout=self.guidance_dropout,
+            ),
             batch_sampler=draws,
             num_workers=options.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",

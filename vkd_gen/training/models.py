@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from safetensors import safe_open
 
+from vkd_gen.pipelines import num_classes_of
 from vkd_gen.students import REDUCTIONS, TEACHERS
 from vkd_gen.students.build import complete_config, unet_class
 
@@ -265,8 +266,14 @@ def _check(unet: UNet2DModel, source: str) -> UNet2DModel:
         unet.register_to_config(sample_size=height)
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"{source} holds a {config['_class_name']}; this recipe distils a UNet2DModel")
-    if config.num_class_embeds is not None or config.class_embed_type is not None:
-        raise ValueError(f"{source} is a class-conditional UNet; this recipe distils unconditional ones")
+    if config.class_embed_type is not None:
+        raise ValueError(
+            f"{source} has class_embed_type {config.class_embed_type!r}; this recipe distils UNets without classes, or "
+            "with num_class_embeds alone"
+        )
+    num_classes = num_classes_of(unet)
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"{source} has num_class_embeds {num_classes + 1}; the last one means no class, so 2 is least")
     if config.in_channels != config.out_channels:
         raise ValueError(
             f"{source} maps {config.in_channels} to {config.out_channels} channels; a UNet that also predicts a "
