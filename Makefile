@@ -4,8 +4,9 @@
 # make test-lowest  the tests on the lowest versions that pyproject.toml allows
 # make check        what CI runs: lint, types, tests
 #
-# TORCH=...  what to install torch from, before anything else, such as TORCH="torch==2.13.0", or for machines without
-#            a GPU TORCH="torch --index-url URL_OF_THE_CPU_BUILDS"; by default pip chooses.
+# TORCH=...  what to install torch from, before anything else, such as TORCH="torch torchvision --index-url ADDRESS" with
+#            the CPU builds' address for machines without a GPU (torchvision, which torch-fidelity needs, must be of the
+#            same kind); by default pip chooses.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -38,7 +38,10 @@ def test_presets_methods_and_flags_are_the_recipes():
     rows = set(re.findall(r"^\| `([a-z0-9-]+)`", README, flags=re.MULTILINE))
     assert rows >= set(recipe.PRESETS) | set(recipe.METHODS)
     flags = set(re.findall(r"--([a-z]+(?:_[a-z]+)+)", README))
-    assert flags <= set(flat_config(recipe.PRESETS["digits"]))
+    known = set(flat_config(recipe.PRESETS["digits"]))
+    for file in (ROOT / "eval").glob("*.py"):
+        known |= set(re.findall(r"^    ([a-z_]+): ", file.read_text(), flags=re.MULTILINE))
+    assert flags <= known
 
 
 @pytest.mark.parametrize("image", re.findall(r"!\[.*?\]\((.*?)\)", README))
