@@ -83,7 +83,6 @@ def test_from_labelled_digits_to_a_student(tmp_path, run_recipe, monkeypatch):
         assert type(stock) is UNet2DModel
         for name, value in weights(run).items():
             assert torch.equal(stock.state_dict()[name], value)
-    assert list(range(8)) in found  # of the samples to score
     results = json.loads((student / "results.json").read_text())["rows"]
     assert results["teacher"]["teacher_distance"] == 0 < results["student"]["teacher_distance"]
 
