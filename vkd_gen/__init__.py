@@ -10,7 +10,7 @@ from vkd_gen.features import FeatureCapture
 from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
 from vkd_gen.pairing import LayerPair, pair_layers
 from vkd_gen.projectors import IdentityProjector, LinearProjector, OrthogonalProjector, parameter_groups
-from vkd_gen.students import REDUCTIONS, Reduction, build_student, copy_matching_weights
+from vkd_gen.students import REDUCTIONS, Inheritance, Reduction, build_student, inherit_weights
 from vkd_gen.version import __version__ as __version__
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "FeatureStatistics",
     "FrozenTeacher",
     "IdentityProjector",
+    "Inheritance",
     "LayerPair",
     "LinearProjector",
     "LossWeights",
@@ -28,8 +29,8 @@ __all__ = [
     "Reduction",
     "build_student",
     "calibrate",
-    "copy_matching_weights",
     "distillation_losses",
+    "inherit_weights",
     "load_statistics",
     "pair_layers",
     "parameter_groups",

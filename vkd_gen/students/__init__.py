@@ -1,6 +1,15 @@
 """Students: smaller UNets made from a teacher."""
 
+from vkd_gen.students.activations import step0_error
 from vkd_gen.students.build import REDUCTIONS, Reduction, build_student, reduce_config
-from vkd_gen.students.inherit import copy_matching_weights
+from vkd_gen.students.inherit import Inheritance, inherit_weights
 
-__all__ = ["REDUCTIONS", "Reduction", "build_student", "copy_matching_weights", "reduce_config"]
+__all__ = [
+    "REDUCTIONS",
+    "Inheritance",
+    "Reduction",
+    "build_student",
+    "inherit_weights",
+    "reduce_config",
+    "step0_error",
+]

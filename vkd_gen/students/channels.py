@@ -1,0 +1,153 @@
+"""Which of the teacher's channels a narrower student keeps.
+
+Every stream keeps equal counts between the edges of the group norms that read it, so that the student's groups are
+the teacher's with fewer channels each; attention keeps whole heads, or equal counts in every head.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vkd_gen.students.activations import ReadingErrors
+from vkd_gen.students.streams import Link, Stream, weights_by_stream
+
+ChannelChoice = Literal["activation", "magnitude", "first", "random"]
+
+
+def check_choice(choice: str) -> None:
+    """Raise a ValueError for what is no `ChannelChoice`."""
+    if choice not in get_args(ChannelChoice):
+        raise ValueError(f"unknown choice of channels {choice!r}; choose one of {', '.join(get_args(ChannelChoice))}")
+
+
+def undecided(links: Sequence[Link]) -> list[Stream]:
+    """Streams whose channels have to be chosen: the student's are fewer than the teacher's."""
+    streams = dict.fromkeys(stream for link in links for stream in (*(link.reads or ()), *link.writes))
+    return [stream for stream in streams if stream.kept is None and stream.student < stream.teacher]
+
+
+def choose_channels(
+    links: Sequence[Link], choice: ChannelChoice, *, errors: ReadingErrors | None = None, seed: int = 0
+) -> None:
+    """Set `kept` of every stream that has none yet.
+
+    Args:
+        links: from `link_layers`.
+        choice: `random`; `first`, the first ones; `magnitude`, those with the largest weights into and out of them;
+            `activation`, those from which linear maps best restore what the layers after them compute.
+        errors: from `reading_errors`; for `activation`.
+        seed: for `random`.
+    """
+    check_choice(choice)
+    generator = torch.Generator().manual_seed(seed)
+    for stream in undecided(links):
+        match choice:
+            case "random":
+                stream.kept = keep_highest(stream, torch.rand(stream.teacher, generator=generator))
+            case "first":
+                stream.kept = keep_highest(stream, -torch.arange(stream.teacher).float())
+            case "magnitude":
+                stream.kept = keep_highest(stream, _magnitudes(stream, links))
+            case "activation":
+                assert errors is not None
+                stream.kept = keep_restorable(stream, errors[stream])
+    for link in links:
+        for stream in (*(link.reads or ()), *link.writes):
+            if stream.kept is None:
+                stream.kept = _repeat(stream)
+
+
+def _repeat(stream: Stream) -> Tensor:
+    """For a student that is not narrower: every channel, as often as the next."""
+    (heads, all_heads), (size, full) = stream.heads, _head_sizes(stream)
+    head = torch.arange(heads) * all_heads // heads
+    return (head[:, None] * full + torch.arange(size) * full // size).flatten()
+
+
+def _head_sizes(stream: Stream) -> tuple[int, int]:
+    return stream.student // stream.heads[0], stream.teacher // stream.heads[1]
+
+
+def _ranges(stream: Stream, head_scores: Tensor) -> list[tuple[int, int, int]]:
+    """Ranges of the teacher's channels, each with the number to keep in it: (first, end, number)."""
+    heads, all_heads = stream.heads
+    if all_heads > 1:
+        size, full = _head_sizes(stream)
+        best = head_scores.topk(min(heads, all_heads)).indices.sort().values.tolist()
+        return [(head * full, (head + 1) * full, min(size, full)) for head in best]
+    # Rounded where they end, so that no edge is off by a whole channel.
+    edges = sorted({0, stream.teacher, *(edge for edge in stream.edges if edge < stream.teacher)})
+    ends = [edge * stream.student // stream.teacher for edge in edges]
+    return [
+        (first, end, ends[position + 1] - ends[position])
+        for position, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+    ]
+
+
+def keep_highest(stream: Stream, scores: Tensor) -> Tensor:
+    """The channels of the highest scores `[channels]` within each range, in ascending order."""
+    ranges = _ranges(stream, scores.view(stream.heads[1], -1).sum(1))
+    return torch.cat([first + scores[first:end].topk(number).indices for first, end, number in ranges]).sort().values
+
+
+def _magnitudes(stream: Stream, links: Sequence[Link]) -> Tensor:
+    """Squared weights into and out of each channel, every layer's divided by their mean."""
+    total = torch.zeros(stream.teacher)
+    for link in links:
+        for reading in (True, False):
+            for other, _, weight in weights_by_stream(link, reading=reading):
+                if other is stream:
+                    squares = weight.square().sum(1)
+                    total += squares / squares.mean().clamp(min=1e-20)
+    return total
+
+
+def keep_restorable(stream: Stream, errors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Channels from which the dropped ones are best restored by linear maps, in the eyes of the layers that read them.
+
+    Greedy: the next channel is the one that lowers the error of all readers together the most, each taken relative to
+    what it reads. What is left to restore is the Schur complement C - C[:, k] C[k, k]^-1 C[k, :] of the kept channels
+    k in the covariance C; one more channel changes it by rank one.
+
+    Args:
+        stream: to choose from.
+        errors: see `ReadingErrors`.
+
+    Returns:
+        Kept channels in ascending order.
+    """
+    readers = []
+    for covariance, gram in errors:
+        total = (covariance * gram).sum()
+        if total > 0:
+            readers.append([covariance.clone(), gram / total, covariance @ gram / total, covariance.diagonal().clone()])
+    heads = torch.zeros(stream.teacher, dtype=torch.float64)
+    for covariance, gram, _, _ in readers:
+        heads += (covariance * gram).sum(1)
+    ranges = _ranges(stream, heads.view(stream.heads[1], -1).sum(1))
+    left = torch.zeros(stream.teacher, dtype=torch.long)  # how many more may be taken from each channel's range
+    range_of = torch.full((stream.teacher,), -1)
+    for number, (first, end, quota) in enumerate(ranges):
+        left[first:end], range_of[first:end] = quota, number
+    kept: list[int] = []
+    while len(kept) < sum(quota for *_, quota in ranges):
+        gain = torch.zeros(stream.teacher, dtype=torch.float64)
+        for covariance, _, product, variances in readers:
+            # Of C G C; a channel that the kept ones restore already has nothing left but rounding.
+            size, floor = covariance.diagonal(), variances * 1e-6
+            gain += torch.where(size > floor, (product * covariance).sum(1) / size.clamp(min=1e-30), 0.0)
+        gain[left == 0] = -1
+        best = int(gain.argmax())
+        kept.append(best)
+        left[range_of == range_of[best]] -= 1
+        gain[best] = -1
+        for reader in readers:
+            covariance, gram, product, variances = reader
+            column, size = covariance[:, best].clone(), covariance[best, best].clone()
+            if size > variances[best] * 1e-6:
+                product -= torch.outer(column, column @ gram) / size
+                covariance -= torch.outer(column, column) / size
+        left[best], range_of[best] = 0, -1
+    return torch.tensor(sorted(kept))
