@@ -2,6 +2,7 @@
 
 from vkd_gen.students.activations import step0_error
 from vkd_gen.students.build import REDUCTIONS, Reduction, build_student, reduce_config
+from vkd_gen.students.depth import compare_layer_choices, layer_choices
 from vkd_gen.students.inherit import Inheritance, inherit_weights
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "Inheritance",
     "Reduction",
     "build_student",
+    "compare_layer_choices",
     "inherit_weights",
+    "layer_choices",
     "reduce_config",
     "step0_error",
 ]

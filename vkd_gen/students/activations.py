@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -15,9 +15,26 @@ from vkd_gen.students.streams import Link, Stream, weights_by_stream
 Batches = Iterable[Mapping[str, Any]]
 """Batches with `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]` and, if the UNet needs it, `conditioning`."""
 
-ReadingErrors = Mapping[Stream, Sequence[tuple[Tensor, Tensor]]]
-"""Stream -> a covariance C and a Gram matrix G `[channels, channels]` for each layer that reads it: an error of
-covariance E in what the layer reads is one of trace(G E) in what it computes."""
+
+
+class Reading(NamedTuple):
+    """What a layer reads from a stream, and how it weighs errors in it.
+
+    An error of covariance E in what the layer reads is one of trace(gram @ E) in what it computes.
+
+    Attributes:
+        mean: `[channels]`, float64 like the others.
+        covariance: `[channels, channels]`.
+        gram: `[channels, channels]`, products of the layer's weights.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    gram: Tensor
+
+
+Readings = Mapping[Stream, Sequence[Reading]]
+"""One for each layer that reads a stream."""
 
 
 @torch.no_grad()
@@ -71,15 +88,17 @@ class _Moments:
     def second(self) -> Tensor:
         return self.product / self.count
 
+    def mean(self) -> Tensor:
+        return self.sum / self.count
+
     def covariance(self) -> Tensor:
-        mean = self.sum / self.count
-        return self.second() - torch.outer(mean, mean)
+        return self.second() - torch.outer(self.mean(), self.mean())
 
 
-def reading_errors(
+def read_channels(
     links: Sequence[Link], teacher: ModelMixin, batches: Batches, noise_scheduler: SchedulerMixin
-) -> ReadingErrors:
-    """For each stream whose channels are not chosen yet: what its readers read, and how they weigh errors in it.
+) -> Readings:
+    """For each stream whose channels are not chosen yet what the layers after it read.
 
     Queries are read by keys, and keys by queries.
 
@@ -107,18 +126,21 @@ def reading_errors(
     if not moments:
         raise ValueError("there are no batches to choose channels by")
 
-    errors: dict[Stream, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    readings: dict[Stream, list[Reading]] = defaultdict(list)
     for link in readers:
-        covariance = moments[link.teacher, "in"].covariance()
+        inputs = moments[link.teacher, "in"]
+        mean, covariance = inputs.mean(), inputs.covariance()
         for stream, part, weight in weights_by_stream(link, reading=True):
             if stream.kept is None:
-                errors[stream].append((covariance[part, part], weight.double() @ weight.double().T))
+                gram = weight.double() @ weight.double().T
+                readings[stream].append(Reading(mean[part], covariance[part, part], gram))
     for link in logits:
         (stream,) = link.writes
         size = stream.teacher // stream.heads[1]
         same_head = torch.block_diag(*[torch.ones(size, size, dtype=torch.float64)] * stream.heads[1])
         for other in logits:
             if other is not link and other.writes == link.writes:
-                covariance = moments[link.teacher, "out"].covariance() * same_head
-                errors[stream].append((covariance, moments[other.teacher, "out"].second() * same_head))
-    return errors
+                outputs = moments[link.teacher, "out"]
+                gram = moments[other.teacher, "out"].second() * same_head
+                readings[stream].append(Reading(outputs.mean(), outputs.covariance() * same_head, gram))
+    return readings

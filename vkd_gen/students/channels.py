@@ -10,10 +10,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from vkd_gen.students.activations import ReadingErrors
+from vkd_gen.students.activations import Reading, Readings
 from vkd_gen.students.streams import Link, Stream, weights_by_stream
 
 ChannelChoice = Literal["activation", "magnitude", "first", "random"]
+
+TIE = 1e-3
+"""Weight of what a channel is worth without any restoring; decides between channels that restore the same."""
 
 
 def check_choice(choice: str) -> None:
@@ -23,13 +26,14 @@ def check_choice(choice: str) -> None:
 
 
 def undecided(links: Sequence[Link]) -> list[Stream]:
-    """Streams whose channels have to be chosen: the student's are fewer than the teacher's."""
+    """Streams whose channels have to be chosen: the student's are fewer than the teacher's. Heads in the order to choose."""
     streams = dict.fromkeys(stream for link in links for stream in (*(link.reads or ()), *link.writes))
-    return [stream for stream in streams if stream.kept is None and stream.student < stream.teacher]
+    found = [stream for stream in streams if stream.kept is None and stream.student < stream.teacher]
+    return sorted(found, key=lambda stream: stream.same_heads is not None)
 
 
 def choose_channels(
-    links: Sequence[Link], choice: ChannelChoice, *, errors: ReadingErrors | None = None, seed: int = 0
+    links: Sequence[Link], choice: ChannelChoice, *, readings: Readings | None = None, seed: int = 0
 ) -> None:
     """Set `kept` of every stream that has none yet.
 
@@ -37,7 +41,7 @@ def choose_channels(
         links: from `link_layers`.
         choice: `random`; `first`, the first ones; `magnitude`, those with the largest weights into and out of them;
             `activation`, those from which linear maps best restore what the layers after them compute.
-        errors: from `reading_errors`; for `activation`.
+        readings: from `read_channels`; for `activation`.
         seed: for `random`.
     """
     check_choice(choice)
@@ -51,8 +55,8 @@ def choose_channels(
             case "magnitude":
                 stream.kept = keep_highest(stream, _magnitudes(stream, links))
             case "activation":
-                assert errors is not None
-                stream.kept = keep_restorable(stream, errors[stream])
+                assert readings is not None
+                stream.kept = keep_restorable(stream, readings[stream])
     for link in links:
         for stream in (*(link.reads or ()), *link.writes):
             if stream.kept is None:
@@ -75,7 +79,10 @@ def _ranges(stream: Stream, head_scores: Tensor) -> list[tuple[int, int, int]]:
     heads, all_heads = stream.heads
     if all_heads > 1:
         size, full = _head_sizes(stream)
-        best = head_scores.topk(min(heads, all_heads)).indices.sort().values.tolist()
+        if stream.same_heads is not None:
+            best = (stream.same_heads.index() // (stream.same_heads.teacher // all_heads)).unique().tolist()
+        else:
+            best = head_scores.topk(min(heads, all_heads)).indices.sort().values.tolist()
         return [(head * full, (head + 1) * full, min(size, full)) for head in best]
     # Rounded where they end, so that no edge is off by a whole channel.
     edges = sorted({0, stream.teacher, *(edge for edge in stream.edges if edge < stream.teacher)})
@@ -93,18 +100,25 @@ def keep_highest(stream: Stream, scores: Tensor) -> Tensor:
 
 
 def _magnitudes(stream: Stream, links: Sequence[Link]) -> Tensor:
-    """Squared weights into and out of each channel, every layer's divided by their mean."""
-    total = torch.zeros(stream.teacher)
+    """Squared weights into each channel times those out of it, every layer's divided by their mean.
+
+    The product, since a channel that nothing reads, or nothing writes, is worth nothing. Queries are read by keys.
+    """
+    into, out = torch.zeros(stream.teacher), torch.zeros(stream.teacher)
+    queries = True
     for link in links:
         for reading in (True, False):
             for other, _, weight in weights_by_stream(link, reading=reading):
-                if other is stream:
-                    squares = weight.square().sum(1)
-                    total += squares / squares.mean().clamp(min=1e-20)
-    return total
+                if other is not stream:
+                    continue
+                squares = weight.square().sum(1)
+                is_read = reading or (link.is_logit and not queries)
+                queries = queries and not link.is_logit
+                (out if is_read else into).add_(squares / squares.mean().clamp(min=1e-20))
+    return into * out
 
 
-def keep_restorable(stream: Stream, errors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def keep_restorable(stream: Stream, readings: Sequence[Reading]) -> Tensor:
     """Channels from which the dropped ones are best restored by linear maps, in the eyes of the layers that read them.
 
     Greedy: the next channel is the one that lowers the error of all readers together the most, each taken relative to
@@ -113,19 +127,21 @@ def keep_restorable(stream: Stream, errors: Sequence[tuple[Tensor, Tensor]]) -> 
 
     Args:
         stream: to choose from.
-        errors: see `ReadingErrors`.
+        readings: by the layers that read the stream.
 
     Returns:
         Kept channels in ascending order.
     """
     readers = []
-    for covariance, gram in errors:
+    own = torch.zeros(stream.teacher, dtype=torch.float64)
+    heads = torch.zeros(stream.teacher, dtype=torch.float64)
+    for mean, covariance, gram in readings:
         total = (covariance * gram).sum()
         if total > 0:
-            readers.append([covariance.clone(), gram / total, covariance @ gram / total, covariance.diagonal().clone()])
-    heads = torch.zeros(stream.teacher, dtype=torch.float64)
-    for covariance, gram, _, _ in readers:
-        heads += (covariance * gram).sum(1)
+            gram = gram / total
+            readers.append([covariance.clone(), gram, covariance @ gram, covariance.diagonal().clone()])
+            own += (covariance.diagonal() + mean.square()) * gram.diagonal()
+            heads += (covariance * gram).sum(1)
     ranges = _ranges(stream, heads.view(stream.heads[1], -1).sum(1))
     left = torch.zeros(stream.teacher, dtype=torch.long)  # how many more may be taken from each channel's range
     range_of = torch.full((stream.teacher,), -1)
@@ -133,7 +149,7 @@ def keep_restorable(stream: Stream, errors: Sequence[tuple[Tensor, Tensor]]) -> 
         left[first:end], range_of[first:end] = quota, number
     kept: list[int] = []
     while len(kept) < sum(quota for *_, quota in ranges):
-        gain = torch.zeros(stream.teacher, dtype=torch.float64)
+        gain = TIE * own
         for covariance, _, product, variances in readers:
             # Of C G C; a channel that the kept ones restore already has nothing left but rounding.
             size, floor = covariance.diagonal(), variances * 1e-6

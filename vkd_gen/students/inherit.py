@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
-from vkd_gen.students.activations import Batches, reading_errors
+from vkd_gen.students.activations import Batches, read_channels
 from vkd_gen.students.channels import ChannelChoice, check_choice, choose_channels, undecided
 from vkd_gen.students.restore import channel_index, fit_layers
 from vkd_gen.students.streams import BlockLayers, Link, Stream, channel_axes, link_layers
@@ -101,10 +101,10 @@ def inherit_weights(
             "channels chosen by activation, and layers fitted by least squares, need batches of images and a noise "
             "scheduler; without them choose channels='magnitude' and rescaling='none'"
         )
-    errors = None
+    readings = None
     if narrower and channels == "activation":
-        errors = reading_errors(links, teacher, batches or [], noise_scheduler)
-    choose_channels(links, channels, errors=errors, seed=seed)
+        readings = read_channels(links, teacher, batches or [], noise_scheduler)
+    choose_channels(links, channels, readings=readings, seed=seed)
     for link in links:
         if link.teacher is not None and link.reads is not None:
             _slice(link, fan_in=rescaling == "fan_in")

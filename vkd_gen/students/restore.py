@@ -122,7 +122,8 @@ def _keep_target(link: Link, targets: dict[Link, Tensor]) -> Any:
     def hook(module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         factor = getattr(module, "output_scale_factor", None) or getattr(module, "rescale_output_factor", None) or 1.0
-        targets[link] = to_rows(output)[..., index.to(output.device)] * (factor if link.residual else link.scale)
+        rows = _norm_rows(output) if isinstance(module, nn.GroupNorm) else to_rows(output)
+        targets[link] = rows[..., index.to(output.device)] * (factor if link.residual else link.scale)
 
     assert link.teacher is not None
     return (link.residual[1] if link.residual else link.teacher).register_forward_hook(hook)
@@ -144,21 +145,24 @@ def _fit(link: Link, module: nn.Module, inputs: Tensor, target: Tensor, ridge: f
     step = max(1, 2**24 // (patches.shape[1] * size))
     for first in range(0, len(inputs), step):
         rows = _patches(module, inputs[first : first + step]).flatten(0, 1)
-        wanted = target[first : first + step].flatten(0, 1).to(rows)
+        # What is missing, not what is wanted: nothing missing then changes nothing, in float32 too.
+        wanted = target[first : first + step].flatten(0, 1).to(rows) - rows @ start.T.to(rows)
+        if module.bias is not None:
+            wanted -= module.bias
         count += len(rows)
         gram += (rows.T @ rows).double()
         cross += (rows.T @ wanted).double()
         for total, part in zip(sums, (rows, wanted), strict=True):
             total += part.sum(0, dtype=torch.float64)
-    mean, wanted_mean = (total / count for total in sums)
+    mean, missing = (total / count for total in sums)
     gram, cross = gram / count, cross / count
     if module.bias is not None:
-        gram, cross = gram - torch.outer(mean, mean), cross - torch.outer(mean, wanted_mean)
+        gram, cross = gram - torch.outer(mean, mean), cross - torch.outer(mean, missing)
     held = gram + ridge * gram.diagonal().mean().clamp(min=1e-20) * torch.eye(size, dtype=gram.dtype, device=gram.device)
-    weight = start + torch.linalg.solve(held, cross - gram @ start.T).T
-    module.weight.copy_(weight.view_as(module.weight))
+    change = torch.linalg.solve(held, cross).T
+    module.weight.copy_((start + change).view_as(module.weight))
     if module.bias is not None:
-        module.bias.copy_(wanted_mean - weight @ mean)
+        module.bias += missing - change @ mean
     return True
 
 
@@ -171,10 +175,15 @@ def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
+def _norm_rows(maps: Tensor) -> Tensor:
+    """A group norm's channels are the second axis in attention too, where positions are the third."""
+    return maps.flatten(2).transpose(1, 2)
+
+
 def _fit_norm(module: nn.GroupNorm | nn.LayerNorm, inputs: Tensor, target: Tensor, ridge: float) -> bool:
     """Each channel's factor and offset."""
     if isinstance(module, nn.GroupNorm):
-        normed = to_rows(F.group_norm(inputs, module.num_groups, eps=module.eps))
+        normed = _norm_rows(F.group_norm(inputs, module.num_groups, eps=module.eps))
     else:
         normed = to_rows(F.layer_norm(inputs, module.normalized_shape, eps=module.eps))
     if normed.shape != target.shape or module.weight is None or module.bias is None:

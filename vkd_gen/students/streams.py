@@ -33,6 +33,7 @@ class Stream:
         teacher: channels in the teacher.
         student: channels in the student.
         heads: attention heads in the student and in the teacher that the channels are divided into; 1 for others.
+        same_heads: the stream of the values, for that of queries and keys: both keep the same heads.
         edges: where group norms divide the teacher's channels.
         kept: for each of the student's channels the teacher's, once chosen.
     """
@@ -40,6 +41,7 @@ class Stream:
     teacher: int
     student: int
     heads: tuple[int, int] = (1, 1)
+    same_heads: "Stream | None" = None
     edges: set[int] = field(default_factory=set)
     kept: Tensor | None = None
 
@@ -381,9 +383,8 @@ class _Walk:
 
         self._link(*of("group_norm"), [stream], [stream])
         heads = student.heads, student.heads if teacher is None else teacher.heads
-        logits, values = (
-            dataclasses.replace(self._new(*of(name)), heads=heads) for name in ("to_q", "to_v")  # type: ignore[arg-type]
-        )
+        values = dataclasses.replace(self._new(*of("to_v")), heads=heads)  # type: ignore[arg-type]
+        logits = dataclasses.replace(self._new(*of("to_q")), heads=heads, same_heads=values)  # type: ignore[arg-type]
         sizes = [student.to_q.out_features // heads[0], max(1, logits.teacher // heads[1])]
         # Logits are divided by the root of a head's channels; a head that has each channel twice adds up each twice.
         scale = math.sqrt(sizes[0] / sizes[1]) / max(1, sizes[0] / sizes[1])
