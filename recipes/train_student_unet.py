@@ -28,6 +28,8 @@ from vkd_gen.evaluation.feature_network import load_feature_network
 from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
+from vkd_gen.students.channels import ChannelChoice
+from vkd_gen.students.inherit import Rescaling
 from vkd_gen.training.command_line import run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
@@ -59,8 +61,16 @@ class StudentConfig:
     """Residual layers of each block of the student; by default the teacher's."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
-    inherit_weights: bool | None = None
-    """Start from the teacher's weights wherever name and shape agree; by default if the student is as wide."""
+    inherit_weights: bool = True
+    """Start from the teacher's weights."""
+    inherit_channels: ChannelChoice = "activation"
+    """Which of the teacher's channels a narrower student starts from: those that best restore the others' effect, those
+    of the largest weights, the first, or random ones."""
+    inherit_rescaling: Rescaling = "least_squares"
+    """What makes up for missing channels and layers at the start: each of the student's layers fitted to what the
+    teacher's computes, weights multiplied for the smaller fan-in, or nothing."""
+    inherit_samples: int = 256
+    """Draws of (image, noise, timestep) for both; all are held in memory at once, with every layer's output."""
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
     """vkd: solved orthogonal projector. vkd-paper: learned orthogonal projector, full whitening by batch statistics,
     smooth-L1, as published. fitnet: free 1x1 convolution. output: distil the teacher's output alone. none: no
@@ -115,6 +125,7 @@ class StudentConfig:
         if not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
         least = {"calibration_samples": 1, "num_timestep_bins": 1, "num_score_samples": 2, "projector_refresh_steps": 1}
+        least |= {"inherit_samples": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
@@ -265,6 +276,34 @@ def loss_weights(config: StudentConfig, step: int) -> vkd.LossWeights:
     )
 
 
+def inherit(
+    config: StudentConfig,
+    student: UNet2DModel,
+    teacher: UNet2DModel,
+    images: Images,
+    noise_scheduler: DDPMScheduler,
+    device: torch.device,
+) -> vkd.Inheritance:
+    """Start the student from the teacher, both in float32."""
+    draws = fixed_batches(
+        images,
+        noise_scheduler,
+        seed=config.training.seed,
+        num_draws=config.inherit_samples,
+        batch_size=config.training.eval_batch_size,
+        device=device,
+    )
+    return vkd.inherit_weights(
+        student.to(device),
+        teacher.to(device),
+        channels=config.inherit_channels,
+        rescaling=config.inherit_rescaling,
+        batches=draws,
+        noise_scheduler=noise_scheduler,
+        seed=config.training.seed,
+    )
+
+
 def build_projected_student(
     config: StudentConfig,
     student: UNet2DModel,
@@ -321,8 +360,6 @@ def main(config: StudentConfig) -> None:
     student = vkd.build_student(
         teacher_unet, width=config.student_width, layers_per_block=config.student_layers_per_block
     )
-    inherits = config.student_width == 1 if config.inherit_weights is None else config.inherit_weights
-    inherited = vkd.copy_matching_weights(student, teacher_unet) if inherits else []
     prediction_type = prediction_type_of(teacher_scheduler)
     noise_scheduler = DDPMScheduler.from_config(
         teacher_scheduler.config, prediction_type=config.student_prediction_type or prediction_type
@@ -335,7 +372,6 @@ def main(config: StudentConfig) -> None:
         f"{prediction_type}, the student {schedule.prediction_type} (from {schedule_origin})"
     )
     accelerator.print(describe_models(teacher_unet, student))
-    accelerator.print(f"{len(inherited)} of {len(student.state_dict())} weight tensors inherited from the teacher")
     if config.dry_run:
         for pair in pairs:
             accelerator.print(f"{pair.student} {pair.student_shape} <- {pair.teacher} {pair.teacher_shape}")
@@ -358,6 +394,8 @@ def main(config: StudentConfig) -> None:
     if accelerator.is_main_process:
         folder.start(facts)
     accelerator.wait_for_everyone()
+    if config.inherit_weights and not folder.resume_point(options.resume_from_checkpoint):
+        accelerator.print(inherit(config, student, teacher_unet, images, noise_scheduler, accelerator.device))
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)

@@ -136,9 +136,7 @@ def batches_of(unet, num=2):
 
 
 def inherit(student, teacher, noise_scheduler, **options):
-    return inherit_weights(
-        student, teacher, batches=batches_of(teacher), noise_scheduler=noise_scheduler, **options
-    )
+    return inherit_weights(student, teacher, batches=batches_of(teacher), noise_scheduler=noise_scheduler, **options)
 
 
 # ---- exactness
@@ -179,7 +177,9 @@ def with_dead_channels(family):
     small, teacher = FAMILIES[family](1), FAMILIES[family](2)
     by_heads = isinstance(teacher, UNet2DModel) or not isinstance(teacher.config.attention_head_dim, int)
     sizes = {  # channels of a head where there are more heads, not larger ones
-        name: module.to_q.out_features // module.heads for name, module in small.named_modules() if hasattr(module, "to_q")
+        name: module.to_q.out_features // module.heads
+        for name, module in small.named_modules()
+        if hasattr(module, "to_q")
     }
     with torch.no_grad():
         for name, source in small.state_dict().items():
@@ -194,7 +194,9 @@ def with_dead_channels(family):
                 is_head = attention and (axis == 0) != (".to_out." in name)
                 whole = value.unflatten(axis, (-1, unit if is_head else 1))
                 dead = reads or (".to_k." in name and not by_heads)
-                value = torch.stack([whole, torch.zeros_like(whole) if dead else whole], axis + 1).flatten(axis, axis + 2)
+                value = torch.stack([whole, torch.zeros_like(whole) if dead else whole], axis + 1).flatten(
+                    axis, axis + 2
+                )
             if ".to_q." in name and not by_heads:
                 value = value * 2**0.5  # logits are divided by the root of a head's channels
             teacher.state_dict()[name].copy_(value)

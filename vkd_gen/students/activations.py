@@ -16,7 +16,6 @@ Batches = Iterable[Mapping[str, Any]]
 """Batches with `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]` and, if the UNet needs it, `conditioning`."""
 
 
-
 class Reading(NamedTuple):
     """What a layer reads from a stream, and how it weighs errors in it.
 
@@ -51,9 +50,7 @@ def predict_noisy(unet: ModelMixin, batch: Mapping[str, Any], noise_scheduler: S
 
 
 @torch.no_grad()
-def step0_error(
-    student: ModelMixin, teacher: ModelMixin, batches: Batches, noise_scheduler: SchedulerMixin
-) -> float:
+def step0_error(student: ModelMixin, teacher: ModelMixin, batches: Batches, noise_scheduler: SchedulerMixin) -> float:
     """Mean square difference of the two predictions, over the teacher's mean square.
 
     1 is as good as predicting nothing. For UNets of one prediction type.

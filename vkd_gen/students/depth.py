@@ -36,7 +36,9 @@ def layer_choices(
                 continue
             name = f"{way}_blocks.{index}"
             misfits = {
-                choice: sum(link.reads is None for link in link_layers(student, teacher, stages=stages, layers={name: choice}))
+                choice: sum(
+                    link.reads is None for link in link_layers(student, teacher, stages=stages, layers={name: choice})
+                )
                 for choice in itertools.combinations(range(counts[1]), counts[0])
             }
             fitting = [choice for choice, number in misfits.items() if number <= misfits[default]]  # type: ignore[index]

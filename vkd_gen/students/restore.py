@@ -158,7 +158,9 @@ def _fit(link: Link, module: nn.Module, inputs: Tensor, target: Tensor, ridge: f
     gram, cross = gram / count, cross / count
     if module.bias is not None:
         gram, cross = gram - torch.outer(mean, mean), cross - torch.outer(mean, missing)
-    held = gram + ridge * gram.diagonal().mean().clamp(min=1e-20) * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    held = gram + ridge * gram.diagonal().mean().clamp(min=1e-20) * torch.eye(
+        size, dtype=gram.dtype, device=gram.device
+    )
     change = torch.linalg.solve(held, cross).T
     module.weight.copy_((start + change).view_as(module.weight))
     if module.bias is not None:

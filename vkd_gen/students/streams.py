@@ -263,9 +263,7 @@ class _Walk:
         self._link(module, origin, [self._outside(module, origin) if is_table else stream], [stream])
         return (stream,) if is_table else (stream, stream)  # sines and cosines of the same frequencies
 
-    def _mlp(
-        self, student: nn.Module, teacher: nn.Module, reads: Sequence[Stream], target: Stream | None
-    ) -> Stream:
+    def _mlp(self, student: nn.Module, teacher: nn.Module, reads: Sequence[Stream], target: Stream | None) -> Stream:
         hidden = self._layer(student.linear_1, teacher.linear_1, reads)
         assert hidden is not None
         target = target or self._new(student.linear_2, teacher.linear_2)
@@ -285,7 +283,9 @@ class _Walk:
             stream = self._mid(student.mid_block, teacher.mid_block, stream)
         for index, stage in enumerate(reversed(self.stages)):
             position = len(teacher.down_blocks) - 1 - stage
-            stream = self._up(student.up_blocks[index], teacher.up_blocks[position], stream, skips, f"up_blocks.{index}")
+            stream = self._up(
+                student.up_blocks[index], teacher.up_blocks[position], stream, skips, f"up_blocks.{index}"
+            )
         if student.conv_norm_out is not None:
             self._link(student.conv_norm_out, teacher.conv_norm_out, [stream], [stream])
         self._layer(student.conv_out, teacher.conv_out, [stream])

@@ -1,0 +1,191 @@
+"""Compare ways to start a student from its teacher: before training, and after a short one by train_student_unet.py.
+
+python recipes/compare_inheritance.py
+python recipes/compare_inheritance.py --num_seeds 1 --widths 0.5
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vkd_gen.data import load_images
+from vkd_gen.students import Reduction, build_student, inherit_weights, step0_error
+from vkd_gen.training.command_line import run_recipe
+from vkd_gen.training.loop import fixed_batches
+from vkd_gen.training.models import load_teacher
+from vkd_gen.training.run_folder import environment, write_json
+
+ROOT = Path(__file__).parents[1]
+
+ARMS = {
+    "random initialisation": ("--no-inherit_weights",),
+    "random channels, fitted": ("--inherit_channels", "random"),
+    "first channels, fitted": ("--inherit_channels", "first"),
+    "largest weights, fitted": ("--inherit_channels", "magnitude"),
+    "activation-aware, fitted": ("--inherit_channels", "activation"),
+    "activation-aware": ("--inherit_channels", "activation", "--inherit_rescaling", "none"),
+    "largest weights": ("--inherit_channels", "magnitude", "--inherit_rescaling", "none"),
+}
+"""Flags of train_student_unet.py for each way that is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """Compare ways to start a student from its teacher. What is done already is not done again."""
+
+    preset: str = "default"
+    """There is one preset."""
+    widths: tuple[float, ...] = (0.5, 0.25)
+    """Factors on the teacher's channels."""
+    step0_teachers: tuple[str, ...] = ("recipes/assets/digits-teacher=digits", "recipes/assets/mnist-teacher=mnist")
+    """Teachers to measure the error before training on, each as FOLDER=DATASET."""
+    num_draws: int = 256
+    """Draws that students start from, and as many, of other images, to measure them on."""
+    num_seeds: int = 3
+    """Runs of every way, and random choices before training."""
+    max_train_steps: int = 300
+    """Steps of each run on the digits; 0 for none."""
+    output_dir: str = "runs/inheritance"
+    """Folder of the runs."""
+    results: str = "docs/results/inheritance.json"
+    """File to write."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        for name, least in {"num_draws": 1, "num_seeds": 1, "max_train_steps": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if wrong := [text for text in self.step0_teachers if text.count("=") != 1]:
+            raise ValueError(f"--step0_teachers takes FOLDER=DATASET, not {wrong[0]}")
+
+
+def find(path: str) -> str:
+    """A path of this repository, from wherever the command is started; anything else as it is."""
+    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean, spread and the values themselves."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "standard_deviation": spread, "values": values}
+
+
+def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, width: float) -> dict[str, Any]:
+    """For each choice of channels and each rescaling the student's error before any training."""
+    teacher, noise_scheduler, _ = load_teacher(find(folder))
+    images, held_out = load_images(dataset, resolution=teacher.config.sample_size, channels=teacher.config.in_channels)
+
+    def draws(source: Any, seed: int) -> list[dict[str, torch.Tensor]]:
+        options = {"seed": seed, "num_draws": config.num_draws, "batch_size": 64, "device": torch.device("cpu")}
+        return list(fixed_batches(source, noise_scheduler, **options))
+
+    tests = draws(held_out, seed=1_000_003)
+    rows: dict[str, list[float]] = {}
+    for seed in range(config.num_seeds):
+        batches = draws(images, seed)
+        for channels in ("random initialisation", "random", "first", "magnitude", "activation"):
+            for rescaling in ("none", "fan_in", "least_squares"):
+                torch.manual_seed(seed)
+                student = build_student(teacher, Reduction(width=width))
+                name = channels
+                if channels != "random initialisation":
+                    inherit_weights(
+                        student,
+                        teacher,
+                        channels=channels,
+                        rescaling=rescaling,
+                        batches=batches,
+                        noise_scheduler=noise_scheduler,
+                        seed=seed,
+                    )
+                    name = f"{channels}, {rescaling}"
+                elif rescaling != "none":
+                    continue
+                error = step0_error(student, teacher, tests, noise_scheduler)
+                rows.setdefault(name, []).append(error)
+        print(f"{dataset} width {width}: seed {seed} of {config.num_seeds} measured", flush=True)
+    return {name: summary(values) for name, values in rows.items()}
+
+
+def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[str, float]:
+    """The student's row of results.json of one run of train_student_unet.py, which is made if it is not there."""
+    name = arm.replace(" ", "-").replace(",", "")
+    folder = Path(config.output_dir) / f"width-{width}" / f"{name}-seed-{seed}"
+    if not (folder / "results.json").exists():
+        command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes" / "train_student_unet.py")]
+        command += ["--student_width", str(width), "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm]]
+        command += ["--max_train_steps", str(config.max_train_steps), "--preview_every_steps", "0"]
+        command += ["--inherit_samples", str(config.num_draws), "--resume_from_checkpoint", "latest"]
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"the run in {folder} failed: {done.stderr[-500:]}")
+        print(f"{folder}: {time.perf_counter() - started:.0f} s", flush=True)
+    return json.loads((folder / "results.json").read_text())["rows"]["student"]
+
+
+def print_rows(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Rows of means and spreads."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table(title, *columns)
+    for name, row in rows.items():
+        cells = [row.get(column) for column in columns]
+        table.add_row(
+            name,
+            *(f"{cell['mean']:.4g} ± {cell['standard_deviation']:.2g}" if cell else "-" for cell in cells),
+        )
+    Console(width=140).print(table)
+
+
+def main(config: ComparisonConfig) -> None:
+    """Measure before training, then train, and write after every step what is known so far."""
+    path = Path(config.results)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    protocol = {"num_draws": config.num_draws, "num_seeds": config.num_seeds, "max_train_steps": config.max_train_steps}
+    if known.get("protocol") != protocol:
+        known = {"protocol": protocol, "before_training": {}, "after_training": {}}
+    known["environment"] = environment()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for text in config.step0_teachers:
+        folder, dataset = text.split("=")
+        for width in config.widths:
+            name = f"{Path(folder).name} width {width}"
+            if name not in known["before_training"]:
+                known["before_training"][name] = errors_before_training(config, folder, dataset, width)
+                write_json(path, known)
+    before: dict[str, dict[str, Any]] = {}
+    for column, rows in known["before_training"].items():
+        for name, cell in rows.items():
+            before.setdefault(name, {})[column] = cell
+    print_rows("error before training", before)
+    if not config.max_train_steps:
+        return
+    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for seed in range(config.num_seeds):
+        for width in config.widths:
+            for arm in ARMS:
+                row = train(config, width, arm, seed)
+                for score in ("frechet_distance", "teacher_distance", "denoising_error"):
+                    scores.setdefault(f"width {width}", {}).setdefault(arm, {}).setdefault(score, []).append(row[score])
+                known["after_training"] = {
+                    title: {
+                        name: {key: summary(values) for key, values in cells.items()} for name, cells in rows.items()
+                    }
+                    for title, rows in scores.items()
+                }
+                write_json(path, known)
+    for title, rows in known["after_training"].items():
+        print_rows(f"after {config.max_train_steps} steps, {title}", rows)
+
+
+if __name__ == "__main__":
+    run_recipe(main, {"default": ComparisonConfig()}, __doc__, default="default")
