@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vkd_gen.diffusion import add_noise
 from vkd_gen.features import to_rows
-from vkd_gen.students.streams import Link, Stream, weights_by_stream
+from vkd_gen.students.streams import Layer, Link, Stream, weights_by_stream
 
 Batches = Iterable[Mapping[str, Any]]
 """Batches with `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]` and, if the UNet needs it, `conditioning`."""
@@ -104,10 +104,10 @@ def read_channels(
     """
     readers = [link for link in links if isinstance(link.teacher, nn.Conv2d | nn.Linear) and link.reads]
     logits = [link for link in links if link.is_logit and link.teacher is not None]
-    moments: dict[tuple[nn.Module, str], _Moments] = defaultdict(_Moments)
+    moments: dict[tuple[Layer, str], _Moments] = defaultdict(_Moments)
 
     def recorder(side: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+        def hook(module: Layer, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
             moments[module, side].add(inputs[0] if output is None else output)
 
         return hook

@@ -4,6 +4,7 @@ Every stream keeps equal counts between the edges of the group norms that read i
 the teacher's with fewer channels each; attention keeps whole heads, or equal counts in every head.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -26,7 +27,7 @@ def check_choice(choice: str) -> None:
 
 
 def undecided(links: Sequence[Link]) -> list[Stream]:
-    """Streams whose channels have to be chosen: the student's are fewer than the teacher's. Heads in the order to choose."""
+    """Streams of fewer channels than the teacher's, whose channels have to be chosen, in that order."""
     streams = dict.fromkeys(stream for link in links for stream in (*(link.reads or ()), *link.writes))
     found = [stream for stream in streams if stream.kept is None and stream.student < stream.teacher]
     return sorted(found, key=lambda stream: stream.same_heads is not None)
@@ -87,10 +88,8 @@ def _ranges(stream: Stream, head_scores: Tensor) -> list[tuple[int, int, int]]:
     # Rounded where they end, so that no edge is off by a whole channel.
     edges = sorted({0, stream.teacher, *(edge for edge in stream.edges if edge < stream.teacher)})
     ends = [edge * stream.student // stream.teacher for edge in edges]
-    return [
-        (first, end, ends[position + 1] - ends[position])
-        for position, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
-    ]
+    numbers = [end - first for first, end in itertools.pairwise(ends)]
+    return [(*edge, number) for edge, number in zip(itertools.pairwise(edges), numbers, strict=True)]
 
 
 def keep_highest(stream: Stream, scores: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ from typing import Literal, get_args
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from torch import Tensor, nn
 
 from vkd_gen.students.activations import Batches, read_channels
 from vkd_gen.students.channels import ChannelChoice, check_choice, choose_channels, undecided
 from vkd_gen.students.restore import channel_index, fit_layers
-from vkd_gen.students.streams import BlockLayers, Link, Stream, channel_axes, link_layers
+from vkd_gen.students.streams import BlockLayers, Layer, Link, channel_axes, link_layers
 
 Rescaling = Literal["none", "fan_in", "least_squares"]
 
@@ -24,7 +23,7 @@ class Inheritance:
         copied: every weight is the teacher's.
         sliced: the teacher's weights on the channels that the student has.
         fitted: then fitted to what the teacher's layer computes.
-        random: left as they were.
+        random: left as they were; the last ones of residual branches at zero.
     """
 
     copied: dict[str, str]
@@ -106,12 +105,20 @@ def inherit_weights(
         readings = read_channels(links, teacher, batches or [], noise_scheduler)
     choose_channels(links, channels, readings=readings, seed=seed)
     for link in links:
-        if link.teacher is not None and link.reads is not None:
+        if link.ends_branch and (link.teacher is None or link.reads is None):
+            _silence(link.student)
+        elif link.teacher is not None and link.reads is not None:
             _slice(link, fan_in=rescaling == "fan_in")
     fitted = []
     if rescaling == "least_squares":
         fitted = fit_layers(links, student, teacher, batches or [], noise_scheduler)
     return _report(links, fitted, student, teacher)
+
+
+def _silence(layer: Layer) -> None:
+    """A branch that inherits nothing adds nothing at first, so that the sample passes around it."""
+    for parameter in layer.parameters():
+        parameter.zero_()
 
 
 def _slice(link: Link, *, fan_in: bool) -> None:
@@ -137,23 +144,17 @@ def _slice(link: Link, *, fan_in: bool) -> None:
 
 
 def _report(links: Sequence[Link], fitted: Sequence[Link], student: ModelMixin, teacher: ModelMixin) -> Inheritance:
-    names = {module: name for name, module in student.named_modules()}
-    origins = {module: name for name, module in teacher.named_modules()}
-    copied, sliced = {}, {}
+    names, origins = ({module: name for name, module in unet.named_modules()} for unet in (student, teacher))
+    by_kind: dict[str, dict[str, str]] = {"copied": {}, "sliced": {}, "fitted": {}}
     for link in links:
-        if link.teacher is not None and link.reads is not None:
-            streams = (*link.reads, *link.writes)
-            same = link not in fitted and all(_is_whole(stream) for stream in streams)
-            (copied if same else sliced)[names[link.student]] = origins[link.teacher]
-    by_fit = {names[link.student]: origins[link.teacher] for link in fitted if link.teacher is not None}
-    known = {*copied, *sliced, *by_fit}
-    random = [
-        name
-        for name, module in student.named_modules()
-        if name not in known and next(module.parameters(recurse=False), None) is not None and module in names
-    ]
-    return Inheritance(copied, sliced, by_fit, tuple(random))
-
-
-def _is_whole(stream: Stream) -> bool:
-    return stream.student == stream.teacher
+        if link.teacher is None:
+            continue
+        name, origin = names[link.student], origins[link.teacher]
+        if link in fitted:
+            by_kind["fitted"][name] = origin
+        if link.reads is not None:
+            whole = all(stream.student == stream.teacher for stream in (*link.reads, *link.writes))
+            by_kind["copied" if whole and link not in fitted else "sliced"][name] = origin
+    known = set().union(*by_kind.values())
+    with_weights = {name for module, name in names.items() if next(module.parameters(recurse=False), None) is not None}
+    return Inheritance(**by_kind, random=tuple(sorted(with_weights - known)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vkd_gen.features import to_rows
 from vkd_gen.students.activations import Batches, predict_noisy
-from vkd_gen.students.streams import Link, Stream
+from vkd_gen.students.streams import Layer, Link, Stream
 
 RIDGE = 1e-3
 """Share of the mean variance of a layer's inputs that holds its weights at the teacher's."""
@@ -71,17 +71,17 @@ def fit_layers(
         for handle in hooks:
             handle.remove()
 
-    addends: dict[nn.Module, Tensor] = {}
+    addends: dict[Layer, Tensor] = {}
     hooks, done = [], []
 
-    def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def keep_input(module: Layer, inputs: tuple[Tensor, ...]) -> None:
         addends[module] = inputs[0]
 
-    def keep_output(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep_output(module: Layer, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         addends[module] = output
 
     def fit(link: Link) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(module: Layer, inputs: tuple[Tensor, ...]) -> None:
             target = targets.pop(link)
             if link.residual is not None:
                 added = to_rows(addends[_adds(link)])
@@ -109,7 +109,7 @@ def fit_layers(
     return done
 
 
-def _adds(link: Link) -> nn.Module:
+def _adds(link: Link) -> Layer:
     """The student's module whose input, or output for a shortcut, is added to the layer's output."""
     assert link.residual is not None
     block = link.residual[0]
@@ -119,7 +119,7 @@ def _adds(link: Link) -> nn.Module:
 def _keep_target(link: Link, targets: dict[Link, Tensor]) -> Any:
     index = channel_index(link.writes)
 
-    def hook(module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
+    def hook(module: Layer, _inputs: tuple[Tensor, ...], output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         factor = getattr(module, "output_scale_factor", None) or getattr(module, "rescale_output_factor", None) or 1.0
         rows = _norm_rows(output) if isinstance(module, nn.GroupNorm) else to_rows(output)
@@ -129,7 +129,7 @@ def _keep_target(link: Link, targets: dict[Link, Tensor]) -> Any:
     return (link.residual[1] if link.residual else link.teacher).register_forward_hook(hook)
 
 
-def _fit(link: Link, module: nn.Module, inputs: Tensor, target: Tensor, ridge: float) -> bool:
+def _fit(link: Link, module: Layer, inputs: Tensor, target: Tensor, ridge: float) -> bool:
     if isinstance(module, nn.GroupNorm | nn.LayerNorm):
         return _fit_norm(module, inputs, target, ridge)
     patches = _patches(module, inputs[:1])
@@ -168,7 +168,7 @@ def _fit(link: Link, module: nn.Module, inputs: Tensor, target: Tensor, ridge: f
     return True
 
 
-def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
+def _patches(module: Layer, inputs: Tensor) -> Tensor:
     """What each output position is computed from, `[B, N, weights per output]`, float32."""
     if isinstance(module, nn.Linear):
         return to_rows(inputs).float()

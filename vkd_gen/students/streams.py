@@ -9,10 +9,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
+
+Layer = Any
+"""A module; torch gives a module's attributes no useful type."""
 
 BlockLayers = Mapping[str, Sequence[int]]
 """Student block -> the teacher's layer that each of its layers copies, such as `{"up_blocks.0": (0, 2)}`."""
@@ -67,18 +71,20 @@ class Link:
         scale: factor on the weights, so that attention logits stay what they are.
         residual: student and teacher module that add their input to this layer's output, if any.
         is_logit: the layer computes queries or keys.
+        ends_branch: what the layer computes is added to what went around it.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
+    student: Layer
+    teacher: Layer
     reads: tuple[Stream, ...] | None
     writes: tuple[Stream, ...]
     scale: float = 1.0
-    residual: tuple[nn.Module, nn.Module] | None = None
+    residual: tuple[Layer, Layer] | None = None
     is_logit: bool = False
+    ends_branch: bool = False
 
 
-def channels_of(module: nn.Module) -> tuple[int, int]:
+def channels_of(module: Layer) -> tuple[int, int]:
     """Input and output channels of a layer."""
     match module:
         case nn.Conv2d() | nn.ConvTranspose2d():
@@ -121,8 +127,8 @@ def default_layers(num_student: int, num_teacher: int, *, decoder: bool) -> tupl
     """The teacher's layer that each layer of a block copies.
 
     An encoder's block keeps its first layers. A decoder's block keeps its first ones and its last, which alone reads
-    the skip connection from the stage above, with that stage's channels. This is what BK-SDM (arXiv 2305.15798) does for
-    two layers of three.
+    the skip connection from the stage above, with that stage's channels. BK-SDM (arXiv
+    2305.15798) does so for two layers of three.
 
     Returns:
         One number for each of the student's layers; None for those that the teacher has no layer for.
@@ -190,19 +196,20 @@ class _Walk:
 
     def _link(
         self,
-        student: nn.Module | None,
-        teacher: nn.Module | None,
+        student: Layer,
+        teacher: Layer,
         reads: Sequence[Stream],
         writes: Sequence[Stream],
         scale: float = 1.0,
-        residual: tuple[nn.Module, nn.Module] | None = None,
+        residual: tuple[Layer, Layer] | None = None,
         is_logit: bool = False,
+        ends_branch: bool = False,
     ) -> None:
         if student is None or next(student.parameters(), None) is None:
             return
         assert channels_of(student) == tuple(sum(stream.student for stream in streams) for streams in (reads, writes))
         if teacher is None or channels_of(teacher)[1] != sum(stream.teacher for stream in writes):
-            self.links.append(Link(student, None, None, tuple(writes)))
+            self.links.append(Link(student, None, None, tuple(writes), ends_branch=ends_branch))
             return
         fits = channels_of(teacher)[0] == sum(stream.teacher for stream in reads)
         if isinstance(student, nn.GroupNorm) and fits:
@@ -211,12 +218,12 @@ class _Walk:
                 stream.edges |= {edge - offset for edge in range(0, offset + stream.teacher, size) if edge > offset}
                 offset += stream.teacher
         link_reads = tuple(reads) if fits else None
-        self.links.append(Link(student, teacher, link_reads, tuple(writes), scale, residual, is_logit))
+        self.links.append(Link(student, teacher, link_reads, tuple(writes), scale, residual, is_logit, ends_branch))
 
-    def _new(self, student: nn.Module, teacher: nn.Module | None) -> Stream:
+    def _new(self, student: Layer, teacher: Layer) -> Stream:
         return Stream(0 if teacher is None else channels_of(teacher)[1], channels_of(student)[1])
 
-    def _layer(self, student: nn.Module | None, teacher: nn.Module | None, reads: Sequence[Stream]) -> Stream | None:
+    def _layer(self, student: Layer, teacher: Layer, reads: Sequence[Stream]) -> Stream | None:
         """A layer that begins a stream of its own."""
         if student is None:
             return None
@@ -224,10 +231,10 @@ class _Walk:
         self._link(student, teacher, reads, [stream])
         return stream
 
-    def _outside(self, student: nn.Module, teacher: nn.Module | None) -> Stream:
+    def _outside(self, student: Layer, teacher: Layer) -> Stream:
         """What comes from outside the UNet: every channel as it is."""
-        counts = [channels_of(module)[0] if module is not None else 0 for module in (teacher, student)]
-        return Stream(*counts, kept=_spread(*counts))
+        full, count = (channels_of(module)[0] if module is not None else 0 for module in (teacher, student))
+        return Stream(full, count, kept=_spread(full, count))
 
     # ---- embeddings
 
@@ -263,7 +270,7 @@ class _Walk:
         self._link(module, origin, [self._outside(module, origin) if is_table else stream], [stream])
         return (stream,) if is_table else (stream, stream)  # sines and cosines of the same frequencies
 
-    def _mlp(self, student: nn.Module, teacher: nn.Module, reads: Sequence[Stream], target: Stream | None) -> Stream:
+    def _mlp(self, student: Layer, teacher: Layer, reads: Sequence[Stream], target: Stream | None) -> Stream:
         hidden = self._layer(student.linear_1, teacher.linear_1, reads)
         assert hidden is not None
         target = target or self._new(student.linear_2, teacher.linear_2)
@@ -302,7 +309,7 @@ class _Walk:
             )
         return chosen
 
-    def _down(self, student: nn.Module, teacher: nn.Module, stream: Stream, skips: list[Stream], name: str) -> Stream:
+    def _down(self, student: Layer, teacher: Layer, stream: Stream, skips: list[Stream], name: str) -> Stream:
         chosen = self._chosen(name, len(student.resnets), len(teacher.resnets), decoder=False)
         for index, origin in enumerate(chosen):
             stream = self._resnet(student.resnets[index], _at(teacher.resnets, origin), [stream])
@@ -313,7 +320,7 @@ class _Walk:
             skips.append(stream)
         return stream
 
-    def _mid(self, student: nn.Module, teacher: nn.Module | None, stream: Stream) -> Stream:
+    def _mid(self, student: Layer, teacher: Layer, stream: Stream) -> Stream:
         resnets = () if teacher is None else teacher.resnets
         for index, resnet in enumerate(student.resnets):
             if index:
@@ -321,7 +328,7 @@ class _Walk:
             stream = self._resnet(resnet, _at(resnets, index), [stream])
         return stream
 
-    def _up(self, student: nn.Module, teacher: nn.Module, stream: Stream, skips: list[Stream], name: str) -> Stream:
+    def _up(self, student: Layer, teacher: Layer, stream: Stream, skips: list[Stream], name: str) -> Stream:
         chosen = self._chosen(name, len(student.resnets), len(teacher.resnets), decoder=True)
         for index, origin in enumerate(chosen):
             stream = self._resnet(student.resnets[index], _at(teacher.resnets, origin), [stream, skips.pop()])
@@ -330,7 +337,7 @@ class _Walk:
             stream = self._resample(student.upsamplers, teacher.upsamplers, stream)
         return stream
 
-    def _resample(self, student: nn.ModuleList, teacher: nn.ModuleList | None, stream: Stream) -> Stream:
+    def _resample(self, student: Layer, teacher: Layer, stream: Stream) -> Stream:
         for index, layer in enumerate(student):
             origin = _at(teacher or (), index)
             if hasattr(layer, "conv1"):
@@ -341,8 +348,8 @@ class _Walk:
                 stream = self._layer(convs[0], convs[1], [stream]) or stream
         return stream
 
-    def _resnet(self, student: nn.Module, teacher: nn.Module | None, reads: Sequence[Stream]) -> Stream:
-        def of(name: str) -> tuple[nn.Module | None, nn.Module | None]:
+    def _resnet(self, student: Layer, teacher: Layer, reads: Sequence[Stream]) -> Stream:
+        def of(name: str) -> tuple[Layer, Layer]:
             return getattr(student, name, None), getattr(teacher, name, None)
 
         self._link(*of("norm1"), reads, reads)
@@ -355,15 +362,13 @@ class _Walk:
         out = reads[0] if stays else self._new(student.conv2, getattr(teacher, "conv2", None))
         both = None if teacher is None else (student, teacher)
         adds = student.conv_shortcut is None
-        self._link(*of("conv2"), [hidden], [out], residual=both if adds else None)
+        self._link(*of("conv2"), [hidden], [out], residual=both if adds else None, ends_branch=adds)
         self._link(*of("conv_shortcut"), reads, [out], residual=both)
         return out
 
     # ---- attention
 
-    def _attention_at(
-        self, student: nn.Module, teacher: nn.Module | None, index: int, origin: int | None, stream: Stream
-    ) -> Stream:
+    def _attention_at(self, student: Layer, teacher: Layer, index: int, origin: int | None, stream: Stream) -> Stream:
         layer = _at(getattr(student, "attentions", None) or (), index)
         source = None if origin is None else _at(getattr(teacher, "attentions", None) or (), origin)
         if layer is None:
@@ -374,21 +379,23 @@ class _Walk:
             self._transformer(layer, source, stream)
         return stream
 
-    def _attention(self, student: nn.Module, teacher: nn.Module | None, stream: Stream, *, residual: bool) -> None:
+    def _attention(self, student: Layer, teacher: Layer, stream: Stream, *, residual: bool) -> None:
         if type(teacher) is not type(student):
             teacher = None
 
-        def of(name: str) -> tuple[nn.Module | None, nn.Module | None]:
+        def of(name: str) -> tuple[Layer, Layer]:
             return getattr(student, name, None), getattr(teacher, name, None)
 
         self._link(*of("group_norm"), [stream], [stream])
         heads = student.heads, student.heads if teacher is None else teacher.heads
-        values = dataclasses.replace(self._new(*of("to_v")), heads=heads)  # type: ignore[arg-type]
-        logits = dataclasses.replace(self._new(*of("to_q")), heads=heads, same_heads=values)  # type: ignore[arg-type]
+        out = (student.to_out[0], None if teacher is None else teacher.to_out[0])
+        full, count = (0 if layer is None else channels_of(layer)[0] for layer in (out[1], out[0]))
+        values = Stream(full, count, heads)
+        logits = dataclasses.replace(self._new(*of("to_q")), heads=heads, same_heads=values)
         sizes = [student.to_q.out_features // heads[0], max(1, logits.teacher // heads[1])]
         # Logits are divided by the root of a head's channels; a head that has each channel twice adds up each twice.
         scale = math.sqrt(sizes[0] / sizes[1]) / max(1, sizes[0] / sizes[1])
-        source = self._outside(*of("to_k")) if student.is_cross_attention else stream  # type: ignore[arg-type]
+        source = self._outside(*of("to_k")) if student.is_cross_attention else stream
         self._link(*of("to_q"), [stream], [logits], scale=scale, is_logit=True)
         self._link(*of("to_k"), [source], [logits], is_logit=True)
         self._link(*of("to_v"), [source], [values])
@@ -396,23 +403,24 @@ class _Walk:
             layer, origin = of(name)
             if layer is not None:
                 self._link(layer, origin, [self._outside(layer, origin)], [target])
-        out = (student.to_out[0], None if teacher is None else teacher.to_out[0])
         adds = residual and teacher is not None
-        self._link(*out, [values], [stream], residual=(student, teacher) if adds else None)  # type: ignore[arg-type]
+        self._link(*out, [values], [stream], residual=(student, teacher) if adds else None, ends_branch=True)
 
-    def _transformer(self, student: nn.Module, teacher: nn.Module | None, stream: Stream) -> None:
-        def of(name: str) -> tuple[nn.Module | None, nn.Module | None]:
+    def _transformer(self, student: Layer, teacher: Layer, stream: Stream) -> None:
+        def of(name: str) -> tuple[Layer, Layer]:
             return getattr(student, name, None), getattr(teacher, name, None)
 
+        if type(teacher) is not type(student):
+            teacher = None
         self._link(*of("norm"), [stream], [stream])
         inner = self._layer(*of("proj_in"), [stream])
         assert inner is not None
         for index, block in enumerate(student.transformer_blocks):
             self._transformer_block(block, _at(getattr(teacher, "transformer_blocks", ()), index), inner)
         both = None if teacher is None else (student, teacher)
-        self._link(*of("proj_out"), [inner], [stream], residual=both)
+        self._link(*of("proj_out"), [inner], [stream], residual=both, ends_branch=True)
 
-    def _transformer_block(self, student: nn.Module, teacher: nn.Module | None, stream: Stream) -> None:
+    def _transformer_block(self, student: Layer, teacher: Layer, stream: Stream) -> None:
         for norm, attention in (("norm1", "attn1"), ("norm2", "attn2")):
             if getattr(student, attention, None) is None:
                 continue
@@ -424,10 +432,10 @@ class _Walk:
         hidden = Stream(0 if origin is None else channels_of(origin[2])[0], channels_of(feed[2])[0])
         gated = channels_of(first)[1] // hidden.student  # a gated layer computes hidden channels, then their gates
         self._link(first, source, [stream], [hidden] * gated)
-        self._link(feed[2], None if origin is None else origin[2], [hidden], [stream])
+        self._link(feed[2], None if origin is None else origin[2], [hidden], [stream], ends_branch=True)
 
 
-def _at(modules: Sequence[nn.Module] | nn.ModuleList, index: int | None) -> nn.Module | None:
+def _at(modules: Any, index: int | None) -> Layer:
     return modules[index] if index is not None and index < len(modules) else None
 
 
@@ -443,7 +451,7 @@ def _nearest_frequencies(teacher: int, student: int, shift: float) -> Tensor:
     return torch.cat([index, full + index])
 
 
-def channel_axes(module: nn.Module) -> tuple[int, int]:
+def channel_axes(module: Layer) -> tuple[int, int]:
     """Axes of a weight's input and output channels; for weights of two or more axes."""
     return (0, 1) if isinstance(module, nn.ConvTranspose2d | nn.Embedding) else (1, 0)
 
