@@ -4,21 +4,31 @@ python recipes/compare_inheritance.py
 python recipes/compare_inheritance.py --num_seeds 1 --widths 0.5
 """
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from vkd_gen.data import load_images
-from vkd_gen.students import Reduction, build_student, inherit_weights, step0_error
+from vkd_gen.data import Images, load_images
+from vkd_gen.students import (
+    Reduction,
+    build_student,
+    compare_layer_choices,
+    inherit_weights,
+    layer_choices,
+    step0_error,
+)
 from vkd_gen.training.command_line import run_recipe
 from vkd_gen.training.loop import fixed_batches
 from vkd_gen.training.models import load_teacher
@@ -33,7 +43,6 @@ ARMS = {
     "largest weights, fitted": ("--inherit_channels", "magnitude"),
     "activation-aware, fitted": ("--inherit_channels", "activation"),
     "activation-aware": ("--inherit_channels", "activation", "--inherit_rescaling", "none"),
-    "largest weights": ("--inherit_channels", "magnitude", "--inherit_rescaling", "none"),
 }
 """Flags of train_student_unet.py for each way that is trained."""
 
@@ -54,6 +63,8 @@ class ComparisonConfig:
     """Runs of every way, and random choices before training."""
     max_train_steps: int = 300
     """Steps of each run on the digits; 0 for none."""
+    num_score_samples: int = 500
+    """Samples that each run's Frechet distance is computed from."""
     output_dir: str = "runs/inheritance"
     """Folder of the runs."""
     results: str = "docs/results/inheritance.json"
@@ -61,7 +72,7 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        for name, least in {"num_draws": 1, "num_seeds": 1, "max_train_steps": 0}.items():
+        for name, least in {"num_draws": 1, "num_seeds": 1, "max_train_steps": 0, "num_score_samples": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if wrong := [text for text in self.step0_teachers if text.count("=") != 1]:
@@ -79,19 +90,24 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "standard_deviation": spread, "values": values}
 
 
-def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, width: float) -> dict[str, Any]:
-    """For each choice of channels and each rescaling the student's error before any training."""
+def load(config: ComparisonConfig, folder: str, dataset: str) -> tuple[Any, Any, Any, list[dict[str, Tensor]]]:
+    """A teacher, its schedule, batches to start students from by seed, and batches of other images to test on."""
     teacher, noise_scheduler, _ = load_teacher(find(folder))
     images, held_out = load_images(dataset, resolution=teacher.config.sample_size, channels=teacher.config.in_channels)
 
-    def draws(source: Any, seed: int) -> list[dict[str, torch.Tensor]]:
+    def draws(source: Images, seed: int) -> list[dict[str, Tensor]]:
         options = {"seed": seed, "num_draws": config.num_draws, "batch_size": 64, "device": torch.device("cpu")}
         return list(fixed_batches(source, noise_scheduler, **options))
 
-    tests = draws(held_out, seed=1_000_003)
+    return teacher, noise_scheduler, partial(draws, images), draws(held_out, seed=1_000_003)
+
+
+def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, width: float) -> dict[str, Any]:
+    """For each choice of channels and each rescaling the student's error before any training."""
+    teacher, noise_scheduler, train_batches, tests = load(config, folder, dataset)
     rows: dict[str, list[float]] = {}
     for seed in range(config.num_seeds):
-        batches = draws(images, seed)
+        batches = train_batches(seed)
         for channels in ("random initialisation", "random", "first", "magnitude", "activation"):
             for rescaling in ("none", "fan_in", "least_squares"):
                 torch.manual_seed(seed)
@@ -116,6 +132,16 @@ def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, 
     return {name: summary(values) for name, values in rows.items()}
 
 
+def errors_by_layers(config: ComparisonConfig, folder: str, dataset: str) -> list[dict[str, Any]]:
+    """With one layer in each block: the error before training for every choice of the teacher's layers."""
+    teacher, noise_scheduler, train_batches, tests = load(config, folder, dataset)
+    student = build_student(teacher, Reduction(layers_per_block=1))
+    options = {"test_batches": tests, "rescaling": "none"}
+    results = compare_layer_choices(student, teacher, train_batches(0), noise_scheduler, **options)
+    default = layer_choices(student, teacher)[0]
+    return [{"error": error, "layers": layers, "default": layers == default} for error, layers in results]
+
+
 def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[str, float]:
     """The student's row of results.json of one run of train_student_unet.py, which is made if it is not there."""
     name = arm.replace(" ", "-").replace(",", "")
@@ -124,7 +150,8 @@ def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[s
         command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes" / "train_student_unet.py")]
         command += ["--student_width", str(width), "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm]]
         command += ["--max_train_steps", str(config.max_train_steps), "--preview_every_steps", "0"]
-        command += ["--inherit_samples", str(config.num_draws), "--resume_from_checkpoint", "latest"]
+        command += ["--num_score_samples", str(config.num_score_samples), "--inherit_samples", str(config.num_draws)]
+        command += ["--resume_from_checkpoint", "latest"]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -150,13 +177,17 @@ def main(config: ComparisonConfig) -> None:
     """Measure before training, then train, and write after every step what is known so far."""
     path = Path(config.results)
     known = json.loads(path.read_text()) if path.exists() else {}
-    protocol = {"num_draws": config.num_draws, "num_seeds": config.num_seeds, "max_train_steps": config.max_train_steps}
+    names = ("num_draws", "num_seeds", "max_train_steps", "num_score_samples")
+    protocol = {name: getattr(config, name) for name in names}
     if known.get("protocol") != protocol:
-        known = {"protocol": protocol, "before_training": {}, "after_training": {}}
+        known = {"protocol": protocol, "before_training": {}, "layers": {}, "after_training": {}}
     known["environment"] = environment()
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in config.step0_teachers:
         folder, dataset = text.split("=")
+        if Path(folder).name not in known.setdefault("layers", {}):
+            known["layers"][Path(folder).name] = errors_by_layers(config, folder, dataset)
+            write_json(path, known)
         for width in config.widths:
             name = f"{Path(folder).name} width {width}"
             if name not in known["before_training"]:
@@ -170,19 +201,16 @@ def main(config: ComparisonConfig) -> None:
     if not config.max_train_steps:
         return
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for seed in range(config.num_seeds):
-        for width in config.widths:
-            for arm in ARMS:
-                row = train(config, width, arm, seed)
-                for score in ("frechet_distance", "teacher_distance", "denoising_error"):
-                    scores.setdefault(f"width {width}", {}).setdefault(arm, {}).setdefault(score, []).append(row[score])
-                known["after_training"] = {
-                    title: {
-                        name: {key: summary(values) for key, values in cells.items()} for name, cells in rows.items()
-                    }
-                    for title, rows in scores.items()
-                }
-                write_json(path, known)
+    for seed, width, arm in itertools.product(range(config.num_seeds), config.widths, ARMS):
+        row = train(config, width, arm, seed)
+        cells = scores.setdefault(f"width {width}", {}).setdefault(arm, {})
+        for score in ("frechet_distance", "teacher_distance", "denoising_error"):
+            cells.setdefault(score, []).append(row[score])
+        known["after_training"] = {
+            title: {name: {key: summary(values) for key, values in cells.items()} for name, cells in rows.items()}
+            for title, rows in scores.items()
+        }
+        write_json(path, known)
     for title, rows in known["after_training"].items():
         print_rows(f"after {config.max_train_steps} steps, {title}", rows)
 

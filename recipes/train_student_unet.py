@@ -69,8 +69,11 @@ class StudentConfig:
     inherit_rescaling: Rescaling = "least_squares"
     """What makes up for missing channels and layers at the start: each of the student's layers fitted to what the
     teacher's computes, weights multiplied for the smaller fan-in, or nothing."""
+    inherit_layers: Literal["best", "rule"] = "best"
+    """Which of the teacher's layers a shallower student starts from: those with which it comes closest to the teacher,
+    or as in BK-SDM the first of each block and the decoder's last."""
     inherit_samples: int = 256
-    """Draws of (image, noise, timestep) for both; all are held in memory at once, with every layer's output."""
+    """Draws of (image, noise, timestep) for these; all are held in memory at once, with every layer's output."""
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
     """vkd: solved orthogonal projector. vkd-paper: learned orthogonal projector, full whitening by batch statistics,
     smooth-L1, as published. fitnet: free 1x1 convolution. output: distil the teacher's output alone. none: no
@@ -285,21 +288,26 @@ def inherit(
     device: torch.device,
 ) -> vkd.Inheritance:
     """Start the student from the teacher, both in float32."""
-    draws = fixed_batches(
-        images,
-        noise_scheduler,
-        seed=config.training.seed,
-        num_draws=config.inherit_samples,
-        batch_size=config.training.eval_batch_size,
-        device=device,
+    draws = list(
+        fixed_batches(
+            images,
+            noise_scheduler,
+            seed=config.training.seed,
+            num_draws=config.inherit_samples,
+            batch_size=config.training.eval_batch_size,
+            device=device,
+        )
     )
+    student, teacher = student.to(device), teacher.to(device)
+    best = config.inherit_layers == "best"
     return vkd.inherit_weights(
-        student.to(device),
-        teacher.to(device),
+        student,
+        teacher,
         channels=config.inherit_channels,
         rescaling=config.inherit_rescaling,
         batches=draws,
         noise_scheduler=noise_scheduler,
+        layers=vkd.best_layers(student, teacher, draws, noise_scheduler) if best else None,
         seed=config.training.seed,
     )
 

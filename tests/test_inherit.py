@@ -10,6 +10,7 @@ from vkd_gen.features import example_inputs
 from vkd_gen.students import (
     REDUCTIONS,
     Reduction,
+    best_layers,
     build_student,
     compare_layer_choices,
     inherit_weights,
@@ -333,8 +334,8 @@ def test_stages_are_told_apart_by_their_blocks():
 def test_all_choices_of_layers_that_fit():
     """By hand: those whose input channels are the student's.
 
-    Inputs of the down blocks' layers: 32 32, 32 64, 64 128, 128 128; the student's, the first of each. Of the up blocks',
-    hidden and skip: 256 256 256, 256 256 192, 192 128 96, 96 64 64; the student's, the first and the last.
+    Inputs of the down blocks' layers: 32 32, 32 64, 64 128, 128 128; the student's, the first of each. Of the up
+    blocks', hidden and skip: 256 256 256, 256 256 192, 192 128 96, 96 64 64; the student's, the first and the last.
     """
     teacher = stable_diffusion()
     student = build_student(teacher, REDUCTIONS["bk-base"])
@@ -365,6 +366,19 @@ def test_choices_of_layers_are_measured(noise_scheduler):
     name, chosen = next(iter(layers.items()))
     source = teacher.get_submodule(name).resnets[chosen[0]]
     assert torch.equal(student.get_submodule(name).resnets[0].conv1.weight, source.conv1.weight)
+
+
+def test_the_best_layers_are_never_worse_than_the_default(noise_scheduler):
+    teacher = unconditional(layers_per_block=2, block_out_channels=(16, 16))
+    student = build_student(teacher, Reduction(layers_per_block=1))
+    batches = batches_of(teacher)
+    results = compare_layer_choices(student, teacher, batches, noise_scheduler)
+    errors = {str(sorted(layers.items())): error for error, layers in results}
+    found = best_layers(student, teacher, batches, noise_scheduler)
+    best, default = (errors[str(sorted(layers.items()))] for layers in (found, layer_choices(student, teacher)[0]))
+    assert best < default
+    assert best <= sorted(errors.values())[len(errors) // 4]  # a search by block need not end at the very best
+    assert best_layers(build_student(teacher), teacher, batches, noise_scheduler) == {}
 
 
 REDUCED = [

@@ -10,7 +10,7 @@ from vkd_gen.features import FeatureCapture
 from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
 from vkd_gen.pairing import LayerPair, pair_layers
 from vkd_gen.projectors import IdentityProjector, LinearProjector, OrthogonalProjector, parameter_groups
-from vkd_gen.students import REDUCTIONS, Inheritance, Reduction, build_student, inherit_weights
+from vkd_gen.students import REDUCTIONS, Inheritance, Reduction, best_layers, build_student, inherit_weights
 from vkd_gen.version import __version__ as __version__
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "OrthogonalProjector",
     "ProjectedStudent",
     "Reduction",
+    "best_layers",
     "build_student",
     "calibrate",
     "distillation_losses",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from diffusers import ModelMixin, SchedulerMixin
 
 from vkd_gen.students.activations import Batches, step0_error
+from vkd_gen.students.channels import ChannelChoice
 from vkd_gen.students.inherit import Rescaling, inherit_weights
 from vkd_gen.students.streams import default_layers, link_layers, match_stages
 
@@ -25,6 +26,14 @@ def layer_choices(
         Values for `layers` of `inherit_weights`, the one that it takes by default first. Choices with a layer whose
         input channels are not the teacher's are left out, unless the default has as many.
     """
+    options = _options(student, teacher, stages)
+    return [dict(zip(options, choice, strict=True)) for choice in itertools.product(*options.values())]
+
+
+def _options(
+    student: ModelMixin, teacher: ModelMixin, stages: Sequence[int] | None
+) -> dict[str, list[tuple[int, ...]]]:
+    """For each block of fewer layers than the teacher's its choices, the default first."""
     stages = tuple(match_stages(student, teacher) if stages is None else stages)
     options: dict[str, list[tuple[int, ...]]] = {}
     for way, order in (("down", stages), ("up", [len(teacher.up_blocks) - 1 - stage for stage in reversed(stages)])):
@@ -43,7 +52,7 @@ def layer_choices(
             }
             fitting = [choice for choice, number in misfits.items() if number <= misfits[default]]  # type: ignore[index]
             options[name] = sorted(fitting, key=lambda choice, default=default: choice != default)  # type: ignore[misc]
-    return [dict(zip(options, choice, strict=True)) for choice in itertools.product(*options.values())]
+    return options
 
 
 def compare_layer_choices(
@@ -78,3 +87,47 @@ def compare_layer_choices(
         )
         results.append((step0_error(trial, teacher, test_batches, noise_scheduler), layers))
     return sorted(results, key=lambda result: result[0])
+
+
+def best_layers(
+    student: ModelMixin,
+    teacher: ModelMixin,
+    batches: Batches,
+    noise_scheduler: SchedulerMixin,
+    *,
+    channels: ChannelChoice = "magnitude",
+    rescaling: Rescaling = "none",
+) -> dict[str, tuple[int, ...]]:
+    """Layers to copy, block after block the ones with which the student's error before training is lowest.
+
+    Never worse than the default, from which it starts. It tries the sum of the blocks' choices, where
+    `compare_layer_choices` tries their product.
+
+    Args:
+        student: left as it is.
+        teacher: left as it is.
+        batches: of images and noise, to measure the error on and for `inherit_weights`.
+        noise_scheduler: the teacher's.
+        channels: as for `inherit_weights`.
+        rescaling: as for `inherit_weights`.
+
+    Returns:
+        A value for `layers` of `inherit_weights`; empty if there is nothing to choose.
+    """
+    batches = list(batches)
+
+    def error(layers: dict[str, tuple[int, ...]]) -> float:
+        trial = copy.deepcopy(student)
+        settings = {"channels": channels, "rescaling": rescaling, "layers": layers}
+        inherit_weights(trial, teacher, batches=batches, noise_scheduler=noise_scheduler, **settings)  # type: ignore[arg-type]
+        return step0_error(trial, teacher, batches, noise_scheduler)
+
+    options = _options(student, teacher, None)
+    best = {name: choices[0] for name, choices in options.items()}
+    lowest = error(best) if any(len(choices) > 1 for choices in options.values()) else 0.0
+    for name, choices in options.items():
+        for choice in choices[1:]:
+            trial = {**best, name: choice}
+            if (found := error(trial)) < lowest:
+                best, lowest = trial, found
+    return best
