@@ -63,7 +63,9 @@ class ComparisonConfig:
     """Runs of every way, and random choices before training."""
     max_train_steps: int = 300
     """Steps of each run on the digits; 0 for none."""
-    num_score_samples: int = 500
+    train_batch_size: int = 64
+    """Images per step."""
+    num_score_samples: int = 300
     """Samples that each run's Frechet distance is computed from."""
     output_dir: str = "runs/inheritance"
     """Folder of the runs."""
@@ -72,9 +74,10 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        for name, least in {"num_draws": 1, "num_seeds": 1, "max_train_steps": 0, "num_score_samples": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        least = {"num_draws": 1, "num_seeds": 1, "max_train_steps": 0, "train_batch_size": 1, "num_score_samples": 2}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
         if wrong := [text for text in self.step0_teachers if text.count("=") != 1]:
             raise ValueError(f"--step0_teachers takes FOLDER=DATASET, not {wrong[0]}")
 
@@ -149,9 +152,15 @@ def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[s
     if not (folder / "results.json").exists():
         command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes" / "train_student_unet.py")]
         command += ["--student_width", str(width), "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm]]
-        command += ["--max_train_steps", str(config.max_train_steps), "--preview_every_steps", "0"]
-        command += ["--num_score_samples", str(config.num_score_samples), "--inherit_samples", str(config.num_draws)]
-        command += ["--resume_from_checkpoint", "latest"]
+        settings = {
+            "resume_from_checkpoint": "latest",
+            "max_train_steps": config.max_train_steps,
+            "train_batch_size": config.train_batch_size,
+            "num_score_samples": config.num_score_samples,
+            "inherit_samples": config.num_draws,
+            "preview_every_steps": 0,
+        }
+        command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -177,7 +186,7 @@ def main(config: ComparisonConfig) -> None:
     """Measure before training, then train, and write after every step what is known so far."""
     path = Path(config.results)
     known = json.loads(path.read_text()) if path.exists() else {}
-    names = ("num_draws", "num_seeds", "max_train_steps", "num_score_samples")
+    names = ("num_draws", "num_seeds", "max_train_steps", "train_batch_size", "num_score_samples")
     protocol = {name: getattr(config, name) for name in names}
     if known.get("protocol") != protocol:
         known = {"protocol": protocol, "before_training": {}, "layers": {}, "after_training": {}}
