@@ -210,6 +210,7 @@ def main(config: ComparisonConfig) -> None:
     if not config.max_train_steps:
         return
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    # Whole rounds, so that a comparison that is cut short compares like with like.
     for seed, width, arm in itertools.product(range(config.num_seeds), config.widths, ARMS):
         row = train(config, width, arm, seed)
         cells = scores.setdefault(f"width {width}", {}).setdefault(arm, {})

@@ -131,38 +131,36 @@ def keep_restorable(stream: Stream, readings: Sequence[Reading]) -> Tensor:
     Returns:
         Kept channels in ascending order.
     """
-    readers = []
-    own = torch.zeros(stream.teacher, dtype=torch.float64)
-    heads = torch.zeros(stream.teacher, dtype=torch.float64)
-    for mean, covariance, gram in readings:
-        total = (covariance * gram).sum()
-        if total > 0:
-            gram = gram / total
-            readers.append([covariance.clone(), gram, covariance @ gram, covariance.diagonal().clone()])
-            own += (covariance.diagonal() + mean.square()) * gram.diagonal()
-            heads += (covariance * gram).sum(1)
-    ranges = _ranges(stream, heads.view(stream.heads[1], -1).sum(1))
+    if not readings:
+        return keep_highest(stream, torch.zeros(stream.teacher))
+    mean, covariance, gram = (torch.stack(parts) for parts in zip(*readings, strict=True))
+    total = (covariance * gram).sum((1, 2), keepdim=True)
+    gram = gram / total.clamp(min=1e-20)  # a reader that reads constants has no say
+    energy = (covariance * gram).sum((0, 2))
+    own = ((_diagonals(covariance) + mean.square()) * _diagonals(gram)).sum(0)
+    floor = 1e-6 * _diagonals(covariance)  # where less is left, it is rounding
+    product = covariance @ gram
+    ranges = _ranges(stream, energy.view(stream.heads[1], -1).sum(1))
     left = torch.zeros(stream.teacher, dtype=torch.long)  # how many more may be taken from each channel's range
     range_of = torch.full((stream.teacher,), -1)
     for number, (first, end, quota) in enumerate(ranges):
         left[first:end], range_of[first:end] = quota, number
     kept: list[int] = []
     while len(kept) < sum(quota for *_, quota in ranges):
-        gain = TIE * own
-        for covariance, _, product, variances in readers:
-            # Of C G C; a channel that the kept ones restore already has nothing left but rounding.
-            size, floor = covariance.diagonal(), variances * 1e-6
-            gain += torch.where(size > floor, (product * covariance).sum(1) / size.clamp(min=1e-30), 0.0)
+        sizes = _diagonals(covariance)
+        gains = (product * covariance).sum(2) / sizes.clamp(min=1e-30)  # the diagonal of C G C over that of C
+        gain = TIE * own + torch.where(sizes > floor, gains, 0.0).sum(0)
         gain[left == 0] = -1
         best = int(gain.argmax())
         kept.append(best)
         left[range_of == range_of[best]] -= 1
-        gain[best] = -1
-        for reader in readers:
-            covariance, gram, product, variances = reader
-            column, size = covariance[:, best].clone(), covariance[best, best].clone()
-            if size > variances[best] * 1e-6:
-                product -= torch.outer(column, column @ gram) / size
-                covariance -= torch.outer(column, column) / size
         left[best], range_of[best] = 0, -1
+        column, size = covariance[:, :, best], sizes[:, best]
+        column = column * torch.where(size > floor[:, best], size.clamp(min=1e-30).rsqrt(), 0.0)[:, None]
+        product -= column[:, :, None] * torch.einsum("ri,rij->rj", column, gram)[:, None]
+        covariance = covariance - column[:, :, None] * column[:, None]
     return torch.tensor(sorted(kept))
+
+
+def _diagonals(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).clone()
