@@ -82,6 +82,9 @@ class ComparisonConfig:
             raise ValueError(f"--step0_teachers takes FOLDER=DATASET, not {wrong[0]}")
 
 
+PRESETS = {"default": ComparisonConfig()}
+
+
 def find(path: str) -> str:
     """A path of this repository, from wherever the command is started; anything else as it is."""
     return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
@@ -226,4 +229,4 @@ def main(config: ComparisonConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, {"default": ComparisonConfig()}, __doc__, default="default")
+    run_recipe(main, PRESETS, __doc__, default="default")

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 SHORT = ("--max_train_steps", "2", "--train_batch_size", "4", "--log_every_steps", "1")
-SHORT_STUDENT = (*SHORT, "--calibration_samples", "192", "--num_score_samples", "8")
+SHORT_STUDENT = (*SHORT, "--calibration_samples", "192", "--num_score_samples", "8", "--inherit_samples", "16")
 
 
 def load_recipe(name):
