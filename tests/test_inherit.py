@@ -19,8 +19,9 @@ from vkd_gen.students import (
 )
 from vkd_gen.students.activations import Reading
 from vkd_gen.students.channels import choose_channels, keep_highest, keep_restorable
+from vkd_gen.students.links import default_layers, link_layers, match_stages
 from vkd_gen.students.restore import fit_layers
-from vkd_gen.students.streams import Stream, default_layers, link_layers, match_stages
+from vkd_gen.students.streams import Stream
 
 CHOICES = ("activation", "magnitude", "first", "random")
 

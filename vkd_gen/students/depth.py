@@ -9,7 +9,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from vkd_gen.students.activations import Batches, step0_error
 from vkd_gen.students.channels import ChannelChoice
 from vkd_gen.students.inherit import Rescaling, inherit_weights
-from vkd_gen.students.streams import default_layers, link_layers, match_stages
+from vkd_gen.students.links import default_layers, link_layers, match_stages
 
 
 def layer_choices(

@@ -9,8 +9,9 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from vkd_gen.students.activations import Batches, read_channels
 from vkd_gen.students.channels import ChannelChoice, check_choice, choose_channels, undecided
+from vkd_gen.students.links import BlockLayers, link_layers
 from vkd_gen.students.restore import channel_index, fit_layers
-from vkd_gen.students.streams import BlockLayers, Layer, Link, channel_axes, link_layers
+from vkd_gen.students.streams import Layer, Link, channel_axes
 
 Rescaling = Literal["none", "fan_in", "least_squares"]
 
@@ -62,17 +63,18 @@ def inherit_weights(
 ) -> Inheritance:
     """Start a student from its teacher's weights, whatever it has less of.
 
-    A student with the teacher's channels copies whole layers, bit for bit: the first of each block and, in the decoder,
-    the last. A narrower one keeps some channels, the same ones wherever they are read and written, and its layers are
-    then fitted to the teacher's. A wider one has channels several times, and computes what the teacher does.
+    A student with the teacher's channels copies whole layers: the first of each block and, in the decoder, the last. A
+    narrower one keeps some channels, the same ones wherever they are read and written. A wider one has channels several
+    times, and computes what the teacher does. With batches the layers are then fitted to the teacher's; without any,
+    layers of the teacher's channels are the teacher's bit for bit.
 
     Args:
         student: from `build_student`; changed in place.
         teacher: left as it is.
         channels: which channels a narrower student keeps, see `choose_channels`.
-        rescaling: of what lost input channels: `least_squares` fits each layer to the teacher's output, `fan_in`
-            multiplies the weights by the root of the ratio of the channels, `none` leaves them. By default
-            `least_squares` for a narrower student if there are batches, else `none`.
+        rescaling: for what lost input channels, or layers before it: `least_squares` fits each layer to the teacher's
+            output, `fan_in` multiplies the weights by the root of the ratio of the channels, `none` leaves them. By
+            default `least_squares` if there are batches, else `none`.
         batches: of images and noise, as `calibrate` takes; for `activation` and `least_squares`. A few hundred small
             images are enough; they are kept in memory, with the activations of every layer.
         noise_scheduler: the teacher's, for the same.
@@ -93,7 +95,7 @@ def inherit_weights(
     links = link_layers(student, teacher, stages=stages, layers=layers)
     narrower = bool(undecided(links))
     if rescaling is None:
-        rescaling = "least_squares" if narrower and batches else "none"
+        rescaling = "least_squares" if batches else "none"
     needs_data = rescaling == "least_squares" or (narrower and channels == "activation")
     if needs_data and (not batches or noise_scheduler is None):
         raise ValueError(
