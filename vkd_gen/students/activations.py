@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     An error of covariance E in what the layer reads is one of trace(gram @ E) in what it computes.
 
     Attributes:
-        mean: `[channels]`, float64 like the others.
+        mean: `[channels]`, float64 on the teacher's device like the others.
         covariance: `[channels, channels]`.
         gram: `[channels, channels]`, products of the layer's weights.
     """
@@ -79,8 +79,8 @@ class _Moments:
     def add(self, rows: Tensor) -> None:
         rows = to_rows(rows).flatten(0, 1).float()
         self.count += len(rows)
-        self.sum = self.sum + rows.sum(0, dtype=torch.float64).cpu()
-        self.product = self.product + (rows.T @ rows).double().cpu()
+        self.sum = self.sum + rows.sum(0, dtype=torch.float64)
+        self.product = self.product + (rows.T @ rows).double()
 
     def second(self) -> Tensor:
         return self.product / self.count
@@ -134,10 +134,10 @@ def read_channels(
     for link in logits:
         (stream,) = link.writes
         size = stream.teacher // stream.heads[1]
-        same_head = torch.block_diag(*[torch.ones(size, size, dtype=torch.float64)] * stream.heads[1])
+        same_head = torch.block_diag(*[torch.ones(size, size)] * stream.heads[1])
         for other in logits:
             if other is not link and other.writes == link.writes:
-                outputs = moments[link.teacher, "out"]
-                gram = moments[other.teacher, "out"].second() * same_head
-                readings[stream].append(Reading(outputs.mean(), outputs.covariance() * same_head, gram))
+                outputs, partners = moments[link.teacher, "out"], moments[other.teacher, "out"].second()
+                mask = same_head.to(partners)
+                readings[stream].append(Reading(outputs.mean(), outputs.covariance() * mask, partners * mask))
     return readings

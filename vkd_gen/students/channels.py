@@ -110,7 +110,7 @@ def _magnitudes(stream: Stream, links: Sequence[Link]) -> Tensor:
             for other, _, weight in weights_by_stream(link, reading=reading):
                 if other is not stream:
                     continue
-                squares = weight.square().sum(1)
+                squares = weight.square().sum(1).cpu()
                 is_read = reading or (link.is_logit and not queries)
                 queries = queries and not link.is_logit
                 (out if is_read else into).add_(squares / squares.mean().clamp(min=1e-20))
@@ -134,15 +134,18 @@ def keep_restorable(stream: Stream, readings: Sequence[Reading]) -> Tensor:
     if not readings:
         return keep_highest(stream, torch.zeros(stream.teacher))
     mean, covariance, gram = (torch.stack(parts) for parts in zip(*readings, strict=True))
-    total = (covariance * gram).sum((1, 2), keepdim=True)
-    gram = gram / total.clamp(min=1e-20)  # a reader that reads constants has no say
+    own = (_diagonals(covariance) + mean.square()) * _diagonals(gram)
+    power, total = own.sum(1), (covariance * gram).sum((1, 2))
+    own = (own / power.clamp(min=1e-30)[:, None]).sum(0)
+    share = torch.where(total > 1e-9 * power, 1 / total.clamp(min=1e-30), 0.0)  # who reads constants has no say
+    gram = gram * share[:, None, None]
     energy = (covariance * gram).sum((0, 2))
-    own = ((_diagonals(covariance) + mean.square()) * _diagonals(gram)).sum(0)
     floor = 1e-6 * _diagonals(covariance)  # where less is left, it is rounding
     product = covariance @ gram
     ranges = _ranges(stream, energy.view(stream.heads[1], -1).sum(1))
-    left = torch.zeros(stream.teacher, dtype=torch.long)  # how many more may be taken from each channel's range
-    range_of = torch.full((stream.teacher,), -1)
+    # How many more may be taken from each channel's range.
+    left = torch.zeros(stream.teacher, dtype=torch.long, device=gram.device)
+    range_of = torch.full((stream.teacher,), -1, device=gram.device)
     for number, (first, end, quota) in enumerate(ranges):
         left[first:end], range_of[first:end] = quota, number
     kept: list[int] = []

@@ -93,13 +93,13 @@ def weights_by_stream(link: Link, *, reading: bool) -> list[tuple[Stream, slice,
 
     Returns:
         For each stream in order: it, where it lies among the layer's channels, and the weights of its channels,
-        `[channels, all others]`, float32 on the CPU. Nothing for norms.
+        `[channels, all others]`, float32. Nothing for norms.
     """
     weight = getattr(link.teacher, "weight", None)
     streams = link.reads if reading else link.writes
     if weight is None or weight.ndim < 2 or streams is None:
         return []
-    weight = weight.detach().float().cpu().movedim(channel_axes(link.teacher)[0 if reading else 1], 0).flatten(1)
+    weight = weight.detach().float().movedim(channel_axes(link.teacher)[0 if reading else 1], 0).flatten(1)
     parts, offset = [], 0
     for stream in streams:
         part = slice(offset, offset + stream.teacher)
