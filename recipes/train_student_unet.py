@@ -29,6 +29,8 @@ from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers, pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
+from vkd_gen.students.channels import ChannelChoice
+from vkd_gen.students.inherit import Rescaling
 from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
@@ -80,9 +82,20 @@ class StudentConfig:
     """Stages of the teacher that lose their attention."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
-    inherit_weights: bool | None = None
-    """Start from the teacher's weights wherever name and shape agree; by default if the student is as wide and has
-    none of its own."""
+    inherit_weights: bool = True
+    """Start from the teacher's weights, if the student comes without weights of its own."""
+    inherit_channels: ChannelChoice = "activation"
+    """Which of the teacher's channels a narrower student starts from: those that best restore the others' effect, those
+    of the largest weights, the first, or random ones."""
+    inherit_rescaling: Rescaling = "least_squares"
+    """What makes up for missing channels and layers at the start: each of the student's layers fitted to what the
+    teacher's computes, weights multiplied for the smaller fan-in, or nothing."""
+    inherit_layers: Literal["best", "rule"] = "best"
+    """Which of the teacher's layers a shallower student starts from: those with which it comes closest to the teacher,
+    or as in BK-SDM the first of each block and the decoder's last."""
+    inherit_samples: int = 256
+    """Draws of (image, noise, timestep) for these, all held in memory at once with every layer's output: fewer, down to
+    4, if they have more than 2^18 pixels together."""
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
     """vkd: solved orthogonal projector. vkd-paper: learned orthogonal projector, full whitening by batch statistics,
     smooth-L1, as published. fitnet: free 1x1 convolution. output: distil the teacher's output alone. none: no
@@ -141,6 +154,7 @@ class StudentConfig:
         if not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
         least = {"calibration_samples": 1, "num_timestep_bins": 1, "projector_refresh_steps": 1}
+        least |= {"inherit_samples": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
@@ -264,8 +278,6 @@ def build_resolved_student(config: StudentConfig, teacher: UNet2DModel) -> tuple
     path = repository_path(config.student, __file__)
     if not config.student or config.student in vkd.REDUCTIONS or Path(path).is_file():
         return vkd.build_student(resolved), False
-    if config.inherit_weights:
-        raise ValueError(f"--student {config.student} comes with weights of its own; leave out --inherit_weights")
     student = load_unet(path)
     student.register_to_config(sample_size=teacher.config.sample_size)
     return student, True
@@ -320,6 +332,39 @@ def loss_weights(config: StudentConfig, step: int) -> vkd.LossWeights:
     factor = 1.0 if share <= start else (1 - share) / (1 - start)
     return vkd.LossWeights(
         denoising=config.denoising_weight, output=config.output_weight, feature=config.feature_weight * factor
+    )
+
+
+def inherit(
+    config: StudentConfig,
+    student: UNet2DModel,
+    teacher: UNet2DModel,
+    images: Images,
+    noise_scheduler: DDPMScheduler,
+    device: torch.device,
+) -> vkd.Inheritance:
+    """Start the student from the teacher, both in float32."""
+    draws = list(
+        fixed_batches(
+            images,
+            noise_scheduler,
+            seed=config.training.seed,
+            num_draws=max(4, min(config.inherit_samples, 2**18 // student.config.sample_size**2)),
+            batch_size=config.training.eval_batch_size,
+            device=device,
+        )
+    )
+    student, teacher = student.to(device), teacher.to(device)
+    best = config.inherit_layers == "best"
+    return vkd.inherit_weights(
+        student,
+        teacher,
+        channels=config.inherit_channels,
+        rescaling=config.inherit_rescaling,
+        batches=draws,
+        noise_scheduler=noise_scheduler,
+        layers=vkd.best_layers(student, teacher, draws, noise_scheduler) if best else None,
+        seed=config.training.seed,
     )
 
 
@@ -421,12 +466,8 @@ def main(config: StudentConfig) -> None:
         show_plan(config, teacher_unet, accelerator.print)
         return
     student, has_weights = build_resolved_student(config, teacher_unet)
-    as_wide = tuple(student.config.block_out_channels) == tuple(teacher_unet.config.block_out_channels)
-    inherits = as_wide and not has_weights if config.inherit_weights is None else config.inherit_weights
-    inherited = vkd.copy_matching_weights(student, teacher_unet) if inherits else []
     pairs = pair_named_or_all(config, student, teacher_unet) if uses_features else []
     accelerator.print(describe_models(teacher_unet, student))
-    accelerator.print(f"{len(inherited)} of {len(student.state_dict())} weight tensors inherited from the teacher")
 
     num_classes = num_classes_of(student)
     images, held_out = load_images(
@@ -447,6 +488,8 @@ def main(config: StudentConfig) -> None:
     if accelerator.is_main_process:
         folder.start(facts)
     accelerator.wait_for_everyone()
+    if config.inherit_weights and not has_weights and not folder.resume_point(options.resume_from_checkpoint):
+        accelerator.print(inherit(config, student, teacher_unet, images, noise_scheduler, accelerator.device))
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)

@@ -10,7 +10,16 @@ from vkd_gen.features import FeatureCapture
 from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
 from vkd_gen.pairing import LayerPair, pair_layers, pair_table
 from vkd_gen.projectors import IdentityProjector, LinearProjector, OrthogonalProjector, parameter_groups
-from vkd_gen.students import REDUCTIONS, Reduction, build_student, copy_matching_weights, published_cost, reduce_config
+from vkd_gen.students import (
+    REDUCTIONS,
+    Inheritance,
+    Reduction,
+    best_layers,
+    build_student,
+    inherit_weights,
+    published_cost,
+    reduce_config,
+)
 from vkd_gen.version import __version__ as __version__
 
 __all__ = [
@@ -20,16 +29,18 @@ __all__ = [
     "FeatureStatistics",
     "FrozenTeacher",
     "IdentityProjector",
+    "Inheritance",
     "LayerPair",
     "LinearProjector",
     "LossWeights",
     "OrthogonalProjector",
     "ProjectedStudent",
     "Reduction",
+    "best_layers",
     "build_student",
     "calibrate",
-    "copy_matching_weights",
     "distillation_losses",
+    "inherit_weights",
     "load_statistics",
     "pair_layers",
     "pair_table",

@@ -11,7 +11,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 SHORT_SCORES = ("--num_score_samples", "12", "--kid_subset_size", "10", "--num_inference_steps", "2")
 SHORT = ("--max_train_steps", "2", "--train_batch_size", "4", "--log_every_steps", "1", *SHORT_SCORES)
-SHORT_STUDENT = (*SHORT, "--calibration_samples", "192")
+SHORT_STUDENT = (*SHORT, "--calibration_samples", "192", "--inherit_samples", "16")
 
 
 def load_recipe(name):

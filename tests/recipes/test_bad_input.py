@@ -246,10 +246,6 @@ STUDENT_MISTAKES = {
         lambda tmp: ["--student", config_file(tmp), "--student_drop_stages", 0],
         "is complete; leave out --student_drop_stages",
     ),
-    "student with weights inherits": (
-        lambda tmp: ["--student", save_unet(tmp / "x", tiny_unet((8,))), "--inherit_weights", True],
-        "weights of its own; leave out --inherit_weights",
-    ),
     "student of another method": (lambda tmp: ["--student", "koala-1b"], "UNet2DModel has no transformer layers"),
     "layers for each stage": (
         lambda tmp: ["--student_layers_per_block", 1, 1],

@@ -1,30 +1,162 @@
 """Weights that a student takes over from its teacher."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, SchedulerMixin
+
+from vkd_gen.students.activations import Batches, read_channels
+from vkd_gen.students.channels import ChannelChoice, check_choice, choose_channels, undecided
+from vkd_gen.students.links import BlockLayers, link_layers
+from vkd_gen.students.restore import channel_index, fit_layers
+from vkd_gen.students.streams import Layer, Link, channel_axes
+
+Rescaling = Literal["none", "fan_in", "least_squares"]
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """What became of a student's layers; each by its name, with the teacher's.
+
+    Attributes:
+        copied: every weight is the teacher's.
+        sliced: the teacher's weights on the channels that the student has.
+        fitted: then fitted to what the teacher's layer computes.
+        random: left as they were; the last ones of residual branches at zero.
+    """
+
+    copied: dict[str, str]
+    sliced: dict[str, str]
+    fitted: dict[str, str]
+    random: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Counts, and where blocks are not copied from blocks of the same name."""
+        lines = [
+            f"layers with weights: {len(self.copied)} copied from the teacher, {len(self.sliced)} sliced, of which "
+            f"{len(self.fitted)} fitted to its outputs, {len(self.random)} left random"
+        ]
+        moved = {
+            ".".join(name.split(".")[:4]): ".".join(origin.split(".")[:4])
+            for name, origin in {**self.copied, **self.sliced}.items()
+            if name != origin
+        }
+        lines += [f"  {name} <- {origin}" for name, origin in moved.items()]
+        lines += [f"  {name}: random" for name in self.random]
+        return "\n".join(lines)
 
 
 @torch.no_grad()
-def copy_matching_weights(student: ModelMixin, teacher: ModelMixin) -> list[str]:
-    """Copy every teacher weight that has the name and the shape of one of the student's.
+def inherit_weights(
+    student: ModelMixin,
+    teacher: ModelMixin,
+    *,
+    channels: ChannelChoice = "activation",
+    rescaling: Rescaling | None = None,
+    batches: Batches | None = None,
+    noise_scheduler: SchedulerMixin | None = None,
+    stages: Sequence[int] | None = None,
+    layers: BlockLayers | None = None,
+    seed: int = 0,
+) -> Inheritance:
+    """Start a student from its teacher's weights, whatever it has less of.
 
-    For a student with the teacher's widths and fewer layers this keeps the first layers of each block.
+    A student with the teacher's channels copies whole layers: the first of each block and, in the decoder, the last. A
+    narrower one keeps some channels, the same ones wherever they are read and written. A wider one has channels several
+    times, and computes what the teacher does. With batches the layers are then fitted to the teacher's; without any,
+    layers of the teacher's channels are the teacher's bit for bit.
 
     Args:
-        student: changed in place.
+        student: from `build_student`; changed in place.
         teacher: left as it is.
+        channels: which channels a narrower student keeps, see `choose_channels`.
+        rescaling: for what lost input channels, or layers before it: `least_squares` fits each layer to the teacher's
+            output, `fan_in` multiplies the weights by the root of the ratio of the channels, `none` leaves them. By
+            default `least_squares` if there are batches, else `none`.
+        batches: of images and noise, as `calibrate` takes; for `activation` and `least_squares`. A few hundred small
+            images are enough; they are kept in memory, with the activations of every layer.
+        noise_scheduler: the teacher's, for the same.
+        stages: the teacher's stage that each of the student's stands for; by default found from channels and kinds.
+        layers: layers to copy by block of the student; by default the first of each block and the decoder's last.
+        seed: of the choice `random`.
 
     Returns:
-        Names of the copied weights; the others keep the values they had.
+        What was copied, sliced, fitted and left random; printable.
 
     Raises:
-        ValueError: if the numbers of stages differ: equal names are then unlike stages.
+        ValueError: for blocks that cannot be inherited, stages and layers that are not there, missing batches.
     """
-    stages = [len(unet.config.block_out_channels) for unet in (student, teacher)]
-    if stages[0] != stages[1]:
-        raise ValueError(f"a student of {stages[0]} stages cannot inherit by name from a teacher of {stages[1]}")
-    source, target = teacher.state_dict(), student.state_dict()
-    copied = [name for name, value in target.items() if name in source and source[name].shape == value.shape]
-    for name in copied:
-        target[name].copy_(source[name])
-    return copied
+    check_choice(channels)
+    if rescaling is not None and rescaling not in get_args(Rescaling):
+        raise ValueError(f"unknown rescaling {rescaling!r}; choose one of {', '.join(get_args(Rescaling))}")
+    batches = None if batches is None else list(batches)
+    links = link_layers(student, teacher, stages=stages, layers=layers)
+    narrower = bool(undecided(links))
+    if rescaling is None:
+        rescaling = "least_squares" if batches else "none"
+    needs_data = rescaling == "least_squares" or (narrower and channels == "activation")
+    if needs_data and (not batches or noise_scheduler is None):
+        raise ValueError(
+            "channels chosen by activation, and layers fitted by least squares, need batches of images and a noise "
+            "scheduler; without them choose channels='magnitude' and rescaling='none'"
+        )
+    readings = None
+    if narrower and channels == "activation":
+        readings = read_channels(links, teacher, batches or [], noise_scheduler)
+    choose_channels(links, channels, readings=readings, seed=seed)
+    for link in links:
+        if link.ends_branch and (link.teacher is None or link.reads is None):
+            _silence(link.student)
+        elif link.teacher is not None and link.reads is not None:
+            _slice(link, fan_in=rescaling == "fan_in")
+    fitted = []
+    if rescaling == "least_squares":
+        fitted = fit_layers(links, student, teacher, batches or [], noise_scheduler)
+    return _report(links, fitted, student, teacher)
+
+
+def _silence(layer: Layer) -> None:
+    """A branch that inherits nothing adds nothing at first, so that the sample passes around it."""
+    for parameter in layer.parameters():
+        parameter.zero_()
+
+
+def _slice(link: Link, *, fan_in: bool) -> None:
+    """The teacher's weights on the student's channels."""
+    assert link.teacher is not None
+    assert link.reads is not None
+    index = channel_index(link.writes)
+    for name, parameter in link.student.named_parameters(recurse=False):
+        value = getattr(link.teacher, name).detach()
+        index = index.to(value.device)
+        if value.ndim == 1:
+            value = value[index] * link.scale
+        else:
+            inputs, outputs = channel_axes(link.teacher)
+            value = value.index_select(outputs, index).index_select(inputs, channel_index(link.reads).to(value.device))
+            copies = torch.cat([stream.copies() for stream in link.reads]).to(value)
+            shape = [1] * value.ndim
+            shape[inputs] = -1
+            value = value / copies.view(shape) * link.scale
+            if fan_in:
+                value = value * (link.teacher.weight.shape[inputs] / value.shape[inputs]) ** 0.5
+        parameter.copy_(value)
+
+
+def _report(links: Sequence[Link], fitted: Sequence[Link], student: ModelMixin, teacher: ModelMixin) -> Inheritance:
+    names, origins = ({module: name for name, module in unet.named_modules()} for unet in (student, teacher))
+    by_kind: dict[str, dict[str, str]] = {"copied": {}, "sliced": {}, "fitted": {}}
+    for link in links:
+        if link.teacher is None:
+            continue
+        name, origin = names[link.student], origins[link.teacher]
+        if link in fitted:
+            by_kind["fitted"][name] = origin
+        if link.reads is not None:
+            whole = all(stream.student == stream.teacher for stream in (*link.reads, *link.writes))
+            by_kind["copied" if whole and link not in fitted else "sliced"][name] = origin
+    known = set().union(*by_kind.values())
+    with_weights = {name for module, name in names.items() if next(module.parameters(recurse=False), None) is not None}
+    return Inheritance(**by_kind, random=tuple(sorted(with_weights - known)))

@@ -1,0 +1,133 @@
+"""Which layers a shallower student copies, by trying them all."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+from diffusers import ModelMixin, SchedulerMixin
+
+from vkd_gen.students.activations import Batches, step0_error
+from vkd_gen.students.channels import ChannelChoice
+from vkd_gen.students.inherit import Rescaling, inherit_weights
+from vkd_gen.students.links import default_layers, link_layers, match_stages
+
+
+def layer_choices(
+    student: ModelMixin, teacher: ModelMixin, *, stages: Sequence[int] | None = None
+) -> list[dict[str, tuple[int, ...]]]:
+    """All ways to copy some of the teacher's layers, in their order, into every block of a student of fewer layers.
+
+    Args:
+        student: from `build_student`.
+        teacher: its teacher.
+        stages: the teacher's stage of each of the student's; by default `match_stages`.
+
+    Returns:
+        Values for `layers` of `inherit_weights`, the one that it takes by default first. Choices with a layer whose
+        input channels are not the teacher's are left out, unless the default has as many.
+    """
+    options = _options(student, teacher, stages)
+    return [dict(zip(options, choice, strict=True)) for choice in itertools.product(*options.values())]
+
+
+def _options(
+    student: ModelMixin, teacher: ModelMixin, stages: Sequence[int] | None
+) -> dict[str, list[tuple[int, ...]]]:
+    """For each block of fewer layers than the teacher's its choices, the default first."""
+    stages = tuple(match_stages(student, teacher) if stages is None else stages)
+    options: dict[str, list[tuple[int, ...]]] = {}
+    for way, order in (("down", stages), ("up", [len(teacher.up_blocks) - 1 - stage for stage in reversed(stages)])):
+        for index, position in enumerate(order):
+            block, origin = getattr(student, f"{way}_blocks")[index], getattr(teacher, f"{way}_blocks")[position]
+            counts = len(block.resnets), len(origin.resnets)
+            default = default_layers(*counts, decoder=way == "up")
+            if counts[0] >= counts[1]:
+                continue
+            name = f"{way}_blocks.{index}"
+            misfits = {
+                choice: sum(
+                    link.reads is None for link in link_layers(student, teacher, stages=stages, layers={name: choice})
+                )
+                for choice in itertools.combinations(range(counts[1]), counts[0])
+            }
+            fitting = [choice for choice, number in misfits.items() if number <= misfits[default]]  # type: ignore[index]
+            options[name] = sorted(fitting, key=lambda choice, default=default: choice != default)  # type: ignore[misc]
+    return options
+
+
+def compare_layer_choices(
+    student: ModelMixin,
+    teacher: ModelMixin,
+    batches: Batches,
+    noise_scheduler: SchedulerMixin,
+    *,
+    test_batches: Batches | None = None,
+    rescaling: Rescaling = "none",
+) -> list[tuple[float, dict[str, tuple[int, ...]]]]:
+    """The student's error before any training for each of `layer_choices`, the lowest first.
+
+    Args:
+        student: left as it is.
+        teacher: left as it is.
+        batches: of images and noise; what `inherit_weights` gets.
+        noise_scheduler: the teacher's.
+        test_batches: to measure the error on; by default `batches`.
+        rescaling: as for `inherit_weights`.
+
+    Returns:
+        Pairs of `step0_error` and a value for `layers` of `inherit_weights`.
+    """
+    batches = list(batches)
+    test_batches = batches if test_batches is None else list(test_batches)
+    results = []
+    for layers in layer_choices(student, teacher):
+        trial = copy.deepcopy(student)
+        inherit_weights(
+            trial, teacher, rescaling=rescaling, batches=batches, noise_scheduler=noise_scheduler, layers=layers
+        )
+        results.append((step0_error(trial, teacher, test_batches, noise_scheduler), layers))
+    return sorted(results, key=lambda result: result[0])
+
+
+def best_layers(
+    student: ModelMixin,
+    teacher: ModelMixin,
+    batches: Batches,
+    noise_scheduler: SchedulerMixin,
+    *,
+    channels: ChannelChoice = "magnitude",
+    rescaling: Rescaling = "none",
+) -> dict[str, tuple[int, ...]]:
+    """Layers to copy, block after block the ones with which the student's error before training is lowest.
+
+    Never worse than the default, from which it starts. It tries the sum of the blocks' choices, where
+    `compare_layer_choices` tries their product.
+
+    Args:
+        student: left as it is.
+        teacher: left as it is.
+        batches: of images and noise, to measure the error on and for `inherit_weights`.
+        noise_scheduler: the teacher's.
+        channels: as for `inherit_weights`.
+        rescaling: as for `inherit_weights`.
+
+    Returns:
+        A value for `layers` of `inherit_weights`; empty if there is nothing to choose.
+    """
+    batches = list(batches)
+
+    def error(layers: dict[str, tuple[int, ...]]) -> float:
+        trial = copy.deepcopy(student)
+        settings = {"channels": channels, "rescaling": rescaling, "layers": layers}
+        inherit_weights(trial, teacher, batches=batches, noise_scheduler=noise_scheduler, **settings)  # type: ignore[arg-type]
+        return step0_error(trial, teacher, batches, noise_scheduler)
+
+    options = _options(student, teacher, None)
+    best = {name: choices[0] for name, choices in options.items()}
+    lowest = error(best) if any(len(choices) > 1 for choices in options.values()) else 0.0
+    for name, choices in options.items():
+        for choice in choices[1:]:
+            trial = {**best, name: choice}
+            if (found := error(trial)) < lowest:
+                best, lowest = trial, found
+    return best
