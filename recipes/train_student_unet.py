@@ -7,7 +7,6 @@ accelerate launch recipes/train_student_unet.py --preset custom --teacher FOLDER
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,20 +28,20 @@ from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers, pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
-from vkd_gen.students.channels import ChannelChoice
-from vkd_gen.students.inherit import Rescaling
 from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
-from vkd_gen.training.models import (
-    check_memory,
-    load_teacher,
-    load_unet,
-    read_student_config,
-    unet_without_weights,
-)
+from vkd_gen.training.models import load_teacher, unet_without_weights
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
+from vkd_gen.training.students import (
+    SharedStudentOptions,
+    StudentOptions,
+    build_resolved_student,
+    inherit,
+    num_starting_draws,
+    resolve_student,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,38 +63,8 @@ class StudentConfig:
     """Share of the images whose label is hidden from a class-conditional teacher and its student."""
     resolution: int | None = None
     """Height and width of the images in pixels; by default the teacher's sample size."""
-    student: str = ""
-    """A published student by name (bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m), of which the flags
-    below change a trait; or a config.json; or folder or hub id of a pipeline or UNet, whose weights are the start. Left
-    empty: what the flags below make of the teacher."""
-    student_width: float | None = None
-    """Factor on the teacher's channels; by default 0.5, or what --student has."""
-    student_layers_per_block: int | tuple[int, ...] | None = None
-    """Residual layers of each block of the student, one number or one for each stage; by default the teacher's."""
-    student_transformer_layers: int | tuple[int, ...] | None = None
-    """Transformer blocks of each attention layer, likewise."""
-    student_drop_stages: tuple[int, ...] = ()
-    """Stages that the student does without; 0 has the highest resolution, -1 the lowest."""
-    student_drop_mid_block: bool = False
-    """Leave out the middle block."""
-    student_drop_attention: tuple[int, ...] = ()
-    """Stages of the teacher that lose their attention."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
-    inherit_weights: bool = True
-    """Start from the teacher's weights, if the student comes without weights of its own."""
-    inherit_channels: ChannelChoice = "activation"
-    """Which of the teacher's channels a narrower student starts from: those that best restore the others' effect, those
-    of the largest weights, the first, or random ones."""
-    inherit_rescaling: Rescaling = "least_squares"
-    """What makes up for missing channels and layers at the start: each of the student's layers fitted to what the
-    teacher's computes, weights multiplied for the smaller fan-in, or nothing."""
-    inherit_layers: Literal["best", "rule"] = "best"
-    """Which of the teacher's layers a shallower student starts from: those with which it comes closest to the teacher,
-    or as in BK-SDM the first of each block and the decoder's last."""
-    inherit_samples: int = 256
-    """Draws of (image, noise, timestep) for these, all held in memory at once with every layer's output: fewer, down to
-    4, if they have more than 2^18 pixels together."""
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
     """vkd: solved orthogonal projector. vkd-paper: learned orthogonal projector, full whitening by batch statistics,
     smooth-L1, as published. fitnet: free 1x1 convolution. output: distil the teacher's output alone. none: no
@@ -142,6 +111,8 @@ class StudentConfig:
     """Print the student, its cost beside the teacher's, the layer pairs and the resolved configuration, then stop.
     Needs no data and no weights: --teacher may also be a config.json, or stable-diffusion-1, stable-diffusion-2,
     stable-diffusion-xl or ddpm-cifar10-32."""
+    start: SharedStudentOptions = field(default_factory=StudentOptions)
+    """The student and what it starts from."""
     scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
     """What samples are scored by."""
     training: SharedOptions
@@ -154,7 +125,6 @@ class StudentConfig:
         if not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
         least = {"calibration_samples": 1, "num_timestep_bins": 1, "projector_refresh_steps": 1}
-        least |= {"inherit_samples": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
@@ -189,7 +159,7 @@ MNIST = replace(
     preset="mnist",
     teacher="recipes/assets/mnist-teacher",
     dataset="mnist",
-    student="bk-base",
+    start=StudentOptions(student="bk-base"),
     scores=replace(DIGITS.scores, extractor="recipes/assets/mnist-features.safetensors"),
     training=replace(
         DIGITS.training,
@@ -232,8 +202,6 @@ def resolve(config: StudentConfig) -> StudentConfig:
     """Fill in what --method decides."""
     if not config.teacher or not config.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
-    if not config.student and config.student_width is None:
-        config = replace(config, student_width=0.5)
     asked = bool(config.layer_pairs or config.projector or config.feature_normalization)
     defaults = {"output_weight": 1.0, **METHODS[config.method]}
     config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
@@ -250,37 +218,6 @@ def resolve(config: StudentConfig) -> StudentConfig:
             "--feature_normalization to act on; choose another --method, or set --feature_weight"
         )
     return config
-
-
-def resolve_student(config: StudentConfig, teacher: ModelMixin) -> dict[str, Any]:
-    """The configuration of the student that --student and the flags beside it describe, at the teacher's resolution."""
-    traits: dict[str, Any] = {
-        "width": config.student_width,
-        "layers_per_block": config.student_layers_per_block,
-        "transformer_layers": config.student_transformer_layers,
-        "drop_stages": config.student_drop_stages or None,
-        "drop_mid_block": config.student_drop_mid_block or None,
-        "drop_attention": config.student_drop_attention or None,
-    }
-    traits = {name: value for name, value in traits.items() if value is not None}
-    if not config.student or config.student in vkd.REDUCTIONS:
-        named = vkd.REDUCTIONS[config.student] if config.student else vkd.Reduction()
-        return vkd.reduce_config(teacher.config, replace(named, **traits))
-    if traits:
-        raise ValueError(f"--student {config.student} is complete; leave out --student_{next(iter(traits))}")
-    return read_student_config(repository_path(config.student, __file__), teacher)
-
-
-def build_resolved_student(config: StudentConfig, teacher: UNet2DModel) -> tuple[UNet2DModel, bool]:
-    """The student, and whether it comes with weights of its own."""
-    resolved = resolve_student(config, teacher)
-    check_memory(unet_without_weights(resolved, "the student"), "the student")
-    path = repository_path(config.student, __file__)
-    if not config.student or config.student in vkd.REDUCTIONS or Path(path).is_file():
-        return vkd.build_student(resolved), False
-    student = load_unet(path)
-    student.register_to_config(sample_size=teacher.config.sample_size)
-    return student, True
 
 
 def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics):
@@ -335,39 +272,6 @@ def loss_weights(config: StudentConfig, step: int) -> vkd.LossWeights:
     )
 
 
-def inherit(
-    config: StudentConfig,
-    student: UNet2DModel,
-    teacher: UNet2DModel,
-    images: Images,
-    noise_scheduler: DDPMScheduler,
-    device: torch.device,
-) -> vkd.Inheritance:
-    """Start the student from the teacher, both in float32."""
-    draws = list(
-        fixed_batches(
-            images,
-            noise_scheduler,
-            seed=config.training.seed,
-            num_draws=max(4, min(config.inherit_samples, 2**18 // student.config.sample_size**2)),
-            batch_size=config.training.eval_batch_size,
-            device=device,
-        )
-    )
-    student, teacher = student.to(device), teacher.to(device)
-    best = config.inherit_layers == "best"
-    return vkd.inherit_weights(
-        student,
-        teacher,
-        channels=config.inherit_channels,
-        rescaling=config.inherit_rescaling,
-        batches=draws,
-        noise_scheduler=noise_scheduler,
-        layers=vkd.best_layers(student, teacher, draws, noise_scheduler) if best else None,
-        seed=config.training.seed,
-    )
-
-
 def build_projected_student(
     config: StudentConfig,
     student: UNet2DModel,
@@ -406,9 +310,9 @@ def build_projected_student(
     return projected
 
 
-def show_plan(config: StudentConfig, teacher: ModelMixin, show: Callable[[str], None]) -> None:
+def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin, show: Callable[[str], None]) -> None:
     """What would be trained, from configurations alone."""
-    student = unet_without_weights(resolve_student(config, teacher), "the student")
+    student = unet_without_weights(resolve_student(start, teacher), "the student")
     before, after = (json.loads(unet.to_json_string()) for unet in (teacher, student))
     changed = {name: value for name, value in after.items() if value != before.get(name)}
     show(f"student: {type(student).__name__}, the teacher's but for {json.dumps(changed) if changed else 'nothing'}")
@@ -462,10 +366,11 @@ def main(config: StudentConfig) -> None:
         f"schedule: {schedule.num_train_timesteps} steps, {schedule.beta_schedule}; the teacher predicts "
         f"{prediction_type}, the student {schedule.prediction_type} (from {schedule_origin})"
     )
+    start = replace(config.start, student=repository_path(config.start.student, __file__))
     if config.dry_run:
-        show_plan(config, teacher_unet, accelerator.print)
+        show_plan(config, start, teacher_unet, accelerator.print)
         return
-    student, has_weights = build_resolved_student(config, teacher_unet)
+    student, has_weights = build_resolved_student(start, teacher_unet)
     pairs = pair_named_or_all(config, student, teacher_unet) if uses_features else []
     accelerator.print(describe_models(teacher_unet, student))
 
@@ -488,8 +393,17 @@ def main(config: StudentConfig) -> None:
     if accelerator.is_main_process:
         folder.start(facts)
     accelerator.wait_for_everyone()
-    if config.inherit_weights and not has_weights and not folder.resume_point(options.resume_from_checkpoint):
-        accelerator.print(inherit(config, student, teacher_unet, images, noise_scheduler, accelerator.device))
+    if start.inherit_weights and not has_weights and not folder.resume_point(options.resume_from_checkpoint):
+        draws = fixed_batches(
+            images,
+            noise_scheduler,
+            seed=options.seed,
+            num_draws=num_starting_draws(start, images.resolution),
+            batch_size=options.eval_batch_size,
+            device=accelerator.device,
+        )
+        student, teacher_unet = student.to(accelerator.device), teacher_unet.to(accelerator.device)
+        accelerator.print(inherit(start, student, teacher_unet, list(draws), noise_scheduler, seed=options.seed))
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)

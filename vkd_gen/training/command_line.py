@@ -108,7 +108,7 @@ def repository_path(path: str, script: str) -> str:
         script: the script's `__file__`.
     """
     inside = Path(script).resolve().parents[1] / path
-    return str(inside) if not Path(path).exists() and inside.exists() else path
+    return str(inside) if path and not Path(path).exists() and inside.exists() else path
 
 
 def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], description: str, default: str) -> None:
