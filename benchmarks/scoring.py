@@ -3,6 +3,7 @@
 python benchmarks/scoring.py --num_images 2000
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch_fidelity
+from accelerate import PartialState
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -93,13 +95,18 @@ def save_pngs(images: Tensor, folder: Path) -> None:
 def main(config: ScoringConfig) -> None:
     """Time both ways on the same images, and see that they agree."""
     training, test = load_images(config.dataset, resolution=config.resolution, channels=3)
-    samples, reference = (part.pixels(range(config.num_images)) for part in (test, training))
+    device = PartialState().device
     Bridge.extractor = load_extractor(config.extractor)
+    Bridge.extractor.network.to(device)
+    if config.num_images > min(len(training), len(test)):
+        raise ValueError(f"--num_images must be at most {min(len(training), len(test))} with {config.dataset}")
+    samples, reference = (part.pixels(range(config.num_images)) for part in (test, training))
     FEATURE_EXTRACTORS_REGISTRY["bridge"] = Bridge
     options = ScoreOptions(extractor=config.extractor, kid_subset_size=min(1000, config.num_images))
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        os.environ["VKD_GEN_CACHE"] = str(folder / "cache")
         save_pngs(reference, folder / "reference")
         Bridge.extractor(samples[: config.batch_size])  # allocations are not counted on either side
         start = time.perf_counter()

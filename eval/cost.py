@@ -80,6 +80,8 @@ def main(config: CostConfig) -> None:
         unets = {name: build_student(entries).to(device).eval() for name, entries in configs.items()}
         for name, costs in forward_costs(unets, batch_size=config.batch_size).items():
             rows[name] |= costs
+    if not PartialState().is_main_process:
+        return
     print_costs(rows)
     if config.output:
         protocol = {"batch_size": config.batch_size, "environment": environment()}

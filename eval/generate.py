@@ -16,7 +16,7 @@ from accelerate import Accelerator, PartialState
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
-from vkd_gen.evaluation.sources import ImageSource, blocks_of_process, from_pipeline, progress_bar
+from vkd_gen.evaluation.sources import ImageSource, blocks_of_process, from_pipeline, progress_bar, protocol_file
 from vkd_gen.provenance import write_json
 from vkd_gen.sampling import Precision, Sampler, load_pipeline
 from vkd_gen.training.command_line import run_command
@@ -47,6 +47,10 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
+        if self.seed + self.num_images > 2**63:
+            raise ValueError(f"--seed {self.seed} is too large; seeds are below 2^63")
+        if self.guidance_scale is not None and self.guidance_scale < 1:
+            raise ValueError(f"--guidance_scale must be at least 1, not {self.guidance_scale}")
         least = {"num_images": 1, "seed": 0, "num_inference_steps": 1, "batch_size": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -56,9 +60,10 @@ class GenerateConfig:
 FREE_TO_CHANGE = ("output", "batch_size", "num_images")
 
 
-def prepare_folder(folder: Path, config: GenerateConfig) -> None:
+def prepare_folder(folder: Path, config: GenerateConfig, source: ImageSource) -> None:
     """Make the folder, or see that what lies there is of the same images."""
     wanted = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    wanted["weights_sha256"] = source.protocol["weights_sha256"]
     note = folder / "generate.json"
     if note.exists():
         before = json.loads(note.read_text())
@@ -66,6 +71,8 @@ def prepare_folder(folder: Path, config: GenerateConfig) -> None:
                    if before.get(name) != value]  # fmt: skip
         if changed:
             raise ValueError(f"{folder} holds other images: {'; '.join(changed)}; choose another --output")
+        if len(list(folder.glob("*.png"))) > config.num_images:
+            raise ValueError(f"{folder} holds more than {config.num_images} images; raise --num_images")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not of this command; choose another --output")
     PartialState().wait_for_everyone()  # all have looked before the first one writes
@@ -115,7 +122,6 @@ def main(config: GenerateConfig) -> None:
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
     pipeline = load_pipeline(config.checkpoint, config.sampler).to(accelerator.device)
-    prepare_folder(folder, config)
     source = from_pipeline(
         config.checkpoint,
         pipeline,
@@ -125,12 +131,12 @@ def main(config: GenerateConfig) -> None:
         guidance_scale=config.guidance_scale,
         precision=config.mixed_precision,
     )
+    prepare_folder(folder, config, source)
     make_pngs(source, folder, config.batch_size)
     if accelerator.is_main_process:
+        write_json(protocol_file(output), dict(source.protocol))
         if is_array:
             pack(folder, config.num_images, output)
-        else:
-            write_json(folder / "protocol.json", dict(source.protocol))
         print(f"{config.num_images} images: {output}")
 
 

@@ -18,7 +18,13 @@ from vkd_gen.data import EMBEDDED, load_images
 from vkd_gen.evaluation.card import update_model_card
 from vkd_gen.evaluation.compare import print_table
 from vkd_gen.evaluation.report import save_results
-from vkd_gen.evaluation.scorer import ScoreOptions, Scorer, SharedScoreOptions, load_statistics_file
+from vkd_gen.evaluation.scorer import (
+    ScoreOptions,
+    Scorer,
+    SharedScoreOptions,
+    holds_statistics,
+    load_statistics_file,
+)
 from vkd_gen.evaluation.sources import ImageSource, from_array, from_folder, from_images, from_pipeline
 from vkd_gen.provenance import environment
 from vkd_gen.sampling import Precision, Sampler, image_size, load_pipeline
@@ -64,6 +70,10 @@ class ScoreConfig:
             raise ValueError("name at least one pipeline, folder or .npz to score")
         if len(set(self.sources)) < len(self.sources):
             raise ValueError(f"a source is named twice: {' '.join(self.sources)}")
+        if self.seed + self.scores.num_score_samples > 2**63:
+            raise ValueError(f"--seed {self.seed} is too large; seeds are below 2^63")
+        if self.guidance_scale is not None and self.guidance_scale < 1:
+            raise ValueError(f"--guidance_scale must be at least 1, not {self.guidance_scale}")
         if self.seed < 0 or self.batch_size < 1:
             raise ValueError("--seed must be at least 0 and --batch_size at least 1")
         if self.held_out_fraction is not None and not 0 <= self.held_out_fraction < 1:
@@ -72,10 +82,10 @@ class ScoreConfig:
             raise ValueError("scores need an --extractor")
 
 
-def open_source(name: str, config: ScoreConfig) -> tuple[ImageSource, int, int, DiffusionPipeline | None]:
-    """What a name on the command line stands for, with the size and the channels of its images."""
+def open_source(name: str, config: ScoreConfig) -> tuple[ImageSource, int, DiffusionPipeline | None]:
+    """What a name on the command line stands for, with the side of its images."""
     path = Path(name)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix == ".npz":
         source, pipeline = from_array(name), None
     elif path.is_dir() and not any((folder / "model_index.json").exists() for folder in (path, path / "pipeline")):
         source, pipeline = from_folder(name), None
@@ -90,33 +100,41 @@ def open_source(name: str, config: ScoreConfig) -> tuple[ImageSource, int, int, 
             guidance_scale=config.guidance_scale,
             precision=config.mixed_precision,
         )
-        return source, *image_size(pipeline), pipeline
+        return source, image_size(pipeline)[0], pipeline
     first = source.read(range(1))
     if first.shape[-1] != first.shape[-2]:
         raise ValueError(
             f"the images in {name} are {first.shape[-2]} x {first.shape[-1]} pixels; square ones are scored"
         )
-    return source, first.shape[-1], first.shape[1], pipeline
+    return source, first.shape[-1], pipeline
 
 
 def open_reference(
-    config: ScoreConfig, size: int, channels: int
+    config: ScoreConfig, size: int
 ) -> tuple[ImageSource | tuple[torch.Tensor, torch.Tensor], ImageSource | None]:
     """The images (or statistics) to compare to, and held-out images where there are some."""
     path = Path(config.reference)
-    if path.suffix == ".npz" and path.is_file():
-        with torch.no_grad():
-            try:
-                return load_statistics_file(config.reference), None
-            except ValueError:
-                return from_array(config.reference), None
+    if path.suffix == ".npz":
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        if config.held_out_fraction:
+            raise ValueError("--held_out_fraction is for data sets; an .npz reference is taken whole")
+        if holds_statistics(path):
+            return load_statistics_file(config.reference), None
+        source = from_array(config.reference)
+        side = source.read(range(1)).shape[-1]
+        if side != size:
+            raise ValueError(
+                f"the reference {path} holds images of {side} x {side} pixels, the sources of {size} x {size}"
+            )
+        return source, None
     fraction = config.held_out_fraction
     if fraction is None:
         fraction = 1 / 6 if config.reference in EMBEDDED else 0
     images, held_out = load_images(
         config.reference,
         resolution=size,
-        channels=channels,
+        channels=3,
         held_out_fraction=fraction,
         image_column=config.image_column,
     )
@@ -135,12 +153,14 @@ def main(config: ScoreConfig) -> None:
     disable_progress_bar()  # of the loading of a pipeline's few parts
     options = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     opened = {name: open_source(name, config) for name in config.sources}
-    sizes = {name: (size, channels) for name, (_, size, channels, _) in opened.items()}
-    if len({size for size, _ in sizes.values()}) > 1:
-        described = ", ".join(f"{name} {size} x {size}" for name, (size, _) in sizes.items())
+    sizes = {name: size for name, (_, size, _) in opened.items()}
+    if len(set(sizes.values())) > 1:
+        described = ", ".join(f"{name} {size} x {size}" for name, size in sizes.items())
         raise ValueError(f"images of unlike sizes cannot be compared to one reference: {described}")
-    size, channels = max(sizes.values())
-    reference, held_out = open_reference(config, size, channels)
+    samplers = {type(pipeline.scheduler).__name__ for *_, pipeline in opened.values() if pipeline is not None}
+    if len(samplers) > 1:
+        accelerator.print(f"note: sampled by {' and '.join(sorted(samplers))}; --sampler makes them comparable")
+    reference, held_out = open_reference(config, next(iter(sizes.values())))
     scorer = Scorer(
         options,
         reference,
@@ -149,24 +169,24 @@ def main(config: ScoreConfig) -> None:
         num_samples=min(source.count for source, *_ in opened.values()),
     )
     results: dict[str, Any] = {"rows": {}, "protocol": {**scorer.protocol, "environment": environment()}, "sources": {}}
+    real = scorer.scores_of_held_out()
     samples = {}
-    for name, (source, _, _, pipeline) in opened.items():
+    for name, (source, _, pipeline) in opened.items():
         if pipeline is not None:
             pipeline.to(accelerator.device)
         scores, features = scorer(source)
         if pipeline is not None:
             pipeline.to("cpu")
-        results["rows"][name] = scores
+        results["rows"].pop("held-out images", None)
+        results["rows"] |= {name: scores} | ({"held-out images": real} if real else {})
         results["sources"][name] = {**source.protocol, "images_sha256": features.content_hash}
         samples[name] = features.shown
-    real = scorer.scores_of_held_out()
-    results["rows"] |= {"held-out images": real} if real else {}
-    if accelerator.is_main_process:
-        save_results(folder, results, samples)
-        print_table(results)
-        for name, (_, _, _, pipeline) in opened.items():
+        if accelerator.is_main_process:  # after each source, so that a later one cannot lose it
+            save_results(folder, results, samples)
             if pipeline is not None and config.update_cards and Path(name).is_dir():
                 print(f"model card: {update_model_card(Path(name), results, name, config.reference)}")
+    if accelerator.is_main_process:
+        print_table(results)
         print(f"results: {folder / 'results.json'}\nreport: {folder / 'report.html'}")
 
 

@@ -226,7 +226,13 @@ def main(config: TeacherConfig) -> None:
     text = model_card(title, card, "", config.dataset, num_classes=num_classes_of(unet))
     run.on_main_process(lambda: export_pipeline(unet, noise_scheduler, exported, text))
     results, samples = score_model(
-        "teacher", unet, noise_scheduler, held_out=held_out, scorer=scorer, batch_size=options.eval_batch_size
+        "teacher",
+        unet,
+        noise_scheduler,
+        held_out=held_out,
+        scorer=scorer,
+        num_inference_steps=config.scores.num_inference_steps,
+        batch_size=options.eval_batch_size,
     )
     if accelerator.is_main_process:
         samples["held-out images"] = to_uint8(held_out.stack(32))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vkd_gen.evaluation.report import draw_curves, load_outcome, merge_rows, save_results, write_report
+from vkd_gen.pictures import sample_grid
 
 ROWS = {"teacher": {"parameters": 10, "fid": 1.25, "ms_per_image": 3.0}, "student": {"parameters": 5, "fid": 2.5}}
 
@@ -72,7 +73,35 @@ def test_samples_survive_the_round_trip(tmp_path):
     assert [line["step"] for line in outcome.metrics] == [10, 20, 30, 30]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": {}}'])
+def test_runs_of_one_name_and_of_unlike_networks_are_all_on_the_page(tmp_path):
+    runs = [make_run(tmp_path / "x/run", fid=3.25), make_run(tmp_path / "y/run", fid=4.75, seed=1)]
+    results = json.loads((runs[1] / "results.json").read_text())
+    results["rows"]["student"]["fid_digits"] = 6.125
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for text in ("x/run: student", "y/run: student", "<td>3.25</td>", "<td>4.75</td>", "<td>6.12</td>", "fid digits"):
+        assert text in page
+
+
+def test_samples_of_unlike_sizes_stand_side_by_side():
+    black = sample_grid({"small": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)})
+    both = sample_grid({name: torch.zeros(2, 1, side, side, dtype=torch.uint8) for name, side in (("a", 8), ("b", 28))})
+    assert both.width == 2 * 56 + 3 * 2
+    assert both.height > black.height
+
+
+def test_metrics_without_curves_make_no_picture(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"step": 1, "learning_rate": 0.1}\n{"learning_rate": 0.1}\n')
+    write_report([run], run / "report.html")
+    assert "Curves" not in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"rows": {}}', '{"rows": [], "protocol": {}}', '{"rows": {"x": {"fid": null}}, "protocol": {}}'],
+)
 def test_damaged_results(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ValueError, match=r"cannot read the results|not a results file"):

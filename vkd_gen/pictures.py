@@ -18,9 +18,9 @@ def sample_grid(rows: Mapping[str, Tensor], columns: int = 16, least_side: int =
         least_side: side in pixels that smaller images are enlarged to.
     """
     gap, band = 2, 18
-    side = next(iter(rows.values())).shape[-1]
-    scale = max(1, -(-least_side // side))
-    cell = side * scale + gap
+    sides = [images.shape[-1] for images in rows.values()]
+    tile_side = max(side * max(1, -(-least_side // side)) for side in sides)
+    cell = tile_side + gap
     lines = {title: -(-len(images) // columns) for title, images in rows.items()}
     columns = min(columns, max(len(images) for images in rows.values()))
     height = sum(band + count * cell for count in lines.values()) + gap
@@ -33,7 +33,7 @@ def sample_grid(rows: Mapping[str, Tensor], columns: int = 16, least_side: int =
         for number, image in enumerate(images):
             pixels = image.expand(3, -1, -1) if image.shape[0] == 1 else image
             tile = Image.fromarray(np.asarray(pixels.permute(1, 2, 0).contiguous(), dtype=np.uint8))
-            tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)
+            tile = tile.resize((tile_side, tile_side), Image.Resampling.NEAREST)
             sheet.paste(tile, (gap + number % columns * cell, top + number // columns * cell))
         top += lines[title] * cell
     return sheet

@@ -76,8 +76,8 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
         if not found:
             raise ValueError(f"{source} holds no pipeline: neither model_index.json nor pipeline/model_index.json")
         path = found[0]
-        _refuse_pickles(path)
-    elif path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        _refuse_code(path)
+    elif path.exists() or path.suffix == ".npz" or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"there is no pipeline folder {source}")
     try:
         # Under memory saving, tensors of unlike shapes end as errors far from their cause.
@@ -87,8 +87,13 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
     except Exception as error:  # offline, missing, damaged and foreign each have a class of their own
         raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:300]}") from error
     parameters = inspect.signature(pipeline.__call__).parameters
-    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
-    if needed - {"class_labels"} or "prompt" in parameters or not {"batch_size", "class_labels"} & set(parameters):
+    needed = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    makes_images = "output_type" in parameters and bool({"batch_size", "class_labels"} & set(parameters))
+    if needed - {"class_labels"} or "prompt" in parameters or not makes_images:
         raise ValueError(
             f"{source} is a {type(pipeline).__name__}, which needs more than noise and class labels; unconditional and "
             "class-conditional pipelines can be sampled here"
@@ -104,11 +109,19 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
     return pipeline
 
 
-def _refuse_pickles(folder: Path) -> None:
-    """Say which part of a pipeline has pickled weights alone: diffusers itself would name a missing file."""
-    for part in json.loads((folder / "model_index.json").read_text()):
-        pickles = [path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in (folder / part).glob(pattern)]
-        if pickles and not list((folder / part).glob("*.safetensors")):
+def _refuse_code(folder: Path) -> None:
+    """Refuse parts of a pipeline that could run code: pickled weights, and classes of its own."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        parts = {name: value for name, value in index.items() if isinstance(value, list)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'model_index.json'} is damaged: {error}") from error
+    for name, value in parts.items():
+        modules = [place / f"{value[0]}.py" for place in (folder, folder / name)] if value else []
+        if name == "_class_name" or any(module.exists() for module in modules):
+            raise ValueError(f"{folder} brings Python code for its {name}, which would run when loaded; it is refused")
+        pickles = [path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in (folder / name).glob(pattern)]
+        if pickles and not list((folder / name).glob("*.safetensors")):
             raise ValueError(f"{pickles[0]} is pickled and can run code when loaded; only safetensors are read here")
 
 
@@ -127,9 +140,10 @@ def image_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     side = network.config.sample_size
     side = side if isinstance(side, int) else side[0]
-    if getattr(pipeline, "vae", None) is not None:
-        return side * 2 ** (len(pipeline.vae.config.block_out_channels) - 1), 3
-    return side, network.config.out_channels
+    decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if decoder is not None:
+        return side * 2 ** (len(decoder.config.block_out_channels) - 1), 3
+    return side, network.config.in_channels
 
 
 @torch.no_grad()

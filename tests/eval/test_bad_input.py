@@ -1,5 +1,6 @@
 """What a user gets wrong is told in one line that says what to do, with status 2, before the work starts."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 
 from tests.conftest import tiny_unet
 from tests.eval.conftest import EVAL, save_pngs
+from vkd_gen.evaluation.feature_network import FeatureNetwork, save_feature_network
 from vkd_gen.sampling import stock_pipeline
 
 
@@ -36,8 +38,8 @@ def array_at(tmp, pixels, name="arr_0"):
     return tmp / "array.npz"
 
 
-def statistics_at(tmp, width):
-    np.savez(tmp / "statistics.npz", mu=np.zeros(width), sigma=np.eye(width))
+def statistics_at(tmp, width, covariance=None):
+    np.savez(tmp / "statistics.npz", mu=np.zeros(width), sigma=np.eye(width) if covariance is None else covariance)
     return tmp / "statistics.npz"
 
 
@@ -58,6 +60,26 @@ def pickled_pipeline(tmp):
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     torch.save(Payload(tmp / "executed"), folder / "unet/diffusion_pytorch_model.bin")
     return folder
+
+
+def whole_pipeline(tmp):
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp / "whole")
+    return tmp / "whole"
+
+
+def pipeline_with_code(tmp, part, file):
+    """Code that diffusers would import, which leaves a file."""
+    folder = whole_pipeline(tmp)
+    index = json.loads((folder / "model_index.json").read_text())
+    index[part] = ["evil", "Evil"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / file).write_text(f"open({str(tmp / 'executed')!r}, 'w')\nclass Evil: pass\n")
+    return folder
+
+
+def unnamed_network(tmp):
+    save_feature_network(FeatureNetwork(width=4), tmp / "inception-v3-compat.safetensors", {})
+    return tmp / "inception-v3-compat.safetensors"
 
 
 def inpainting_pipeline(tmp):
@@ -110,6 +132,42 @@ SCORE = {
         "12 images are too few.*smaller --kid_subset_size",
     ),
     "a pickled pipeline": (lambda tmp: {"sources": [pickled_pipeline(tmp)]}, "pickled and can run code"),
+    "a pipeline of a class of its own": (
+        lambda tmp: {"sources": [pipeline_with_code(tmp, "_class_name", "evil.py")]},
+        "brings Python code for its _class_name",
+    ),
+    "a pipeline whose part is of a class of its own": (
+        lambda tmp: {"sources": [pipeline_with_code(tmp, "unet", "unet/evil.py")]},
+        "brings Python code for its unet",
+    ),
+    "guidance without classes": (
+        lambda tmp: {"sources": [whole_pipeline(tmp)], "--guidance_scale": 2, "--num_score_samples": 12},
+        "unconditional: it takes no guidance_scale",
+    ),
+    "guidance below one": (lambda tmp: {"--guidance_scale": 0.5}, "--guidance_scale must be at least 1"),
+    "a seed beyond 64 bits": (lambda tmp: {"--seed": 2**63}, "--seed .* too large"),
+    "an array that is not there": (lambda tmp: {"sources": [tmp / "nowhere.npz"]}, "cannot read images from"),
+    "a reference array that is not there": (lambda tmp: {"--reference": tmp / "nowhere.npz"}, "there is no file"),
+    "a reference of another size": (
+        lambda tmp: {"--reference": array_at(tmp, np.zeros((12, 16, 16, 1), np.uint8))},
+        "16 x 16 pixels, the sources of 8 x 8",
+    ),
+    "statistics that do not fit": (
+        lambda tmp: {"--reference": statistics_at(tmp, 5, covariance=np.eye(4))},
+        "which do not fit",
+    ),
+    "statistics that are not finite": (
+        lambda tmp: {"--reference": statistics_at(tmp, 5, covariance=np.full((5, 5), np.nan))},
+        "not finite",
+    ),
+    "a feature network that calls itself Inception": (
+        lambda tmp: {"--extractor": unnamed_network(tmp)},
+        "another network's name",
+    ),
+    "weights for a network that is downloaded": (
+        lambda tmp: {"--extractor": "clip-vit-b-32", "--extractor_weights": text_at(tmp)},
+        "downloads the weights of clip-vit-b-32 itself",
+    ),
     "a pipeline that needs an image": (lambda tmp: {"sources": [inpainting_pipeline(tmp)]}, "needs more than noise"),
     "a damaged pipeline": (lambda tmp: {"sources": [damaged_pipeline(tmp)]}, "cannot load the pipeline"),
     "a hub id that is not there": (lambda tmp: {"sources": ["nobody/nothing"]}, "cannot load the pipeline"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import tiny_unet
 from tests.eval.conftest import EVAL
-from vkd_gen.sampling import sample_images
+from vkd_gen.sampling import sample_images, stock_pipeline
 
 STEPS = ("--num_inference_steps", 3)
 
@@ -34,8 +34,8 @@ def test_images_are_those_of_their_seeds_in_any_batch_and_format(tmp_path, check
     for found in (pixels_in(tmp_path / "pngs"), pixels_in(tmp_path / "odd"), array[..., 0]):
         assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # the network's rounding
     assert not (tmp_path / "array.npz.parts").exists()
-    protocol = json.loads((tmp_path / "pngs/protocol.json").read_text())
-    assert protocol["seeds"] == "4 to 12"
+    for file in ("pngs/protocol.json", "array.npz.protocol.json"):
+        assert json.loads((tmp_path / file).read_text())["seeds"] == "4 to 12"
 
 
 def test_two_processes_make_the_same_files(tmp_path, checkpoint, run_eval):
@@ -105,3 +105,24 @@ def test_lower_precision_gives_nearly_the_same_images(tmp_path, checkpoint, run_
         run_eval("generate", checkpoint, "--output", tmp_path / precision, *flags)
     full, half = (pixels_in(tmp_path / name).astype(int) for name in ("no", "bf16"))
     assert 0 < np.abs(full - half).mean() < 3
+
+
+def test_images_of_a_model_that_has_changed_are_not_kept(tmp_path, run_eval, capfd):
+    folder = tmp_path / "model"
+    for seed, expected in ((0, None), (1, "weights_sha256")):
+        stock_pipeline(tiny_unet(seed=seed), DDPMScheduler()).save_pretrained(folder)
+        flags = [folder, "--output", tmp_path / "images", "--num_images", 2, *STEPS]
+        if expected is None:
+            run_eval("generate", *flags)
+        else:
+            with pytest.raises(SystemExit):
+                run_eval("generate", *flags)
+            assert expected in capfd.readouterr().err
+
+
+def test_fewer_images_than_are_there(tmp_path, checkpoint, run_eval, capfd):
+    run_eval("generate", checkpoint, "--output", tmp_path / "images", "--num_images", 4, *STEPS)
+    with pytest.raises(SystemExit):
+        run_eval("generate", checkpoint, "--output", tmp_path / "images", "--num_images", 3, *STEPS)
+    assert "holds more than 3 images" in capfd.readouterr().err
+    assert json.loads((tmp_path / "images/protocol.json").read_text())["num_images"] == 4

@@ -2,14 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from tests.eval.conftest import EVAL, save_pngs
@@ -59,7 +59,9 @@ def test_a_folder_of_pngs_has_the_scores_of_torch_fidelitys_command_line(
     found = scores_in(tmp_path / "scores")
     expected = of_command_line(first, second, inception_weights, monkeypatch, capfd, "--kid-subset-size", "10")
     assert expected["frechet_inception_distance"] > 1
-    assert found == pytest.approx({ours: expected[theirs] for ours, theirs in TORCH_FIDELITY.items()}, rel=1e-6)
+    assert found == pytest.approx(
+        {f"{ours}_inception_custom": expected[theirs] for ours, theirs in TORCH_FIDELITY.items()}, rel=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -116,14 +118,17 @@ def test_scores_of_a_model_in_memory_are_those_of_its_images_on_disk(
     sources = [json.loads((tmp_path / name / "results.json").read_text())["sources"] for name in ("disk", "memory")]
     disk, memory = (next(iter(source.values())) for source in sources)
     assert disk["images_sha256"] == memory["images_sha256"]
-    assert memory | {"images_sha256": ""} == {
+    assert disk["made_by"] == {key: value for key, value in memory.items() if key != "images_sha256"}
+    assert len(memory["weights_sha256"]) == 64
+    assert memory["scheduler"]["prediction_type"] == "epsilon"
+    assert {key: value for key, value in memory.items() if key not in ("weights_sha256", "scheduler")} == {
         "pipeline": "DDIMPipeline",
         "sampler": "DDIMScheduler",
         "num_inference_steps": 3,
         "num_images": 24,
         "seeds": "5 to 28",
         "precision": "no",
-        "images_sha256": "",
+        "images_sha256": disk["images_sha256"],
     }
 
 
@@ -196,7 +201,6 @@ def test_other_images_or_weights_are_not_taken_for_the_cached_ones(tmp_path, fol
     run_eval("score", first, "--reference", other, *flags, tmp_path / "other-scores")
     assert scores_in(tmp_path / "other-scores") != scores_in(tmp_path / "second")
     assert len(list((tmp_path / "cache/references").iterdir())) == 2
-    time.sleep(0)
 
 
 def test_an_unwritable_cache_is_no_hindrance(tmp_path, folders, feature_network, run_eval, monkeypatch, caplog):
@@ -230,3 +234,45 @@ def test_class_conditional_pipelines_are_asked_for_every_class(tmp_path, run_eva
     source = json.loads((tmp_path / "scores/results.json").read_text())["sources"][str(folder)]
     assert source["class_labels"] == "seed modulo 1000"
     assert source["guidance_scale"] == 2
+
+
+def test_a_grey_image_among_coloured_ones_changes_nothing_else(tmp_path, folders, feature_network, run_eval):
+    """Read as torch-fidelity reads it: everything as RGB."""
+    coloured = save_pngs(tmp_path / "coloured", 24, mode="RGB")
+    first = coloured / "000000.png"
+    Image.open(first).convert("L").save(first)
+    as_rgb = save_pngs(tmp_path / "rgb", 24, mode="RGB")
+    Image.open(first).convert("RGB").save(as_rgb / "000000.png")
+    flags = ["--reference", folders[0], "--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
+    run_eval("score", coloured, as_rgb, *flags, tmp_path / "scores")
+    assert scores_in(tmp_path / "scores", 0) == scores_in(tmp_path / "scores", 1)
+
+
+def test_a_source_that_fails_does_not_lose_the_ones_before(tmp_path, folders, feature_network, run_eval, capfd):
+    late = save_pngs(tmp_path / "late", 24)
+    damaged = late / "000020.png"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    flags = ["--reference", folders[1], "--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
+    with pytest.raises(SystemExit):
+        run_eval("score", folders[0], late, *flags, tmp_path / "scores")
+    assert "cannot read the image" in capfd.readouterr().err
+    assert list(json.loads((tmp_path / "scores/results.json").read_text())["rows"]) == [str(folders[0])]
+
+
+def test_other_peoples_results_in_a_model_card_stay(tmp_path, checkpoint, folders, feature_network, run_eval):
+    folder = shutil.copytree(checkpoint, tmp_path / "mymodel")
+    theirs = EvalResult("image-generation", "cats", "cats", "beauty", 7.0)
+    data = ModelCardData(license="mit", model_name="mine", eval_results=[theirs])
+    ModelCard(f"---\n{data.to_yaml()}\n---\n# Mine\n\nSome words.\n").save(folder / "README.md")
+    flags = ["--extractor", feature_network, "--num_score_samples", 12, "--kid_subset_size", 10]
+    run_eval(
+        "score", folder, "--reference", folders[0], *flags, "--num_inference_steps", 1, "--output_dir", tmp_path / "s"
+    )
+    card = ModelCard.load(folder / "README.md")
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values["beauty"] == 7.0
+    assert values["fid_stripes"] == scores_in(tmp_path / "s")["fid_stripes"]
+    assert card.data.license == "mit"
+    assert card.data.model_name == "mine"
+    assert "Some words." in card.text
+    assert str(tmp_path) not in card.data.to_yaml()

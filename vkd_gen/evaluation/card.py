@@ -30,23 +30,29 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
     card = ModelCard.load(path) if path.exists() else ModelCard(f"---\nlibrary_name: diffusers\n---\n# {folder.name}\n")
     row = results["rows"][name]
     protocol = {**results["protocol"], **results.get("sources", {}).get(name, {})}
-    metadata = card.data.to_dict()
-    metadata.pop("model-index", None)
-    metadata["model_name"] = metadata.get("model_name", folder.resolve().parent.name)
+    place = folder.resolve()
+    title = card.data.model_name or (place.parent.name if place.name == "pipeline" else place.name)
+    others = [result for result in card.data.eval_results or [] if result.metric_type not in row]
+    metadata = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
+    data = Path(data).name
     card.data = ModelCardData(
         **metadata,
+        model_name=title,
         eval_results=[
-            EvalResult(
-                task_type="unconditional-image-generation",
-                dataset_type=data,
-                dataset_name=data,
-                metric_type=metric,
-                metric_value=value,
-            )
-            for metric, value in row.items()
+            *others,
+            *(
+                EvalResult(
+                    task_type="unconditional-image-generation",
+                    dataset_type=data,
+                    dataset_name=data,
+                    metric_type=metric,
+                    metric_value=value,
+                )
+                for metric, value in row.items()
+            ),
         ],
     )
-    table = markdown_table({"rows": {folder.resolve().parent.name: row}, "protocol": protocol})
+    table = markdown_table({"rows": {title: row}, "protocol": protocol})
     section = f"{BEGIN}\n## Scores\n\n{table}\n{END}"
     text = card.text
     if BEGIN in text and END in text:

@@ -11,28 +11,34 @@ from torch import Tensor, nn
 
 from vkd_gen.data import Images
 from vkd_gen.distillation import FrozenTeacher
-from vkd_gen.distillation import matching_table as matching_table
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
-from vkd_gen.evaluation.extractors import score_suffix
 from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.provenance import environment
 from vkd_gen.sampling import sample_images
 
-FORMATS = {
+FORMATS: dict[str, str | None] = {
     "parameters": "{:,}",
     "macs": "{:,}",
     "ms_per_image": "{:.2f}",
     "fid": "{:.2f}",
     "inception_score": "{:.2f}",
+    "inception_score_std": None,
     "kid": "{:.5f}",
+    "kid_std": None,
     "precision": "{:.3f}",
     "recall": "{:.3f}",
+    "fid_training": "{:.2f}",
+    "fid_held_out": "{:.2f}",
+    "nearest_training": "{:.3f}",
+    "nearest_held_out": "{:.3f}",
     "nearer_to_training": "{:.3f}",
     "denoising_error": "{:.4f}",
     "teacher_distance": "{:.4f}",
 }
-"""The columns of a table and how each is shown; results.json has all numbers. Scores end in their extractor's name."""
+"""The columns of a table and how each is shown, None for in results.json alone; scores end in an extractor's name."""
+IN_SHORT = frozenset({"fid_training", "fid_held_out", "nearest_training", "nearest_held_out"})
+"""Columns that a terminal has no room for."""
 
 
 def compare_to_teacher(
@@ -134,15 +140,22 @@ def _score_models(
 
 def column_formats(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The columns of a table that some row has, each with its format, in the order of `FORMATS`."""
-    found = {column for row in results["rows"].values() for column in row}
-    suffix = score_suffix(results["protocol"].get("extractor", ""))
-    names = ((column, form) for name, form in FORMATS.items() for column in dict.fromkeys((name, name + suffix)))
-    return [(column, form) for column, form in names if column in found]
+    found = dict.fromkeys(column for row in results["rows"].values() for column in row)
+    columns = [(column, _kind(column)) for column in found]
+    order = list(FORMATS)
+    known = sorted((order.index(kind), column, FORMATS[kind]) for column, kind in columns if kind is not None)
+    return [(column, form) for _, column, form in known if form is not None]
+
+
+def _kind(column: str) -> str | None:
+    """The score that a column is of, in whatever network's features: the longest name that it begins with."""
+    kinds = [name for name in FORMATS if column == name or column.startswith(name + "_")]
+    return max(kinds, key=len, default=None)
 
 
 def print_table(results: dict[str, Any]) -> None:
     """Print the rows for a person."""
-    columns = column_formats(results)
+    columns = [column for column in column_formats(results) if _kind(column[0]) not in IN_SHORT]
     table = Table("", *(column.replace("_", " ") for column, _ in columns))
     for name, row in results["rows"].items():
         table.add_row(name, *_cells(row, columns))

