@@ -37,7 +37,7 @@ FORMATS: dict[str, str | None] = {
     "teacher_distance": "{:.4f}",
 }
 """The columns of a table and how each is shown, None for in results.json alone; scores end in an extractor's name."""
-IN_SHORT = frozenset({"fid_training", "fid_held_out", "nearest_training", "nearest_held_out"})
+TOO_WIDE = frozenset({"fid_training", "fid_held_out", "nearest_training", "nearest_held_out"})
 """Columns that a terminal has no room for."""
 
 
@@ -69,7 +69,8 @@ def compare_to_teacher(
         num_shown: samples to return.
 
     Returns:
-        Results for results.json (`rows`: name -> column -> number; `protocol`), and samples by name, uint8.
+        Results for results.json (`rows`: name -> column -> number; `protocol`; `sources`: name -> how its samples came
+        about), and samples by name, uint8.
     """
     nn.Module.float(teacher.unet)
     unets = {"teacher": (teacher.unet, teacher_scheduler), "student": (student, noise_scheduler)}
@@ -119,13 +120,14 @@ def _score_models(
             "errors": "512 draws of (held-out image, noise, timestep), mean square per element",
         }
     state.wait_for_everyone()
-    samples = {}
+    samples, sources = {}, {}
     for name, (unet, scheduler) in unets.items():
         if scorer:
             scores, features, source = scorer.score_unet(name, unet, scheduler, num_shown=num_shown)
             rows[name] |= scores
             samples[name] = features.shown
-            protocol |= source.protocol
+            sources[name] = {**source.protocol, "images_sha256": features.content_hash}
+            protocol |= {key: source.protocol[key] for key in ("sampler", "num_inference_steps", "num_images", "seeds")}
         else:
             samples[name] = sample_images(
                 unet, scheduler, range(num_shown), num_inference_steps=num_inference_steps, batch_size=batch_size
@@ -135,7 +137,7 @@ def _score_models(
         real = scorer.scores_of_held_out()
         rows |= {"held-out images": real} if real else {}
     protocol["environment"] = environment()
-    return {"rows": rows, "protocol": protocol}, samples
+    return {"rows": rows, "protocol": protocol, "sources": sources}, samples
 
 
 def column_formats(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -155,7 +157,7 @@ def _kind(column: str) -> str | None:
 
 def print_table(results: dict[str, Any]) -> None:
     """Print the rows for a person."""
-    columns = [column for column in column_formats(results) if _kind(column[0]) not in IN_SHORT]
+    columns = [column for column in column_formats(results) if _kind(column[0]) not in TOO_WIDE]
     table = Table("", *(column.replace("_", " ") for column, _ in columns))
     for name, row in results["rows"].items():
         table.add_row(name, *_cells(row, columns))
