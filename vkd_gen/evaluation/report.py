@@ -188,12 +188,17 @@ def _merge_samples(outcomes: Sequence[Outcome]) -> dict[str, Tensor]:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A column per model, as long as there are fewer models than scores; else a row for each."""
     columns = column_formats({"rows": rows})
-    head = "".join(f"<th>{html.escape(column.replace('_', ' '))}</th>" for column, _ in columns)
-    lines = []
-    for name, row in rows.items():
-        cells = "".join(f"<td>{form.format(row[column]) if column in row else '-'}</td>" for column, form in columns)
-        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    cells = [[form.format(row[column]) if column in row else "-" for column, form in columns] for row in rows.values()]
+    across, down = [column.replace("_", " ") for column, _ in columns], list(rows)
+    if len(down) < len(across):
+        cells, across, down = [list(line) for line in zip(*cells, strict=True)], down, across
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in across)
+    lines = [
+        f"<tr><td>{html.escape(title)}</td>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
+        for title, line in zip(down, cells, strict=True)
+    ]
     body = "\n".join(lines)
     return f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
@@ -223,9 +228,11 @@ def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
     from matplotlib.figure import Figure
 
     kinds = curve_kinds(outcomes)
-    figure = Figure(figsize=(5.2 * min(2, len(kinds)), 3.2 * -(-len(kinds) // 2)), dpi=150, layout="constrained")
+    num_columns = len(kinds) if len(kinds) < 4 else 2 + len(kinds) % 2
+    num_lines = -(-len(kinds) // num_columns)
+    figure = Figure(figsize=(4.2 * num_columns, 3 * num_lines), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = np.atleast_1d(figure.subplots(-(-len(kinds) // 2), min(2, len(kinds)))).flatten()
+    axes = np.atleast_1d(figure.subplots(num_lines, num_columns)).flatten()
     for axis in axes[len(kinds) :]:
         axis.set_visible(False)
     for axis, (name, label) in zip(axes, kinds, strict=False):
