@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
-from vkd_gen.data import EMBEDDED, load_images
+from vkd_gen.data import EMBEDDED, OnBadImage, load_images
 from vkd_gen.evaluation.card import update_model_card
 from vkd_gen.evaluation.compare import print_table
 from vkd_gen.evaluation.report import save_results
@@ -43,6 +43,8 @@ class ScoreConfig:
     share for digits and mnist, 0 for all else."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    on_bad_image: OnBadImage = "refuse"
+    """An image of the reference that cannot be read: `refuse` stops, `skip` leaves it out."""
     sampler: Sampler | None = None
     """Sampler of UNet pipelines; by default each pipeline's own."""
     guidance_scale: float | None = None
@@ -119,7 +121,10 @@ def open_reference(
         channels=channels,
         held_out_fraction=fraction,
         image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
     )
+    for line in (*images.skipped, *held_out.skipped):
+        PartialState().print(f"left out of the reference: {line}")
     return from_images("reference", images), from_images("held-out images", held_out) if len(held_out) else None
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 import vkd_gen as vkd
-from vkd_gen.data import Images, default_cifar10, load_images
+from vkd_gen.data import Images, OnBadImage, data_facts, default_cifar10, load_images
 from vkd_gen.diffusion import check_convertible, prediction_type_of
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
@@ -29,6 +29,7 @@ from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers, pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
+from vkd_gen.provenance import write_json
 from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
@@ -55,6 +56,9 @@ class StudentConfig:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    on_bad_image: OnBadImage = "refuse"
+    """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
+    the run, leaves bad ones out and names them in skipped_images.json."""
     label_column: str | None = None
     """Column of the classes in a table, for a class-conditional teacher; by default the only one of classes, else
     `label`."""
@@ -434,6 +438,7 @@ def main(config: StudentConfig) -> None:
         resolution=student.config.sample_size,
         channels=student.config.in_channels,
         image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
         with_labels=num_classes is not None,
         label_column=config.label_column,
         num_classes=num_classes,
@@ -441,11 +446,15 @@ def main(config: StudentConfig) -> None:
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
-    facts = {**flat_config(config), **run_facts(accelerator, images)}
+    skipped = [*images.skipped, *held_out.skipped]
+    if skipped:
+        accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
+    facts = {**flat_config(config), **run_facts(accelerator, images), **data_facts(images, held_out)}
     folder.check(facts, options.resume_from_checkpoint)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.start(facts)
+        write_json(folder.path / "skipped_images.json", skipped)
     accelerator.wait_for_everyone()
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from vkd_gen.data import Images, default_cifar10, load_images
+from vkd_gen.data import Images, OnBadImage, data_facts, default_cifar10, load_images
 from vkd_gen.diffusion import add_noise, prediction_target
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
@@ -21,6 +21,7 @@ from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_sc
 from vkd_gen.losses import prediction_loss
 from vkd_gen.pictures import to_uint8
 from vkd_gen.pipelines import num_classes_of
+from vkd_gen.provenance import write_json
 from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
@@ -38,6 +39,9 @@ class TeacherConfig:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    on_bad_image: OnBadImage = "refuse"
+    """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
+    the run, leaves bad ones out and names them in skipped_images.json."""
     class_conditional: bool = False
     """Learn images of given classes: the labels come from the data, and their number decides the network's."""
     label_column: str | None = None
@@ -130,6 +134,7 @@ def load_data(config: TeacherConfig) -> tuple[Images, Images]:
         resolution=config.resolution,
         channels=config.channels,
         image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
         with_labels=config.class_conditional,
         label_column=config.label_column,
     )
@@ -188,11 +193,15 @@ def main(config: TeacherConfig) -> None:
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
-    facts = {**flat_config(config), **run_facts(accelerator, images)}
+    skipped = [*images.skipped, *held_out.skipped]
+    if skipped:
+        accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
+    facts = {**flat_config(config), **run_facts(accelerator, images), **data_facts(images, held_out)}
     folder.check(facts, options.resume_from_checkpoint)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.start(facts)
+        write_json(folder.path / "skipped_images.json", skipped)
     accelerator.wait_for_everyone()
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

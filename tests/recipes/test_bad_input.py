@@ -1,6 +1,7 @@
 """Users' mistakes: one line on standard error, exit status 2, no traceback, and nothing lost."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -371,8 +372,6 @@ def test_mistake_is_told_in_one_line(recipe, flags, words, tmp_path, pipeline_fo
     assert exit_status.value.code == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
     assert len(errors) == 1
-    import re
-
     assert re.search(words, errors[0]), errors[0]
     assert not (output / "pipeline").exists()
 
@@ -392,6 +391,27 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_fold
         run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest", "--learning_rate", 0.5)
     assert "--learning_rate was 0.002 and is 0.5" in capfd.readouterr().err
     assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_bad_images_are_skipped_by_choice_and_a_resumed_run_skips_the_same(tmp_path, run_recipe, capfd):
+    folder, run = images_in(tmp_path / "images", count=24), tmp_path / "run"
+    (folder / "notes.png").write_text("not an image")
+    flags = [*SHORT, "--dataset", folder, "--on_bad_image", "skip", "--extractor", "none", "--output_dir", run]
+    run_recipe(TEACHER, *flags)
+    out = capfd.readouterr().out
+    assert "1 images that cannot be read are left out, such as: cannot read the image" in out
+    config = json.loads((run / "config.json").read_text())
+    assert (config["num_skipped_images"], config["num_training_images"]) == (1, 20)
+    (line,) = json.loads((run / "skipped_images.json").read_text())
+    assert line.endswith("notes.png: its content is of no image format that is known")
+    resumed = [*flags, "--resume_from_checkpoint", "latest"]
+    run_recipe(TEACHER, *resumed)  # the same images are skipped: the same run
+    (folder / "notes.png").unlink()
+    shutil.copy(folder / "3.png", folder / "notes.png")
+    (folder / "5.png").write_text("")  # as many, but not the same
+    with pytest.raises(SystemExit):
+        run_recipe(TEACHER, *resumed)
+    assert re.search("is of another run: .*--image_numbers_sha256 was", capfd.readouterr().err)
 
 
 def fail(*_, **_options):
