@@ -20,9 +20,9 @@ from vkd_gen.evaluation.compare import print_table
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import ScoreOptions, Scorer, SharedScoreOptions, load_statistics_file
 from vkd_gen.evaluation.sources import ImageSource, from_array, from_folder, from_images, from_pipeline
-from vkd_gen.provenance import environment
+from vkd_gen.provenance import environment, hub_revision
 from vkd_gen.sampling import Precision, Sampler, image_size, load_pipeline
-from vkd_gen.training.command_line import repository_path, run_command
+from vkd_gen.training.command_line import refuse_links, repository_path, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,7 @@ def main(config: ScoreConfig) -> None:
             raise ValueError(f"--output_dir {folder} cannot be a folder: {parent} is a file")
     if (folder / "results.json").exists() and not config.overwrite:
         raise ValueError(f"{folder} already holds results; choose another --output_dir, or --overwrite")
+    refuse_links(folder)
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
     options = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
@@ -163,6 +164,8 @@ def main(config: ScoreConfig) -> None:
             pipeline.to("cpu")
         results["rows"][name] = scores
         results["sources"][name] = {**source.protocol, "images_sha256": features.content_hash}
+        revision = hub_revision(name)
+        results["sources"][name] |= {} if revision is None else {"revision": revision}
         samples[name] = features.shown
     real = scorer.scores_of_held_out()
     results["rows"] |= {"held-out images": real} if real else {}

@@ -29,11 +29,12 @@ from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers, pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
-from vkd_gen.provenance import write_json
-from vkd_gen.training.command_line import repository_path, run_recipe
+from vkd_gen.provenance import hub_revision, write_json
+from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
 from vkd_gen.training.models import (
+    check_checkpoint,
     check_memory,
     load_teacher,
     load_unet,
@@ -399,6 +400,8 @@ def main(config: StudentConfig) -> None:
     options = config.training
     folder = RunFolder(options.output_dir)
     folder.check(flat_config(config), options.resume_from_checkpoint)
+    refuse_links(folder.path)
+    check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     uses_features = config.feature_weight > 0
     accelerator = make_accelerator(
         options,
@@ -450,6 +453,8 @@ def main(config: StudentConfig) -> None:
     if skipped:
         accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
     facts = {**flat_config(config), **run_facts(accelerator, images), **data_facts(images, held_out)}
+    revisions = {"teacher_revision": hub_revision(config.teacher), "student_revision": hub_revision(config.student)}
+    facts |= {name: revision for name, revision in revisions.items() if revision is not None}
     folder.check(facts, options.resume_from_checkpoint)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

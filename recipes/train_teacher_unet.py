@@ -22,9 +22,10 @@ from vkd_gen.losses import prediction_loss
 from vkd_gen.pictures import to_uint8
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import write_json
-from vkd_gen.training.command_line import repository_path, run_recipe
+from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
+from vkd_gen.training.models import check_checkpoint
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 
@@ -179,6 +180,8 @@ def main(config: TeacherConfig) -> None:
     folder = RunFolder(options.output_dir)
     check_score_options(config.scores, options.score_every_steps)
     folder.check(flat_config(config), options.resume_from_checkpoint)
+    refuse_links(folder.path)
+    check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     accelerator = make_accelerator(options)
     # The number of classes is the data's: those come first then, in a dry run too.
     data = load_data(config) if config.class_conditional else None

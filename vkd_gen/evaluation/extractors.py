@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -162,7 +163,7 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
         del layers["isc"]  # no class probabilities: torch-fidelity falls back to the features, which are none
     needed = list(dict.fromkeys(layers.values()))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), _tensors_alone(not name.startswith("clip")):
             network = kind(name, needed, feature_extractor_weights_path=weights, verbose=False)
     except Exception as error:  # no network, a missing file, other shapes, an option that the kind lacks
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
@@ -174,6 +175,22 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
 
     network.eval().requires_grad_(False)
     return Extractor(name, network, extract, layers, hash_weights(network), {})
+
+
+@contextlib.contextmanager
+def _tensors_alone(is_required: bool) -> Iterator[None]:
+    """Let torch load nothing but tensors, whatever its callers say: torch-fidelity's ask for all that a pickle can do.
+
+    CLIP's download is a TorchScript archive, which torch never takes for tensors alone; its hash is checked.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1" if is_required else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
 
 
 def _frozen(

@@ -98,6 +98,45 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+@contextlib.contextmanager
+def tensors_alone() -> Iterator[None]:
+    """Let torch load nothing but tensors and plain values, also where a package asks it for more.
+
+    Accelerate and torch-fidelity call `torch.load(weights_only=False)`; no file that a command is given can run code.
+    """
+    force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name) for name in (force, allow) if name in os.environ}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(force, None)
+        os.environ.update(before)
+
+
+def refuse_links(folder: str | Path) -> None:
+    """Refuse an output folder with a link in it that leads out of it, so that nothing is written anywhere else.
+
+    The folder may be a link itself: that is its user's choice.
+
+    Args:
+        folder: that is about to be written to; need not be there.
+
+    Raises:
+        ValueError: in one line, naming the link and where it leads.
+    """
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            target = os.path.realpath(path)
+            if os.path.islink(path) and os.path.commonpath([root, target]) != root:
+                raise ValueError(
+                    f"{path} is a link out of the output folder, to {target}; nothing is written there: remove it, or "
+                    "choose another folder"
+                )
+
+
 def repository_path(path: str, script: str) -> str:
     """A file or folder of the repository that a script lies in; anything else as it is.
 
@@ -113,11 +152,11 @@ def repository_path(path: str, script: str) -> str:
 
 def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], description: str, default: str) -> None:
     """Parse the command line and run `main` on it, with users' mistakes told in one line."""
-    with one_line_errors():
+    with one_line_errors(), tensors_alone():
         main(parse_command_line(presets, description, default))
 
 
 def run_command(main: Callable[[Config], None], kind: type[Config], description: str) -> None:
     """Parse the command line into a dataclass and run `main` on it, with users' mistakes told in one line."""
-    with one_line_errors():
+    with one_line_errors(), tensors_alone():
         main(_parse(kind, None, description, sys.argv[1:]))
