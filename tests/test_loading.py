@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_unet
-from tests.recipes.conftest import SHORT, recipe_runner, run_recipe
+from tests.recipes.conftest import SHORT, recipe_runner
 from vkd_gen.calibration import load_statistics
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
@@ -30,6 +30,12 @@ from vkd_gen.training.command_line import refuse_links, tensors_alone
 from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def run_recipe(monkeypatch, tmp_path):
+    """Run a recipe in this process with the given flags."""
+    return recipe_runner(monkeypatch, tmp_path)
 
 
 class Payload:
@@ -431,6 +437,23 @@ def hub_cache(tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return repository
+
+
+def test_models_of_the_hub_are_checked_as_folders_are(hub_cache, executed):
+    snapshot = hub_cache / "snapshots" / COMMIT
+    assert load_pipeline("some/model").unet.config.block_out_channels == [8, 16]
+    assert load_teacher("some/model").unet.config.block_out_channels == [8, 16]
+    change(snapshot / "unet/config.json", block_out_channels=[16384, 16384])
+    with pytest.raises(ValueError, match=r"asks for .* numbers and the weights beside it hold"):
+        load_pipeline("some/model")
+    change(snapshot / "unet/config.json", layers_per_block=10**9)
+    for load in (load_pipeline, load_teacher):
+        with pytest.raises(ValueError, match="that could be built: layers_per_block is"):
+            load("some/model")
+    (snapshot / "evil.py").write_text(EVIL.format(path=str(executed)))
+    change(snapshot / "model_index.json", _class_name=["evil", "DDIMPipeline"])
+    with pytest.raises(ValueError, match="one of diffusers' pipelines"):
+        load_pipeline("some/model")
 
 
 def test_the_commit_of_a_model_on_the_hub(hub_cache, tmp_path, monkeypatch):

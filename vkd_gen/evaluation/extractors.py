@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,8 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
         raise ValueError(f"there is no extractor {name!r}; choose one of {known}, or a feature network's .safetensors")
     if weights is not None:
         try:  # torch-fidelity itself would run code that a pickle holds
-            torch.load(weights, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than torch's
+                torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged, truncated and executable files each have a class of their own
             reason = str(error).splitlines()[0]
             raise ValueError(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,7 +295,8 @@ def check_checkpoint(folder: Path | None) -> None:
         return
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".pth")):
         try:
-            load(path, map_location="cpu", weights_only=True, mmap=True)
+            with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than its own
+                load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # damaged, truncated and executable files each have a class of their own
             is_code = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error)
             reason = "it holds more than numbers, and could run code" if is_code else str(error).splitlines()[0][:200]
