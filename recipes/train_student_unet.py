@@ -149,6 +149,11 @@ class StudentConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
+        if self.calibration_samples < self.num_timestep_bins:
+            raise ValueError(
+                f"too few samples to calibrate on: --num_timestep_bins {self.num_timestep_bins} need at least as many "
+                f"--calibration_samples, not {self.calibration_samples}"
+            )
 
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from vkd_gen.provenance import write_json
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
-from vkd_gen.training.models import check_checkpoint
+from vkd_gen.training.models import check_checkpoint, check_memory, unet_without_weights
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 
@@ -147,6 +147,11 @@ def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
     with_attention = [stage in config.attention_stages for stage in stages]
     if not with_attention:
         raise ValueError("--block_out_channels must name at least one stage")
+    least = {"--resolution": config.resolution, "--norm_num_groups": config.norm_num_groups}
+    least |= {"--layers_per_block": config.layers_per_block, "--block_out_channels": min(config.block_out_channels)}
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     if set(config.attention_stages) - set(stages):
         raise ValueError(f"--attention_stages must name stages 0 to {len(stages) - 1}")
     if config.resolution % 2 ** (len(stages) - 1):
@@ -159,19 +164,23 @@ def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
             f"--norm_num_groups {config.norm_num_groups} must divide each of --block_out_channels "
             f"{' '.join(map(str, config.block_out_channels))}"
         )
-    return UNet2DModel(
-        sample_size=config.resolution,
-        in_channels=config.channels,
-        out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        block_out_channels=config.block_out_channels,
-        down_block_types=tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in with_attention),
-        up_block_types=tuple("AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(with_attention)),
-        add_attention=any(with_attention),
-        attention_head_dim=32,
-        norm_num_groups=config.norm_num_groups,
-        num_class_embeds=num_classes + 1 if num_classes else None,
-    )
+    entries = {
+        "sample_size": config.resolution,
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "layers_per_block": config.layers_per_block,
+        "block_out_channels": config.block_out_channels,
+        "down_block_types": tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in with_attention),
+        "up_block_types": tuple(
+            "AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(with_attention)
+        ),
+        "add_attention": any(with_attention),
+        "attention_head_dim": 32,
+        "norm_num_groups": config.norm_num_groups,
+        "num_class_embeds": num_classes + 1 if num_classes else None,
+    }
+    check_memory(unet_without_weights(entries, "the teacher"), "the teacher")  # before any of it is taken
+    return UNet2DModel(**entries)
 
 
 def main(config: TeacherConfig) -> None:

@@ -154,6 +154,8 @@ def load_images(
         raise ValueError(f"held_out_fraction must be at least 0 and below 1, not {held_out_fraction}")
     if on_bad_image not in ("refuse", "skip"):
         raise ValueError(f"on_bad_image must be refuse or skip, not {on_bad_image!r}")
+    if not source:
+        raise ValueError("name a data set: digits, mnist, a folder, a file or an id of the hub")
     found = _readers(source, image_column, label_column)
     readers = {split: reader for split, reader in found.items() if reader.num_images}
     if on_bad_image == "refuse":
@@ -457,7 +459,7 @@ def _table_readers(
         data_files = {split: [str(file) for file in found] for split, found in splits.items()}
         tables = datasets.load_dataset(kind, data_files=data_files)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
-        raise ValueError(f"cannot read {files[0]}: {_one_line(error)}") from error
+        raise ValueError(f"cannot read {files[0]}: {_one_line(error.__cause__ or error)}") from error
     name = str(files[0].parent)
     return {split: _table_reader(table, image_column, label_column, name) for split, table in tables.items()}
 
@@ -547,7 +549,7 @@ def _read_cell(table: Any, column: str, source: str, index: int) -> Image.Image:
     return _decode(Path(path), name)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
 

@@ -57,9 +57,11 @@ def _parse(kind: type[Config], default: Config | None, description: str, argumen
 
 def _condense(message: str) -> str:
     """Tyro's error box as one line."""
-    lines = [re.sub(r"[\u2500-\u257f]+", " ", line) for line in message.splitlines()]
+    # Where the terminal has no lines to draw with, the box is made of dashes.
+    lines = [re.sub(r"[\u2500-\u257f]+|-{5,}|^\s*[|+]|[|+]\s*$", " ", line) for line in message.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(lines)).strip()
-    text = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error)\s*:?\s*", "", text)
+    text = re.sub(r"^(Parsing error|Required options|Value error|Missing argument|Invalid choice)\s*:?\s*", "", text)
+    text = re.sub(r"^Error parsing \w+: ", "", text)
     return re.split(r"For full helptext", text)[0].strip() or "the command line could not be understood; see --help"
 
 
@@ -74,7 +76,7 @@ def _exit(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a ValueError or OSError into one line on standard error and exit status 2; Ctrl-C into status 130.
+    """Turn a ValueError, an OSError or a lack of memory into one line on standard error and status 2; Ctrl-C into 130.
 
     Set VKD_GEN_TRACEBACK=1 to see the traceback instead.
     """
@@ -90,6 +92,13 @@ def one_line_errors() -> Iterator[None]:
         # A worker that reads images hands over its whole traceback as text.
         text = str(error)
         _exit(text.rsplit("ValueError: ", 1)[-1] if text.startswith("Caught ") else text or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", text):
+            raise
+        asked = re.search(r"tried to allocate ([\d.,]+ ?\w+)", text, re.IGNORECASE)
+        wanted = f", for {asked[1]} at once" if asked else ""
+        _exit(f"not enough memory{wanted}: lower the batch sizes, the resolution or the width of the models")
     except KeyboardInterrupt:
         print(
             "interrupted; --resume_from_checkpoint latest goes on from the last checkpoint, if there is one",

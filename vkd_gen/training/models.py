@@ -178,6 +178,7 @@ def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
     """
     config = complete_config(config) | {"_class_name": unet_class(config).__name__}
     check_sizes(config, source)
+    _check_kinds(config, source)
     try:
         with torch.device("meta"):
             kind = unet_class(config)
@@ -185,6 +186,19 @@ def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
     except Exception as error:  # diffusers checks little, and what it does not check fails in all kinds of ways
         reason = " ".join(str(error).split())
         raise ValueError(f"{source} is no UNet that diffusers can build: {reason[:300]}") from error
+
+
+def _check_kinds(config: Mapping[str, Any], source: str) -> None:
+    """What diffusers builds a UNet by without a look at it, and fails on later."""
+    defaults = complete_config({"_class_name": config["_class_name"]})
+    for entry, default in defaults.items():
+        if isinstance(default, int | float) and isinstance(config[entry], str):
+            raise ValueError(f"{source} is no UNet that diffusers can build: {entry} is {config[entry]!r}, no number")
+    size = config["sample_size"]
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    is_size = len(sides) in (1, 2) and all(isinstance(side, int) and side > 0 for side in sides)
+    if size is not None and not is_size:
+        raise ValueError(f"{source} is no UNet that diffusers can build: sample_size is {str(size)[:80]}, no size")
 
 
 def check_memory(unet: ModelMixin, source: str) -> None:
@@ -245,10 +259,17 @@ def _scheduler(config: Mapping[str, Any], source: str) -> DDPMScheduler:
         )
     check_sizes(config, source, "schedule")
     try:
-        return DDPMScheduler.from_config(config)
+        scheduler = DDPMScheduler.from_config(config)
     except Exception as error:  # diffusers checks little, and what it does not check fails in all kinds of ways
         reason = " ".join(str(error).split())
         raise ValueError(f"{source} holds no schedule that diffusers can build: {reason[:200]}") from error
+    steps, betas = scheduler.config.num_train_timesteps, scheduler.betas
+    if not isinstance(steps, int) or steps < 1 or len(betas) != steps or not ((betas >= 0) & (betas <= 1)).all():
+        raise ValueError(
+            f"{source} holds no schedule of noise: it has {len(betas)} betas for {steps} steps, which must be as many, "
+            "1 or more, and each from 0 to 1"
+        )
+    return scheduler
 
 
 def _check(unet: UNet2DModel, source: str) -> UNet2DModel:
