@@ -572,6 +572,8 @@ class TrainingDraws(Dataset):
     def __init__(self, images: Images, *, seed: int, random_flip: bool = False, guidance_dropout: float = 0.0):
         if seed < 0:
             raise ValueError(f"seed must be 0 or above, not {seed}")
+        if seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, not {seed}")
         if not 0 <= guidance_dropout < 1:
             raise ValueError(f"guidance_dropout must be at least 0 and below 1, not {guidance_dropout}")
         self.images, self.seed, self.random_flip = images, seed, random_flip
@@ -614,6 +616,9 @@ class DrawBatches(Sampler[list[int]]):
         accumulation_steps: forward passes per optimizer step.
         process_index: which process this is.
         num_processes: how many there are.
+
+    Raises:
+        ValueError: for a count below 1, a step below 0, or a process that there is not.
     """
 
     def __init__(
@@ -626,6 +631,14 @@ class DrawBatches(Sampler[list[int]]):
         process_index: int = 0,
         num_processes: int = 1,
     ):
+        least = {"batch_size": batch_size, "accumulation_steps": accumulation_steps, "num_processes": num_processes}
+        for name, value in least.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if first_step < 0:
+            raise ValueError(f"first_step must be at least 0, not {first_step}")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index must be 0 to {num_processes - 1}, not {process_index}")
         self.batch_size, self.process_index, self.num_processes = batch_size, process_index, num_processes
         self._passes = range(first_step * accumulation_steps, num_steps * accumulation_steps)
 

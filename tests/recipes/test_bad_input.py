@@ -662,7 +662,7 @@ def test_the_real_command_tells_it_in_one_line_too(recipe, name, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "1"})
     assert result.returncode == 2
     assert result.stderr.count("error: ") == 1
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "pipeline").exists()
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == result.stderr.splitlines()
 
 
