@@ -211,7 +211,9 @@ class OrthogonalProjector(nn.Module):
         if isinstance(start, str) and start not in ("identity", "procrustes"):
             raise ValueError(f"unknown start {start!r}; choose identity or procrustes, or give a matrix")
         if matrix.shape != (narrow, wide):
-            raise ValueError(f"start must be a {narrow} x {wide} matrix, not one of shape {list(matrix.shape)}")
+            raise ValueError(
+                f"start must be a {narrow} x {wide} matrix with orthonormal rows, not one of shape {list(matrix.shape)}"
+            )
         if not orthonormality_error(matrix) <= 1e-4:
             raise ValueError(
                 f"start must be a {narrow} x {wide} matrix with orthonormal rows; those of the given one are "
