@@ -17,9 +17,9 @@ from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
 from vkd_gen.evaluation.sources import ImageSource, blocks_of_process, from_pipeline, progress_bar, protocol_file
-from vkd_gen.provenance import write_json
+from vkd_gen.provenance import hub_revision, write_json
 from vkd_gen.sampling import Precision, Sampler, load_pipeline
-from vkd_gen.training.command_line import run_command
+from vkd_gen.training.command_line import refuse_links, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +119,7 @@ def main(config: GenerateConfig) -> None:
     if is_array and output.exists():
         raise ValueError(f"{output} is there already; choose another --output")
     folder = output.with_name(output.name + ".parts") if is_array else output
+    refuse_links(folder)
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
     pipeline = load_pipeline(config.checkpoint, config.sampler).to(accelerator.device)
@@ -134,7 +135,9 @@ def main(config: GenerateConfig) -> None:
     prepare_folder(folder, config, source)
     make_pngs(source, folder, config.batch_size)
     if accelerator.is_main_process:
-        write_json(protocol_file(output), dict(source.protocol))
+        revision = hub_revision(config.checkpoint)
+        known = {} if revision is None else {"revision": revision}
+        write_json(protocol_file(output), {**source.protocol, **known})
         if is_array:
             pack(folder, config.num_images, output)
         print(f"{config.num_images} images: {output}")

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
-from vkd_gen.data import EMBEDDED, load_images
+from vkd_gen.data import EMBEDDED, OnBadImage, load_images
 from vkd_gen.evaluation.card import update_model_card
 from vkd_gen.evaluation.compare import print_table
 from vkd_gen.evaluation.report import save_results
@@ -26,9 +26,9 @@ from vkd_gen.evaluation.scorer import (
     load_statistics_file,
 )
 from vkd_gen.evaluation.sources import ImageSource, from_array, from_folder, from_images, from_pipeline
-from vkd_gen.provenance import environment
+from vkd_gen.provenance import environment, hub_revision
 from vkd_gen.sampling import Precision, Sampler, image_size, load_pipeline
-from vkd_gen.training.command_line import repository_path, run_command
+from vkd_gen.training.command_line import refuse_links, repository_path, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ class ScoreConfig:
     share for digits and mnist, 0 for all else."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    on_bad_image: OnBadImage = "refuse"
+    """An image of the reference that cannot be read: `refuse` stops, `skip` leaves it out."""
     sampler: Sampler | None = None
     """Sampler of UNet pipelines; by default each pipeline's own."""
     guidance_scale: float | None = None
@@ -137,7 +139,10 @@ def open_reference(
         channels=3,
         held_out_fraction=fraction,
         image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
     )
+    for line in (*images.skipped, *held_out.skipped):
+        PartialState().print(f"left out of the reference: {line}")
     return from_images("reference", images), from_images("held-out images", held_out) if len(held_out) else None
 
 
@@ -149,6 +154,7 @@ def main(config: ScoreConfig) -> None:
             raise ValueError(f"--output_dir {folder} cannot be a folder: {parent} is a file")
     if (folder / "results.json").exists() and not config.overwrite:
         raise ValueError(f"{folder} already holds results; choose another --output_dir, or --overwrite")
+    refuse_links(folder)
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
     options = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
@@ -180,6 +186,8 @@ def main(config: ScoreConfig) -> None:
         results["rows"].pop("held-out images", None)
         results["rows"] |= {name: scores} | ({"held-out images": real} if real else {})
         results["sources"][name] = {**source.protocol, "images_sha256": features.content_hash}
+        revision = hub_revision(name)
+        results["sources"][name] |= {} if revision is None else {"revision": revision}
         samples[name] = features.shown
         if accelerator.is_main_process:  # after each source, so that a later one cannot lose it
             save_results(folder, results, samples)

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 import vkd_gen as vkd
-from vkd_gen.data import Images, default_cifar10, load_images
+from vkd_gen.data import Images, OnBadImage, data_facts, default_cifar10, load_images
 from vkd_gen.diffusion import check_convertible, prediction_type_of
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
@@ -28,10 +28,11 @@ from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers, pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
-from vkd_gen.training.command_line import repository_path, run_recipe
+from vkd_gen.provenance import hub_revision, write_json
+from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
-from vkd_gen.training.models import load_teacher, unet_without_weights
+from vkd_gen.training.models import check_checkpoint, load_teacher, unet_without_weights
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 from vkd_gen.training.students import (
@@ -56,6 +57,9 @@ class StudentConfig:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    on_bad_image: OnBadImage = "refuse"
+    """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
+    the run, leaves bad ones out and names them in skipped_images.json."""
     label_column: str | None = None
     """Column of the classes in a table, for a class-conditional teacher; by default the only one of classes, else
     `label`."""
@@ -128,6 +132,11 @@ class StudentConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
+        if self.calibration_samples < self.num_timestep_bins:
+            raise ValueError(
+                f"too few samples to calibrate on: --num_timestep_bins {self.num_timestep_bins} need at least as many "
+                f"--calibration_samples, not {self.calibration_samples}"
+            )
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -344,6 +353,8 @@ def main(config: StudentConfig) -> None:
     options = config.training
     folder = RunFolder(options.output_dir)
     folder.check(flat_config(config), options.resume_from_checkpoint)
+    refuse_links(folder.path)
+    check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     uses_features = config.feature_weight > 0
     accelerator = make_accelerator(
         options,
@@ -380,6 +391,7 @@ def main(config: StudentConfig) -> None:
         resolution=student.config.sample_size,
         channels=student.config.in_channels,
         image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
         with_labels=num_classes is not None,
         label_column=config.label_column,
         num_classes=num_classes,
@@ -387,11 +399,20 @@ def main(config: StudentConfig) -> None:
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
-    facts = {**flat_config(config), **run_facts(accelerator, images)}
+    skipped = [*images.skipped, *held_out.skipped]
+    if skipped:
+        accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
+    facts = {**flat_config(config), **run_facts(accelerator, images), **data_facts(images, held_out)}
+    revisions = {
+        "teacher_revision": hub_revision(config.teacher),
+        "student_revision": hub_revision(config.start.student),
+    }
+    facts |= {name: revision for name, revision in revisions.items() if revision is not None}
     folder.check(facts, options.resume_from_checkpoint)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.start(facts)
+        write_json(folder.path / "skipped_images.json", skipped)
     accelerator.wait_for_everyone()
     if start.inherit_weights and not has_weights and not folder.resume_point(options.resume_from_checkpoint):
         draws = fixed_batches(

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from vkd_gen.data import Images, default_cifar10, load_images
+from vkd_gen.data import Images, OnBadImage, data_facts, default_cifar10, load_images
 from vkd_gen.diffusion import add_noise, prediction_target
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
@@ -21,9 +21,11 @@ from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_sc
 from vkd_gen.losses import prediction_loss
 from vkd_gen.pictures import to_uint8
 from vkd_gen.pipelines import num_classes_of
-from vkd_gen.training.command_line import repository_path, run_recipe
+from vkd_gen.provenance import write_json
+from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
+from vkd_gen.training.models import check_checkpoint, check_memory, unet_without_weights
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 
@@ -38,6 +40,9 @@ class TeacherConfig:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    on_bad_image: OnBadImage = "refuse"
+    """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
+    the run, leaves bad ones out and names them in skipped_images.json."""
     class_conditional: bool = False
     """Learn images of given classes: the labels come from the data, and their number decides the network's."""
     label_column: str | None = None
@@ -130,6 +135,7 @@ def load_data(config: TeacherConfig) -> tuple[Images, Images]:
         resolution=config.resolution,
         channels=config.channels,
         image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
         with_labels=config.class_conditional,
         label_column=config.label_column,
     )
@@ -141,6 +147,11 @@ def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
     with_attention = [stage in config.attention_stages for stage in stages]
     if not with_attention:
         raise ValueError("--block_out_channels must name at least one stage")
+    least = {"--resolution": config.resolution, "--norm_num_groups": config.norm_num_groups}
+    least |= {"--layers_per_block": config.layers_per_block, "--block_out_channels": min(config.block_out_channels)}
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     if set(config.attention_stages) - set(stages):
         raise ValueError(f"--attention_stages must name stages 0 to {len(stages) - 1}")
     if config.resolution % 2 ** (len(stages) - 1):
@@ -153,19 +164,23 @@ def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
             f"--norm_num_groups {config.norm_num_groups} must divide each of --block_out_channels "
             f"{' '.join(map(str, config.block_out_channels))}"
         )
-    return UNet2DModel(
-        sample_size=config.resolution,
-        in_channels=config.channels,
-        out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        block_out_channels=config.block_out_channels,
-        down_block_types=tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in with_attention),
-        up_block_types=tuple("AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(with_attention)),
-        add_attention=any(with_attention),
-        attention_head_dim=32,
-        norm_num_groups=config.norm_num_groups,
-        num_class_embeds=num_classes + 1 if num_classes else None,
-    )
+    entries = {
+        "sample_size": config.resolution,
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "layers_per_block": config.layers_per_block,
+        "block_out_channels": config.block_out_channels,
+        "down_block_types": tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in with_attention),
+        "up_block_types": tuple(
+            "AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(with_attention)
+        ),
+        "add_attention": any(with_attention),
+        "attention_head_dim": 32,
+        "norm_num_groups": config.norm_num_groups,
+        "num_class_embeds": num_classes + 1 if num_classes else None,
+    }
+    check_memory(unet_without_weights(entries, "the teacher"), "the teacher")  # before any of it is taken
+    return UNet2DModel(**entries)
 
 
 def main(config: TeacherConfig) -> None:
@@ -174,6 +189,8 @@ def main(config: TeacherConfig) -> None:
     folder = RunFolder(options.output_dir)
     check_score_options(config.scores, options.score_every_steps)
     folder.check(flat_config(config), options.resume_from_checkpoint)
+    refuse_links(folder.path)
+    check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     accelerator = make_accelerator(options)
     # The number of classes is the data's: those come first then, in a dry run too.
     data = load_data(config) if config.class_conditional else None
@@ -188,11 +205,15 @@ def main(config: TeacherConfig) -> None:
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
-    facts = {**flat_config(config), **run_facts(accelerator, images)}
+    skipped = [*images.skipped, *held_out.skipped]
+    if skipped:
+        accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
+    facts = {**flat_config(config), **run_facts(accelerator, images), **data_facts(images, held_out)}
     folder.check(facts, options.resume_from_checkpoint)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.start(facts)
+        write_json(folder.path / "skipped_images.json", skipped)
     accelerator.wait_for_everyone()
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

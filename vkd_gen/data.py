@@ -3,19 +3,23 @@
 C channels, H height, W width.
 """
 
+import contextlib
+import hashlib
+import io
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -23,19 +27,27 @@ EMBEDDED = ("digits", "mnist")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
+OnBadImage = Literal["refuse", "skip"]
+"""What becomes of an image that cannot be read: see `load_images`."""
+
+ADVICE = "repair or remove it"
+
 
 @dataclass(frozen=True)
 class Images:
     """Images of one size in [-1, 1], decoded when asked for.
 
     Attributes:
-        read: image number -> PIL image; raises ValueError, naming the file, for one that cannot be read.
+        read: image number -> PIL image, upright, opaque, 8 bits, grey or RGB; raises ValueError, naming the file, for
+            one that cannot be read.
         resolution: height and width in pixels that `__getitem__` crops and resizes to.
         channels: 1 (grey) or 3 (RGB).
         name: where they come from, for messages and model cards.
         indices: numbers in the whole source, of the images that these are.
         labels: class of each image of the whole source, 0 to `num_classes` - 1; None if they were not asked for.
         num_classes: how many classes there are; 0 without labels.
+        skipped: what was left out because it cannot be read, a line each: which image, and why.
+        revision: commit of the data set on the hub; None for another source, or where it is not known.
     """
 
     read: Callable[[int], Image.Image]
@@ -45,6 +57,8 @@ class Images:
     indices: np.ndarray
     labels: np.ndarray | None = None
     num_classes: int = 0
+    skipped: tuple[str, ...] = ()
+    revision: str | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -56,9 +70,12 @@ class Images:
     def _pixels(self, index: int) -> np.ndarray:
         """Image `index`, uint8, `[H, W, C]`: resized so that the shorter side fits, then cropped at the centre."""
         image = self.read(int(self.indices[index]))
-        if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255 instead of scaling
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         image = image.convert("L" if self.channels == 1 else "RGB")
+        longest = LONGEST * min(image.size)
+        if max(image.size) > longest:  # else one line of 60,000 pixels would be made into 512 lines of 30 million
+            width, height = (min(side, longest) for side in image.size)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
         if image.size != (self.resolution, self.resolution):
             scale = self.resolution / min(image.size)
             width, height = (max(self.resolution, round(side * scale)) for side in image.size)
@@ -82,6 +99,10 @@ class Images:
         return torch.stack([self[number * len(self) // count] for number in range(count)])
 
 
+LONGEST = 16
+"""Of an image that is longer than this many times its shorter side, the middle alone is resized."""
+
+
 def load_images(
     source: str,
     *,
@@ -92,8 +113,13 @@ def load_images(
     with_labels: bool = False,
     label_column: str | None = None,
     num_classes: int | None = None,
+    on_bad_image: OnBadImage = "refuse",
 ) -> tuple[Images, Images]:
     """Load a set of images and split off a part that training never sees.
+
+    Images of any mode are brought to 8 bits, turned upright as their EXIF says, and laid on white where they are
+    transparent. One that cannot be read is a bad one: damaged, empty, of another kind than its name says, of floating
+    point numbers, or of more pixels than PIL takes for safe (`Image.MAX_IMAGE_PIXELS`, 89 million).
 
     Args:
         source: `digits` (scikit-learn's 1,797 8x8 handwritten digits), `mnist` (the 5,000 28x28 digits that the
@@ -109,6 +135,9 @@ def load_images(
         label_column: the column of a table that holds the classes, as whole numbers from 0; by default the only one
             of classes (datasets' ClassLabel), else the one called `label`.
         num_classes: how many classes the model knows; by default as many as the source has.
+        on_bad_image: `refuse` makes a bad image an error: of a folder the headers are looked at here, what lies behind
+            them when it is read. `skip` decodes every image once, here, and leaves the bad ones out; they are named in
+            `Images.skipped`. Which of the others are held out does not depend on it.
 
     Returns:
         Training images, held-out images (empty if there is no test split and none are asked for).
@@ -123,17 +152,31 @@ def load_images(
         raise ValueError(f"resolution must be at least 1 pixel, not {resolution}")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction must be at least 0 and below 1, not {held_out_fraction}")
-    readers = {
-        split: reader for split, reader in _readers(source, image_column, label_column).items() if reader.num_images
-    }
+    if on_bad_image not in ("refuse", "skip"):
+        raise ValueError(f"on_bad_image must be refuse or skip, not {on_bad_image!r}")
+    if not source:
+        raise ValueError("name a data set: digits, mnist, a folder, a file or an id of the hub")
+    found = _readers(source, image_column, label_column)
+    readers = {split: reader for split, reader in found.items() if reader.num_images}
+    if on_bad_image == "refuse":
+        for reader in readers.values():
+            reader.check_headers()
     splits = {
-        split: Images(reader.read, resolution, channels, source, np.arange(reader.num_images))
+        split: Images(reader.read, resolution, channels, source, np.arange(reader.num_images), revision=reader.revision)
         for split, reader in readers.items()
     }
     if "train" not in splits:
         raise ValueError(f"{source} holds no images")
     if with_labels:
         splits = _label(splits, {split: reader.labels() for split, reader in readers.items()}, num_classes)
+    train, held_out = _split(splits, held_out_fraction)
+    if on_bad_image == "refuse" or source in EMBEDDED:
+        return train, held_out
+    return _without_bad(train, "train on"), _without_bad(held_out, "hold out")
+
+
+def _split(splits: Mapping[str, Images], held_out_fraction: float) -> tuple[Images, Images]:
+    """Training and held-out images, as the source splits them or by numbers drawn once and for all."""
     if "test" in splits:
         return splits["train"], splits["test"]
     images = splits["train"]
@@ -141,10 +184,43 @@ def load_images(
         return images, replace(images, indices=images.indices[:0])
     num_held_out = max(1, round(held_out_fraction * len(images)))
     if len(images) - num_held_out < 1:
-        raise ValueError(f"{source} holds {len(images)} image; at least 2 are needed, one of them to hold out")
+        raise ValueError(f"{images.name} holds {len(images)} image; at least 2 are needed, one of them to hold out")
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
     train, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
     return replace(images, indices=train), replace(images, indices=held_out)
+
+
+def _without_bad(images: Images, purpose: str) -> Images:
+    """Those images that can be decoded, each of which is, once."""
+    good, skipped = [], []
+    for number in images.indices.tolist():
+        try:
+            images.read(number)
+            good.append(number)
+        except ValueError as error:
+            skipped.append(str(error).removesuffix(f"; {ADVICE}"))
+    if skipped and not good:
+        raise ValueError(
+            f"{images.name} has no image left to {purpose}: of {len(skipped)} none can be read; {skipped[0]}"
+        )
+    return replace(images, indices=np.array(good, dtype=np.int64), skipped=tuple(skipped))
+
+
+def data_facts(train: Images, held_out: Images) -> dict[str, Any]:
+    """What a run's configuration keeps of its data; a resumed run must find the same.
+
+    Returns:
+        `num_skipped_images`; `image_numbers_sha256`, over which images are trained on and which are held out; and
+        `dataset_revision`, the commit on the hub, where it is known.
+    """
+    digest = hashlib.sha256()
+    for images in (train, held_out):
+        digest.update(len(images).to_bytes(8, "little") + images.indices.astype("<i8").tobytes())
+    facts = {
+        "num_skipped_images": len(train.skipped) + len(held_out.skipped),
+        "image_numbers_sha256": digest.hexdigest(),
+    }
+    return facts if train.revision is None else {**facts, "dataset_revision": train.revision}
 
 
 Labels = tuple[np.ndarray, int | None]
@@ -152,11 +228,21 @@ Labels = tuple[np.ndarray, int | None]
 
 
 class Reader(NamedTuple):
-    """One split of a source: read image i, the number of images, and their labels, read when asked for."""
+    """One split of a source.
+
+    Attributes:
+        read: image number -> image.
+        num_images: how many there are.
+        labels: read when asked for.
+        check_headers: raises ValueError for what can be seen to be no image without decoding it.
+        revision: commit on the hub.
+    """
 
     read: Callable[[int], Image.Image]
     num_images: int
     labels: Callable[[], Labels]
+    check_headers: Callable[[], None] = lambda: None
+    revision: str | None = None
 
 
 def _label(splits: Mapping[str, Images], labels: Mapping[str, Labels], num_classes: int | None) -> dict[str, Images]:
@@ -225,15 +311,18 @@ def embedded_pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _folder_readers(folder: Path) -> Mapping[str, Reader]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
     if not files:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    for file in files:  # the header alone: fast, and finds what is no image before the training starts
-        _open_image(file).close()
     # Names of folders alone: an image that is called test.png may well be one to train on.
     splits = _by_split(files, [file.relative_to(folder).parts[:-1] for file in files])
     return {
-        split: Reader(partial(_read_file, chosen), len(chosen), partial(_folder_labels, folder, files, chosen))
+        split: Reader(
+            partial(_read_file, chosen),
+            len(chosen),
+            partial(_folder_labels, folder, files, chosen),
+            partial(_check_headers, chosen),
+        )
         for split, chosen in splits.items()
     }
 
@@ -263,20 +352,90 @@ def _by_split(files: list[Path], names: list[tuple[str, ...]]) -> dict[str, list
     return splits if "train" in splits else {"train": files}
 
 
+def _check_headers(files: list[Path]) -> None:
+    """The headers alone: fast, and finds most of what is no image before the training starts."""
+    bad = []
+    for file in files:
+        try:
+            with _careful_pil(), _open(file):
+                pass
+        except Exception as error:  # see _decode
+            bad.append(f"{_shown(file)}: {_reason(error)}")
+    if bad:
+        others = f" ({len(bad)} such in all; --on_bad_image skip leaves them out)" if len(bad) > 1 else ""
+        raise ValueError(f"cannot read the image {bad[0]}{others}; {ADVICE}")
+
+
 def _read_file(files: list[Path], index: int) -> Image.Image:
-    image = _open_image(files[index])
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read the image {files[index]}: {error}; repair or remove it") from error
-    return image
+    return _decode(files[index], f"the image {_shown(files[index])}")
 
 
-def _open_image(file: Path) -> Image.Image:
+def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
+    """An image as it is meant to be seen: upright, opaque, 8 bits, grey or RGB."""
     try:
-        return Image.open(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {file}: {error}; repair or remove it") from error
+        with _careful_pil(), _open(file) as image:
+            image.load()
+            return _without_transparency(_to_eight_bits(_upright(image)))
+    except Exception as error:  # damaged files end in all kinds of errors: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"cannot read {name}: {_reason(error)}; {ADVICE}") from error
+
+
+@contextlib.contextmanager
+def _careful_pil() -> Iterator[None]:
+    """PIL's warning of decompression bombs as an error; its others, of odd metadata, are not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _open(file: Path | io.BytesIO) -> Image.Image:
+    size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+    if isinstance(file, Path) and not file.is_file():  # reading from a pipe or a device would not end
+        raise ValueError("it is no file")
+    if not size:
+        raise ValueError("the file is empty")
+    return Image.open(file)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says; as it is stored where the EXIF is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata end as damaged images do
+        return image
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("it holds floating point numbers; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    numbers = np.asarray(image)  # 16 bits, which PIL would cut off at 255 instead of scaling
+    if numbers.min() < 0 or numbers.max() > 65535:
+        raise ValueError("it holds whole numbers of more than 16 bits; save it with 8 or 16")
+    return Image.fromarray((numbers / 257).round().astype(np.uint8))
+
+
+def _without_transparency(image: Image.Image) -> Image.Image:
+    """On white, where the image is transparent: what lies below its transparent parts was never meant to be seen."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _shown(path: Path | str) -> str:
+    """A path in one line, whatever its name is made of."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is of no image format that is known"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the path
+    return _one_line(error)
 
 
 def _datasets():
@@ -300,7 +459,7 @@ def _table_readers(
         data_files = {split: [str(file) for file in found] for split, found in splits.items()}
         tables = datasets.load_dataset(kind, data_files=data_files)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
-        raise ValueError(f"cannot read {files[0]}: {_one_line(error)}") from error
+        raise ValueError(f"cannot read {files[0]}: {_one_line(error.__cause__ or error)}") from error
     name = str(files[0].parent)
     return {split: _table_reader(table, image_column, label_column, name) for split, table in tables.items()}
 
@@ -332,14 +491,25 @@ def _table_reader(table: Any, image_column: str | None, label_column: str | None
             f"(its columns are {', '.join(table.column_names)})"
         )
     column = image_column or columns[0]
-    if column not in columns:
-        try:  # plain image bytes, or paths
-            table = table.cast_column(column, datasets.Image())
-        except Exception as error:
-            raise ValueError(f"column {column!r} of {source} does not hold images: {_one_line(error)}") from error
+    try:  # images, plain image bytes, or paths; decoded here, as files are
+        undecoded = table.cast_column(column, datasets.Image(decode=False))
+    except Exception as error:
+        raise ValueError(f"column {column!r} of {source} does not hold images: {_one_line(error)}") from error
     return Reader(
-        partial(_read_cell, table, column, source), len(table), partial(_table_labels, table, label_column, source)
+        partial(_read_cell, undecoded, column, source),
+        len(table),
+        partial(_table_labels, table, label_column, source),
+        revision=_hub_revision(table),
     )
+
+
+def _hub_revision(table: Any) -> str | None:
+    """The commit that a table's files were downloaded at, which datasets notes in their addresses."""
+    for address in table.info.download_checksums or ():
+        found = re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", str(address))
+        if found:
+            return found[1]
+    return None
 
 
 def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
@@ -358,20 +528,28 @@ def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
     if not re.match("u?int", str(getattr(kind, "dtype", ""))) or None in cells:
         held = "empty cells" if None in cells else getattr(kind, "dtype", type(kind).__name__)
         raise ValueError(f"the labels in column {column!r} of {source} must be whole numbers, but it holds {held}")
+    if max(cells, default=0) >= 2**31:
+        raise ValueError(f"the labels in column {column!r} of {source} go up to {max(cells)}; number them from 0 on")
     return np.array(cells, dtype=np.int64), kind.num_classes if column in classes else None
 
 
 def _read_cell(table: Any, column: str, source: str, index: int) -> Image.Image:
+    name = f"image {index} of {source}"
     try:
-        image = table[index][column]
-    except Exception as error:  # whatever the image library raises for damaged bytes
-        raise ValueError(f"cannot read image {index} of {source}: {_one_line(error)}") from error
-    if image is None:
-        raise ValueError(f"cannot read image {index} of {source}: the cell is empty")
-    return image
+        cell = table[index][column] or {}
+    except Exception as error:  # pyarrow's, for damaged pages
+        raise ValueError(f"cannot read {name}: {_one_line(error)}; {ADVICE}") from error
+    content, path = cell.get("bytes"), cell.get("path")
+    if content is not None:
+        return _decode(io.BytesIO(content), name)
+    if not path:
+        raise ValueError(f"cannot read {name}: the cell is empty; {ADVICE}")
+    if "://" in path:  # a table is data: it does not say what to fetch from where
+        raise ValueError(f"cannot read {name}: it is the address {_shown(path[:200])}; download it first; {ADVICE}")
+    return _decode(Path(path), name)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
 
@@ -394,6 +572,8 @@ class TrainingDraws(Dataset):
     def __init__(self, images: Images, *, seed: int, random_flip: bool = False, guidance_dropout: float = 0.0):
         if seed < 0:
             raise ValueError(f"seed must be 0 or above, not {seed}")
+        if seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, not {seed}")
         if not 0 <= guidance_dropout < 1:
             raise ValueError(f"guidance_dropout must be at least 0 and below 1, not {guidance_dropout}")
         self.images, self.seed, self.random_flip = images, seed, random_flip
@@ -436,6 +616,9 @@ class DrawBatches(Sampler[list[int]]):
         accumulation_steps: forward passes per optimizer step.
         process_index: which process this is.
         num_processes: how many there are.
+
+    Raises:
+        ValueError: for a count below 1, a step below 0, or a process that there is not.
     """
 
     def __init__(
@@ -448,6 +631,14 @@ class DrawBatches(Sampler[list[int]]):
         process_index: int = 0,
         num_processes: int = 1,
     ):
+        least = {"batch_size": batch_size, "accumulation_steps": accumulation_steps, "num_processes": num_processes}
+        for name, value in least.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if first_step < 0:
+            raise ValueError(f"first_step must be at least 0, not {first_step}")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index must be 0 to {num_processes - 1}, not {process_index}")
         self.batch_size, self.process_index, self.num_processes = batch_size, process_index, num_processes
         self._passes = range(first_step * accumulation_steps, num_steps * accumulation_steps)
 

@@ -42,6 +42,8 @@ def principal_directions(covariance: Float[Tensor, "channels channels"], count: 
 def orthonormality_error(matrix: Float[Tensor, "rows columns"]) -> float:
     """Largest entry of |P P^T - I| (of |P^T P - I| if there are more rows than columns), in float64."""
     matrix = matrix.detach().double()
+    if not matrix.numel():
+        return 0.0
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
 
@@ -208,10 +210,14 @@ class OrthogonalProjector(nn.Module):
         matrix = start.detach().float() if isinstance(start, Tensor) else torch.eye(narrow, wide)
         if isinstance(start, str) and start not in ("identity", "procrustes"):
             raise ValueError(f"unknown start {start!r}; choose identity or procrustes, or give a matrix")
-        if matrix.shape != (narrow, wide) or orthonormality_error(matrix) > 1e-4:
+        if matrix.shape != (narrow, wide):
             raise ValueError(
-                f"start must be a {narrow} x {wide} matrix with orthonormal rows; given is a matrix of shape "
-                f"{list(matrix.shape)} whose rows are {orthonormality_error(matrix):.1g} off"
+                f"start must be a {narrow} x {wide} matrix with orthonormal rows, not one of shape {list(matrix.shape)}"
+            )
+        if not orthonormality_error(matrix) <= 1e-4:
+            raise ValueError(
+                f"start must be a {narrow} x {wide} matrix with orthonormal rows; those of the given one are "
+                f"{orthonormality_error(matrix):.1g} off"
             )
         self.is_learned = method in ("cayley", "matrix_exp")
         self.is_wider = student_channels > target_channels

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -44,3 +45,21 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         pass
     return "unknown"
+
+
+def hub_revision(source: str) -> str | None:
+    """The commit that a model from the Hugging Face hub was last loaded at, as the hub's cache here notes it.
+
+    Args:
+        source: what was loaded, such as `google/ddpm-cifar10-32`.
+
+    Returns:
+        40 hexadecimal digits; None for a folder or file, and for what was never loaded.
+    """
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return None
+    from huggingface_hub import constants
+
+    note = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "refs" / "main"
+    revision = note.read_text().strip() if note.is_file() else ""
+    return revision if re.fullmatch("[0-9a-f]{40}", revision) else None

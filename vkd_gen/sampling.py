@@ -5,10 +5,12 @@ C channels, H height, W width.
 
 import inspect
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import (
     DDIMPipeline,
@@ -21,8 +23,10 @@ from diffusers import (
     SchedulerMixin,
 )
 from jaxtyping import UInt8
+from safetensors import safe_open
 from torch import Tensor
 
+from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
 
 Sampler = Literal["ddim", "ddpm", "dpm-solver"]
@@ -76,13 +80,14 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
         if not found:
             raise ValueError(f"{source} holds no pipeline: neither model_index.json nor pipeline/model_index.json")
         path = found[0]
-        _refuse_code(path)
     elif path.exists() or path.suffix == ".npz" or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"there is no pipeline folder {source}")
     try:
+        kind = _pipeline_class(DiffusionPipeline.load_config(path))
+        if not path.is_dir():
+            path = Path(kind.download(source, use_safetensors=True))
+        _check_parts(path)
         # Under memory saving, tensors of unlike shapes end as errors far from their cause.
-        is_ours = DiffusionPipeline.load_config(path).get("_class_name") == ClassConditionalDDIMPipeline.__name__
-        kind = ClassConditionalDDIMPipeline if is_ours else DiffusionPipeline
         pipeline = kind.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:  # offline, missing, damaged and foreign each have a class of their own
         raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:300]}") from error
@@ -109,20 +114,59 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
     return pipeline
 
 
-def _refuse_code(folder: Path) -> None:
-    """Refuse parts of a pipeline that could run code: pickled weights, and classes of its own."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        parts = {name: value for name, value in index.items() if isinstance(value, list)}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'model_index.json'} is damaged: {error}") from error
-    for name, value in parts.items():
-        modules = [place / f"{value[0]}.py" for place in (folder, folder / name)] if value else []
-        if name == "_class_name" or any(module.exists() for module in modules):
-            raise ValueError(f"{folder} brings Python code for its {name}, which would run when loaded; it is refused")
-        pickles = [path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in (folder / name).glob(pattern)]
-        if pickles and not list((folder / name).glob("*.safetensors")):
+def _pipeline_class(config: Mapping[str, Any]) -> type[DiffusionPipeline]:
+    """The class of a model_index.json that asks for no code but diffusers', transformers' and this package's."""
+    if not isinstance(config, Mapping):
+        raise ValueError("its model_index.json is no JSON object")
+    name = config.get("_class_name")
+    if name == ClassConditionalDDIMPipeline.__name__:
+        kind: Any = ClassConditionalDDIMPipeline
+    else:
+        kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        raise ValueError(f"its class {name!r} is not one of diffusers' pipelines; code of its own is not run")
+    for part, value in config.items():
+        if part.startswith("_") or not isinstance(value, list | tuple):
+            continue
+        library = value[0] if value else None
+        if library not in (None, "diffusers", "transformers") and not (
+            isinstance(library, str) and hasattr(diffusers.pipelines, library)
+        ):
+            raise ValueError(f"its part {part!r} is of {library!r}, not of diffusers or transformers; that is not run")
+        if Path(part).name != part:
+            raise ValueError(f"its part {part!r} lies outside of its folder")
+    return kind
+
+
+def _check_parts(folder: Path) -> None:
+    """Say what is wrong with a part of a pipeline before it is built: pickles, absurd sizes, too few weights."""
+    for part in DiffusionPipeline.load_config(folder):
+        pickles = [path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in (folder / part).glob(pattern)]
+        weights = list((folder / part).glob("*.safetensors"))
+        if pickles and not weights:
             raise ValueError(f"{pickles[0]} is pickled and can run code when loaded; only safetensors are read here")
+        for name in ("config.json", "scheduler_config.json"):
+            path = folder / part / name
+            if path.is_file():
+                config = json.loads(path.read_text())
+                check_sizes(config, str(path), "model" if name == "config.json" else "schedule")
+                _check_weights(config, path, weights)
+
+
+def _check_weights(config: Mapping[str, Any], path: Path, weights: list[Path]) -> None:
+    """Refuse a model of diffusers that is larger than its weights, which takes no memory to find out."""
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    is_model = isinstance(kind, type) and issubclass(kind, ModelMixin)
+    if not weights or not is_model:
+        return
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in kind.from_config(dict(config)).state_dict().values())
+    stored = 0
+    for file in weights:
+        with safe_open(file, framework="pt") as tensors:
+            stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if needed > stored:
+        raise ValueError(f"{path} asks for {needed:,} numbers and the weights beside it hold {stored:,}")
 
 
 def num_classes(pipeline: DiffusionPipeline) -> int:

@@ -95,6 +95,33 @@ def damaged_pipeline(tmp):
     return folder
 
 
+def changed(tmp, file, **entries):
+    """A pipeline of which one file says something else."""
+    folder = tmp / "changed"
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **entries}))
+    return folder
+
+
+def with_code(tmp):
+    (tmp / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp / 'executed')!r}).touch()\n")
+    folder = changed(tmp, "model_index.json", _class_name=["evil", "Pipeline"])
+    (tmp / "evil.py").rename(folder / "evil.py")
+    return folder
+
+
+def linked(tmp):
+    (tmp / "linked").mkdir()
+    (tmp / "linked" / "samples.npz").symlink_to(tmp / "elsewhere")
+    return tmp / "linked"
+
+
+def with_bad_image(tmp):
+    folder = save_pngs(tmp / "bad", 12)
+    (folder / "000005.png").write_text("text")
+    return folder
+
+
 def finished(tmp):
     text_at(tmp, "results.json")
     return tmp
@@ -134,11 +161,11 @@ SCORE = {
     "a pickled pipeline": (lambda tmp: {"sources": [pickled_pipeline(tmp)]}, "pickled and can run code"),
     "a pipeline of a class of its own": (
         lambda tmp: {"sources": [pipeline_with_code(tmp, "_class_name", "evil.py")]},
-        "brings Python code for its _class_name",
+        "is not one of diffusers' pipelines; code of its own is not run",
     ),
     "a pipeline whose part is of a class of its own": (
         lambda tmp: {"sources": [pipeline_with_code(tmp, "unet", "unet/evil.py")]},
-        "brings Python code for its unet",
+        "its part 'unet' is of 'evil'",
     ),
     "guidance without classes": (
         lambda tmp: {"sources": [whole_pipeline(tmp)], "--guidance_scale": 2, "--num_score_samples": 12},
@@ -204,6 +231,36 @@ SCORE = {
         lambda tmp: {"--extractor_weights": text_at(tmp)},
         "carries its weights",
     ),
+    "a pipeline with code of its own": (lambda tmp: {"sources": [with_code(tmp)]}, "code of its own is not run"),
+    "a pipeline of any package's parts": (
+        lambda tmp: {"sources": [changed(tmp, "model_index.json", unet=["subprocess", "Popen"])]},
+        "'unet' is of 'subprocess'",
+    ),
+    "a pipeline of absurd size": (
+        lambda tmp: {"sources": [changed(tmp, "unet/config.json", layers_per_block=10**9)]},
+        "that could be built: layers_per_block",
+    ),
+    "a pipeline larger than its weights": (
+        lambda tmp: {"sources": [changed(tmp, "unet/config.json", block_out_channels=[16384, 16384])]},
+        "asks for [0-9,]+ numbers and the weights beside it hold",
+    ),
+    "a pipeline of an absurd schedule": (
+        lambda tmp: {"sources": [changed(tmp, "scheduler/scheduler_config.json", num_train_timesteps=10**12)]},
+        "no schedule that could be built",
+    ),
+    "a source with a bad image": (lambda tmp: {"sources": [with_bad_image(tmp)]}, "000005.png: its content is of no"),
+    "a reference with a bad image": (
+        lambda tmp: {"--reference": with_bad_image(tmp)},
+        "000005.png: its content is of no",
+    ),
+    "a reference of objects": (
+        lambda tmp: {"--reference": array_at(tmp, np.array([Payload(tmp / "executed")], dtype=object))},
+        "cannot read images",
+    ),
+    "an output with a link out of it": (
+        lambda tmp: {"--output_dir": linked(tmp)},
+        "is a link out of the output folder",
+    ),
     "no steps": (lambda tmp: {"--num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
     "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size at least 1"),
     "unknown sampler": (lambda tmp: {"--sampler": "euler"}, "euler"),
@@ -218,6 +275,9 @@ GENERATE = {
     "an output that is a file": (lambda tmp: {"--output": text_at(tmp)}, "is there already"),
     "an output below a file": (lambda tmp: {"--output": text_at(tmp) / "x" / "y"}, "is a file"),
     "an output of something else": (lambda tmp: {"--output": save_pngs(tmp / "x", 2)}, "not of this command"),
+    "a pipeline with code of its own": (lambda tmp: {"sources": [with_code(tmp)]}, "code of its own is not run"),
+    "not a number": (lambda tmp: {"--num_images": "many"}, "many"),
+    "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size must be at least 1"),
     "an array that is there": (lambda tmp: {"--output": text_at(tmp, "x.npz")}, "is there already"),
 }
 
@@ -225,6 +285,12 @@ COST = {
     "no model": (lambda tmp: {"sources": []}, "at least one model"),
     "no such model": (lambda tmp: {"sources": [tmp / "nowhere"]}, "there is no"),
     "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size"),
+    "no such student": (lambda tmp: {"--students": "bk-bse"}, "no student 'bk-bse'"),
+    "absurd size": (lambda tmp: {"--sample_size": 10**9}, "could be built: sample_size"),
+    "absurd model": (
+        lambda tmp: {"sources": [changed(tmp, "unet/config.json", block_out_channels=[10**9, 8])]},
+        "could be built: block_out_channels",
+    ),
 }
 
 REPORT = {

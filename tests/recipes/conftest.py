@@ -23,12 +23,11 @@ def load_recipe(name):
     return module
 
 
-@pytest.fixture
-def run_recipe(monkeypatch, tmp_path):
-    """Run a recipe in this process with the given flags."""
+def recipe_runner(monkeypatch, folder):
+    """A function that runs a recipe in this process with the given flags."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setenv("VKD_GEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("VKD_GEN_CACHE", str(folder / "cache"))
 
     def run(name, *flags):
         module = load_recipe(name)
@@ -38,3 +37,9 @@ def run_recipe(monkeypatch, tmp_path):
         module.run_recipe(module.main, module.PRESETS, module.__doc__, default="digits")
 
     return run
+
+
+@pytest.fixture
+def run_recipe(monkeypatch, tmp_path):
+    """Run a recipe in this process with the given flags."""
+    return recipe_runner(monkeypatch, tmp_path)

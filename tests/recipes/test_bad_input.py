@@ -1,6 +1,8 @@
 """Users' mistakes: one line on standard error, exit status 2, no traceback, and nothing lost."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +119,39 @@ def labelled(tmp, labels, name="label"):
 def classes(tmp, num_classes):
     """A teacher of classes."""
     return save_unet(tmp / "by-class", tiny_unet(num_class_embeds=num_classes + 1))
+
+
+def changed(tmp, file="unet/config.json", **entries):
+    """A teacher's pipeline of which one file says something else."""
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp / "changed")
+    path = tmp / "changed" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    return tmp / "changed"
+
+
+def changed_schedule(tmp, **entries):
+    return changed(tmp, "scheduler/scheduler_config.json", **entries)
+
+
+def unreadable(tmp, file, text):
+    """A teacher's pipeline of which one file is replaced."""
+    folder = changed(tmp)
+    (folder / file).write_text(text)
+    return folder
+
+
+def images_and(tmp, name, content):
+    """Images, and a file beside them that is none."""
+    folder = images_in(tmp / "and", count=12)
+    (folder / name).write_bytes(content)
+    return folder
+
+
+def linked_output(tmp):
+    (tmp / "elsewhere").mkdir()
+    (tmp / "linked").mkdir()
+    (tmp / "linked" / "previews").symlink_to(tmp / "elsewhere")
+    return tmp / "linked"
 
 
 def file_at(tmp):
@@ -326,6 +361,156 @@ STUDENT_MISTAKES = {
         lambda tmp: ["--extractor", "inception", "--extractor_weights", tmp / "nowhere.pth"],
         "there are no extractor weights",
     ),
+    "output that is empty": (lambda tmp: ["--output_dir", ""], "--output_dir must name a folder"),
+    "output with a link out of it": (lambda tmp: ["--output_dir", linked_output(tmp)], "is a link out of the output"),
+    "output where nothing can be made": (lambda tmp: ["--output_dir", "/proc/run"], "/proc/run"),
+    "output of too long a name": (lambda tmp: ["--output_dir", tmp / ("x" * 300)], "File name too long"),
+    "teacher of too long a name": (lambda tmp: ["--teacher", "/" + "x" * 300], "File name too long"),
+    "teacher with a line break": (lambda tmp: ["--teacher", "./a\nb"], r"no teacher folder \./a b"),
+    "data set with a line break": (lambda tmp: ["--dataset", "./a\nb"], r"no folder or file \./a b"),
+    "seed too large": (lambda tmp: ["--seed", 2**32], r"--seed must be below 2\^32"),
+    "seed no whole number": (lambda tmp: ["--seed", "1.5"], "--seed.*1.5"),
+    "batch too large": (lambda tmp: ["--train_batch_size", 10**12], "not enough memory"),
+    "decay infinite": (lambda tmp: ["--adam_weight_decay", "inf"], "--adam_weight_decay must be at least 0 and finite"),
+    "decay nan": (lambda tmp: ["--adam_weight_decay", "nan"], "--adam_weight_decay must be at least 0"),
+    "norm infinite": (lambda tmp: ["--max_grad_norm", "inf"], "--max_grad_norm must be at least 0 and finite"),
+    "width nan": (lambda tmp: ["--student_width", "nan"], "width must be above 0 and finite"),
+    "weight nan": (lambda tmp: ["--feature_weight", "nan"], "feature weight must be at least 0 and finite"),
+    "gamma": (lambda tmp: ["--timestep_weighting", "min_snr", "--snr_gamma", 0], "snr_gamma must be above 0"),
+    "shrinkage": (
+        lambda tmp: ["--feature_normalization", "whiten", "--whitening_shrinkage", "nan"],
+        "shrinkage must lie between 0 and 1",
+    ),
+    "more bins than samples": (
+        lambda tmp: ["--num_timestep_bins", 10**9],
+        "too few samples to calibrate on: --num_timestep_bins 1000000000 need",
+    ),
+    "bins zero": (lambda tmp: ["--num_timestep_bins", 0], "--num_timestep_bins must be at least 1"),
+    "refresh zero": (lambda tmp: ["--projector_refresh_steps", 0], "--projector_refresh_steps must be at least 1"),
+    "pair of nothing": (lambda tmp: ["--layer_pairs", ":"], "has no layer ''"),
+    "resolution absurd": (lambda tmp: ["--resolution", 10**9], "could be built: sample_size is 1000000000"),
+    "a word too many": (lambda tmp: ["digits"], "Unrecognized options: digits"),
+    "unknown choice for bad images": (lambda tmp: ["--on_bad_image", "ignore"], "invalid choice 'ignore'.*skip"),
+    "empty preset": (lambda tmp: ["--preset="], "no preset ''"),
+    "teacher's config empty": (
+        lambda tmp: ["--teacher", unreadable(tmp, "unet/config.json", "")],
+        "no config.json of a UNet",
+    ),
+    "teacher's config of brackets": (
+        lambda tmp: ["--teacher", unreadable(tmp, "unet/config.json", "[" * 100_000)],
+        "no config.json of a UNet: maximum recursion depth",
+    ),
+    "teacher's config a list": (
+        lambda tmp: ["--teacher", unreadable(tmp, "unet/config.json", "[]")],
+        "no block_out_channels",
+    ),
+    "teacher of no stages": (
+        lambda tmp: ["--teacher", changed(tmp, block_out_channels=[])],
+        "that diffusers can build",
+    ),
+    "teacher of no channels": (
+        lambda tmp: ["--teacher", changed(tmp, block_out_channels=[0, 0])],
+        "cannot load the UNet",
+    ),
+    "teacher of nested channels": (
+        lambda tmp: ["--teacher", changed(tmp, block_out_channels=[[8], [16]])],
+        "that diffusers can build",
+    ),
+    "teacher of a size in words": (
+        lambda tmp: ["--teacher", changed(tmp, sample_size="8")],
+        "sample_size is 8, no size",
+    ),
+    "teacher of a broken size": (
+        lambda tmp: ["--teacher", changed(tmp, sample_size=8.5)],
+        "sample_size is 8.5, no size",
+    ),
+    "teacher of three sides": (
+        lambda tmp: ["--teacher", changed(tmp, sample_size=[8, 8, 8])],
+        r"sample_size is \[8, 8, 8\], no size",
+    ),
+    "teacher without a size": (lambda tmp: ["--teacher", changed(tmp, sample_size=None)], "names no sample_size"),
+    "teacher of numbers in words": (
+        lambda tmp: ["--teacher", changed(tmp, norm_eps="small")],
+        "norm_eps is 'small', no number",
+    ),
+    "teacher of an unknown activation": (
+        lambda tmp: ["--teacher", changed(tmp, act_fn="os.system")],
+        "that diffusers can build",
+    ),
+    "teacher of fewer than no classes": (
+        lambda tmp: ["--teacher", changed(tmp, num_class_embeds=-5)],
+        "that diffusers can build",
+    ),
+    "schedule empty": (
+        lambda tmp: ["--teacher", unreadable(tmp, "scheduler/scheduler_config.json", "")],
+        "scheduler_config.json: it is no JSON",
+    ),
+    "schedule a list": (
+        lambda tmp: ["--teacher", unreadable(tmp, "scheduler/scheduler_config.json", "[]")],
+        "not a JSON object",
+    ),
+    "schedule of no steps": (
+        lambda tmp: ["--teacher", changed_schedule(tmp, num_train_timesteps=0)],
+        "no schedule of noise: it has 0 betas for 0 steps",
+    ),
+    "schedule of absurdly many steps": (
+        lambda tmp: ["--teacher", changed_schedule(tmp, num_train_timesteps=10**12)],
+        "no schedule that could be built: num_train_timesteps is",
+    ),
+    "schedule of too much noise": (
+        lambda tmp: ["--teacher", changed_schedule(tmp, beta_end=2)],
+        "each from 0 to 1",
+    ),
+    "schedule of no number": (
+        lambda tmp: ["--teacher", changed_schedule(tmp, beta_start=float("nan"))],
+        "each from 0 to 1",
+    ),
+    "schedule of too few betas": (
+        lambda tmp: ["--teacher", changed_schedule(tmp, trained_betas=[0.1, 0.2])],
+        "it has 2 betas for 1000 steps",
+    ),
+    "schedule of another prediction": (
+        lambda tmp: ["--teacher", changed_schedule(tmp, prediction_type="flow")],
+        "prediction type 'flow' is not one of",
+    ),
+    "data set of no name": (lambda tmp: ["--dataset", ""], "needs --teacher and --dataset"),
+    "image of zero bytes": (
+        lambda tmp: ["--dataset", images_and(tmp, "x.png", b"")],
+        "cannot read the image .*x.png: the file is empty; repair or remove it",
+    ),
+    "text called an image": (
+        lambda tmp: ["--dataset", images_and(tmp, "two words\n.jpg", b"text")],
+        r"two words.*jpg.: its content is of no image format",
+    ),
+    "nothing but bad images": (
+        lambda tmp: ["--dataset", truncated_images(tmp), "--on_bad_image", "skip"],
+        "no image left to train on: of 5 none can be read",
+    ),
+    "archive of images": (lambda tmp: ["--dataset", shutil.copy(file_at(tmp), tmp / "x.zip")], "neither a folder nor"),
+    "no arrow": (lambda tmp: ["--dataset", shutil.copy(file_at(tmp), tmp / "x.arrow")], "cannot read .*x.arrow: "),
+    "table without rows": (
+        lambda tmp: ["--dataset", table(tmp, image=[])],
+        "cannot read .*table.parquet: BatchSize|no images",
+    ),
+    "empty cells": (
+        lambda tmp: ["--dataset", table(tmp, image=[None] * 12), "--image_column", "image"],
+        "cannot read image .*: the cell is empty",
+    ),
+    "numbers in place of images": (
+        lambda tmp: ["--dataset", table(tmp, image=[1, 2, 3]), "--image_column", "image"],
+        "column 'image' of .* does not hold images",
+    ),
+    "addresses in place of images": (
+        lambda tmp: ["--dataset", table(tmp, image=["https://example.org/a.png"] * 12), "--image_column", "image"],
+        "it is the address https://example.org/a.png; download it first",
+    ),
+    "labels beyond all numbers": (
+        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, [0, 2**40])],
+        "go up to 1099511627776; number them from 0 on",
+    ),
+    "extractor a folder": (lambda tmp: ["--extractor", tmp], "choose one of inception"),
+    "resume from above": (lambda tmp: ["--resume_from_checkpoint", "../../etc"], "no checkpoint ../../etc"),
+    "resume from a file": (lambda tmp: ["--resume_from_checkpoint", file_at(tmp)], "there is no checkpoint"),
     "resume from nowhere": (lambda tmp: ["--resume_from_checkpoint", "checkpoint-9"], "no checkpoint checkpoint-9"),
 }
 
@@ -347,6 +532,20 @@ TEACHER_MISTAKES = {
         lambda tmp: ["--class_conditional", "--dataset", labelled(tmp, [0, 0])],
         "one class alone; at least 2",
     ),
+    "no channels": (lambda tmp: ["--block_out_channels", 0], "--block_out_channels must be at least 1, not 0"),
+    "fewer channels than none": (
+        lambda tmp: ["--block_out_channels", -8, 8],
+        "--block_out_channels must be at least 1",
+    ),
+    "absurd channels": (lambda tmp: ["--block_out_channels", 8 * 10**9], "could be built: block_out_channels"),
+    "larger than memory": (lambda tmp: ["--block_out_channels", 32768, 65536], "would take .* GB; this machine has"),
+    "no layers": (lambda tmp: ["--layers_per_block", 0], "--layers_per_block must be at least 1"),
+    "too deep": (lambda tmp: ["--layers_per_block", 10**9], "could be built: layers_per_block"),
+    "no groups": (lambda tmp: ["--norm_num_groups", 0], "--norm_num_groups must be at least 1"),
+    "no resolution": (lambda tmp: ["--resolution", -8], "--resolution must be at least 1"),
+    "too many stages": (lambda tmp: ["--block_out_channels", *[8] * 40], "cannot be halved 39 times"),
+    "data set of no name": (lambda tmp: ["--dataset", ""], "name a data set"),
+    "bad image": (lambda tmp: ["--dataset", images_and(tmp, "x.png", b"GIF89a")], "cannot read the image .*x.png"),
     "no stages": (lambda tmp: ["--block_out_channels"], "block_out_channels|block-out-channels"),
 }
 
@@ -367,8 +566,6 @@ def test_mistake_is_told_in_one_line(recipe, flags, words, tmp_path, pipeline_fo
     assert exit_status.value.code == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
     assert len(errors) == 1
-    import re
-
     assert re.search(words, errors[0]), errors[0]
     assert not (output / "pipeline").exists()
 
@@ -388,6 +585,27 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_fold
         run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest", "--learning_rate", 0.5)
     assert "--learning_rate was 0.002 and is 0.5" in capfd.readouterr().err
     assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_bad_images_are_skipped_by_choice_and_a_resumed_run_skips_the_same(tmp_path, run_recipe, capfd):
+    folder, run = images_in(tmp_path / "images", count=24), tmp_path / "run"
+    (folder / "notes.png").write_text("not an image")
+    flags = [*SHORT, "--dataset", folder, "--on_bad_image", "skip", "--extractor", "none", "--output_dir", run]
+    run_recipe(TEACHER, *flags)
+    out = capfd.readouterr().out
+    assert "1 images that cannot be read are left out, such as: cannot read the image" in out
+    config = json.loads((run / "config.json").read_text())
+    assert (config["num_skipped_images"], config["num_training_images"]) == (1, 20)
+    (line,) = json.loads((run / "skipped_images.json").read_text())
+    assert line.endswith("notes.png: its content is of no image format that is known")
+    resumed = [*flags, "--resume_from_checkpoint", "latest"]
+    run_recipe(TEACHER, *resumed)  # the same images are skipped: the same run
+    (folder / "notes.png").unlink()
+    shutil.copy(folder / "3.png", folder / "notes.png")
+    (folder / "5.png").write_text("")  # as many, but not the same
+    with pytest.raises(SystemExit):
+        run_recipe(TEACHER, *resumed)
+    assert re.search("is of another run: .*--image_numbers_sha256 was", capfd.readouterr().err)
 
 
 def fail(*_, **_options):
@@ -421,11 +639,26 @@ def test_a_student_is_exported_before_anything_can_fail_to_score_it(
     assert capfd.readouterr().err.count("error: ") == 1
 
 
-@pytest.mark.parametrize("flags", [["--preset", "digit"], ["--teacher", "./nowhere"]])
-def test_the_real_command_tells_it_in_one_line_too(flags, tmp_path):
-    command = [sys.executable, str(RECIPES / f"{STUDENT}.py"), *flags, "--output_dir", str(tmp_path / "run")]
-    result = subprocess.run(command, capture_output=True, text=True)
+REAL = [("student", "unknown preset"), ("student", "missing teacher")]
+REAL_TOO = [
+    *[("student", name) for name in ("no image", "pickled teacher", "absurd teacher", "text called an image")],
+    *[("student", name) for name in ("batch too large", "seed no whole number", "output with a link out of it")],
+    *[("teacher", name) for name in ("larger than memory", "no groups", "bad image")],
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"), [*REAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in REAL_TOO)], ids=str
+)
+def test_the_real_command_tells_it_in_one_line_too(recipe, name, tmp_path):
+    given = {"student": STUDENT_MISTAKES, "teacher": TEACHER_MISTAKES}[recipe][name][0](tmp_path)
+    script = {"student": STUDENT, "teacher": TEACHER}[recipe]
+    flags = [*SHORT, "--extractor", "none", "--output_dir", str(tmp_path / "run"), *map(str, given)]
+    command = [sys.executable, str(RECIPES / f"{script}.py"), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "1"})
     assert result.returncode == 2
+    assert result.stderr.count("error: ") == 1
+    assert not (tmp_path / "run" / "pipeline").exists()
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == result.stderr.splitlines()
 
 

@@ -1,5 +1,6 @@
 """Scores in a pipeline's model card, where the hub and a reader look for them."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -60,5 +61,7 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
     else:
         text = f"{text.rstrip()}\n\n{section}\n"
     card.text = text
-    card.save(path)
+    temporary = path.with_name(path.name + ".tmp")
+    card.save(temporary)
+    os.replace(temporary, path)  # a card that is a link, as in the hub's cache, is replaced and not written through
     return path

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +153,8 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
         if name not in (INCEPTION, "vgg16"):
             raise ValueError(f"torch-fidelity downloads the weights of {name} itself; leave out --extractor_weights")
         try:  # torch-fidelity itself would run code that a pickle holds
-            torch.load(weights, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than torch's
+                torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged, truncated and executable files each have a class of their own
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -166,7 +169,7 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
         del layers["isc"]  # no class probabilities: torch-fidelity falls back to the features, which are none
     needed = list(dict.fromkeys(layers.values()))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), _tensors_alone(not name.startswith("clip")):
             network = kind(name, needed, feature_extractor_weights_path=weights, verbose=False)
     except Exception as error:  # no network, a missing file, other shapes, an option that the kind lacks
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
@@ -186,6 +189,22 @@ def _is_published(path: Path) -> bool:
     """Whether a file is the one that torch-fidelity downloads, whose name ends in the start of its SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest().startswith("6726825d")
+
+
+@contextlib.contextmanager
+def _tensors_alone(is_required: bool) -> Iterator[None]:
+    """Let torch load nothing but tensors, whatever its callers say: torch-fidelity's ask for all that a pickle can do.
+
+    CLIP's download is a TorchScript archive, which torch never takes for tensors alone; its hash is checked.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1" if is_required else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
 
 
 def _frozen(

@@ -105,8 +105,9 @@ def load_feature_network(path: Path) -> FeatureNetwork:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
         weights = load_file(path)
-        network = FeatureNetwork(width=len(weights["features.0.bias"]))
-        network.load_state_dict(weights)
+        with torch.device("meta"):  # a width that the other weights do not have must not be allocated
+            network = FeatureNetwork(width=len(weights["features.0.bias"]))
+        network.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is not a feature network: {str(error).splitlines()[0]}") from error
     network.facts = {"file": path.name, **facts}

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -58,9 +57,11 @@ def _parse(kind: type[Config], default: Config | None, description: str, argumen
 
 def _condense(message: str) -> str:
     """Tyro's error box as one line."""
-    lines = [re.sub(r"[\u2500-\u257f]+", " ", line) for line in message.splitlines()]
+    # Where the terminal has no lines to draw with, the box is made of dashes.
+    lines = [re.sub(r"[\u2500-\u257f]+|-{5,}|^\s*[|+]|[|+]\s*$", " ", line) for line in message.splitlines()]
     text = re.sub(r"\s+", " ", " ".join(lines)).strip()
-    text = re.sub(r"^(Parsing error|Unrecognized options|Required options|Value error)\s*:?\s*", "", text)
+    text = re.sub(r"^(Parsing error|Required options|Value error|Missing argument|Invalid choice)\s*:?\s*", "", text)
+    text = re.sub(r"^Error parsing \w+: ", "", text)
     return re.split(r"For full helptext", text)[0].strip() or "the command line could not be understood; see --help"
 
 
@@ -75,7 +76,7 @@ def _exit(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def one_line_errors(hint: str) -> Iterator[None]:
-    """Turn a ValueError or OSError into one line on standard error and exit status 2; Ctrl-C into status 130.
+    """Turn a ValueError, an OSError or a lack of memory into one line on standard error and status 2; Ctrl-C into 130.
 
     Set VKD_GEN_TRACEBACK=1 to see the traceback instead.
 
@@ -94,11 +95,55 @@ def one_line_errors(hint: str) -> Iterator[None]:
         # A worker that reads images hands over its whole traceback as text.
         text = str(error)
         _exit(text.rsplit("ValueError: ", 1)[-1] if text.startswith("Caught ") else text or type(error).__name__)
-    except torch.OutOfMemoryError as error:
-        _exit(f"the GPU's memory is too small: {str(error).split('. ')[0]}; lower the batch size")
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", text):
+            raise
+        asked = re.search(r"tried to allocate ([\d.,]+ ?\w+)", text, re.IGNORECASE)
+        wanted = f", for {asked[1]} at once" if asked else ""
+        _exit(f"not enough memory{wanted}: lower the batch sizes, the resolution or the width of the models")
     except KeyboardInterrupt:
         print(f"interrupted; {hint}", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def tensors_alone() -> Iterator[None]:
+    """Let torch load nothing but tensors and plain values, also where a package asks it for more.
+
+    Accelerate and torch-fidelity call `torch.load(weights_only=False)`; no file that a command is given can run code.
+    """
+    force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name) for name in (force, allow) if name in os.environ}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(force, None)
+        os.environ.update(before)
+
+
+def refuse_links(folder: str | Path) -> None:
+    """Refuse an output folder with a link in it that leads out of it, so that nothing is written anywhere else.
+
+    The folder may be a link itself: that is its user's choice.
+
+    Args:
+        folder: that is about to be written to; need not be there.
+
+    Raises:
+        ValueError: in one line, naming the link and where it leads.
+    """
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            target = os.path.realpath(path)
+            if os.path.islink(path) and os.path.commonpath([root, target]) != root:
+                raise ValueError(
+                    f"{path} is a link out of the output folder, to {target}; nothing is written there: remove it, or "
+                    "choose another folder"
+                )
 
 
 def repository_path(path: str, script: str) -> str:
@@ -116,11 +161,14 @@ def repository_path(path: str, script: str) -> str:
 
 def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], description: str, default: str) -> None:
     """Parse the command line and run `main` on it, with users' mistakes told in one line."""
-    with one_line_errors("--resume_from_checkpoint latest goes on from the last checkpoint, if there is one"):
+    with (
+        one_line_errors("--resume_from_checkpoint latest goes on from the last checkpoint, if there is one"),
+        tensors_alone(),
+    ):
         main(parse_command_line(presets, description, default))
 
 
 def run_command(main: Callable[[Config], None], kind: type[Config], description: str) -> None:
     """Parse the command line into a dataclass and run `main` on it, with users' mistakes told in one line."""
-    with one_line_errors("the same command goes on with what is done already, or starts anew"):
+    with one_line_errors("the same command goes on with what is done already, or starts anew"), tensors_alone():
         main(_parse(kind, None, description, sys.argv[1:]))

@@ -3,22 +3,23 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import pickle
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import load
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from safetensors import safe_open
 
+from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.students import REDUCTIONS, TEACHERS
 from vkd_gen.students.build import complete_config, unet_class
 
 WEIGHTS = "diffusion_pytorch_model"
-
-LARGEST = {"block_out_channels": 2**16, "layers_per_block": 64, "transformer_layers_per_block": 64}
-"""Entries of a configuration that no UNet has larger; of the others none is above 2^24."""
 
 
 class LoadedTeacher(NamedTuple):
@@ -105,7 +106,7 @@ def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
     if path.is_file():
         try:
             config = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: {error}") from error
         if not isinstance(config, dict) or "block_out_channels" not in config:
             raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: no block_out_channels")
@@ -176,17 +177,8 @@ def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
         ValueError: for sizes that no UNet has, and what diffusers does not take.
     """
     config = complete_config(config) | {"_class_name": unet_class(config).__name__}
-    for entry, value in config.items():
-        numbers = list(_numbers(value))
-        largest = LARGEST.get(entry.removeprefix("reverse_"), 2**24)
-        absurd = [number for number in numbers if number > largest]
-        if absurd or len(numbers) > 256:
-            raise ValueError(f"{source} is no UNet that could be built: {entry} is {str(value)[:80]}")
-    layers, depth = (
-        max(_numbers(config.get(entry)), default=1) for entry in ("layers_per_block", "transformer_layers_per_block")
-    )
-    if len(list(_numbers(config["block_out_channels"]))) * layers * depth > 4096:
-        raise ValueError(f"{source} is no UNet that could be built: too many stages, layers and transformer layers")
+    check_sizes(config, source)
+    _check_kinds(config, source)
     try:
         with torch.device("meta"):
             kind = unet_class(config)
@@ -196,12 +188,17 @@ def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
         raise ValueError(f"{source} is no UNet that diffusers can build: {reason[:300]}") from error
 
 
-def _numbers(value: Any) -> Iterable[float]:
-    if isinstance(value, list | tuple):
-        for entry in value:
-            yield from _numbers(entry)
-    elif isinstance(value, int | float):
-        yield value
+def _check_kinds(config: Mapping[str, Any], source: str) -> None:
+    """What diffusers builds a UNet by without a look at it, and fails on later."""
+    defaults = complete_config({"_class_name": config["_class_name"]})
+    for entry, default in defaults.items():
+        if isinstance(default, int | float) and isinstance(config[entry], str):
+            raise ValueError(f"{source} is no UNet that diffusers can build: {entry} is {config[entry]!r}, no number")
+    size = config["sample_size"]
+    sides = list(size) if isinstance(size, list | tuple) else [size]
+    is_size = len(sides) in (1, 2) and all(isinstance(side, int) and side > 0 for side in sides)
+    if size is not None and not is_size:
+        raise ValueError(f"{source} is no UNet that diffusers can build: sample_size is {str(size)[:80]}, no size")
 
 
 def check_memory(unet: ModelMixin, source: str) -> None:
@@ -234,7 +231,11 @@ def _load_scheduler(source: str) -> tuple[DDPMScheduler, str]:
         folders = (path / "scheduler", path) if path.is_dir() else (path.parent,)
         for folder in (*folders, unet_folder.resolve().parent / "scheduler"):
             if (folder / "scheduler_config.json").is_file():
-                return _scheduler(DDPMScheduler.load_config(folder), str(folder)), str(folder)
+                try:
+                    config = DDPMScheduler.load_config(folder)
+                except (OSError, ValueError, RecursionError) as error:
+                    raise ValueError(f"cannot read {folder / 'scheduler_config.json'}: it is no JSON") from error
+                return _scheduler(config, str(folder)), str(folder)
     if path.exists() or source in TEACHERS:
         return DDPMScheduler(), "diffusers' default; the teacher comes without one"
     try:
@@ -249,12 +250,26 @@ def _load_scheduler(source: str) -> tuple[DDPMScheduler, str]:
 
 
 def _scheduler(config: Mapping[str, Any], source: str) -> DDPMScheduler:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{source} holds no schedule: its scheduler_config.json is not a JSON object")
     if "beta_schedule" not in config and "trained_betas" not in config:
         raise ValueError(
             f"{source} holds a {config.get('_class_name', 'scheduler')}, which is not a schedule of betas; this recipe "
             "distils models of the DDPM family"
         )
-    return DDPMScheduler.from_config(config)
+    check_sizes(config, source, "schedule")
+    try:
+        scheduler = DDPMScheduler.from_config(config)
+    except Exception as error:  # diffusers checks little, and what it does not check fails in all kinds of ways
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source} holds no schedule that diffusers can build: {reason[:200]}") from error
+    steps, betas = scheduler.config.num_train_timesteps, scheduler.betas
+    if not isinstance(steps, int) or steps < 1 or len(betas) != steps or not ((betas >= 0) & (betas <= 1)).all():
+        raise ValueError(
+            f"{source} holds no schedule of noise: it has {len(betas)} betas for {steps} steps, which must be as many, "
+            "1 or more, and each from 0 to 1"
+        )
+    return scheduler
 
 
 def _check(unet: UNet2DModel, source: str) -> UNet2DModel:
@@ -280,3 +295,32 @@ def _check(unet: UNet2DModel, source: str) -> UNet2DModel:
             "variance cannot be distilled here"
         )
     return unet
+
+
+def check_checkpoint(folder: Path | None) -> None:
+    """Refuse a checkpoint with a file that would run code, or cannot be read, before anything of it is loaded.
+
+    Beside the weights Accelerate keeps pickles: optimizer.bin, scaler.pt, random_states_*.pkl and
+    custom_checkpoint_*.pkl (moving average, learning rate). It reads the last kind with `weights_only=False`, and goes
+    on without the random states where it cannot read them. Here all are read with `weights_only=True` first; values
+    stay on disk. Folders of shards (FSDP, DeepSpeed) are not covered: their own loaders unpickle whatever they hold, so
+    resume those from places that you trust only.
+
+    Args:
+        folder: of the checkpoint; None for a run that starts anew.
+
+    Raises:
+        ValueError: in one line, naming the file.
+    """
+    if folder is None:
+        return
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".pth")):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than its own
+                load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # damaged, truncated and executable files each have a class of their own
+            is_code = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error)
+            reason = "it holds more than numbers, and could run code" if is_code else str(error).splitlines()[0][:200]
+            raise ValueError(
+                f"the checkpoint's file {path} is not loaded: {reason}; resume from another one"
+            ) from error

@@ -69,8 +69,12 @@ class TrainingOptions:
         """Check what can be checked without loading anything."""
         for name, least in MINIMA.items():
             value = getattr(self, name)
-            if not value >= least:
-                raise ValueError(f"--{name} must be at least {least}, not {value}")
+            if not least <= value < float("inf"):
+                raise ValueError(f"--{name} must be at least {least}{' and finite' * (value > least)}, not {value}")
+        if not self.output_dir or "\0" in self.output_dir:
+            raise ValueError("--output_dir must name a folder")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2^32, not {self.seed}")
         if not 0 <= self.ema_max_decay < 1:
             raise ValueError(f"--ema_max_decay must be at least 0 and below 1, not {self.ema_max_decay}")
         if not 0 < self.learning_rate < float("inf"):

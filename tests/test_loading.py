@@ -1,0 +1,469 @@
+"""Files from strangers: nothing in them is run, nothing absurd is allocated, nothing is written elsewhere."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import tracemalloc
+from pathlib import Path
+
+import accelerate.checkpointing
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import tiny_unet
+from tests.recipes.conftest import SHORT, recipe_runner
+from vkd_gen.calibration import load_statistics
+from vkd_gen.evaluation.extractors import load_extractor
+from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
+from vkd_gen.evaluation.scorer import load_statistics_file
+from vkd_gen.evaluation.sources import from_array
+from vkd_gen.limits import check_sizes
+from vkd_gen.provenance import hub_revision
+from vkd_gen.sampling import load_pipeline, stock_pipeline
+from vkd_gen.training.command_line import refuse_links, tensors_alone
+from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def run_recipe(monkeypatch, tmp_path):
+    """Run a recipe in this process with the given flags."""
+    return recipe_runner(monkeypatch, tmp_path)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def executed(tmp_path):
+    """The file that a payload makes; it must not be there when the test ends."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists()
+
+
+FORMATS = ["zip", "legacy", "pickle", "nested"]
+
+
+def write_payload(file, executed, kind="zip"):
+    match kind:
+        case "zip":
+            torch.save(Payload(executed), file)
+        case "legacy":
+            torch.save({"weight": Payload(executed)}, file, _use_new_zipfile_serialization=False)
+        case "pickle":
+            file.write_bytes(pickle.dumps(Payload(executed)))
+        case "nested":
+            torch.save({"state": {0: [torch.zeros(2), Payload(executed)]}, "param_groups": []}, file)
+    return file
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_payload_works(tmp_path, kind):
+    """Else what follows would show nothing."""
+    file = write_payload(tmp_path / "x.bin", tmp_path / "ran", kind)
+    if kind == "pickle":
+        pickle.loads(file.read_bytes())
+    else:
+        torch.load(file, weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.bin"])
+def test_a_pickle_in_place_of_weights(tmp_path, executed, kind, name):
+    for load in (load_teacher, load_unet):
+        folder = tmp_path / load.__name__
+        tiny_unet().save_pretrained(folder)
+        (folder / WEIGHTS).unlink()
+        write_payload(folder / name, executed, kind)
+        with pytest.raises(ValueError, match=r"cannot load the UNet|pickled weights only"):
+            load(str(folder))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.bin"])
+def test_a_pickle_in_a_pipeline(pipeline_folder, executed, kind, name):
+    (pipeline_folder / "unet" / WEIGHTS).unlink()
+    write_payload(pipeline_folder / "unet" / name, executed, kind)
+    with pytest.raises(ValueError, match="cannot load the pipeline"):
+        load_pipeline(str(pipeline_folder))
+
+
+def change(file, **entries):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+EVIL = "from pathlib import Path\nPath({path!r}).touch()\nfrom diffusers import DDIMPipeline, UNet2DModel\n"
+CODE = {
+    "pipeline of its own": ({"_class_name": ["evil", "DDIMPipeline"]}, "one of diffusers' pipelines"),
+    "module as the pipeline": ({"_class_name": "evil"}, "one of diffusers' pipelines"),
+    "class that is no pipeline": ({"_class_name": "UNet2DModel"}, "one of diffusers' pipelines"),
+    "attribute that is no class": ({"_class_name": "pipelines"}, "one of diffusers' pipelines"),
+    "no class at all": ({"_class_name": None}, "one of diffusers' pipelines"),
+    "part of its own": ({"unet": ["evil", "UNet2DModel"]}, "part 'unet' is of 'evil'"),
+    "part of any package": ({"unet": ["subprocess", "Popen"]}, "part 'unet' is of 'subprocess'"),
+    "further part": ({"x": ["evil", "UNet2DModel"]}, "part 'x' is of 'evil'"),
+    "part that is no name": ({"unet": [["evil"], "UNet2DModel"]}, "part 'unet' is of"),
+    "part elsewhere": ({"../teacher/unet": ["diffusers", "UNet2DModel"]}, "outside of its folder"),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_beside_a_pipeline_is_not_run(pipeline_folder, executed, name, monkeypatch):
+    changes, words = CODE[name]
+    for place in (pipeline_folder, pipeline_folder / "unet"):
+        (place / "evil.py").write_text(EVIL.format(path=str(executed)))
+    monkeypatch.chdir(pipeline_folder)
+    monkeypatch.syspath_prepend(str(pipeline_folder))
+    change(pipeline_folder / "model_index.json", **changes)
+    with pytest.raises(ValueError, match=words) as error:
+        load_pipeline(str(pipeline_folder))
+    assert "\n" not in str(error.value)
+    assert "evil" not in sys.modules
+
+
+def test_code_that_a_configuration_names_is_not_run(pipeline_folder, executed):
+    (pipeline_folder / "unet" / "evil.py").write_text(EVIL.format(path=str(executed)))
+    entries = {"auto_map": {"AutoModel": "evil.UNet2DModel"}, "trust_remote_code": True, "custom_pipeline": "evil"}
+    change(pipeline_folder / "unet" / "config.json", **entries)
+    change(pipeline_folder / "model_index.json", custom_pipeline="evil", trust_remote_code=True)
+    load_teacher(str(pipeline_folder))
+    load_pipeline(str(pipeline_folder))  # they mean nothing to it
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", '"x"', "[" * 100_000, ""])
+def test_a_model_index_that_is_none(pipeline_folder, text):
+    (pipeline_folder / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot load the pipeline") as error:
+        load_pipeline(str(pipeline_folder))
+    assert "\n" not in str(error.value)
+
+
+# ---- sizes
+
+
+ABSURD = [
+    ("unet/config.json", {"block_out_channels": [10**9] * 2}),
+    ("unet/config.json", {"block_out_channels": [2**16] * 300}),
+    ("unet/config.json", {"layers_per_block": 10**9}),
+    ("unet/config.json", {"num_class_embeds": 10**15}),
+    ("unet/config.json", {"norm_num_groups": 1e300}),
+    ("unet/config.json", {"sample_size": 10**6}),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
+    ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * (10**6 + 1)}),
+]
+
+
+@pytest.mark.parametrize(("file", "entries"), ABSURD, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("load", [load_pipeline, load_teacher])
+def test_absurd_sizes_are_refused_before_memory_is_touched(pipeline_folder, load, file, entries):
+    change(pipeline_folder / file, **entries)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"is no (UNet|model|schedule) that could be built: \w+ is") as error:
+        load(str(pipeline_folder))
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_teacher])
+def test_a_model_larger_than_its_weights(pipeline_folder, load):
+    """64 GB as the configuration has it, 50 kB on disk."""
+    change(pipeline_folder / "unet/config.json", block_out_channels=[16384, 16384])
+    with pytest.raises(ValueError, match=r"asks for|short of what its config.json asks for|would take"):
+        load(str(pipeline_folder))
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_teacher])
+def test_a_schedule_of_nonsense(pipeline_folder, load):
+    change(pipeline_folder / "scheduler/scheduler_config.json", beta_schedule="steep", num_train_timesteps="many")
+    with pytest.raises(ValueError, match=r"cannot load the pipeline|no schedule that diffusers can build"):
+        load(str(pipeline_folder))
+
+
+def test_a_number_of_many_digits_is_told_shortly():
+    with pytest.raises(ValueError, match="x is a number of thousands of digits"):
+        check_sizes({"x": 10**5000}, "it")
+
+
+@pytest.mark.parametrize("config", [{"x": [2**24] * 256}, {"trained_betas": [0.1] * 1000}, {"x": -1}, {"x": "9" * 99}])
+def test_sizes_that_are_not_absurd(config):
+    check_sizes(config, "it")
+
+
+def test_a_feature_network_wider_than_its_weights(tmp_path):
+    save_feature_network(FeatureNetwork(width=4), tmp_path / "good.safetensors", {})
+    weights = load_file(tmp_path / "good.safetensors")
+    save_file({**weights, "features.0.bias": torch.zeros(300_000)}, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match="is not a feature network"):
+        load_feature_network(tmp_path / "wide.safetensors")  # 6 TB, if it were built
+
+
+def test_a_feature_network_is_loaded_whole(tmp_path):
+    network = FeatureNetwork(width=4).eval()
+    save_feature_network(network, tmp_path / "good.safetensors", {})
+    loaded = load_feature_network(tmp_path / "good.safetensors")
+    images = torch.randn(3, 1, 8, 8)
+    assert all(torch.equal(a, b) for a, b in zip(loaded(images), network(images), strict=True))
+    assert not any(value.is_meta for value in loaded.state_dict().values())
+
+
+# ---- extractors and arrays
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", ["inception", "vgg16", "clip-vit-b-32"])
+def test_extractor_weights(tmp_path, executed, kind, name):
+    file = write_payload(tmp_path / "weights.pth", executed, kind)
+    with pytest.raises(ValueError, match="not a plain state dict of tensors") as error:
+        load_extractor(name, str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_extractor_weights_that_change_after_they_were_checked(tmp_path, executed, monkeypatch):
+    """torch-fidelity opens the file again, and would unpickle anything."""
+    file = write_payload(tmp_path / "weights.pth", executed)
+    loads, load = [], torch.load
+
+    def first_is_harmless(*arguments, **options):
+        loads.append(options)
+        return {} if len(loads) == 1 else load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", first_is_harmless)
+    with pytest.raises(ValueError, match="cannot load the weights of the extractor"):
+        load_extractor("inception", str(file))
+    assert [options["weights_only"] for options in loads] == [True, False]
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_pickle_that_is_called_safetensors(tmp_path, executed, kind):
+    file = write_payload(tmp_path / "x.safetensors", executed, kind)
+    with pytest.raises(ValueError, match="is not a feature network"):
+        load_feature_network(file)
+    with pytest.raises(Exception, match=r"(?i)header"):
+        load_statistics(file)
+
+
+@pytest.mark.parametrize("load", [from_array, load_statistics_file])
+@pytest.mark.parametrize("suffix", ["npz", "npy as npz", "pickle as npz"])
+def test_arrays_of_objects(tmp_path, executed, load, suffix):
+    objects = np.array([Payload(executed)], dtype=object)
+    file = tmp_path / "x.npz"
+    match suffix:
+        case "npz":
+            np.savez(file, arr_0=objects, mu=objects, sigma=objects)
+        case "npy as npz":
+            np.save(tmp_path / "x.npy", objects)
+            (tmp_path / "x.npy").rename(file)
+        case "pickle as npz":
+            file.write_bytes(pickle.dumps(Payload(executed)))
+    with pytest.raises(ValueError, match="cannot read"):
+        load(str(file))
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpointed_run(tmp_path_factory):
+    """A run of two steps with its checkpoint."""
+    root = tmp_path_factory.mktemp("run")
+    flags = [*SHORT, "--extractor", "none", "--output_dir", root / "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        recipe_runner(patch, root)("train_teacher_unet", *flags)
+    return root / "run", flags
+
+
+PICKLES = ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "optimizer.bin", "random_states_0.pkl"]
+
+
+def test_these_are_all_pickles_of_a_checkpoint(checkpointed_run):
+    run, _ = checkpointed_run
+    found = {path.name for path in (run / "checkpoint-2").iterdir() if path.suffix not in (".safetensors", ".json")}
+    assert found == set(PICKLES)
+    check_checkpoint(run / "checkpoint-2")
+    check_checkpoint(None)
+
+
+@pytest.fixture
+def tampered(checkpointed_run, tmp_path):
+    """A function that replaces one file of a copy of the checkpoint, and gives flags to resume from it."""
+    run, flags = checkpointed_run
+    shutil.copytree(run, tmp_path / "run")
+
+    def resume_with(name, write):
+        write(tmp_path / "run" / "checkpoint-2" / name)
+        return [*flags[:-1], tmp_path / "run", "--resume_from_checkpoint", "latest"]
+
+    return resume_with
+
+
+@pytest.mark.parametrize("name", PICKLES)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_pickle_in_a_checkpoint(tampered, tmp_path, executed, name, kind):
+    tampered(name, lambda file: write_payload(file, executed, kind))
+    with pytest.raises(ValueError, match=rf"the checkpoint's file .*{name} is not loaded: ") as error:
+        check_checkpoint(tmp_path / "run" / "checkpoint-2")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_truncated_file_of_a_checkpoint(tampered, tmp_path, name):
+    tampered(name, lambda file: file.write_bytes(file.read_bytes()[:-200]))
+    with pytest.raises(ValueError, match=rf"{name} is not loaded"):
+        check_checkpoint(tmp_path / "run" / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_resuming_from_a_checkpoint_with_a_pickle(tampered, executed, run_recipe, capfd, name):
+    flags = tampered(name, lambda file: write_payload(file, executed))
+    with pytest.raises(SystemExit) as status:
+        run_recipe("train_teacher_unet", *flags)
+    assert status.value.code == 2
+    assert f"{name} is not loaded: it holds more than numbers, and could run code" in capfd.readouterr().err
+
+
+def test_accelerate_unpickles_what_is_registered(tmp_path, executed):
+    """Why commands force torch to load tensors alone, beside the check: as of accelerate 1.15 this would run code."""
+    PartialState()
+    write_payload(tmp_path / "custom_checkpoint_0.pkl", executed, "nested")
+
+    class Registered:
+        def load_state_dict(self, state):
+            raise AssertionError(f"loaded {state}")
+
+    with tensors_alone(), pytest.raises(pickle.UnpicklingError):
+        accelerate.checkpointing.load_custom_state(Registered(), str(tmp_path), 0)
+
+
+def test_tensors_alone_whatever_the_environment_says(tmp_path, executed, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    file = write_payload(tmp_path / "x.pt", executed)
+    with tensors_alone():
+        for options in ({}, {"weights_only": False}):
+            with pytest.raises(pickle.UnpicklingError):
+                torch.load(file, **options)
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+# ---- links
+
+
+LINKS = {
+    "folder": ("previews", "elsewhere"),
+    "checkpoint": ("checkpoint-2", "elsewhere"),
+    "file": ("metrics.jsonl", "elsewhere/file"),
+    "to nothing": ("config.json.tmp", "elsewhere/nothing"),
+    "deep": ("a/b/c", "elsewhere"),
+    "the folder above": ("up", "."),
+    "a sibling whose name begins alike": ("x", "run-2"),
+    "link to a link": ("x", "chain"),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_out_of_the_output_folder(tmp_path, name):
+    link, target = LINKS[name]
+    for folder in ("run/a/b", "run-2", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "elsewhere/file").touch()
+    (tmp_path / "chain").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / link).symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=rf"{link} is a link out of the output folder, to ") as error:
+        refuse_links(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_links_that_stay_inside(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/file").touch()
+    (tmp_path / "disk/latest").symlink_to("file")
+    (tmp_path / "disk/loop").symlink_to("loop")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")  # the user's own choice
+    refuse_links(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "disk")
+    refuse_links(".")
+    refuse_links("nowhere/at/all")
+
+
+@pytest.mark.parametrize("link", ["previews", "checkpoint-1", "metrics.jsonl", "config.json.tmp"])
+def test_a_run_writes_nothing_through_a_link(tmp_path, run_recipe, capfd, link):
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    run.mkdir()
+    (run / link).symlink_to(elsewhere / "x" if "." in link else elsewhere)
+    flags = ["--preview_every_steps", 1, "--checkpointing_steps", 1, "--extractor", "none", "--output_dir", run]
+    with pytest.raises(SystemExit):
+        run_recipe("train_teacher_unet", *SHORT, *flags, "--resume_from_checkpoint", "latest")
+    assert "is a link out of the output folder" in capfd.readouterr().err
+    assert list(elsewhere.iterdir()) == []
+    assert [path.name for path in run.iterdir()] == [link]
+
+
+# ---- the hub
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The hub's cache with one pipeline, `some/model`, as huggingface_hub lays it out."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--some--model"
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return repository
+
+
+def test_models_of_the_hub_are_checked_as_folders_are(hub_cache, executed):
+    snapshot = hub_cache / "snapshots" / COMMIT
+    assert load_pipeline("some/model").unet.config.block_out_channels == [8, 16]
+    assert load_teacher("some/model").unet.config.block_out_channels == [8, 16]
+    change(snapshot / "unet/config.json", block_out_channels=[16384, 16384])
+    with pytest.raises(ValueError, match=r"asks for .* numbers and the weights beside it hold"):
+        load_pipeline("some/model")
+    change(snapshot / "unet/config.json", layers_per_block=10**9)
+    for load in (load_pipeline, load_teacher):
+        with pytest.raises(ValueError, match="that could be built: layers_per_block is"):
+            load("some/model")
+    (snapshot / "evil.py").write_text(EVIL.format(path=str(executed)))
+    change(snapshot / "model_index.json", _class_name=["evil", "DDIMPipeline"])
+    with pytest.raises(ValueError, match="one of diffusers' pipelines"):
+        load_pipeline("some/model")
+
+
+def test_the_commit_of_a_model_on_the_hub(hub_cache, tmp_path, monkeypatch):
+    assert hub_revision("some/model") == COMMIT
+    assert hub_revision("some/other") is None
+    (hub_cache / "refs" / "main").write_text("../../x")
+    assert hub_revision("some/model") is None
+    for source in ("digits", "../some/model", "/some/model", "some/model/deep", "some/..", "some/model\n", ""):
+        assert hub_revision(source) is None
+    (hub_cache / "refs" / "main").write_text(COMMIT)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some/model").mkdir(parents=True)  # a folder here is what is loaded then
+    assert hub_revision("some/model") is None
