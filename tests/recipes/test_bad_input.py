@@ -642,7 +642,7 @@ def test_a_student_is_exported_before_anything_can_fail_to_score_it(
 REAL = [("student", "unknown preset"), ("student", "missing teacher")]
 REAL_TOO = [
     *[("student", name) for name in ("no image", "pickled teacher", "absurd teacher", "text called an image")],
-    *[("student", name) for name in ("batch too large", "seed no whole number", "output with a link out of it")],
+    *[("student", name) for name in ("more bins than samples", "seed no whole number", "output with a link out of it")],
     *[("teacher", name) for name in ("larger than memory", "no groups", "bad image")],
 ]
 
