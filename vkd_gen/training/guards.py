@@ -114,5 +114,5 @@ def projector_fault(projector: OrthogonalProjector) -> str | None:
 
 @torch.no_grad()
 def _are_finite(values: Iterable[Tensor]) -> bool:
-    norms = torch._foreach_norm([value.detach() for value in values if value.is_floating_point()], math.inf)
-    return not norms or bool(torch.stack(list(norms)).isfinite().all())
+    tensors = [value.detach() for value in values if value.is_floating_point() and value.numel()]
+    return not tensors or bool(torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all())

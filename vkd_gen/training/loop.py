@@ -408,13 +408,14 @@ class TrainingRun:
 
     def _log(self) -> None:
         names = sorted(self._sums)
-        sums = [torch.as_tensor(self._sums[name], dtype=torch.float64).cpu() for name in names]
-        if sums:
-            means = (torch.stack(sums) / self._num_summed).to(self.accelerator.device, torch.float32)
-            sums = self.accelerator.reduce(means, reduction="mean").tolist()
+        means: list[float] = []
+        if names:  # not every step was skipped
+            sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64).cpu() for name in names])
+            own = (sums / self._num_summed).to(self.accelerator.device, torch.float32)
+            means = self.accelerator.reduce(own, reduction="mean").tolist()
         seconds = time.perf_counter() - self._since
         num_images = self._num_passes * self.options.train_batch_size * self.accelerator.num_processes
-        line = dict(zip(names, sums, strict=True))
+        line: dict[str, float] = dict(zip(names, means, strict=True))
         if self._num_skipped:
             line["skipped_steps"] = self._num_skipped
         line |= {"learning_rate": self.learning_rate.get_last_lr()[0], "images_per_second": num_images / seconds}
