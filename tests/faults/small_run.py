@@ -95,9 +95,9 @@ def train(options, *, dropout=0.1, before_step=lambda run, batch, losses: None, 
         losses = vkd.distillation_losses(run.model, batch, noise_scheduler=noise_scheduler, teacher=teacher)
         before_step(run, batch, losses)
         run.backward(losses)
+    raw = {f"raw/{name}": value.clone() for name, value in projected.state_dict().items()}
+    averaged = {f"ema/{name}": value.clone() for name, value in run.finish().state_dict().items()}
     if accelerator.is_main_process:
-        raw = {f"raw/{name}": value.clone() for name, value in projected.state_dict().items()}
-        averaged = {f"ema/{name}": value.clone() for name, value in run.finish().state_dict().items()}
         save_file({**raw, **averaged}, folder.path / "weights.safetensors")
     run.end()
     return run

@@ -221,6 +221,8 @@ class TrainingRun:
         state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
         self.learning_rate.load_state_dict(state["learning_rate"])
         self._skipped_in_a_row = state["skipped_in_a_row"]
+        if self._skipped_in_a_row:
+            self._watch.start()
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(accelerator.device)
