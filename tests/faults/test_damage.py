@@ -121,22 +121,26 @@ def test_a_run_goes_on_from_before_the_damage(straight, tmp_path):
     assert (tmp_path / "run" / f"set-aside-checkpoint-{STEPS}").is_dir()
 
 
-def test_a_pickle_in_a_checkpoint_is_not_executed(straight, tmp_path):
+@pytest.mark.parametrize(
+    "file",
+    ["training.pt"]
+    + [pytest.param(file, marks=pytest.mark.slow) for file in ("optimizer.bin", "random_states_0.pkl", "process-0.pt")],
+)
+def test_a_pickle_in_a_checkpoint_is_not_executed(file, straight, tmp_path):
     """Even one whose manifest is right: whoever made it made that too."""
 
     class Payload:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    for file in ("optimizer.bin", "random_states_0.pkl", "training.pt", "process-0.pt"):
-        run = tmp_path / file
-        shutil.copytree(straight, run)
-        checkpoint = run / f"checkpoint-{STEPS}"
-        torch.save(Payload(), checkpoint / file)
-        (checkpoint / "manifest.json").unlink()
-        seal(checkpoint, {"step": STEPS, "num_processes": 1})
-        run_to_end(train, options_of(run), output=tmp_path / "output")
-        assert not (tmp_path / "executed").exists()
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    checkpoint = run / f"checkpoint-{STEPS}"
+    torch.save(Payload(), checkpoint / file)
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, {"step": STEPS, "num_processes": 1})
+    run_to_end(train, options_of(run), output=tmp_path / "output")
+    assert not (tmp_path / "executed").exists()
 
 
 # ---- which checkpoints are kept
@@ -192,7 +196,7 @@ def check_failed_write(status, output, run, straight, tmp_path):
     return errors[0]
 
 
-@pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.slow] * (n not in (1, 6))) for n in range(1, 8)])
+@pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.slow] * (n != 6)) for n in range(1, 8)])
 def test_no_space_left_at_any_operation(number, straight, tmp_path):
     options = options_of(tmp_path / "run")
     status, output = run_to_end(train_on_a_disk_that_fills, options, number, output=tmp_path / "output")
@@ -327,7 +331,7 @@ def test_what_makes_another_run_is_refused(changes, words, half, capsys):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize(("processes", "size", "passes"), [(2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize(("processes", "size", "passes"), [(2, 2, 1), pytest.param(1, 2, 2, marks=pytest.mark.slow)])
 def test_another_split_of_the_same_batch_goes_on(processes, size, passes, half, straight, tmp_path):
     shutil.copytree(half, tmp_path / "run")
     changes = {"train_batch_size": size, "gradient_accumulation_steps": passes}

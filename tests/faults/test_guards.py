@@ -126,6 +126,7 @@ def test_all_processes_skip_what_is_not_finite_in_one(rank, tmp_path):
     assert f"process {1 - rank}: all losses are finite" in told
 
 
+@pytest.mark.slow
 def test_persistent_non_finite_ends_all_processes(tmp_path):
     options = options_of(tmp_path / "run", train_batch_size=2, max_skipped_steps=1)
     processes = start_processes(2, train_poisoned, options, set(range(4, 12)), 1, output=tmp_path / "output")
@@ -181,7 +182,7 @@ def test_a_collapsed_projector_ends_the_run_before_it_is_saved(tmp_path):
     def collapse(run, batch, losses):
         if run.step == 4:
             run._bare_model.projectors[1].refresh_every_steps = 100  # else it would be solved anew
-            run._bare_model.projectors[1].solution.zero_()
+            run._bare_model.projectors[1].solution.data.zero_()
 
     with pytest.raises(
         ValueError, match=r"stopped at step 6: the projector from \S+ to \S+ has collapsed: .*rows are 1"

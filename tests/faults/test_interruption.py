@@ -1,5 +1,6 @@
 """SIGTERM, SIGINT, the launcher's death: the step is finished, a checkpoint saved, and the run goes on from it."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -34,6 +35,7 @@ def train_and_signal(options, number, step, to_group=False):
 
     if to_group:
         os.setpgid(0, 0)
+        multiprocessing.set_start_method("fork", force=True)  # the readers are this process' children, as a command's
     train(options, before_step=send)
 
 
@@ -50,7 +52,8 @@ def test_signal_finishes_the_step_and_saves(number, status, straight, tmp_path):
     assert_same_end(tmp_path / "run", straight)
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(11, marks=pytest.mark.slow)])  # at a checkpoint, in the last step
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, 11])  # at a checkpoint, in the last step
 def test_a_signal_when_a_checkpoint_is_due_anyway(step, straight, tmp_path):
     options = options_of(tmp_path / "run")
     ended, output = run_to_end(train_and_signal, options, signal.SIGTERM, step, output=tmp_path / "output")
@@ -104,7 +107,22 @@ def test_a_second_signal_exits_at_once(tmp_path):
     assert not RunFolder(tmp_path / "run").checkpoints()
 
 
-def test_the_same_request_may_arrive_twice():
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as it is where a user types it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_is_ignored_stays_so(ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.poll() == 0
+
+
+def test_the_same_request_may_arrive_twice(ctrl_c):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)  # else this process would be gone
@@ -112,7 +130,7 @@ def test_the_same_request_may_arrive_twice():
         stop._noted = 0
 
 
-def test_a_signal_that_nobody_acted_on_is_raised_again():
+def test_a_signal_that_nobody_acted_on_is_raised_again(ctrl_c):
     with pytest.raises(KeyboardInterrupt), StopRequest():
         signal.raise_signal(signal.SIGINT)
 

@@ -26,8 +26,8 @@ NUMBER_OF_EVENTS = 138  # file operations in the folder of an undisturbed run
 @pytest.mark.parametrize(
     "number",
     [
-        # Within the first checkpoint, before a later one's name, before a manifest, within the removal of an old one.
-        *(24, 69, 94, 101),
+        # Before a checkpoint gets its name, within the removal of an old one.
+        *(69, 101),
         *(
             pytest.param(number, marks=pytest.mark.slow)
             for number in random.Random(0).sample(range(1, NUMBER_OF_EVENTS), 30)

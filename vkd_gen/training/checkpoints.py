@@ -26,7 +26,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         force_to_disk(folder / name)
     content = {**facts, "files": dict(zip(names, _describe(folder, names), strict=True))}
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({**content, "sha256": _hash_of(content)}, indent=2) + "\n")
+    manifest.write_text(json.dumps({**content, "sha256": _hash_of(content)}, indent=2))
     force_to_disk(manifest)
     force_to_disk(folder)
 

@@ -20,8 +20,8 @@ class StopRequest:
     """Within this context SIGTERM and SIGINT are noted; a second one, later than 2 seconds, exits at once.
 
     The exit status is 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT (Ctrl-C). The launcher's death counts
-    as SIGTERM: `accelerate launch` passes on no SIGTERM to its only child. Outside of the main thread signals are not
-    noted.
+    as SIGTERM: `accelerate launch` passes on no SIGTERM to its only child. Signals that the process was started to ignore
+    (a shell does that to SIGINT for what it starts by &), and all outside of the main thread, are not noted.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         """Take over the signals."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(
