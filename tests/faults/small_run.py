@@ -109,6 +109,7 @@ def _main(environment, output, function, arguments):
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    multiprocessing.set_start_method("fork", force=True)  # those that read images are children, as a command's
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
     with one_line_errors():
         function(*arguments)

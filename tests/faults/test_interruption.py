@@ -1,6 +1,5 @@
 """SIGTERM, SIGINT, the launcher's death: the step is finished, a checkpoint saved, and the run goes on from it."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -35,7 +34,6 @@ def train_and_signal(options, number, step, to_group=False):
 
     if to_group:
         os.setpgid(0, 0)
-        multiprocessing.set_start_method("fork", force=True)  # the readers are this process' children, as a command's
     train(options, before_step=send)
 
 

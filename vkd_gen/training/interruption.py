@@ -20,8 +20,8 @@ class StopRequest:
     """Within this context SIGTERM and SIGINT are noted; a second one, later than 2 seconds, exits at once.
 
     The exit status is 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT (Ctrl-C). The launcher's death counts
-    as SIGTERM: `accelerate launch` passes on no SIGTERM to its only child. Signals that the process was started to ignore
-    (a shell does that to SIGINT for what it starts by &), and all outside of the main thread, are not noted.
+    as SIGTERM: `accelerate launch` passes on no SIGTERM to its only child. What the process was started to ignore (a
+    shell does that to SIGINT for what it starts by &), and all outside of the main thread, is not noted.
     """
 
     def __init__(self) -> None:
