@@ -118,7 +118,7 @@ def train_poisoned(options, steps, rank):
 def test_all_processes_skip_what_is_not_finite_in_one(rank, tmp_path):
     options = options_of(tmp_path / "run", train_batch_size=2)
     processes = start_processes(2, train_poisoned, options, {3, 8}, rank, output=tmp_path / "output")
-    output = (tmp_path / "output").read_text() if end_of(processes, within=60) == [0, 0] else None
+    output = (tmp_path / "output").read_text() if end_of(processes, within=120) == [0, 0] else None
     assert output is not None, (tmp_path / "output").read_text()
     assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 1, 0]
     told = next(line for line in output.splitlines() if "step 4 is skipped" in line)
@@ -130,7 +130,7 @@ def test_all_processes_skip_what_is_not_finite_in_one(rank, tmp_path):
 def test_persistent_non_finite_ends_all_processes(tmp_path):
     options = options_of(tmp_path / "run", train_batch_size=2, max_skipped_steps=1)
     processes = start_processes(2, train_poisoned, options, set(range(4, 12)), 1, output=tmp_path / "output")
-    assert end_of(processes, within=60) == [2, 2]
+    assert end_of(processes, within=120) == [2, 2]
     errors = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("error")]
     assert len(errors) == 1
     assert "stopped at step 6: 2 steps in a row" in errors[0]

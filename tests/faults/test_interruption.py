@@ -74,10 +74,10 @@ def test_a_signal_to_all_processes_spares_those_that_read_images(straight, tmp_p
 def test_all_processes_stop_at_the_step_in_which_one_is_asked(straight_pair, tmp_path):
     options = options_of(tmp_path / "run", train_batch_size=2)
     processes = start_processes(2, train_and_signal, options, signal.SIGTERM, 4, output=tmp_path / "output")
-    assert end_of(processes, within=60) == [143, 143], (tmp_path / "output").read_text()
+    assert end_of(processes, within=120) == [143, 143], (tmp_path / "output").read_text()
     assert RunFolder(tmp_path / "run").checkpoints()[-1].name == "checkpoint-5"
     processes = start_processes(2, train, options, output=tmp_path / "output")
-    assert end_of(processes, within=60) == [0, 0]
+    assert end_of(processes, within=120) == [0, 0]
     assert_same_end(tmp_path / "run", straight_pair)
 
 

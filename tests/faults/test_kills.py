@@ -80,11 +80,11 @@ def test_one_of_two_processes_dies(victim, step, straight_pair, tmp_path):
     """The other ends too, non-zero, and both resume to what two processes end with undisturbed."""
     options = options_of(tmp_path / "run", train_batch_size=2)
     processes = start_processes(2, train_and_die, options, victim, step, output=tmp_path / "output")
-    statuses = end_of(processes, within=60)
+    statuses = end_of(processes, within=120)
     assert statuses[victim] == KILLED
     assert statuses[1 - victim] not in (0, None)
     processes = start_processes(2, train, options, output=tmp_path / "output")
-    assert end_of(processes, within=60) == [0, 0]
+    assert end_of(processes, within=120) == [0, 0]
     assert_same_end(tmp_path / "run", straight_pair)
 
 
