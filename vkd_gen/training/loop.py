@@ -304,7 +304,7 @@ class TrainingRun:
         """Backward of `losses["total"]`; on a step's last forward pass also the optimizer step.
 
         Args:
-            losses: scalars; all are logged as means over the passes since the last log line.
+            losses: scalars; all are logged as means over the steps that were made since the last log line.
         """
         self.accelerator.backward(losses["total"])
         if not self._checked_gradients:
