@@ -219,7 +219,7 @@ def train_with_short_files(options, size):
 SIZES = [6_000, 15_000, 30_000, 60_000, 80_000, 99_000]
 
 
-@pytest.mark.parametrize("size", [pytest.param(size, marks=[pytest.mark.slow] * (size != 60_000)) for size in SIZES])
+@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.slow) for size in SIZES])
 def test_a_write_refused_at_any_byte(size, straight, tmp_path):
     options = options_of(tmp_path / "run")
     output = tmp_path / "output"
@@ -270,6 +270,7 @@ def train_without(options, name):
     train(options, before_step=remove)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_deleted_meanwhile_is_not_missed(straight, tmp_path):
     options = options_of(tmp_path / "run")
     status, output = run_to_end(train_without, options, "checkpoint-3", output=tmp_path / "output")

@@ -48,7 +48,7 @@ def test_killed_at_random_moments_again_and_again(seed, straight, tmp_path):
     options, moments, kills = options_of(tmp_path / "run"), random.Random(seed), 0
     while kills < 4:
         process = start(train, options, output=tmp_path / "output")
-        process.join(timeout=moments.uniform(0.1, 1.5))
+        process.join(timeout=moments.uniform(0.05, 0.6))
         process.kill()
         process.join()
         if process.exitcode == 0:
