@@ -234,13 +234,16 @@ def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.F
     student_channels = pair.student_channels
     reachable = min(student_channels, pair.teacher_channels)
     rank = reachable if config.whitening_rank is None else config.whitening_rank
-    normalizer = vkd.FeatureNormalizer(
-        config.feature_normalization,
-        statistics,
-        rank=rank,
-        exponent=config.whitening_exponent,
-        shrinkage=config.whitening_shrinkage,
-    )
+    try:
+        normalizer = vkd.FeatureNormalizer(
+            config.feature_normalization,
+            statistics,
+            rank=rank,
+            exponent=config.whitening_exponent,
+            shrinkage=config.whitening_shrinkage,
+        )
+    except ValueError as error:
+        raise ValueError(f"layer {pair.teacher}: {error}") from error
     widths = student_channels, normalizer.target_channels
     projector: Projector
     match config.projector:

@@ -1,6 +1,8 @@
 """The end of a run: a stock diffusers pipeline folder with a model card, and its upload."""
 
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +16,19 @@ from vkd_gen.sampling import stock_pipeline
 
 
 def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
-    """Save a pipeline folder and its model card.
+    """Save a pipeline folder and its model card; it appears under its name only once it is complete.
 
     `DiffusionPipeline.from_pretrained` loads it without this package; a class-conditional one is loaded by
     `ClassConditionalDDIMPipeline.from_pretrained`, and its UNet alone by diffusers' own `UNet2DModel`.
     """
-    stock_pipeline(unet, noise_scheduler).save_pretrained(folder, safe_serialization=True)
-    write_model_card(folder, card)
+    temporary = folder.with_name("." + folder.name)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    stock_pipeline(unet, noise_scheduler).save_pretrained(temporary, safe_serialization=True)
+    write_model_card(temporary, card)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
 
 
 def write_model_card(folder: Path, card: str) -> None:

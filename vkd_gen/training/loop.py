@@ -7,15 +7,17 @@ A recipe keeps what is its own, the loss:
 """
 
 import contextlib
-import os
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers import SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -27,8 +29,12 @@ from vkd_gen.data import DrawBatches, Images, TrainingDraws
 from vkd_gen.diffusion import to_timesteps
 from vkd_gen.pictures import save_sample_grid
 from vkd_gen.sampling import sample_images
+from vkd_gen.training.checkpoints import problem_of
+from vkd_gen.training.command_line import USER_ERROR
+from vkd_gen.training.guards import Watch, check_state
+from vkd_gen.training.interruption import StopRequest, outlive_sigterm
 from vkd_gen.training.options import TrainingOptions
-from vkd_gen.training.run_folder import RunFolder, checkpoint_step
+from vkd_gen.training.run_folder import RunFolder, checkpoint_step, num_processes_of
 
 
 def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool = False) -> Accelerator:
@@ -119,6 +125,10 @@ class TrainingRun:
     Everything that decides the result is a function of the step: draws by their number, the learning rate, the
     refreshes of projectors. A resumed run therefore ends exactly where the uninterrupted one does.
 
+    A step whose loss or gradient is not finite is skipped, on all processes: student, optimizer and moving average stay
+    as they were. To know, the host waits once per step for the device; what it reads then also says whether some
+    process was asked to stop, so that all stop at the same step.
+
     Args:
         accelerator: from `make_accelerator`.
         options: of the run.
@@ -170,11 +180,16 @@ class TrainingRun:
                 unet.parameters(), decay=options.ema_max_decay, use_ema_warmup=True, power=0.75, foreach=True
             )
             self.ema.to(accelerator.device)
-            accelerator.register_for_checkpointing(self.ema)
-        # Not prepared: it steps once per optimizer step, however many processes there are.
-        accelerator.register_for_checkpointing(self.learning_rate)
-        self._sums: dict[str, Tensor] = {}
-        self._passes = 0
+        self._parameters = [parameter for group in parameter_groups for parameter in group["params"]]
+        self._watch = Watch(model)
+        self._stop = StopRequest()
+        self._asked_to_stop = 0
+        self._losses: dict[str, Tensor] = {}  # of this step: sums over its passes
+        self._timesteps: list[Tensor] = []
+        self._skipped = False
+        self._skipped_in_a_row = 0
+        self._sums: dict[str, Tensor] = {}  # since the last log line: sums over the steps that were made
+        self._num_summed = self._num_skipped = self._num_passes = 0
         self._checked_gradients = False
         if options.report_to is not None:
             plain = {name: value for name, value in config.items() if isinstance(value, int | float | str | bool)}
@@ -182,18 +197,47 @@ class TrainingRun:
         self._started = time.perf_counter()
         set_seed(options.seed, device_specific=True)  # from here on for what is random inside the model, as dropout
         self._resume()
-        self._first_step = self.step
+        self._first_step = self._step_of_checkpoint = self.step
 
     def _resume(self) -> None:
-        checkpoint = self.folder.resume_point(self.options.resume_from_checkpoint)
-        if checkpoint is not None:
+        point = self.folder.resume_point(self.options.resume_from_checkpoint)
+        choice = [None if point is None else str(point)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(choice)  # the first process has read every byte, the others sizes
+        if choice[0] is not None:
+            checkpoint = Path(choice[0])
             self.accelerator.load_state(str(checkpoint))
-            if self.ema is not None:
-                self.ema.to(self.accelerator.device)  # accelerate loads what is registered to the CPU
+            self.accelerator.step = 0  # between two steps, however many passes they have
             self.step = checkpoint_step(checkpoint)
+            self._load_own_state(checkpoint)
             self.accelerator.print(f"going on from {checkpoint}")
         if self.accelerator.is_main_process:
             self.folder.cut_metrics(self.step)
+            self.folder.set_aside_after(self.step)
+
+    def _load_own_state(self, checkpoint: Path) -> None:
+        """What accelerate does not know of, and the random state where there is none for this process."""
+        accelerator = self.accelerator
+        state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        if self._skipped_in_a_row:
+            self._watch.start()
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(accelerator.device)
+        before = num_processes_of(checkpoint)
+        if before == accelerator.num_processes:
+            sources = [accelerator.process_index]
+        else:
+            sources = list(range(before))
+            set_seed(self.options.seed + self.step, device_specific=True)
+        states = [torch.load(checkpoint / f"process-{index}.pt", weights_only=True) for index in sources]
+        self._num_summed, self._num_skipped = states[0]["num_summed"], states[0]["num_skipped"]
+        self._sums = {
+            name: (sum(state["sums"][name] for state in states) / len(states)).to(accelerator.device)
+            for name in states[0]["sums"]
+        }
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Batches for one forward pass each, until the run has made its steps.
@@ -220,6 +264,7 @@ class TrainingRun:
             ),
             batch_sampler=draws,
             num_workers=options.dataloader_num_workers,
+            worker_init_fn=outlive_sigterm,
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),  # the global one, which a resume restores, is left alone
         )
@@ -233,30 +278,99 @@ class TrainingRun:
         )
         self.model.train()
         self._since = time.perf_counter()
-        for batch in loader:
-            with accelerator.accumulate(self.model):
-                yield _on_device(batch, self.noise_scheduler, accelerator.device)
-            if accelerator.sync_gradients:
-                self._after_step()
+        with self._stop:
+            for batch in loader:
+                with accelerator.accumulate(self.model):
+                    moved = _on_device(batch, self.noise_scheduler, accelerator.device)
+                    self._timesteps.append(moved["timesteps"])
+                    yield moved
+                if accelerator.sync_gradients:
+                    self._after_step()
+                    if self._asked_to_stop:
+                        self._stop_early()
         self._progress.close()
+
+    def _stop_early(self) -> None:
+        self.save_checkpoint()
+        self._progress.close()
+        name = signal.Signals(self._asked_to_stop).name
+        if self.accelerator.is_main_process:
+            words = self.folder.last_checkpoint_in_words()
+            print(f"stopped by {name} after step {self.step}; {words}", file=sys.stderr, flush=True)
+        self.end()
+        sys.exit(128 + self._asked_to_stop)
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Backward of `losses["total"]`; on a step's last forward pass also the optimizer step.
 
         Args:
-            losses: scalars; all are logged as means over the passes since the last log line.
+            losses: scalars; all are logged as means over the steps that were made since the last log line.
         """
         self.accelerator.backward(losses["total"])
         if not self._checked_gradients:
             self._warn_of_missing_gradients()
         for name, value in losses.items():
-            self._sums[f"loss/{name}"] = self._sums.get(f"loss/{name}", 0) + value.detach()
-        self._passes += 1
-        if self.accelerator.sync_gradients and self.options.max_grad_norm:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
-            self._sums["gradient_norm"] = self._sums.get("gradient_norm", 0) + norm.detach()
+            self._losses[name] = self._losses[name] + value.detach() if name in self._losses else value.detach()
+        self._num_passes += 1
+        if self.accelerator.sync_gradients:
+            self._make_or_skip_step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._losses, self._timesteps = {}, []
+
+    def _make_or_skip_step(self) -> None:
+        accelerator, options = self.accelerator, self.options
+        accelerator.unscale_gradients()
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        asked = self._stop.poll()
+        flags = [torch.full_like(norm, asked == number) for number in (signal.SIGTERM, signal.SIGINT)]
+        flags.append((~(norm.isfinite() & self._losses["total"].isfinite())).to(norm.dtype))
+        # The step's one wait for the device; all processes read the same.
+        terminated, interrupted, self._skipped = map(bool, accelerator.reduce(torch.stack(flags), "sum").tolist())
+        self._asked_to_stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
+        if self._skipped:
+            self._tell_of_skip()
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()  # lowers fp16's loss scale
+            return
+        self._skipped_in_a_row = 0
+        self._watch.stop()
+        if options.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, options.max_grad_norm, norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        means = {f"loss/{name}": value / options.gradient_accumulation_steps for name, value in self._losses.items()}
+        for name, value in {**means, "gradient_norm": norm}.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._num_summed += 1
+
+    def _tell_of_skip(self) -> None:
+        """Say what was not finite at the first skipped step in a row, and end the run at one too many.
+
+        Raises:
+            ValueError: with the diagnosis.
+        """
+        self._num_skipped += 1
+        self._skipped_in_a_row += 1
+        is_last = self._skipped_in_a_row > self.options.max_skipped_steps
+        if not is_last and self._skipped_in_a_row > 1:
+            return
+        found = self._watch.describe(self._losses, self._timesteps)
+        found = "; ".join(f"process {index}: {words}" for index, words in enumerate(gather_object([found])))
+        if not is_last:
+            self.accelerator.print(f"step {self.step + 1} is skipped: {found}")
+            self._watch.start()  # so that the next skipped step can tell which layer it began in
+            return
+        self._end_with(
+            f"stopped at step {self.step + 1}: {self._skipped_in_a_row} steps in a row had a loss or a gradient that "
+            f"is not finite, in the last one {found}; {self.folder.last_checkpoint_in_words()}"
+        )
+
+    def _end_with(self, message: str) -> NoReturn:
+        """End all processes, one of them with the message."""
+        self._progress.close()
+        if not self.accelerator.is_main_process:
+            sys.exit(USER_ERROR)
+        raise ValueError(message)
 
     def _warn_of_missing_gradients(self) -> None:
         """Once, after the first backward.
@@ -279,7 +393,7 @@ class TrainingRun:
         options = self.options
         self.step += 1
         self.learning_rate.step()
-        if self.ema is not None:
+        if self.ema is not None and not self._skipped:
             self.ema.step(self.unet.parameters())
         if hasattr(self._bare_model, "after_step"):
             self._bare_model.after_step(self.step)
@@ -296,15 +410,16 @@ class TrainingRun:
 
     def _log(self) -> None:
         names = sorted(self._sums)
-        totals = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64).cpu() for name in names])
-        totals = self.accelerator.reduce(totals.to(self.accelerator.device, torch.float32), reduction="mean")
+        means: list[float] = []
+        if names:  # not every step was skipped
+            sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64).cpu() for name in names])
+            own = (sums / self._num_summed).to(self.accelerator.device, torch.float32)
+            means = self.accelerator.reduce(own, reduction="mean").tolist()
         seconds = time.perf_counter() - self._since
-        steps = self._passes / self.options.gradient_accumulation_steps
-        num_images = self._passes * self.options.train_batch_size * self.accelerator.num_processes
-        line = {
-            name: total / (steps if name == "gradient_norm" else self._passes)
-            for name, total in zip(names, totals.tolist(), strict=True)
-        }
+        num_images = self._num_passes * self.options.train_batch_size * self.accelerator.num_processes
+        line: dict[str, float] = dict(zip(names, means, strict=True))
+        if self._num_skipped:
+            line["skipped_steps"] = self._num_skipped
         line |= {"learning_rate": self.learning_rate.get_last_lr()[0], "images_per_second": num_images / seconds}
         if self.accelerator.is_main_process:
             self.folder.append_metrics({"step": self.step, **line})
@@ -313,19 +428,59 @@ class TrainingRun:
         self._progress.set_postfix(
             {**shown, "img/s": f"{line['images_per_second']:.0f}", **self._scores}, refresh=False
         )
-        self._sums, self._passes, self._since = {}, 0, time.perf_counter()
+        self._sums, self._num_summed, self._num_skipped = {}, 0, 0
+        self._num_passes, self._since = 0, time.perf_counter()
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoint-STEP`; it appears under that name only once it is whole."""
-        path = self.folder.path / f"checkpoint-{self.step}"
-        if path.exists():
+        """Write `checkpoint-STEP`; it appears under that name only once it is whole and on the disk.
+
+        Raises:
+            ValueError: if it cannot be written, as on a full disk, or what trains is broken; the checkpoints before it
+                stay as they are.
+        """
+        if self._step_of_checkpoint == self.step:
             return
-        temporary = path.with_name("." + path.name)
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            os.replace(temporary, path)
-            self.folder.remove_old_checkpoints(self.options.checkpoints_total_limit)
+        accelerator, folder = self.accelerator, self.folder
+        temporary = folder.path / f".checkpoint-{self.step}"
+        fault = check_state(self._bare_model, self._parameters)
+        if fault is not None:
+            self._end_with(f"stopped at step {self.step}: {fault}; {folder.last_checkpoint_in_words()}")
+
+        def begin() -> None:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()  # not its parents: a run's folder that was removed is not made anew
+
+        def write() -> None:
+            accelerator.save_state(str(temporary))
+            sums = {name: value.cpu() for name, value in self._sums.items()}
+            own = {"sums": sums, "num_summed": self._num_summed, "num_skipped": self._num_skipped}
+            torch.save(own, temporary / f"process-{accelerator.process_index}.pt")
+
+        def finish() -> None:
+            state = {
+                "learning_rate": self.learning_rate.state_dict(),
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "ema": None if self.ema is None else self.ema.state_dict(),
+            }
+            torch.save(state, temporary / "training.pt")
+            folder.finish_checkpoint(temporary, {"step": self.step, "num_processes": accelerator.num_processes})
+
+        for action, is_for_all in ((begin, False), (write, True), (finish, False)):
+            problem = None
+            if is_for_all or accelerator.is_main_process:
+                problem = problem_of(action, folder.path)
+            problems = [found for found in gather_object([problem]) if found]
+            if problems:
+                if accelerator.is_main_process:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                words = folder.last_checkpoint_in_words()
+                self._end_with(f"checkpoint-{self.step} could not be written to {folder.path}: {problems[0]}; {words}")
+        self._step_of_checkpoint = self.step
+        if accelerator.is_main_process:
+            folder.remove_old_checkpoints(
+                self.options.checkpoints_total_limit, self.options.checkpoints_keep_every_steps
+            )
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:

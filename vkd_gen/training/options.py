@@ -33,6 +33,8 @@ class TrainingOptions:
     """Weight decay of the network; projectors are never decayed."""
     max_grad_norm: float = 1.0
     """Norm that gradients are clipped to; 0 for no clipping."""
+    max_skipped_steps: int = 20
+    """Steps in a row that may be skipped because a loss or a gradient is not finite; one more ends the run."""
     ema_max_decay: float = 0.9999
     """Highest decay of the exponential moving average of the weights, which is what is exported. It warms up as
     1 - (1 + step)^-0.75. 0 exports the last weights."""
@@ -55,9 +57,12 @@ class TrainingOptions:
     """Steps between checkpoints; one is always made at the end."""
     checkpoints_total_limit: int = 2
     """Checkpoints to keep; the oldest are removed."""
+    checkpoints_keep_every_steps: int = 0
+    """Keep also the checkpoints at multiples of this many steps; 0 keeps none beside the newest."""
     resume_from_checkpoint: str | None = None
-    """`latest`, or a checkpoint folder: go on from there, to the same result as without the interruption. With
-    `latest` and no checkpoint the run starts anew."""
+    """`latest`, the newest whole checkpoint, or a checkpoint folder: go on from there, to the same result as without
+    the interruption. With `latest` and no checkpoint the run starts anew. SIGTERM and SIGINT (Ctrl-C) finish the step,
+    save a checkpoint and exit with status 143 and 130; a second one exits at once."""
     report_to: str | None = None
     """Experiment tracker, such as `tensorboard` or `wandb`; metrics.jsonl is always written."""
     push_to_hub: bool = False
@@ -90,18 +95,21 @@ MINIMA = {
     "lr_warmup_steps": 0,
     "adam_weight_decay": 0,
     "max_grad_norm": 0,
+    "max_skipped_steps": 0,
     "dataloader_num_workers": 0,
     "log_every_steps": 1,
     "preview_every_steps": 0,
     "score_every_steps": 0,
     "checkpointing_steps": 1,
     "checkpoints_total_limit": 1,
+    "checkpoints_keep_every_steps": 0,
 }
 
 FREE_TO_CHANGE = frozenset(
     {"output_dir", "resume_from_checkpoint", "dry_run"}
     | {"dataloader_num_workers", "eval_batch_size", "log_every_steps", "preview_every_steps"}
-    | {"checkpointing_steps", "checkpoints_total_limit", "report_to", "push_to_hub", "hub_model_id"}
+    | {"checkpointing_steps", "checkpoints_total_limit", "checkpoints_keep_every_steps", "max_skipped_steps"}
+    | {"report_to", "push_to_hub", "hub_model_id"}
     | {"score_every_steps", "extractor", "extractor_weights", "num_score_samples", "num_inference_steps"}
     | {"kid_subset_size"}
 )

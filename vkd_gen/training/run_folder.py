@@ -1,6 +1,8 @@
 """The folder of a run: configuration, environment, metrics and checkpoints. Only the main process writes."""
 
+import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -8,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vkd_gen.provenance import environment, write_json
+from vkd_gen.training.checkpoints import find_fault, force_to_disk, read_manifest, seal
 from vkd_gen.training.options import FREE_TO_CHANGE
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CARRIED = ("config.json", "calibration.safetensors")
+"""Files of the run's folder that every checkpoint holds a copy of."""
+BATCH = ("train_batch_size", "num_processes", "gradient_accumulation_steps")
+"""What may change as long as its product does not."""
 
 
 class RunFolder:
@@ -23,6 +30,9 @@ class RunFolder:
     def __init__(self, path: str):
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
+        self._faults: dict[Path, str | None] = {}
+        self._told: set[str] = set()
+        self._is_first_process = os.environ.get("RANK", "0") == "0"  # asked before there is an Accelerator
 
     def check(self, config: dict[str, Any], resume: str | None) -> None:
         """Check that the run may use this folder; call it on every process, before one of them writes. Changes nothing.
@@ -32,7 +42,8 @@ class RunFolder:
             resume: `--resume_from_checkpoint`.
 
         Raises:
-            ValueError: if the folder holds a run that would be overwritten, or the checkpoint is of another run.
+            ValueError: if the folder holds a run that would be overwritten, or the checkpoint is damaged or of another
+                run.
         """
         for parent in (self.path, *self.path.parents):
             if parent.exists() and not parent.is_dir():
@@ -43,73 +54,196 @@ class RunFolder:
                 f"{self.path} already holds a run; go on from one of its checkpoints by --resume_from_checkpoint "
                 "latest, or choose another --output_dir"
             )
-        if point is None or not (point.parent / "config.json").exists():
+        if point is not None and (point / "config.json").exists():
+            self._compare(json.loads((point / "config.json").read_text()), json.loads(json.dumps(config)), point)
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any], point: Path) -> None:
+        changed = {name: value for name, value in now.items() if name in before and before[name] != value}
+        forbidden = [name for name in changed if name not in (*FREE_TO_CHANGE, *BATCH)]
+        knows_batch = all(name in before and name in now for name in BATCH)
+        if knows_batch and _images_per_step(before) != _images_per_step(now):
+            raise ValueError(
+                f"{point} was made with {_images_per_step(before)} images per step ({_batch_in_words(before)}), now "
+                f"there are {_images_per_step(now)} ({_batch_in_words(now)}); that is another run"
+            )
+        if forbidden:
+            words = [f"--{name} was {before[name]!r} and is {changed[name]!r}" for name in forbidden]
+            raise ValueError(f"{point} is of another run: {'; '.join(words)}")
+        if not knows_batch:  # the flags alone: all is told once the facts are known
             return
-        before = json.loads((point.parent / "config.json").read_text())
-        changed = [
-            f"--{name} was {before[name]!r} and is {value!r}"
-            for name, value in config.items()
-            if name not in FREE_TO_CHANGE and name in before and before[name] != json.loads(json.dumps(value))
+        if any(name in changed for name in BATCH):
+            self._tell(
+                f"{point} was made by {_batch_in_words(before)}, this run goes on by {_batch_in_words(now)}: each step "
+                "has the same images, noise and timesteps; not equal bit for bit are the order of sums, random numbers "
+                "inside the model (dropout), and whatever one forward pass computes of its own batch (batch_whiten)"
+            )
+        ignored = {"output_dir", "resume_from_checkpoint", *BATCH}
+        words = [
+            f"--{name} was {before[name]!r} and is {value!r}" for name, value in changed.items() if name not in ignored
         ]
-        if changed:
-            raise ValueError(f"{point} is of another run: {'; '.join(changed)}")
+        if words:
+            self._tell(f"changed since {point}, without effect on what is trained: {'; '.join(words)}")
+
+    def _tell(self, line: str) -> None:
+        if self._is_first_process and line not in self._told:
+            self._told.add(line)
+            print(line, flush=True)
 
     def start(self, config: dict[str, Any]) -> None:
-        """Make the folder and write down the configuration, the versions and the commit."""
+        """Make the folder and write down the configuration, the versions and the commit; tidy up after what was killed.
+
+        Args:
+            config: with `resume_from_checkpoint`.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in (*self.path.glob(".checkpoint-*"), *self.path.glob(".pipeline*"), *self.path.glob("*.*.tmp")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        point = self.resume_point(config.get("resume_from_checkpoint"))
+        calibration = self.path / "calibration.safetensors"
+        calibration.unlink(missing_ok=True)  # of an earlier start, maybe with other flags
+        if point is not None and (point / calibration.name).exists():
+            temporary = calibration.with_name(calibration.name + ".tmp")
+            shutil.copyfile(point / calibration.name, temporary)
+            os.replace(temporary, calibration)
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment())
-        for leftover in self.path.glob(".checkpoint-*"):
-            shutil.rmtree(leftover)
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """Checkpoints, oldest first; whether they are whole is for `resume_point` to say."""
         if not self.path.is_dir():
             return []
         found = [path for path in self.path.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=checkpoint_step)
 
     def resume_point(self, resume: str | None) -> Path | None:
-        """The checkpoint to go on from; None to start anew.
+        """The checkpoint to go on from; None to start anew. The first process reads every byte of it, once.
 
         Raises:
-            ValueError: if the named checkpoint does not exist.
+            ValueError: if the named checkpoint does not exist or is damaged, or none is whole.
         """
         if resume is None:
             return None
         if resume == "latest":
             checkpoints = self.checkpoints()
-            return checkpoints[-1] if checkpoints else None
+            for path in reversed(checkpoints):
+                fault = self._fault(path)
+                if fault is None:
+                    return path
+                self._tell(f"{path} is damaged and left out: {fault}")
+            if checkpoints:
+                faults = "; ".join(f"{path.name}: {self._fault(path)}" for path in checkpoints)
+                raise ValueError(f"no checkpoint in {self.path} is whole ({faults}); remove them to start anew")
+            return None
         for path in (Path(resume), self.path / resume):
             if path.is_dir() and CHECKPOINT.fullmatch(path.name):
+                fault = self._fault(path)
+                if fault is not None:
+                    raise ValueError(f"{path} is damaged: {fault}; choose another, or latest for the last whole one")
                 return path
         known = ", ".join(path.name for path in self.checkpoints()) or "none"
         raise ValueError(f"there is no checkpoint {resume}; {self.path} holds {known}")
 
-    def remove_old_checkpoints(self, keep: int) -> None:
-        """Remove all but the `keep` newest checkpoints."""
+    def _fault(self, path: Path) -> str | None:
+        if path not in self._faults:
+            self._faults[path] = find_fault(path, hash_up_to=math.inf if self._is_first_process else 2**20)
+        return self._faults[path]
+
+    def finish_checkpoint(self, temporary: Path, facts: dict[str, Any]) -> None:
+        """Give a written checkpoint its manifest and then its name, so that it is whole or not there.
+
+        Args:
+            temporary: folder `.checkpoint-STEP`, all files written.
+            facts: for the manifest, with `step`.
+        """
+        for name in CARRIED:
+            if (self.path / name).exists():
+                shutil.copyfile(self.path / name, temporary / name)
+        seal(temporary, facts)
+        if self.metrics.exists():
+            force_to_disk(self.metrics)  # a checkpoint's metrics are there whenever it is
+        path = self.path / f"checkpoint-{facts['step']}"
+        if path.exists():  # a damaged one that was left out when the run was resumed
+            _remove(path)
+        os.replace(temporary, path)
+        force_to_disk(self.path)
+        self._faults.pop(path, None)
+
+    def remove_old_checkpoints(self, keep: int, keep_every_steps: int = 0) -> None:
+        """Remove all but the `keep` newest checkpoints and those at multiples of `keep_every_steps`."""
         for path in self.checkpoints()[:-keep]:
-            shutil.rmtree(path)
+            if not keep_every_steps or checkpoint_step(path) % keep_every_steps:
+                _remove(path)
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints after `step`, damaged or of another future: the run will write its own."""
+        for path in self.checkpoints():
+            if checkpoint_step(path) > step:
+                aside = path.with_name(f"set-aside-{path.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                os.replace(path, aside)
+                self._tell(f"{path} is now {aside.name}: the run goes on from step {step}")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add one line to metrics.jsonl.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"{self.metrics} cannot be written ({error.strerror}); {self.last_checkpoint_in_words()}"
+            ) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+        """All lines of metrics.jsonl; a line torn by a crash is none."""
+        lines = []
+        for text in self.metrics.read_bytes().splitlines() if self.metrics.exists() else []:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
 
     def cut_metrics(self, step: int) -> None:
         """Drop the metrics after `step`: a resumed run writes them again."""
         kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        temporary = self.metrics.with_suffix(".tmp")
+        temporary = self.metrics.with_name(self.metrics.name + ".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, self.metrics)
+
+    def last_checkpoint_in_words(self) -> str:
+        """What is left to go on from, for the end of a message."""
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            return "there is no checkpoint yet"
+        return f"{checkpoints[-1].name} is kept, and --resume_from_checkpoint latest goes on from it"
 
 
 def checkpoint_step(path: Path) -> int:
     """The step that a checkpoint folder was made at."""
     return int(path.name.removeprefix("checkpoint-"))
+
+
+def num_processes_of(checkpoint: Path) -> int:
+    """How many processes made a whole checkpoint."""
+    return read_manifest(checkpoint)["num_processes"]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; if that is interrupted, what is left no longer looks like one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}-removed")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def _images_per_step(config: dict[str, Any]) -> int:
+    return config["train_batch_size"] * config["num_processes"] * config["gradient_accumulation_steps"]
+
+
+def _batch_in_words(config: dict[str, Any]) -> str:
+    size, processes, passes = (config[name] for name in BATCH)
+    return f"{processes} x {size} images in {passes} forward pass{'es' if passes > 1 else ''}"

@@ -1,0 +1,23 @@
+"""The uninterrupted run that all others are compared with."""
+
+import pytest
+
+from tests.faults.small_run import end_of, options_of, run_to_end, start_processes, train
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """Folder of a run on one process that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight")
+    status, output = run_to_end(train, options_of(folder / "run"), output=folder / "output")
+    assert status == 0, output
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def straight_pair(tmp_path_factory):
+    """Folder of a run on two processes, with the same images per step, that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight_pair")
+    processes = start_processes(2, train, options_of(folder / "run", train_batch_size=2), output=folder / "output")
+    assert end_of(processes, within=120) == [0, 0], (folder / "output").read_text()
+    return folder / "run"

@@ -1,0 +1,200 @@
+"""A run of a few seconds, as the recipes make them, in a process of its own that can be killed.
+
+Processes are forked from a server that has imported everything: tens of milliseconds each, where a command takes
+seconds.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import DDPMScheduler
+from PIL import Image
+from safetensors.torch import save_file
+
+import vkd_gen as vkd
+from tests.conftest import tiny_unet
+from vkd_gen.data import Images
+from vkd_gen.training.command_line import one_line_errors
+from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
+from vkd_gen.training.options import TrainingOptions, flat_config
+from vkd_gen.training.run_folder import RunFolder
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.faults.small_run"])
+STEPS = 12
+
+
+def options_of(folder, **changes):
+    """Options of a run with everything that a checkpoint has to hold."""
+    given = {"max_train_steps": STEPS, "train_batch_size": 4, "learning_rate": 1e-2, "lr_warmup_steps": 2}
+    given |= {"log_every_steps": 5, "checkpointing_steps": 3, "resume_from_checkpoint": "latest", **changes}
+    return TrainingOptions(output_dir=str(folder), **given)
+
+
+def train(options, *, dropout=0.1, before_step=lambda run, batch, losses: None, after_build=lambda run: None):
+    """Distil a tiny teacher and write down what a run ends with; `weights.safetensors` is the moving average's."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    folder = RunFolder(options.output_dir)
+    folder.check(flat_config(options), options.resume_from_checkpoint)
+    accelerator = make_accelerator(options)
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 8, 8), dtype=np.uint8)
+    images = Images(lambda index: Image.fromarray(pixels[index]), 8, 1, "noise", np.arange(32))
+    facts = {**flat_config(options), **run_facts(accelerator, images)}
+    folder.check(facts, options.resume_from_checkpoint)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.start(facts)
+    accelerator.wait_for_everyone()
+    noise_scheduler = DDPMScheduler()
+    teacher_unet, student = tiny_unet(seed=1), tiny_unet((4, 8), dropout=dropout)
+    pairs = vkd.pair_layers(student, teacher_unet)
+    teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
+    draws = {"num_draws": 64, "batch_size": 64, "device": accelerator.device, "seed": options.seed}
+    saved = folder.path / "calibration.safetensors"
+    if saved.exists() and folder.resume_point(options.resume_from_checkpoint):
+        statistics = vkd.load_statistics(saved)
+    else:
+        statistics = vkd.calibrate(
+            teacher, fixed_batches(images, noise_scheduler, **draws), noise_scheduler, num_timestep_bins=2
+        )
+    matchings = [
+        (
+            vkd.OrthogonalProjector(pair.student_channels, pair.teacher_channels, refresh_every_steps=2),
+            vkd.FeatureNormalizer("center", statistics[pair.teacher]),
+        )
+        for pair in pairs
+    ]
+    projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True))
+    projected.initialize_projectors(teacher, fixed_batches(images, noise_scheduler, **draws), noise_scheduler)
+    if accelerator.is_main_process:
+        vkd.save_statistics(statistics, saved)
+    run = TrainingRun(
+        accelerator=accelerator,
+        options=options,
+        folder=folder,
+        model=projected,
+        unet=student,
+        parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
+        images=images,
+        noise_scheduler=noise_scheduler,
+        config=flat_config(options),
+    )
+    after_build(run)
+    for batch in run.batches():
+        losses = vkd.distillation_losses(run.model, batch, noise_scheduler=noise_scheduler, teacher=teacher)
+        before_step(run, batch, losses)
+        run.backward(losses)
+    raw = {f"raw/{name}": value.clone() for name, value in projected.state_dict().items()}
+    averaged = {f"ema/{name}": value.clone() for name, value in run.finish().state_dict().items()}
+    if accelerator.is_main_process:
+        save_file({**raw, **averaged}, folder.path / "weights.safetensors")
+    run.end()
+    return run
+
+
+def _main(environment, output, function, arguments):
+    os.environ.update({"ACCELERATE_USE_CPU": "1", **environment})
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    multiprocessing.set_start_method("fork", force=True)  # those that read images are children, as a command's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
+    with one_line_errors():
+        function(*arguments)
+
+
+def start(function, *arguments, output, **environment):
+    """A process that calls `function`, as a command would; what it prints is appended to the file `output`."""
+    process = SERVER.Process(target=_main, args=(environment, str(output), function, arguments))
+    process.start()
+    return process
+
+
+def run_to_end(function, *arguments, output, **environment):
+    """Exit status and output of a process that calls `function`."""
+    process = start(function, *arguments, output=output, **environment)
+    process.join(timeout=120)
+    return process.exitcode, Path(output).read_text()
+
+
+def start_processes(count, function, *arguments, output):
+    """As many connected processes, as a launcher would start them; process 0 prints to `output`, n to `output`n."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(
+            function,
+            *arguments,
+            output=f"{output}{index or ''}",
+            RANK=str(index),
+            LOCAL_RANK=str(index),
+            **common,
+        )
+        for index in range(count)
+    ]
+
+
+def end_of(processes, *, within):
+    """Exit statuses, all processes having ended within so many seconds."""
+    deadline = time.monotonic() + within
+    for process in processes:
+        process.join(timeout=max(0.0, deadline - time.monotonic()))
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return statuses
+
+
+def read_metrics(folder):
+    """All lines of metrics.jsonl without what takes time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def assert_same_end(folder, straight):
+    """Weights, moving average, projectors and metrics bit for bit, and nothing left behind."""
+    assert (folder / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
+    assert read_metrics(folder) == read_metrics(straight)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".") or path.suffix == ".tmp"]
+
+
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile", "shutil.rmtree"}
+
+
+def at_file_event(folder, number, action):
+    """Call `action` before the process' n-th file operation inside `folder`, by Python's own audit events."""
+    seen = 0
+
+    def hook(event, arguments):
+        nonlocal seen
+        if event in EVENTS and str(folder) in str(arguments[0]):
+            seen += 1
+            if seen == number:
+                action()
+
+    sys.addaudithook(hook)
+
+
+def kill_self():
+    """As the kernel does when memory runs out, or a cluster does after its grace."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_be_killed(options, number):
+    """Killed before the n-th file operation in the run's folder, or ends if there are fewer."""
+    at_file_event(options.output_dir, number, kill_self)
+    train(options)

@@ -1,0 +1,354 @@
+"""Damaged checkpoints, full disks, folders that vanish, and configurations that differ."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults.small_run import (
+    STEPS,
+    assert_same_end,
+    end_of,
+    options_of,
+    read_metrics,
+    run_to_end,
+    start_processes,
+    train,
+)
+from vkd_gen.training.checkpoints import find_fault, read_manifest, seal
+from vkd_gen.training.run_folder import RunFolder
+
+FILES = [
+    "model.safetensors",
+    "optimizer.bin",
+    "random_states_0.pkl",
+    "training.pt",
+    "process-0.pt",
+    "config.json",
+    "calibration.safetensors",
+    "manifest.json",
+]
+
+
+def flip(path, share):
+    """One bit at a share of the file's length."""
+    content = bytearray(path.read_bytes())
+    content[int(share * (len(content) - 2))] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "flipped at the start": lambda path: flip(path, 0),
+    "flipped in the middle": lambda path: flip(path, 0.5),
+    "flipped at the end": lambda path: flip(path, 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "another's": lambda path: shutil.copy(path.parents[1] / "checkpoint-9" / path.name, path),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_found(damage, file, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    path = tmp_path / "run" / f"checkpoint-{STEPS}" / file
+    before = path.read_bytes()
+    DAMAGES[damage](path)
+    if path.is_file() and path.read_bytes() == before:
+        pytest.skip("that file is the same in both checkpoints")
+    folder = RunFolder(tmp_path / "run")
+    assert folder.resume_point("latest").name == "checkpoint-9"
+    assert folder.resume_point("latest").name == "checkpoint-9"
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1
+    assert f"checkpoint-{STEPS} is damaged and left out" in told
+    assert file in told
+    with pytest.raises(ValueError, match=f"checkpoint-{STEPS} is damaged: .*{file}"):
+        folder.resume_point(f"checkpoint-{STEPS}")
+
+
+def test_a_whole_checkpoint_has_no_fault_and_holds_all_there_is(straight):
+    checkpoint = straight / f"checkpoint-{STEPS}"
+    assert find_fault(checkpoint) is None
+    assert sorted([*read_manifest(checkpoint)["files"], "manifest.json"]) == sorted(FILES)
+    assert read_manifest(checkpoint)["num_processes"] == 1
+    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    assert state["learning_rate"]["last_epoch"] == STEPS
+    assert len(state["ema"]["shadow_params"]) > 10
+    assert json.loads((checkpoint / "config.json").read_text()) == json.loads((straight / "config.json").read_text())
+
+
+def test_large_files_are_left_to_the_first_process(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "large").write_bytes(bytes(100))
+    seal(folder, {"step": 1})
+    flip(folder / "large", 0.5)
+    assert find_fault(folder, hash_up_to=99) is None
+    assert find_fault(folder) == "large is not as it was written"
+
+
+def test_none_whole_is_no_reason_to_start_anew(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    for checkpoint in RunFolder(tmp_path / "run").checkpoints():
+        (checkpoint / "optimizer.bin").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*remove them"):
+        RunFolder(tmp_path / "run").resume_point("latest")
+
+
+def test_a_run_goes_on_from_before_the_damage(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    flip(tmp_path / "run" / f"checkpoint-{STEPS}" / "optimizer.bin", 0.5)
+    flip(tmp_path / "run" / "calibration.safetensors", 0.5)  # the checkpoint has its own
+    status, output = run_to_end(train, options_of(tmp_path / "run"), output=tmp_path / "output")
+    assert status == 0, output
+    assert "optimizer.bin is not as it was written" in output
+    assert "going on from" in output
+    assert_same_end(tmp_path / "run", straight)
+    assert find_fault(tmp_path / "run" / f"checkpoint-{STEPS}") is None
+    assert (tmp_path / "run" / f"set-aside-checkpoint-{STEPS}").is_dir()
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["training.pt"]
+    + [pytest.param(file, marks=pytest.mark.slow) for file in ("optimizer.bin", "random_states_0.pkl", "process-0.pt")],
+)
+def test_a_pickle_in_a_checkpoint_is_not_executed(file, straight, tmp_path):
+    """Even one whose manifest is right: whoever made it made that too."""
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    checkpoint = run / f"checkpoint-{STEPS}"
+    torch.save(Payload(), checkpoint / file)
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, {"step": STEPS, "num_processes": 1})
+    run_to_end(train, options_of(run), output=tmp_path / "output")
+    assert not (tmp_path / "executed").exists()
+
+
+# ---- which checkpoints are kept
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "kept"),
+    [(1, 0, [12]), (2, 0, [10, 12]), (1, 4, [4, 8, 12]), (2, 6, [6, 10, 12]), (9, 0, [2, 4, 6, 8, 10, 12])],
+)
+def test_checkpoints_are_kept(keep, every, kept, tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in range(2, 13, 2):
+        (tmp_path / f".checkpoint-{step}").mkdir()
+        folder.finish_checkpoint(tmp_path / f".checkpoint-{step}", {"step": step})
+        folder.remove_old_checkpoints(keep, every)
+    assert [path.name for path in folder.checkpoints()] == [f"checkpoint-{step}" for step in kept]
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---- a disk that is full
+
+
+def train_on_a_disk_that_fills(options, number):
+    """From the n-th file operation in a checkpoint on, nothing can be written there: ENOSPC."""
+    seen = 0
+
+    def hook(event, arguments):
+        nonlocal seen
+        if event not in ("open", "os.mkdir", "os.rename") or "/.checkpoint-6" not in str(arguments[0]):
+            return
+        if event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax")):
+            return
+        seen += 1
+        if seen >= number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), arguments[0])
+
+    sys.addaudithook(hook)
+    train(options)
+
+
+def check_failed_write(status, output, run, straight, tmp_path):
+    """One line, status 2, the checkpoint before it whole, no temporary; with room the run ends as it should."""
+    assert status == 2, output
+    errors = [line for line in output.splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(errors) == 1, output
+    assert "checkpoint-3 is kept, and --resume_from_checkpoint latest goes on from it" in errors[0]
+    assert [path.name for path in run.glob("*checkpoint*")] == ["checkpoint-3"]
+    assert not list(run.glob(".checkpoint*"))
+    assert find_fault(run / "checkpoint-3") is None
+    status, output = run_to_end(train, options_of(run), output=tmp_path / "output")
+    assert status == 0, output
+    assert_same_end(run, straight)
+    return errors[0]
+
+
+@pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.slow] * (n != 6)) for n in range(1, 8)])
+def test_no_space_left_at_any_operation(number, straight, tmp_path):
+    options = options_of(tmp_path / "run")
+    status, output = run_to_end(train_on_a_disk_that_fills, options, number, output=tmp_path / "output")
+    error = check_failed_write(status, output, tmp_path / "run", straight, tmp_path)
+    assert "checkpoint-6 could not be written" in error
+    assert "No space left on device" in error
+
+
+def train_with_short_files(options, size):
+    """From the fourth step on no file can be longer: the kernel refuses what torch and safetensors write too."""
+
+    def limit(run, batch, losses):
+        if run.step == 4:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    train(options, before_step=limit)
+
+
+SIZES = [6_000, 15_000, 30_000, 60_000, 80_000, 99_000]
+
+
+@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.slow) for size in SIZES])
+def test_a_write_refused_at_any_byte(size, straight, tmp_path):
+    options = options_of(tmp_path / "run")
+    output = tmp_path / "output"
+    status, output = run_to_end(train_with_short_files, options, size, output=output)
+    check_failed_write(status, output, tmp_path / "run", straight, tmp_path)
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mount a file system of so many kilobytes; skips where that is not allowed."""
+    mounted = []
+
+    def mount(kilobytes):
+        folder = tmp_path / f"disk-{kilobytes}"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True
+        )
+        if done.returncode:
+            pytest.skip("no file system can be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+DISKS = [440, 500, 560, 620]
+
+
+@pytest.mark.parametrize("kilobytes", [pytest.param(n, marks=[pytest.mark.slow] * (n != 560)) for n in DISKS])
+def test_a_disk_that_is_really_full(kilobytes, straight, mount, tmp_path):
+    disk = mount(kilobytes)
+    status, output = run_to_end(train, options_of(disk / "run"), output=tmp_path / "output")
+    assert "No space left on device" in output
+    shutil.copytree(disk / "run", tmp_path / "run")
+    check_failed_write(status, output, tmp_path / "run", straight, tmp_path)
+
+
+def train_without(options, name):
+    """The folder `name` is removed after four steps."""
+
+    def remove(run, batch, losses):
+        if run.step == 4:
+            shutil.rmtree(run.folder.path / name)
+
+    train(options, before_step=remove)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_deleted_meanwhile_is_not_missed(straight, tmp_path):
+    options = options_of(tmp_path / "run")
+    status, output = run_to_end(train_without, options, "checkpoint-3", output=tmp_path / "output")
+    assert status == 0, output
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_a_run_whose_folder_is_deleted_ends(tmp_path):
+    status, output = run_to_end(train_without, options_of(tmp_path / "run"), ".", output=tmp_path / "output")
+    assert status == 2, output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+# ---- resuming as something else
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run of one process that ended, whose second half is to be made again."""
+    folder = tmp_path_factory.mktemp("half")
+    status, output = run_to_end(train, options_of(folder / "run", checkpoints_total_limit=9), output=folder / "output")
+    assert status == 0, output
+    for step in (9, 12):
+        shutil.rmtree(folder / "run" / f"checkpoint-{step}")
+    (folder / "run" / "weights.safetensors").unlink()
+    return folder / "run"
+
+
+def test_what_may_change_is_told(half, straight, tmp_path):
+    shutil.copytree(half, tmp_path / "run")
+    changes = {"checkpoints_total_limit": 1, "checkpointing_steps": 4, "checkpoints_keep_every_steps": 6}
+    status, output = run_to_end(train, options_of(tmp_path / "run", **changes), output=tmp_path / "output")
+    assert status == 0, output
+    assert_same_end(tmp_path / "run", straight)
+    told = next(line for line in output.splitlines() if "without effect on what is trained" in line)
+    for words in ("--checkpoints_total_limit was 9 and is 1", "--checkpointing_steps was 3 and is 4"):
+        assert words in told
+    assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()] == ["checkpoint-6", "checkpoint-12"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 0.5, "seed": 7}, "--seed was 0 and is 7; --learning_rate was 0.01 and is 0.5"),
+        ({"train_batch_size": 2}, "4 images per step (1 x 4 images in 1 forward pass), now there are 2"),
+        (
+            {"train_batch_size": 4, "gradient_accumulation_steps": 2},
+            "now there are 8 (1 x 4 images in 2 forward passes)",
+        ),
+    ],
+)
+def test_what_makes_another_run_is_refused(changes, words, half, capsys):
+    from vkd_gen.training.options import flat_config
+
+    now = {**flat_config(options_of(half, **changes)), "num_processes": 1}
+    with pytest.raises(ValueError) as error:
+        RunFolder(half).check(now, "latest")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("processes", "size", "passes"), [(2, 2, 1), pytest.param(1, 2, 2, marks=pytest.mark.slow)])
+def test_another_split_of_the_same_batch_goes_on(processes, size, passes, half, straight, tmp_path):
+    shutil.copytree(half, tmp_path / "run")
+    changes = {"train_batch_size": size, "gradient_accumulation_steps": passes}
+    started = start_processes(
+        processes, train_without_dropout, options_of(tmp_path / "run", **changes), output=tmp_path / "output"
+    )
+    statuses = end_of(started, within=120)
+    output = (tmp_path / "output").read_text()
+    assert statuses == [0] * processes, output
+    assert "not equal bit for bit are the order of sums, random numbers inside the model (dropout)" in output
+    same, other = read_metrics(straight), read_metrics(tmp_path / "run")
+    assert [line["step"] for line in other] == [line["step"] for line in same]
+    assert other[0] == same[0]  # made before
+    for name in ("loss/denoising", "loss/feature", "gradient_norm"):  # dropout differs, the images do not
+        assert other[-1][name] == pytest.approx(same[-1][name], rel=0.2)
+
+
+def train_without_dropout(options):
+    train(options, dropout=0.0)

@@ -1,0 +1,213 @@
+"""What is not finite is skipped, counted and named; what has collapsed is named."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from tests.conftest import tiny_unet
+from tests.faults.small_run import end_of, options_of, start_processes, train
+from vkd_gen import LinearProjector, OrthogonalProjector
+from vkd_gen.training.guards import Watch, check_state, projector_fault
+from vkd_gen.training.run_folder import RunFolder
+
+
+def poison(steps, *, rank=0, term="output"):
+    """A term of the loss that is not a number in certain steps of one process."""
+
+    def before_step(run, batch, losses):
+        if run.step in steps and int(os.environ.get("RANK", "0")) == rank:
+            losses[term] = losses[term] * torch.nan
+            losses["total"] = losses["total"] + losses[term]
+
+    return before_step
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+
+def snapshot(run):
+    parts = [*run._bare_model.student.state_dict().values(), *run.ema.shadow_params]
+    parts += [value for state in run.optimizer.state.values() for value in state.values()]
+    return [part.clone() for part in parts]
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_told(tmp_path, capsys):
+    seen = {}
+
+    def before_step(run, batch, losses):
+        seen[run.step] = snapshot(run)
+        poison({3})(run, batch, losses)
+
+    run = train(options_of(tmp_path / "run"), before_step=before_step)
+    assert all(torch.equal(before, after) for before, after in zip(seen[3], seen[4], strict=True))
+    assert not all(torch.equal(before, after) for before, after in zip(seen[4], seen[5], strict=True))
+    assert run.step == 12
+    lines = lines_of(tmp_path / "run")
+    assert [line.get("skipped_steps", 0) for line in lines] == [1, 0, 0]
+    assert all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
+    told = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
+    assert len(told) == 1
+    assert told[0].startswith("step 4 is skipped: process 0: not finite are the losses total, output, ")
+    assert "gradients are not finite" in told[0]
+    assert "at timesteps" in told[0]
+
+
+def test_a_skipped_step_is_the_same_after_a_resumption(tmp_path):
+    """The count and the sums between two log lines travel with the checkpoint."""
+    straight = train(options_of(tmp_path / "straight", log_every_steps=12), before_step=poison({1, 4, 7}))
+    options = options_of(tmp_path / "run", log_every_steps=12)
+
+    def stop(run, batch, losses):
+        poison({1, 4, 7})(run, batch, losses)
+        if run.step == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(options, before_step=stop)
+    resumed = train(options, before_step=poison({1, 4, 7}))
+    one, other = lines_of(tmp_path / "run")[-1], lines_of(tmp_path / "straight")[-1]
+    del one["images_per_second"], other["images_per_second"]
+    assert one == other
+    assert one["skipped_steps"] == 3
+    for first, second in zip(snapshot(resumed), snapshot(straight), strict=True):
+        assert torch.equal(first, second)
+
+
+def break_layer(layer, first_step):
+    """From a step on, a layer of the student gives out what is not a number."""
+
+    def after_build(run):
+        module = run._bare_model.get_submodule(layer)
+        module.register_forward_hook(lambda *given: given[-1] * torch.nan if run.step >= first_step else None)
+
+    return after_build
+
+
+def test_too_many_in_a_row_stop_with_a_diagnosis(tmp_path):
+    options = options_of(tmp_path / "run", max_skipped_steps=2)
+    layer = "student.mid_block.resnets.0.conv1"
+    with pytest.raises(ValueError) as error:
+        train(options, after_build=break_layer(layer, 4))
+    message = str(error.value)
+    assert message.startswith("stopped at step 7: 3 steps in a row had a loss or a gradient that is not finite")
+    assert "feature/mid_block" in message
+    assert f"the first layer with such an output is {layer}," in message
+    assert "at timesteps" in message
+    assert "checkpoint-6 is kept" in message
+    point = RunFolder(tmp_path / "run").resume_point("latest")
+    state = torch.load(point / "training.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in state["ema"]["shadow_params"])
+    assert state["skipped_in_a_row"] == 2
+    with pytest.raises(ValueError, match="stopped at step 7: 3 steps in a row"):  # a restart is no way around it
+        train(options, after_build=break_layer(layer, 4))
+
+
+def train_poisoned(options, steps, rank):
+    train(options, before_step=poison(steps, rank=rank))
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_all_processes_skip_what_is_not_finite_in_one(rank, tmp_path):
+    options = options_of(tmp_path / "run", train_batch_size=2)
+    processes = start_processes(2, train_poisoned, options, {3, 8}, rank, output=tmp_path / "output")
+    output = (tmp_path / "output").read_text() if end_of(processes, within=120) == [0, 0] else None
+    assert output is not None, (tmp_path / "output").read_text()
+    assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 1, 0]
+    told = next(line for line in output.splitlines() if "step 4 is skipped" in line)
+    assert f"process {rank}: not finite are the losses total, output" in told
+    assert f"process {1 - rank}: all losses are finite" in told
+
+
+@pytest.mark.slow
+def test_persistent_non_finite_ends_all_processes(tmp_path):
+    options = options_of(tmp_path / "run", train_batch_size=2, max_skipped_steps=1)
+    processes = start_processes(2, train_poisoned, options, set(range(4, 12)), 1, output=tmp_path / "output")
+    assert end_of(processes, within=120) == [2, 2]
+    errors = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "stopped at step 6: 2 steps in a row" in errors[0]
+    assert "Traceback" not in (tmp_path / "output").read_text() + (tmp_path / "output1").read_text()
+
+
+# ---- projectors
+
+
+def seen_projector(scale=1.0):
+    projector = OrthogonalProjector(4, 6)
+    projector(scale * torch.randn(8, 16, 4), torch.randn(8, 16, 6))
+    projector.initialize()
+    return projector
+
+
+def test_a_sound_projector_has_no_fault():
+    assert projector_fault(seen_projector()) is None
+    assert projector_fault(OrthogonalProjector(4, 6)) is None
+    assert projector_fault(OrthogonalProjector(6, 4, method="cayley")) is None
+
+
+BROKEN = {
+    "to zero": (lambda projector: projector.solution.zero_(), "collapsed: its rows are 1 from orthonormal"),
+    "slightly": (lambda projector: projector.solution.mul_(1.01), "collapsed: its rows are 0.02 from"),
+    "to NaN": (lambda projector: projector.solution.fill_(torch.nan), "collapsed: its rows are nan"),
+    "gain": (lambda projector: projector.gain.fill_(torch.inf), "has a gain that is not finite"),
+    "mean": (lambda projector: projector.statistics.student_mean.fill_(torch.nan), "a student_mean that is not finite"),
+    "variance": (
+        lambda projector: projector.statistics.target_variance.zero_(),
+        "degenerate covariance: the teacher's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_projector_is_named(name):
+    projector = seen_projector()
+    damage, words = BROKEN[name]
+    damage(projector)
+    assert words in projector_fault(projector)
+
+
+def test_features_that_do_not_vary_are_named():
+    assert "the student's features do not vary" in projector_fault(seen_projector(scale=0.0))
+
+
+def test_a_collapsed_projector_ends_the_run_before_it_is_saved(tmp_path):
+    def collapse(run, batch, losses):
+        if run.step == 4:
+            run._bare_model.projectors[1].refresh_every_steps = 100  # else it would be solved anew
+            run._bare_model.projectors[1].solution.data.zero_()
+
+    with pytest.raises(
+        ValueError, match=r"stopped at step 6: the projector from \S+ to \S+ has collapsed: .*rows are 1"
+    ):
+        train(options_of(tmp_path / "run"), before_step=collapse)
+    assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()] == ["checkpoint-3"]
+
+
+def test_weights_that_are_not_finite_are_named():
+    unet = tiny_unet()
+    assert check_state(unet, list(unet.parameters())) is None
+    unet.conv_in.weight.data[0] = torch.inf
+    assert check_state(unet, list(unet.parameters())) == "1 weights are not finite, such as conv_in.weight"
+
+
+def test_the_watch_names_the_first_layer_and_leaves_no_hook():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), LinearProjector(2, 2).linear, torch.nn.ReLU())
+    model[1].weight.data.fill_(torch.nan)
+    watch = Watch(model)
+    watch.start()
+    model(torch.randn(3, 2))
+    words = watch.describe({"total": torch.tensor(torch.nan)}, [torch.arange(20)])
+    assert words == (
+        "not finite are the losses total, the first layer with such an output is 1, 1 weights are not finite, such as "
+        "1.weight, at timesteps 0 1 2 3 4 5 6 7 ... 19"
+    )
+    watch.stop()
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,0 +1,119 @@
+"""Checkpoint folders that are whole, or known not to be: files forced to disk, and a manifest of sizes and hashes."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Force the folder's files to disk and write its manifest, the last file of a checkpoint.
+
+    Args:
+        folder: of a checkpoint, under its temporary name.
+        facts: what the manifest says beside the files, such as the step.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    for name in names:
+        force_to_disk(folder / name)
+    content = {**facts, "files": dict(zip(names, _describe(folder, names), strict=True))}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({**content, "sha256": _hash_of(content)}, indent=2))
+    force_to_disk(manifest)
+    force_to_disk(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `seal` wrote.
+
+    Raises:
+        ValueError: if there is no manifest, or it is not as it was written.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        hash_then = manifest.pop("sha256")
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{MANIFEST} cannot be read") from None
+    if _hash_of(manifest) != hash_then:
+        raise ValueError(f"{MANIFEST} is not as it was written")
+    return manifest
+
+
+def find_fault(folder: Path, *, hash_up_to: float = math.inf) -> str | None:
+    """The first thing that is wrong with a checkpoint, in words; None for a whole one.
+
+    Args:
+        folder: of the checkpoint.
+        hash_up_to: bytes of the largest file to read; of larger ones the size is checked alone.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    if folder.name != f"checkpoint-{manifest['step']}":
+        return f"{MANIFEST} is of step {manifest['step']}"
+    for name, file in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != file["size"]:
+            return f"{name} has {path.stat().st_size:,} bytes of {file['size']:,}"
+    read = [name for name, file in manifest["files"].items() if file["size"] <= hash_up_to]
+    try:
+        found = _describe(folder, read)
+    except OSError as error:
+        return f"a file cannot be read: {error}"
+    for name, now in zip(read, found, strict=True):
+        if manifest["files"][name] != now:
+            return f"{name} is not as it was written"
+    return None
+
+
+def problem_of(action: Callable[[], None], folder: Path) -> str | None:
+    """Run what writes to a folder; what went wrong in a few words, None if nothing did.
+
+    torch and safetensors tell of a full disk each in an exception of their own, some without the reason.
+    """
+    try:
+        action()
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        try:
+            is_full = shutil.disk_usage(folder).free < 2**20
+        except OSError:
+            is_full = False
+        return os.strerror(errno.ENOSPC) if is_full or os.strerror(errno.ENOSPC) in str(error) else reason
+    return None
+
+
+def force_to_disk(path: Path) -> None:
+    """Wait until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _describe(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    def describe(name: str) -> dict[str, Any]:
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"size": file.tell(), "sha256": digest}
+
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves Python's lock to others
+        return list(pool.map(describe, names))
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
