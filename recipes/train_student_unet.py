@@ -355,8 +355,8 @@ def main(config: StudentConfig) -> None:
     config = resolve(config)
     options = config.training
     folder = RunFolder(options.output_dir)
-    folder.check(flat_config(config), options.resume_from_checkpoint)
     refuse_links(folder.path)
+    folder.check(flat_config(config), options.resume_from_checkpoint)
     check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     uses_features = config.feature_weight > 0
     accelerator = make_accelerator(

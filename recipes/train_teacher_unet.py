@@ -188,8 +188,8 @@ def main(config: TeacherConfig) -> None:
     options = config.training
     folder = RunFolder(options.output_dir)
     check_score_options(config.scores, options.score_every_steps)
-    folder.check(flat_config(config), options.resume_from_checkpoint)
     refuse_links(folder.path)
+    folder.check(flat_config(config), options.resume_from_checkpoint)
     check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     accelerator = make_accelerator(options)
     # The number of classes is the data's: those come first then, in a dry run too.

@@ -26,6 +26,7 @@ from vkd_gen.evaluation.sources import from_array
 from vkd_gen.limits import check_sizes
 from vkd_gen.provenance import hub_revision
 from vkd_gen.sampling import load_pipeline, stock_pipeline
+from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
 from vkd_gen.training.command_line import refuse_links, tensors_alone
 from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet
 
@@ -294,7 +295,7 @@ def checkpointed_run(tmp_path_factory):
     return root / "run", flags
 
 
-PICKLES = ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "optimizer.bin", "random_states_0.pkl"]
+PICKLES = ["optimizer.bin", "process-0.pt", "random_states_0.pkl", "training.pt"]
 
 
 def test_these_are_all_pickles_of_a_checkpoint(checkpointed_run):
@@ -312,7 +313,11 @@ def tampered(checkpointed_run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
 
     def resume_with(name, write):
-        write(tmp_path / "run" / "checkpoint-2" / name)
+        folder = tmp_path / "run" / "checkpoint-2"
+        write(folder / name)
+        facts = {key: value for key, value in read_manifest(folder).items() if key != "files"}
+        (folder / MANIFEST).unlink()
+        seal(folder, facts)  # whoever tampers with it does so too
         return [*flags[:-1], tmp_path / "run", "--resume_from_checkpoint", "latest"]
 
     return resume_with

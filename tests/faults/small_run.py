@@ -111,7 +111,7 @@ def _main(environment, output, function, arguments):
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     multiprocessing.set_start_method("fork", force=True)  # those that read images are children, as a command's
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
-    with one_line_errors():
+    with one_line_errors("go on"):
         function(*arguments)
 
 

@@ -300,10 +300,10 @@ def _check(unet: UNet2DModel, source: str) -> UNet2DModel:
 def check_checkpoint(folder: Path | None) -> None:
     """Refuse a checkpoint with a file that would run code, or cannot be read, before anything of it is loaded.
 
-    Beside the weights Accelerate keeps pickles: optimizer.bin, scaler.pt, random_states_*.pkl and
-    custom_checkpoint_*.pkl (moving average, learning rate). It reads the last kind with `weights_only=False`, and goes
-    on without the random states where it cannot read them. Here all are read with `weights_only=True` first; values
-    stay on disk. Folders of shards (FSDP, DeepSpeed) are not covered: their own loaders unpickle whatever they hold, so
+    Beside the weights there are pickles: optimizer.bin, scaler.pt, random_states_*.pkl, and the loop's training.pt and
+    process-*.pt; Accelerate also keeps custom_checkpoint_*.pkl of what is registered with it, which it reads with
+    `weights_only=False`, and goes on without the random states where it cannot read them. Here all are read with
+    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are not covered: their own loaders unpickle whatever they hold, so
     resume those from places that you trust only.
 
     Args:
