@@ -303,8 +303,8 @@ def check_checkpoint(folder: Path | None) -> None:
     Beside the weights there are pickles: optimizer.bin, scaler.pt, random_states_*.pkl, and the loop's training.pt and
     process-*.pt; Accelerate also keeps custom_checkpoint_*.pkl of what is registered with it, which it reads with
     `weights_only=False`, and goes on without the random states where it cannot read them. Here all are read with
-    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are not covered: their own loaders unpickle whatever they hold, so
-    resume those from places that you trust only.
+    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are not covered: their own
+    loaders unpickle whatever they hold, so resume those from places that you trust only.
 
     Args:
         folder: of the checkpoint; None for a run that starts anew.
