@@ -510,7 +510,7 @@ def test_tables_without_a_choice_of_labels(datasets, tmp_path):
     kind = datasets.ClassLabel(names=["a", "b"])
     table = labelled_table(datasets, [0, 1, 0], kind, "fine")
     table.to_parquet(tmp_path / "one.parquet")
-    table.add_column("coarse", [0, 1, 0], feature=kind).to_parquet(tmp_path / "two.parquet")
+    table.add_column("coarse", [0, 1, 0]).cast_column("coarse", kind).to_parquet(tmp_path / "two.parquet")
     assert load(tmp_path / "one.parquet", with_labels=True)[0].num_classes == 2
     with pytest.raises(ValueError, match="has 2 columns of classes and none called label; name one by --label_column"):
         load(tmp_path / "two.parquet", with_labels=True)

@@ -26,7 +26,8 @@ class ClassConditionalDDIMPipeline(DiffusionPipeline):
     `UNet2DModel.from_pretrained(folder, subfolder="unet")`.
 
     Where the scheduler clips samples, the noise is derived again from the clipped one (`use_clipped_model_output`).
-    `DDIMPipeline` leaves that out; with guidance images are noise without it.
+    `DDIMPipeline` leaves that out; with guidance images are noise without it. The sampler works in float32, whatever
+    the UNet's dtype.
 
     Args:
         unet: with `num_class_embeds` = classes + 1; guidance needs one that was trained with some labels dropped.
@@ -77,11 +78,11 @@ class ClassConditionalDDIMPipeline(DiffusionPipeline):
             labels = torch.cat([labels, torch.full_like(labels, self.unet.config.num_class_embeds - 1)])
         size = self.unet.config.sample_size
         shape = (len(class_labels), self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-        sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             inputs = torch.cat([sample, sample]) if is_guided else sample
-            prediction = self.unet(inputs, timestep, class_labels=labels).sample
+            prediction = self.unet(inputs.to(self.unet.dtype), timestep, class_labels=labels).sample.float()
             if is_guided:
                 conditional, none = prediction.chunk(2)
                 prediction = none + guidance_scale * (conditional - none)
