@@ -355,9 +355,10 @@ def main(config: StudentConfig) -> None:
     config = resolve(config)
     options = config.training
     folder = RunFolder(options.output_dir)
-    refuse_links(folder.path)
-    folder.check(flat_config(config), options.resume_from_checkpoint)
-    check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
+    if not config.dry_run:  # which writes nothing, whatever the folder holds
+        refuse_links(folder.path)
+        folder.check(flat_config(config), options.resume_from_checkpoint)
+        check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     uses_features = config.feature_weight > 0
     accelerator = make_accelerator(
         options,

@@ -188,9 +188,10 @@ def main(config: TeacherConfig) -> None:
     options = config.training
     folder = RunFolder(options.output_dir)
     check_score_options(config.scores, options.score_every_steps)
-    refuse_links(folder.path)
-    folder.check(flat_config(config), options.resume_from_checkpoint)
-    check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
+    if not config.dry_run:  # which writes nothing, whatever the folder holds
+        refuse_links(folder.path)
+        folder.check(flat_config(config), options.resume_from_checkpoint)
+        check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     accelerator = make_accelerator(options)
     # The number of classes is the data's: those come first then, in a dry run too.
     data = load_data(config) if config.class_conditional else None

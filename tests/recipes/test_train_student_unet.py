@@ -276,3 +276,11 @@ def test_tracker_and_upload(student_flags, tmp_path, run_recipe, monkeypatch, ca
     assert uploads[0]["repo_id"] == "me/run"
     assert uploads[0]["folder_path"] == tmp_path / "run" / "pipeline"
     assert "huggingface.co/me/run" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize("recipe", ["train_student_unet", "train_teacher_unet"])
+def test_a_dry_run_does_not_mind_a_run_that_is_there(recipe, tmp_path, run_recipe, capsys):
+    (tmp_path / "pipeline").mkdir()
+    run_recipe(recipe, "--dry_run", "--output_dir", tmp_path)
+    assert "parameters" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
