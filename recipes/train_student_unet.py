@@ -13,7 +13,8 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 import vkd_gen as vkd
-from vkd_gen.data import Images, OnBadImage, data_facts, default_cifar10, load_images
+from vkd_gen.data import Images, OnBadImage, data_facts, default_cifar10, evenly_spaced, load_images
+from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.diffusion import check_convertible, prediction_type_of
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
@@ -24,11 +25,13 @@ from vkd_gen.evaluation.compare import (
 )
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
+from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers, pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
 from vkd_gen.provenance import hub_revision, write_json
+from vkd_gen.training.balance import FeatureBalance, FeatureWeighting
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
@@ -67,6 +70,8 @@ class StudentConfig:
     """Share of the images whose label is hidden from a class-conditional teacher and its student."""
     resolution: int | None = None
     """Height and width of the images in pixels; by default the teacher's sample size."""
+    max_train_samples: int | None = None
+    """Train on so many of the images, evenly spaced; scores still compare to all of them."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
@@ -87,10 +92,20 @@ class StudentConfig:
     """Weight of the feature loss, summed over layers; by default what --method uses, see METHODS."""
     feature_decay_start: float = 1.0
     """Share of the run after which the feature weight falls linearly, to 0 at the end; 1 keeps it."""
-    feature_loss: Literal["mse", "smooth_l1"] | None = None
-    """Feature loss; by default what --method uses."""
-    projector: Literal["solved", "cayley", "matrix_exp", "random", "pca", "linear", "identity"] | None = None
-    """Map from the student's to the teacher's channels; by default what --method uses."""
+    feature_weighting: FeatureWeighting | None = None
+    """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to that
+    of the other terms, over the student's weights, and the weight follows. By default what --method uses."""
+    diagnostics_every_steps: int = 200
+    """Steps between looks at what the feature loss does: its gradient against the others', losses by timestep and their
+    floors, ranks and gains, in metrics.jsonl under diagnostics/; --feature_weighting gradient_ratio follows at these steps.
+    0 looks never."""
+    feature_loss: FeatureLoss | None = None
+    """Feature loss; `cka` compares relations between positions and needs no projector. By default what --method uses."""
+    projector: (
+        Literal["solved", "cayley", "matrix_exp", "random", "pca", "least_squares", "linear", "identity"] | None
+    ) = None
+    """Map from the student's to the teacher's channels; by default what --method uses. solved and least_squares are
+    found in closed form, orthogonal and free; cayley and matrix_exp (orthogonal) and linear (free) are trained."""
     projector_start: Literal["identity", "procrustes"] = "identity"
     """Where cayley and matrix_exp start."""
     projector_refresh_steps: int = 10
@@ -119,6 +134,8 @@ class StudentConfig:
     """The student and what it starts from."""
     scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
     """What samples are scored by."""
+    score_teacher: bool = True
+    """Score the teacher's samples too; without, its row holds its cost and errors alone."""
     training: SharedOptions
     """Options of the training loop."""
 
@@ -128,7 +145,18 @@ class StudentConfig:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
         if not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
-        least = {"calibration_samples": 1, "num_timestep_bins": 1, "projector_refresh_steps": 1}
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(f"--max_train_samples must be at least 1, not {self.max_train_samples}")
+        if self.feature_weighting == "gradient_ratio" and not self.diagnostics_every_steps:
+            raise ValueError(
+                "--feature_weighting gradient_ratio follows the diagnostics; set --diagnostics_every_steps"
+            )
+        least = {
+            "diagnostics_every_steps": 0,
+            "calibration_samples": 1,
+            "num_timestep_bins": 1,
+            "projector_refresh_steps": 1,
+        }
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
@@ -207,19 +235,23 @@ CUSTOM = replace(
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
 
+NUM_DIAGNOSTIC_DRAWS = 64
+"""Draws of training images, of noise that no step sees, that the diagnostics look at."""
+
+
 def resolve(config: StudentConfig) -> StudentConfig:
     """Fill in what --method decides."""
     if not config.teacher or not config.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
     asked = bool(config.layer_pairs or config.projector or config.feature_normalization)
-    defaults = {"output_weight": 1.0, **METHODS[config.method]}
+    defaults = {"output_weight": 1.0, "feature_weighting": "constant", **METHODS[config.method]}
     config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
     if config.feature_weight and None in (config.projector, config.feature_normalization, config.feature_loss):
         raise ValueError(
             f"--method {config.method} has no feature loss; for one of your own set --projector, "
             "--feature_normalization and --feature_loss too, or choose --method vkd"
         )
-    loss_weights(config, 0)
+    loss_weights(config)
     check_score_options(config.scores, config.training.score_every_steps)
     if asked and not config.feature_weight:
         raise ValueError(
@@ -249,6 +281,8 @@ def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.F
     match config.projector:
         case "linear":
             projector = vkd.LinearProjector(*widths)
+        case "least_squares":
+            projector = vkd.LeastSquaresProjector(*widths, refresh_every_steps=config.projector_refresh_steps)
         case "identity":
             projector = vkd.IdentityProjector(*widths)
         case "random":
@@ -274,13 +308,10 @@ def pair_named_or_all(config: StudentConfig, student: ModelMixin, teacher: Model
     return vkd.pair_layers(student, teacher, layers=config.layers, pairs=named or None)
 
 
-def loss_weights(config: StudentConfig, step: int) -> vkd.LossWeights:
-    """The weights at a step: constant, but for features, which may fall linearly to 0 towards the end."""
-    share = step / config.training.max_train_steps
-    start = config.feature_decay_start
-    factor = 1.0 if share <= start else (1 - share) / (1 - start)
+def loss_weights(config: StudentConfig) -> vkd.LossWeights:
+    """The weights at the start of the run."""
     return vkd.LossWeights(
-        denoising=config.denoising_weight, output=config.output_weight, feature=config.feature_weight * factor
+        denoising=config.denoising_weight, output=config.output_weight, feature=config.feature_weight
     )
 
 
@@ -293,10 +324,13 @@ def build_projected_student(
     noise_scheduler: DDPMScheduler,
     folder: RunFolder,
     device: torch.device,
-) -> vkd.ProjectedStudent:
-    """Calibrate on the frozen teacher, report what the student's width allows, and start the projectors."""
+) -> tuple[vkd.ProjectedStudent, FeatureBalance]:
+    """Calibrate on the frozen teacher, start the projectors and find the weight of the feature loss."""
+    weights = loss_weights(config)
+    num_steps = config.training.max_train_steps
     if not pairs:
-        return vkd.ProjectedStudent(student)
+        projected = vkd.ProjectedStudent(student)
+        return projected, FeatureBalance(projected, None, weights=weights, num_steps=num_steps)
 
     def draws(num_draws: int) -> Iterator[dict[str, Any]]:
         return fixed_batches(
@@ -310,7 +344,8 @@ def build_projected_student(
         )
 
     saved = folder.path / "calibration.safetensors"
-    if saved.exists() and folder.resume_point(config.training.resume_from_checkpoint):
+    resumes = folder.resume_point(config.training.resume_from_checkpoint) is not None
+    if saved.exists() and resumes:
         statistics = vkd.load_statistics(saved)
     else:
         statistics = vkd.calibrate(
@@ -319,7 +354,27 @@ def build_projected_student(
     matchings = [build_matching(config, pair, statistics[pair.teacher]) for pair in pairs]
     projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True)).to(device)
     projected.initialize_projectors(teacher, draws(min(512, config.calibration_samples)), noise_scheduler)
-    return projected
+    diagnostics = Diagnostics(
+        projected,
+        teacher,
+        draws(NUM_DIAGNOSTIC_DRAWS),
+        noise_scheduler=noise_scheduler,
+        feature_loss_kind=config.feature_loss or "mse",
+        timestep_weighting=config.timestep_weighting,
+        snr_gamma=config.snr_gamma,
+    )
+    balance = FeatureBalance(
+        projected,
+        diagnostics,
+        weighting=config.feature_weighting or "constant",
+        weights=weights,
+        decay_start=config.feature_decay_start,
+        num_steps=num_steps,
+        every_steps=config.diagnostics_every_steps,
+    )
+    if not resumes:
+        balance.start()
+    return projected, balance
 
 
 def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin, show: Callable[[str], None]) -> None:
@@ -403,6 +458,9 @@ def main(config: StudentConfig) -> None:
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
+    if config.max_train_samples is not None:
+        images = evenly_spaced(images, config.max_train_samples)
+        accelerator.print(f"training on {len(images):,} of them")
     skipped = [*images.skipped, *held_out.skipped]
     if skipped:
         accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
@@ -435,7 +493,7 @@ def main(config: StudentConfig) -> None:
     torch.nn.Module.to(teacher_unet, accelerator.device, dtype)  # past diffusers' warning about casting
     teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs], prediction_type=prediction_type)
     student.to(accelerator.device)
-    projected = build_projected_student(
+    projected, balance = build_projected_student(
         config, student, teacher, pairs, images, noise_scheduler, folder, accelerator.device
     )
     if pairs:
@@ -456,6 +514,7 @@ def main(config: StudentConfig) -> None:
         guidance_dropout=config.guidance_dropout,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("student", unet, noise_scheduler)[0]) if scorer else None,
+        diagnose=balance.look,
     )
     for batch in run.batches():
         losses = vkd.distillation_losses(
@@ -463,7 +522,7 @@ def main(config: StudentConfig) -> None:
             batch,
             noise_scheduler=noise_scheduler,
             teacher=teacher,
-            weights=loss_weights(config, run.step),
+            weights=balance.weights(run.step),
             feature_loss_kind=config.feature_loss or "mse",
             timestep_weighting=config.timestep_weighting,
             snr_gamma=config.snr_gamma,
@@ -492,6 +551,7 @@ def main(config: StudentConfig) -> None:
         scorer=scorer,
         num_inference_steps=config.scores.num_inference_steps,
         batch_size=options.eval_batch_size,
+        score_teacher=config.score_teacher,
     )
     if accelerator.is_main_process:
         save_results(folder.path, results, samples)

@@ -9,7 +9,13 @@ from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, d
 from vkd_gen.features import FeatureCapture
 from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
 from vkd_gen.pairing import LayerPair, pair_layers, pair_table
-from vkd_gen.projectors import IdentityProjector, LinearProjector, OrthogonalProjector, parameter_groups
+from vkd_gen.projectors import (
+    IdentityProjector,
+    LeastSquaresProjector,
+    LinearProjector,
+    OrthogonalProjector,
+    parameter_groups,
+)
 from vkd_gen.students import (
     REDUCTIONS,
     Inheritance,
@@ -31,6 +37,7 @@ __all__ = [
     "IdentityProjector",
     "Inheritance",
     "LayerPair",
+    "LeastSquaresProjector",
     "LinearProjector",
     "LossWeights",
     "OrthogonalProjector",

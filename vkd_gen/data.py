@@ -99,6 +99,12 @@ class Images:
         return torch.stack([self[number * len(self) // count] for number in range(count)])
 
 
+def evenly_spaced(images: Images, count: int) -> Images:
+    """`count` of the images, evenly spaced, since sets are often sorted by class; all of them where there are fewer."""
+    count = min(count, len(images))
+    return replace(images, indices=images.indices[np.arange(count) * len(images) // count])
+
+
 LONGEST = 16
 """Of an image that is longer than this many times its shorter side, the middle alone is resized."""
 

@@ -130,12 +130,14 @@ class ProjectedStudent(nn.Module):
         self.layer_pairs = tuple(layer_pairs)
         self.projectors = nn.ModuleList(projectors)
         self.normalizers = nn.ModuleList(normalizers)
+        # A weight of the feature loss that follows the gradients; here, so that checkpoints hold it.
+        self.register_buffer("feature_scale", torch.ones((), dtype=torch.float64))
         self._capture = FeatureCapture(student, [pair.student for pair in layer_pairs])
         # Statistics are kept equal by their own reductions; DDP would overwrite them by the first process' sums.
         parts = {"projectors": self.projectors, "normalizers": self.normalizers}
         self._ddp_params_and_buffers_to_ignore = [
             f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_buffers()
-        ]
+        ] + ["feature_scale"]
 
     def forward(
         self,

@@ -5,11 +5,12 @@ B batch, N positions, K channels of the space that student and teacher are compa
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-FeatureLoss = Literal["mse", "smooth_l1"]
+FeatureLoss = Literal["mse", "smooth_l1", "cka"]
 
 
 def weighted_mean(
@@ -50,13 +51,17 @@ def feature_loss(
     weights: Float[Tensor, " batch"] | None = None,
     beta: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Distance between projected student rows and normalised teacher rows, averaged over all entries.
+    """Distance between projected student rows and normalised teacher rows, averaged over all entries or samples.
+
+    `mse` and `smooth_l1` compare rows. `cka` compares relations between the rows of one sample: 1 - linear CKA of their
+    Gram matrices over positions (Kornblith et al., 2019, arXiv 1905.00414), from 0 to 1. Isometries and gains leave it
+    as it is, so an orthogonal projector decides nothing there.
 
     Args:
         prediction: projected student rows, `[B, N, K]`.
         target: normalised teacher rows, `[B, N, K]`. Not cut off here: for a student wider than the teacher a learned
             projector stands on this side. Projectors cut off what they are given.
-        kind: `mse`, or `smooth_l1` as the published VkD code uses (Miles et al., 2024, arXiv 2403.06213).
+        kind: `mse`; `smooth_l1`, as the published VkD code uses (Miles et al., 2024, arXiv 2403.06213); or `cka`.
         weights: one weight per sample.
         beta: where smooth-L1 turns from quadratic to linear, in units of the target.
 
@@ -70,7 +75,26 @@ def feature_loss(
             return weighted_mean((prediction - target).square(), weights)
         case "smooth_l1":
             return weighted_mean(F.smooth_l1_loss(prediction, target, reduction="none", beta=beta), weights)
-    raise ValueError(f"unknown feature loss {kind!r}; choose mse or smooth_l1")
+        case "cka":
+            return weighted_mean(1 - linear_cka(prediction, target), weights)
+    raise ValueError(f"unknown feature loss {kind!r}; choose mse, smooth_l1 or cka")
+
+
+def linear_cka(
+    first: Float[Tensor, "batch positions first"], second: Float[Tensor, "batch positions second"]
+) -> Float[Tensor, " batch"]:
+    """Linear centred kernel alignment of each sample's rows, from 0 to 1: the cosine between their Gram matrices.
+
+    Computed from the channels' products, which never holds a matrix of positions by positions. A sample whose rows do
+    not vary, as with a single position, is aligned with nothing: 0.
+    """
+    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+
+    def alignment(left: Tensor, right: Tensor) -> Tensor:
+        return (left.transpose(1, 2) @ right).square().sum((1, 2))
+
+    norms = alignment(first, first) * alignment(second, second)
+    return alignment(first, second) / norms.clamp(min=torch.finfo(norms.dtype).tiny).sqrt()
 
 
 def _check_same_shape(prediction: Tensor, target: Tensor) -> None:

@@ -259,13 +259,14 @@ class FeatureNormalizer(nn.Module):
 def width_floor(
     target_covariance: Float[Tensor, "channels channels"],
     student_channels: int,
-    loss: Literal["mse", "smooth_l1"],
+    loss: Literal["mse", "smooth_l1", "cka"],
     beta: float = 1.0,
 ) -> float:
     """The feature loss that a student of this width cannot get below with an isometric projector.
 
     At best the projected student fills the leading `student_channels` directions of the targets; what lies in the
-    others remains. For `mse` this is exact; for `smooth_l1` the remainder is taken to be Gaussian.
+    others remains. For `mse` this is exact; for `smooth_l1` the remainder is taken to be Gaussian; for `cka` it is that
+    of rows with this covariance: 1 - the leading directions' share of the root of the summed squared eigenvalues.
 
     Args:
         target_covariance: of the normalised targets, see `FeatureNormalizer.target_covariance`.
@@ -273,12 +274,15 @@ def width_floor(
         loss: the feature loss in use; the result is in its units.
         beta: of smooth-L1.
     """
-    if loss not in ("mse", "smooth_l1"):
-        raise ValueError(f"unknown feature loss {loss!r}; choose mse or smooth_l1")
+    if loss not in ("mse", "smooth_l1", "cka"):
+        raise ValueError(f"unknown feature loss {loss!r}; choose mse, smooth_l1 or cka")
     channels = len(target_covariance)
     if student_channels >= channels:
         return 0.0
     values, vectors = descending_eigh(target_covariance)
+    if loss == "cka":  # of rows that agree in the leading directions and are empty in the others
+        squares = values.square()
+        return float(1 - (squares[:student_channels].sum() / squares.sum()).sqrt())
     # The mean runs over the wider space's channels; variance that remains per channel:
     variance = vectors[:, student_channels:].square() @ values[student_channels:]
     if loss == "mse":

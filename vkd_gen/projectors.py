@@ -4,6 +4,7 @@ Ds student channels, Dt target channels, wide = max, narrow = min of the two. B 
 student rows `[B, N, Ds]` and target rows `[B, N, Dt]` and returns both in one space, ready for the feature loss.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -335,6 +336,95 @@ class OrthogonalProjector(nn.Module):
         return f"{self.student_channels} -> {self.target_channels}, {self.method}"
 
 
+class LeastSquaresProjector(nn.Module):
+    """A free linear map in closed form: the regression of the target rows on the student's, from running statistics.
+
+    What `LinearProjector` learns, solved as `OrthogonalProjector` solves its rotation: nothing is trained, and the map
+    stretches and squeezes directions as the regression wants. `(S - mean) W` is compared to `T - mean`.
+
+    Args:
+        student_channels: Ds.
+        target_channels: Dt.
+        momentum: of the running statistics.
+        refresh_every_steps: optimizer steps between two solutions.
+        ridge: share of the student rows' mean variance added to every direction's before it is inverted.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    solution: Tensor
+
+    def __init__(
+        self,
+        student_channels: int,
+        target_channels: int,
+        *,
+        momentum: float = 0.99,
+        refresh_every_steps: int = 10,
+        ridge: float = 1e-3,
+    ):
+        super().__init__()
+        _check_channels(student_channels, target_channels)
+        if refresh_every_steps < 1:
+            raise ValueError(f"refresh_every_steps must be at least 1, not {refresh_every_steps}")
+        if not 0 < ridge < math.inf:
+            raise ValueError(f"the ridge must be above 0 and finite, not {ridge}")
+        self.student_channels, self.target_channels = student_channels, target_channels
+        self.refresh_every_steps, self.ridge = refresh_every_steps, ridge
+        # Against student and target rows side by side: the student's own covariance is the left part.
+        self.statistics = RunningCrossCovariance(student_channels, student_channels + target_channels, momentum)
+        self.register_buffer("solution", torch.eye(student_channels, target_channels))
+
+    def forward(
+        self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]
+    ) -> tuple[Tensor, Tensor]:
+        """Regressed student rows and centred target rows, float32, both `[B, N, Dt]`.
+
+        In training mode the rows also enter the running statistics. No gradient flows into the target.
+        """
+        _check_rows(self, student, target)
+        with torch.autocast(student.device.type, enabled=False):
+            student, target = student.float(), target.detach().float()
+            if self.training:
+                both = torch.cat([student.detach(), target], dim=-1)
+                self.statistics.accumulate(student.flatten(0, -2), both.flatten(0, -2))
+            target_mean = self.statistics.target_mean[self.student_channels :]
+            return (student - self.statistics.student_mean) @ self.solution, target - target_mean
+
+    def after_step(self, step: int) -> None:
+        """Once per optimizer step, outside any compiled graph: see `OrthogonalProjector.after_step`."""
+        self.statistics.merge()
+        if step == 1 or step % self.refresh_every_steps == 0:
+            self._solve()
+
+    def initialize(self) -> None:
+        """Start from the closed form for the rows of forward passes made in training mode so far, without any step."""
+        self.statistics.num_merges.zero_()
+        self.statistics.merge()
+        if self.statistics.num_merges == 0:
+            raise ValueError("no rows to start from: make forward passes in training mode before initialize()")
+        self._solve()
+
+    @torch.no_grad()
+    def _solve(self) -> None:
+        own, cross = self.statistics.cross_covariance.double().split([self.student_channels, self.target_channels], 1)
+        own = (own + own.T) / 2
+        amount = self.ridge * own.diagonal().mean().clamp(min=1e-12)
+        factor, failed = torch.linalg.cholesky_ex(
+            own + amount * torch.eye(len(own), dtype=own.dtype, device=own.device)
+        )
+        solution = torch.cholesky_solve(cross, factor).float()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(solution, 0)  # unlike devices may round the same solution differently
+        keep = (failed > 0) | ~solution.isfinite().all()
+        self.solution.copy_(torch.where(keep, self.solution, solution))
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"{self.student_channels} -> {self.target_channels}, ridge {self.ridge}"
+
+
 class LinearProjector(nn.Module):
     """A free linear map with bias, trained: the 1x1 convolution of FitNets (Romero et al., 2015, arXiv 1412.6550).
 
@@ -382,7 +472,7 @@ class IdentityProjector(nn.Module):
         return student, target.detach()
 
 
-Projector = OrthogonalProjector | LinearProjector | IdentityProjector
+Projector = OrthogonalProjector | LeastSquaresProjector | LinearProjector | IdentityProjector
 
 
 def parameter_groups(network: nn.Module, projectors: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """A student beside its teacher, in numbers and pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate import PartialState
@@ -52,6 +52,7 @@ def compare_to_teacher(
     num_inference_steps: int = 50,
     batch_size: int = 64,
     num_shown: int = 32,
+    score_teacher: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Cost and scores of a student and its teacher, measured in one go on the same seeds and draws.
 
@@ -67,6 +68,7 @@ def compare_to_teacher(
         num_inference_steps: DDIM steps where nothing is scored, and of the timing; at most those of the schedules.
         batch_size: images at a time.
         num_shown: samples to return.
+        score_teacher: its samples are scored too; without, its row holds cost and errors alone.
 
     Returns:
         Results for results.json (`rows`: name -> column -> number; `protocol`; `sources`: name -> how its samples came
@@ -74,7 +76,8 @@ def compare_to_teacher(
     """
     nn.Module.float(teacher.unet)
     unets = {"teacher": (teacher.unet, teacher_scheduler), "student": (student, noise_scheduler)}
-    return _score_models(unets, teacher, held_out, scorer, num_inference_steps, batch_size, num_shown)
+    scored = unets.keys() if score_teacher else {"student"}
+    return _score_models(unets, teacher, held_out, scorer, num_inference_steps, batch_size, num_shown, scored)
 
 
 def score_model(
@@ -90,7 +93,7 @@ def score_model(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Cost and scores of one UNet; see `compare_to_teacher`."""
     models = {name: (unet, noise_scheduler)}
-    return _score_models(models, None, held_out, scorer, num_inference_steps, batch_size, num_shown)
+    return _score_models(models, None, held_out, scorer, num_inference_steps, batch_size, num_shown, {name})
 
 
 def _score_models(
@@ -101,6 +104,7 @@ def _score_models(
     num_inference_steps: int,
     batch_size: int,
     num_shown: int,
+    scored: Collection[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     num_timesteps = [scheduler.config.num_train_timesteps for _, scheduler in unets.values()]
     num_inference_steps = min(num_inference_steps, *num_timesteps)
@@ -122,7 +126,7 @@ def _score_models(
     state.wait_for_everyone()
     samples, sources = {}, {}
     for name, (unet, scheduler) in unets.items():
-        if scorer:
+        if scorer and name in scored:
             scores, features, source = scorer.score_unet(name, unet, scheduler, num_shown=num_shown)
             rows[name] |= scores
             samples[name] = features.shown

@@ -141,6 +141,7 @@ class TrainingRun:
         guidance_dropout: share of labels that are replaced by "no class".
         config: everything the run was asked to do, for the trackers.
         score: the averaged UNet, in eval mode -> score -> value; called by all processes every `score_every_steps`.
+        diagnose: step -> figure -> value, none where none are due; called by all processes after every step.
     """
 
     def __init__(
@@ -157,8 +158,9 @@ class TrainingRun:
         guidance_dropout: float = 0.0,
         config: Mapping[str, Any],
         score: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        diagnose: Callable[[int], Mapping[str, float]] | None = None,
     ):
-        self._score = score
+        self._score, self._diagnose = score, diagnose
         self._scores: dict[str, str] = {}
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
@@ -400,6 +402,7 @@ class TrainingRun:
         last = self.step == options.max_train_steps
         if self.step % options.log_every_steps == 0 or last:
             self._log()
+        self._log_diagnostics()
         self._progress.update()
         if options.preview_every_steps and self.step % options.preview_every_steps == 0:
             self.on_main_process(self._save_preview)
@@ -500,6 +503,15 @@ class TrainingRun:
         with self.averaged_weights():
             images = sample_images(self.unet, self.noise_scheduler, range(32), batch_size=self.options.eval_batch_size)
         save_sample_grid({f"step {self.step}": images}, self.folder.path / "previews" / f"step-{self.step:06d}.png")
+
+    def _log_diagnostics(self) -> None:
+        figures = self._diagnose(self.step) if self._diagnose is not None else {}
+        if figures:
+            line = {f"diagnostics/{name}": value for name, value in figures.items()}
+            if self.accelerator.is_main_process:
+                self.folder.append_metrics({"step": self.step, **line})
+            self.accelerator.log(line, step=self.step)
+            self._since = time.perf_counter()  # the time of looking is not the training's
 
     def _log_scores(self) -> None:
         if self._score is None:

@@ -1,0 +1,172 @@
+"""What the feature loss does to a student, seen on a fixed probe: figures for a log, none of them trained on.
+
+    diagnostics = Diagnostics(projected, teacher, probe, noise_scheduler=noise_scheduler)
+    values = diagnostics(LossWeights(feature=0.3))
+
+B batch, N positions, C channels.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from jaxtyping import Float
+from torch import Tensor
+
+from vkd_gen.diffusion import TimestepWeighting, add_noise
+from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
+from vkd_gen.features import FeatureCapture, to_rows
+from vkd_gen.losses import FeatureLoss, feature_loss
+from vkd_gen.normalization import timestep_bins, width_floor
+from vkd_gen.projectors import OrthogonalProjector
+
+
+def effective_rank(rows: Float[Tensor, "rows channels"]) -> float:
+    """Effective number of directions that rows vary in: exp of the entropy of their covariance's spectrum.
+
+    From 1 to the smaller of both sizes; 0 for rows that do not vary. Roy and Vetterli, 2007.
+    """
+    rows = rows.double()
+    rows = rows - rows.mean(0)
+    values = torch.linalg.eigvalsh(rows.T @ rows).clamp(min=0)
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    shares = values / total
+    return float(torch.exp(-torch.xlogy(shares, shares).sum()))
+
+
+class Diagnostics:
+    """Gradients, feature losses by timestep and spectra of a projected student, on the same few draws each time.
+
+    The draws should be those that no step trains on. With several processes all of them must be given the same draws;
+    each then finds the same figures. Build it before the student is wrapped: it attaches hooks.
+
+    Args:
+        projected: the student with its layer pairs.
+        teacher: with the features that the pairs name.
+        batches: as for `distillation_losses`, a hundred draws or so in all.
+        noise_scheduler: the student's.
+        feature_loss_kind: as in training.
+        timestep_weighting: as in training.
+        snr_gamma: of `min_snr`.
+        num_timestep_bins: bins of equal width that the feature losses are told apart by.
+    """
+
+    def __init__(
+        self,
+        projected: ProjectedStudent,
+        teacher: FrozenTeacher,
+        batches: Iterable[Mapping[str, Any]],
+        *,
+        noise_scheduler: SchedulerMixin,
+        feature_loss_kind: FeatureLoss = "mse",
+        timestep_weighting: TimestepWeighting = "uniform",
+        snr_gamma: float = 5.0,
+        num_timestep_bins: int = 5,
+    ):
+        self._projected, self._teacher, self._batches = projected, teacher, list(batches)
+        self._noise_scheduler, self._kind = noise_scheduler, feature_loss_kind
+        self._weighting: dict[str, Any] = {"timestep_weighting": timestep_weighting, "snr_gamma": snr_gamma}
+        self._num_bins = num_timestep_bins
+        self._capture = FeatureCapture(projected.student, [pair.student for pair in projected.layer_pairs])
+        self._teacher_ranks: dict[str, float] = {}
+
+    def __call__(self, weights: LossWeights) -> dict[str, float]:
+        """Look once; the student and its statistics stay as they are.
+
+        Args:
+            weights: of the terms, as at this step. All three gradients are looked at where a term has a weight.
+
+        Returns:
+            Figures by name. `gradient/TERM`: norm over the student's weights of the gradient of each term, times its
+            weight. `gradient_cosine/feature-denoising` and `-output`: between the feature loss' gradient and those.
+            `gradient_ratio`: norm of the feature loss' weighted gradient over that of all other terms together. For each
+            student layer `feature/LAYER/tFIRST-LAST`, the loss in a bin of timesteps, `floor/LAYER`, what the student's width leaves
+            of it at best over all timesteps, `rank/student/LAYER` and `rank/teacher/LAYER`, effective ranks of
+            features, and `gain/LAYER`, of an orthogonal projector.
+        """
+        was_training = self._projected.training
+        self._projected.eval()  # so that no projector takes these rows in
+        try:
+            return {**self._gradients(weights), **self._features()}
+        finally:
+            self._projected.train(was_training)
+
+    def _gradients(self, weights: LossWeights) -> dict[str, float]:
+        parameters = [parameter for parameter in self._projected.student.parameters() if parameter.requires_grad]
+        terms = {name: weight for name, weight in vars(weights).items() if weight > 0}
+        sums: dict[str, list[Tensor]] = {}
+        for batch in self._batches:
+            losses = distillation_losses(
+                self._projected,
+                batch,
+                noise_scheduler=self._noise_scheduler,
+                teacher=self._teacher,
+                weights=weights,
+                feature_loss_kind=self._kind,
+                **self._weighting,
+            )
+            share = len(batch["timesteps"]) / sum(len(other["timesteps"]) for other in self._batches)
+            for name, weight in terms.items():
+                found = torch.autograd.grad(
+                    weight * share * losses[name], parameters, retain_graph=True, allow_unused=True
+                )
+                flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+                sums[name] = torch._foreach_add(sums[name], flat) if name in sums else flat
+        flat = {name: torch.cat([part.flatten() for part in parts]).double() for name, parts in sums.items()}
+        norms = {name: gradient.norm() for name, gradient in flat.items()}
+        values = {f"gradient/{name}": float(norm) for name, norm in norms.items()}
+        others = [gradient for name, gradient in flat.items() if name != "feature"]
+        if "feature" in flat and others:
+            values["gradient_ratio"] = float(norms["feature"] / sum(others).norm())
+            for name in [term for term in flat if term != "feature"]:
+                cosine = flat["feature"] @ flat[name] / (norms["feature"] * norms[name])
+                values[f"gradient_cosine/feature-{name}"] = float(cosine)
+        return values
+
+    @torch.no_grad()
+    def _features(self) -> dict[str, float]:
+        pairs = self._projected.layer_pairs
+        student_rows: dict[str, list[Tensor]] = {pair.student: [] for pair in pairs}
+        teacher_rows: dict[str, list[Tensor]] = {pair.teacher: [] for pair in pairs}
+        losses: dict[str, list[Tensor]] = {pair.student: [] for pair in pairs}
+        all_timesteps = []
+        for batch in self._batches:
+            timesteps, conditioning = batch["timesteps"], batch.get("conditioning")
+            noisy_sample = add_noise(self._noise_scheduler, batch["sample"], batch["noise"], timesteps)
+            _, teacher_features = self._teacher(noisy_sample, timesteps, conditioning)
+            self._capture.start()
+            _, matched = self._projected(noisy_sample, timesteps, conditioning, teacher_features)
+            for layer, feature in self._capture.stop().items():
+                student_rows[layer].append(to_rows(feature).flatten(0, 1))
+            for layer, (projected, target) in matched.items():
+                # One loss per sample: each a batch of one.
+                one_by_one = [
+                    feature_loss(row[None], to[None], self._kind) for row, to in zip(projected, target, strict=True)
+                ]
+                losses[layer].append(torch.stack(one_by_one))
+            if not self._teacher_ranks:
+                for layer in teacher_rows:
+                    teacher_rows[layer].append(to_rows(teacher_features[layer]).flatten(0, 1))
+            all_timesteps.append(timesteps)
+        if not self._teacher_ranks:
+            self._teacher_ranks = {layer: effective_rank(torch.cat(rows)) for layer, rows in teacher_rows.items()}
+        num_train_timesteps = self._noise_scheduler.config.num_train_timesteps
+        bins = timestep_bins(torch.cat(all_timesteps), self._num_bins, num_train_timesteps)
+        edges = [-(-number * num_train_timesteps // self._num_bins) for number in range(self._num_bins + 1)]
+        values: dict[str, float] = {}
+        modules = zip(pairs, self._projected.projectors, self._projected.normalizers, strict=True)
+        for pair, projector, normalizer in modules:
+            layer = pair.student
+            by_sample = torch.cat(losses[layer])
+            for number in bins.unique().tolist():
+                name = f"feature/{layer}/t{edges[number]}-{edges[number + 1] - 1}"
+                values[name] = float(by_sample[bins == number].mean())
+            values[f"floor/{layer}"] = width_floor(normalizer.target_covariance(), pair.student_channels, self._kind)
+            values[f"rank/student/{layer}"] = effective_rank(torch.cat(student_rows[layer]))
+            values[f"rank/teacher/{layer}"] = self._teacher_ranks[pair.teacher]
+            if isinstance(projector, OrthogonalProjector):
+                values[f"gain/{layer}"] = float(projector.gain)
+        return values

@@ -1,0 +1,91 @@
+"""The weight of the feature loss: a constant, or what keeps its gradient in proportion to the others'."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import vkd_gen as vkd
+from vkd_gen.diagnostics import Diagnostics
+
+FeatureWeighting = Literal["constant", "gradient_ratio"]
+
+LEAST_RATIO = 1e-9
+"""A feature loss that has no gradient at all gets no larger weight than this makes."""
+
+
+class FeatureBalance:
+    """Weights of the loss at every step, with figures of what the feature loss does now and then.
+
+    With `gradient_ratio` the feature weight is a ratio: that of the norm of the feature loss' gradient over the
+    student's weights to that of the other terms' together, on the probe of the diagnostics. The factor that gives it is
+    found before the first step and moved half of the way, in the logarithm, at every later look. It lives in
+    `ProjectedStudent.feature_scale`, so a resumed run goes on with it.
+
+    Args:
+        projected: the student.
+        diagnostics: None looks at nothing; then the weighting must be constant.
+        weighting: see above.
+        weights: at the start of the run; `feature` is the constant weight or the ratio.
+        decay_start: share of the run after which the feature weight falls linearly, to 0 at the end.
+        num_steps: of the run.
+        every_steps: steps between two looks; the last step has one too. 0 looks at the start alone.
+
+    Raises:
+        ValueError: for weights that are none, or a gradient ratio without diagnostics.
+    """
+
+    def __init__(
+        self,
+        projected: vkd.ProjectedStudent,
+        diagnostics: Diagnostics | None,
+        *,
+        weighting: FeatureWeighting = "constant",
+        weights: vkd.LossWeights,
+        decay_start: float = 1.0,
+        num_steps: int,
+        every_steps: int = 200,
+    ):
+        self._follows = weighting == "gradient_ratio" and weights.feature > 0
+        if self._follows and (diagnostics is None or not weights.denoising + weights.output):
+            raise ValueError("a gradient ratio needs diagnostics, and denoising or output loss to be in proportion to")
+        self._projected, self._diagnostics, self._weights = projected, diagnostics, weights
+        self._decay_start, self._num_steps, self._every_steps = decay_start, num_steps, every_steps
+        self._scale: float | None = None
+
+    def weights(self, step: int) -> vkd.LossWeights:
+        """The weights of the terms at a step."""
+        return replace(self._weights, feature=self._undecayed() * self._decay(step))
+
+    def start(self) -> None:
+        """Before the first step: find the factor, so that the proportion is right from there on."""
+        if self._follows:
+            assert self._diagnostics is not None
+            ratio = self._diagnostics(replace(self._weights, feature=1.0))["gradient_ratio"]
+            self._set(self._weights.feature / max(ratio, LEAST_RATIO))
+
+    def look(self, step: int) -> Mapping[str, float]:
+        """After a step: the figures, when they are due, and the factor moved; else nothing."""
+        is_due = self._every_steps and (step % self._every_steps == 0 or step == self._num_steps)
+        weights = self.weights(step)
+        if self._diagnostics is None or not is_due or not weights.feature:
+            return {}
+        values = self._diagnostics(weights)
+        if self._follows:
+            ratio = values["gradient_ratio"] / self._decay(step)
+            self._set(self._undecayed() * (self._weights.feature / max(ratio, LEAST_RATIO)) ** 0.5)
+        return {**values, "feature_weight": weights.feature}
+
+    def _undecayed(self) -> float:
+        if not self._follows:
+            return self._weights.feature
+        if self._scale is None:  # read from the device once: after a start or a resume
+            self._scale = float(self._projected.feature_scale)
+        return self._scale
+
+    def _decay(self, step: int) -> float:
+        share = step / self._num_steps
+        return 1.0 if share <= self._decay_start else (1 - share) / (1 - self._decay_start)
+
+    def _set(self, scale: float) -> None:
+        self._scale = scale
+        self._projected.feature_scale.fill_(scale)
