@@ -5,16 +5,16 @@ accelerate launch recipes/train_student_unet.py --preset custom --teacher FOLDER
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 import vkd_gen as vkd
-from vkd_gen.data import Images, OnBadImage, data_facts, default_cifar10, evenly_spaced, load_images
-from vkd_gen.diagnostics import Diagnostics
+from vkd_gen.data import OnBadImage, data_facts, default_cifar10, evenly_spaced, load_images
 from vkd_gen.diffusion import check_convertible, prediction_type_of
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
@@ -25,16 +25,20 @@ from vkd_gen.evaluation.compare import (
 )
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
-from vkd_gen.losses import FeatureLoss
-from vkd_gen.normalization import Normalization
-from vkd_gen.pairing import PairedLayers, pair_table
+from vkd_gen.pairing import pair_table
 from vkd_gen.pipelines import num_classes_of
-from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
 from vkd_gen.provenance import hub_revision, write_json
-from vkd_gen.training.balance import FeatureBalance, FeatureWeighting
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
+from vkd_gen.training.matching import (
+    MatchingOptions,
+    SharedMatchingOptions,
+    build_projected_student,
+    pair_named_or_all,
+    resolve_matching,
+    target_channels,
+)
 from vkd_gen.training.models import check_checkpoint, load_teacher, unet_without_weights
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
@@ -50,7 +54,7 @@ from vkd_gen.training.students import (
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Distil a teacher into a student. What --method decides is left empty here and can be overridden."""
+    """Distil a teacher into a student."""
 
     preset: str = "digits"
     """Which of digits, mnist, cifar10 and custom to start from; every flag overrides a field of it."""
@@ -74,62 +78,12 @@ class StudentConfig:
     """Train on so many of the images, evenly spaced; scores still compare to all of them."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
-    method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
-    """vkd: solved orthogonal projector. vkd-paper: learned orthogonal projector, full whitening by batch statistics,
-    smooth-L1, as published. fitnet: free 1x1 convolution. output: distil the teacher's output alone. none: no
-    distillation."""
-    layers: PairedLayers = "all"
-    """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
-    self-attention layers of all stages."""
-    layer_pairs: tuple[str, ...] = ()
-    """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
-    average-pooled by 2."""
-    denoising_weight: float = 1.0
-    """Weight of the denoising loss; 0 removes it."""
-    output_weight: float | None = None
-    """Weight of the output distillation loss; by default 1, or 0 for --method none."""
-    feature_weight: float | None = None
-    """Weight of the feature loss, summed over layers; by default what --method uses, see METHODS."""
-    feature_decay_start: float = 1.0
-    """Share of the run after which the feature weight falls linearly, to 0 at the end; 1 keeps it."""
-    feature_weighting: FeatureWeighting | None = None
-    """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to that
-    of the other terms, over the student's weights, and the weight follows. By default what --method uses."""
-    diagnostics_every_steps: int = 200
-    """Steps between looks at what the feature loss does: its gradient against the others', losses by timestep and their
-    floors, ranks and gains, in metrics.jsonl under diagnostics/; --feature_weighting gradient_ratio follows at these steps.
-    0 looks never."""
-    feature_loss: FeatureLoss | None = None
-    """Feature loss; `cka` compares relations between positions and needs no projector. By default what --method uses."""
-    projector: (
-        Literal["solved", "cayley", "matrix_exp", "random", "pca", "least_squares", "linear", "identity"] | None
-    ) = None
-    """Map from the student's to the teacher's channels; by default what --method uses. solved and least_squares are
-    found in closed form, orthogonal and free; cayley and matrix_exp (orthogonal) and linear (free) are trained."""
-    projector_start: Literal["identity", "procrustes"] = "identity"
-    """Where cayley and matrix_exp start."""
-    projector_refresh_steps: int = 10
-    """Steps between two solutions of the solved projector."""
-    feature_normalization: Normalization | None = None
-    """Normalisation of the teacher's features; by default what --method uses."""
-    whitening_rank: int | None = None
-    """Directions that `whiten` keeps; by default as many as the student's layer has channels."""
-    whitening_exponent: float = 1.0
-    """From 0, rotation only, to 1, full whitening."""
-    whitening_shrinkage: float = 1e-3
-    """Share of the mean variance mixed into what is inverted."""
-    calibration_samples: int = 2048
-    """Draws of (image, noise, timestep) that the teacher's statistics are taken from."""
-    num_timestep_bins: int = 10
-    """Bins that the teacher's features are centred in."""
-    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of the timesteps in every term."""
-    snr_gamma: float = 5.0
-    """Bound of min_snr."""
     dry_run: bool = False
     """Print the student, its cost beside the teacher's, the layer pairs and the resolved configuration, then stop.
     Needs no data and no weights: --teacher may also be a config.json, or stable-diffusion-1, stable-diffusion-2,
     stable-diffusion-xl or ddpm-cifar10-32."""
+    matching: SharedMatchingOptions = field(default_factory=MatchingOptions)
+    """How the student learns from the teacher."""
     start: SharedStudentOptions = field(default_factory=StudentOptions)
     """The student and what it starts from."""
     scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
@@ -143,43 +97,9 @@ class StudentConfig:
         """Check what can be checked without loading anything."""
         if not 0 <= self.guidance_dropout < 1:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
-        if not 0 <= self.feature_decay_start <= 1:
-            raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ValueError(f"--max_train_samples must be at least 1, not {self.max_train_samples}")
-        if self.feature_weighting == "gradient_ratio" and not self.diagnostics_every_steps:
-            raise ValueError(
-                "--feature_weighting gradient_ratio follows the diagnostics; set --diagnostics_every_steps"
-            )
-        least = {
-            "diagnostics_every_steps": 0,
-            "calibration_samples": 1,
-            "num_timestep_bins": 1,
-            "projector_refresh_steps": 1,
-        }
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
-        if self.calibration_samples < self.num_timestep_bins:
-            raise ValueError(
-                f"too few samples to calibrate on: --num_timestep_bins {self.num_timestep_bins} need at least as many "
-                f"--calibration_samples, not {self.calibration_samples}"
-            )
 
-
-METHODS: dict[str, dict[str, Any]] = {
-    "vkd": {"feature_weight": 0.3, "projector": "solved", "feature_normalization": "none", "feature_loss": "mse"},
-    "vkd-paper": {
-        "feature_weight": 0.3,
-        "projector": "matrix_exp",
-        "feature_normalization": "batch_whiten",
-        "feature_loss": "smooth_l1",
-    },
-    "fitnet": {"feature_weight": 0.3, "projector": "linear", "feature_normalization": "none", "feature_loss": "mse"},
-    "output": {"feature_weight": 0.0},
-    "none": {"feature_weight": 0.0, "output_weight": 0.0},
-}
-"""What each --method stands for; `output_weight` is 1 where it is not named."""
 
 DIGITS = StudentConfig(
     teacher="recipes/assets/digits-teacher",
@@ -235,146 +155,12 @@ CUSTOM = replace(
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
 
-NUM_DIAGNOSTIC_DRAWS = 64
-"""Draws of training images, of noise that no step sees, that the diagnostics look at."""
-
-
 def resolve(config: StudentConfig) -> StudentConfig:
     """Fill in what --method decides."""
     if not config.teacher or not config.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
-    asked = bool(config.layer_pairs or config.projector or config.feature_normalization)
-    defaults = {"output_weight": 1.0, "feature_weighting": "constant", **METHODS[config.method]}
-    config = replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
-    if config.feature_weight and None in (config.projector, config.feature_normalization, config.feature_loss):
-        raise ValueError(
-            f"--method {config.method} has no feature loss; for one of your own set --projector, "
-            "--feature_normalization and --feature_loss too, or choose --method vkd"
-        )
-    loss_weights(config)
     check_score_options(config.scores, config.training.score_every_steps)
-    if asked and not config.feature_weight:
-        raise ValueError(
-            "the feature weight is 0: there is no feature loss for --layer_pairs, --projector or "
-            "--feature_normalization to act on; choose another --method, or set --feature_weight"
-        )
-    return config
-
-
-def build_matching(config: StudentConfig, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics):
-    """Projector and normaliser of one layer pair."""
-    student_channels = pair.student_channels
-    reachable = min(student_channels, pair.teacher_channels)
-    rank = reachable if config.whitening_rank is None else config.whitening_rank
-    try:
-        normalizer = vkd.FeatureNormalizer(
-            config.feature_normalization,
-            statistics,
-            rank=rank,
-            exponent=config.whitening_exponent,
-            shrinkage=config.whitening_shrinkage,
-        )
-    except ValueError as error:
-        raise ValueError(f"layer {pair.teacher}: {error}") from error
-    widths = student_channels, normalizer.target_channels
-    projector: Projector
-    match config.projector:
-        case "linear":
-            projector = vkd.LinearProjector(*widths)
-        case "least_squares":
-            projector = vkd.LeastSquaresProjector(*widths, refresh_every_steps=config.projector_refresh_steps)
-        case "identity":
-            projector = vkd.IdentityProjector(*widths)
-        case "random":
-            projector = vkd.OrthogonalProjector(*widths, method="fixed", start=random_orthonormal(*sorted(widths)))
-        case "pca":
-            # In the wider one's space; a student that is wider keeps its own axes.
-            start = principal_directions(normalizer.target_covariance(), min(widths))
-            start = start if student_channels <= widths[1] else "identity"
-            projector = vkd.OrthogonalProjector(*widths, method="fixed", start=start)
-        case method:
-            projector = vkd.OrthogonalProjector(
-                *widths,
-                method=method,
-                start=config.projector_start,
-                refresh_every_steps=config.projector_refresh_steps,
-            )
-    return projector, normalizer
-
-
-def pair_named_or_all(config: StudentConfig, student: ModelMixin, teacher: ModelMixin) -> list[vkd.LayerPair]:
-    """The pairs that the user names, or those of --layers."""
-    named = [(text.split(":")[0], text.split(":")[-1]) for text in config.layer_pairs]
-    return vkd.pair_layers(student, teacher, layers=config.layers, pairs=named or None)
-
-
-def loss_weights(config: StudentConfig) -> vkd.LossWeights:
-    """The weights at the start of the run."""
-    return vkd.LossWeights(
-        denoising=config.denoising_weight, output=config.output_weight, feature=config.feature_weight
-    )
-
-
-def build_projected_student(
-    config: StudentConfig,
-    student: UNet2DModel,
-    teacher: vkd.FrozenTeacher,
-    pairs: list[vkd.LayerPair],
-    images: Images,
-    noise_scheduler: DDPMScheduler,
-    folder: RunFolder,
-    device: torch.device,
-) -> tuple[vkd.ProjectedStudent, FeatureBalance]:
-    """Calibrate on the frozen teacher, start the projectors and find the weight of the feature loss."""
-    weights = loss_weights(config)
-    num_steps = config.training.max_train_steps
-    if not pairs:
-        projected = vkd.ProjectedStudent(student)
-        return projected, FeatureBalance(projected, None, weights=weights, num_steps=num_steps)
-
-    def draws(num_draws: int) -> Iterator[dict[str, Any]]:
-        return fixed_batches(
-            images,
-            noise_scheduler,
-            seed=config.training.seed,
-            num_draws=num_draws,
-            batch_size=config.training.eval_batch_size,
-            device=device,
-            guidance_dropout=config.guidance_dropout,
-        )
-
-    saved = folder.path / "calibration.safetensors"
-    resumes = folder.resume_point(config.training.resume_from_checkpoint) is not None
-    if saved.exists() and resumes:
-        statistics = vkd.load_statistics(saved)
-    else:
-        statistics = vkd.calibrate(
-            teacher, draws(config.calibration_samples), noise_scheduler, num_timestep_bins=config.num_timestep_bins
-        )
-    matchings = [build_matching(config, pair, statistics[pair.teacher]) for pair in pairs]
-    projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True)).to(device)
-    projected.initialize_projectors(teacher, draws(min(512, config.calibration_samples)), noise_scheduler)
-    diagnostics = Diagnostics(
-        projected,
-        teacher,
-        draws(NUM_DIAGNOSTIC_DRAWS),
-        noise_scheduler=noise_scheduler,
-        feature_loss_kind=config.feature_loss or "mse",
-        timestep_weighting=config.timestep_weighting,
-        snr_gamma=config.snr_gamma,
-    )
-    balance = FeatureBalance(
-        projected,
-        diagnostics,
-        weighting=config.feature_weighting or "constant",
-        weights=weights,
-        decay_start=config.feature_decay_start,
-        num_steps=num_steps,
-        every_steps=config.diagnostics_every_steps,
-    )
-    if not resumes:
-        balance.start()
-    return projected, balance
+    return replace(config, matching=resolve_matching(config.matching))
 
 
 def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin, show: Callable[[str], None]) -> None:
@@ -389,17 +175,10 @@ def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin,
         if published:
             macs = f", {published.macs:,} MACs" if published.macs else ""
             show(f"{name}, as published: {published.parameters:,} parameters{macs} ({published.source})")
-    if config.feature_weight > 0:
-        pairs = pair_named_or_all(config, student, teacher)
-        whitens = config.feature_normalization == "whiten"
-        targets = [
-            config.whitening_rank or min(pair.student_channels, pair.teacher_channels)
-            if whitens
-            else pair.teacher_channels
-            for pair in pairs
-        ]
-        widths = [f"{pair.student_channels} -> {target}" for pair, target in zip(pairs, targets, strict=True)]
-        show(pair_table(pairs, {f"projector ({config.projector})": widths}))
+    pairs = pair_named_or_all(config.matching, student, teacher)
+    if pairs:
+        widths = [f"{pair.student_channels} -> {target_channels(config.matching, pair)}" for pair in pairs]
+        show(pair_table(pairs, {f"projector ({config.matching.projector})": widths}))
     if not isinstance(teacher, UNet2DModel):
         show(f"this recipe cannot train it: a {type(teacher).__name__} needs another recipe, with text and latents")
     show(json.dumps(flat_config(config), indent=2))
@@ -408,17 +187,16 @@ def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin,
 def main(config: StudentConfig) -> None:
     """Distil, export, score and show one student."""
     config = resolve(config)
-    options = config.training
+    options, matching = config.training, config.matching
     folder = RunFolder(options.output_dir)
     if not config.dry_run:  # which writes nothing, whatever the folder holds
         refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
-    uses_features = config.feature_weight > 0
     accelerator = make_accelerator(
         options,
         # A loss of features alone does not reach the output layer.
-        find_unused_parameters=not (config.denoising_weight or config.output_weight),
+        find_unused_parameters=not (matching.denoising_weight or matching.output_weight),
     )
 
     teacher_unet, teacher_scheduler, schedule_origin = load_teacher(
@@ -441,7 +219,7 @@ def main(config: StudentConfig) -> None:
         show_plan(config, start, teacher_unet, accelerator.print)
         return
     student, has_weights = build_resolved_student(start, teacher_unet)
-    pairs = pair_named_or_all(config, student, teacher_unet) if uses_features else []
+    pairs = pair_named_or_all(matching, student, teacher_unet)
     accelerator.print(describe_models(teacher_unet, student))
 
     num_classes = num_classes_of(student)
@@ -476,31 +254,43 @@ def main(config: StudentConfig) -> None:
         folder.start(facts)
         write_json(folder.path / "skipped_images.json", skipped)
     accelerator.wait_for_everyone()
-    if start.inherit_weights and not has_weights and not folder.resume_point(options.resume_from_checkpoint):
-        draws = fixed_batches(
-            images,
-            noise_scheduler,
-            seed=options.seed,
-            num_draws=num_starting_draws(start, images.resolution),
-            batch_size=options.eval_batch_size,
-            device=accelerator.device,
-        )
+    draws = partial(
+        fixed_batches,
+        images,
+        noise_scheduler,
+        seed=options.seed,
+        batch_size=options.eval_batch_size,
+        device=accelerator.device,
+    )
+    resumes = folder.resume_point(options.resume_from_checkpoint) is not None
+    if start.inherit_weights and not has_weights and not resumes:
+        batches = list(draws(num_starting_draws(start, images.resolution)))
         student, teacher_unet = student.to(accelerator.device), teacher_unet.to(accelerator.device)
-        accelerator.print(inherit(start, student, teacher_unet, list(draws), noise_scheduler, seed=options.seed))
+        accelerator.print(inherit(start, student, teacher_unet, batches, noise_scheduler, seed=options.seed))
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     torch.nn.Module.to(teacher_unet, accelerator.device, dtype)  # past diffusers' warning about casting
     teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs], prediction_type=prediction_type)
     student.to(accelerator.device)
+    calibration = folder.path / "calibration.safetensors"
     projected, balance = build_projected_student(
-        config, student, teacher, pairs, images, noise_scheduler, folder, accelerator.device
+        matching,
+        student,
+        teacher,
+        pairs,
+        partial(draws, guidance_dropout=config.guidance_dropout),
+        noise_scheduler,
+        num_steps=options.max_train_steps,
+        calibration=calibration,
+        resumes=resumes,
+        device=accelerator.device,
     )
     if pairs:
-        accelerator.print(matching_table(projected, config.feature_loss))
+        accelerator.print(matching_table(projected, matching.feature_loss))
     if accelerator.is_main_process and pairs:
         saved = {pair.teacher: norm.statistics for pair, norm in zip(pairs, projected.normalizers, strict=True)}
-        vkd.save_statistics(saved, folder.path / "calibration.safetensors")
+        vkd.save_statistics(saved, calibration)
 
     run = TrainingRun(
         accelerator=accelerator,
@@ -523,15 +313,15 @@ def main(config: StudentConfig) -> None:
             noise_scheduler=noise_scheduler,
             teacher=teacher,
             weights=balance.weights(run.step),
-            feature_loss_kind=config.feature_loss or "mse",
-            timestep_weighting=config.timestep_weighting,
-            snr_gamma=config.snr_gamma,
+            feature_loss_kind=matching.feature_loss or "mse",
+            timestep_weighting=matching.timestep_weighting,
+            snr_gamma=matching.snr_gamma,
         )
         run.backward(losses)
 
     student = run.finish()
     title = f"{folder.path.name} student"
-    card = {"teacher": config.teacher, "method": config.method, "steps": run.step, "seed": options.seed}
+    card = {"teacher": config.teacher, "method": matching.method, "steps": run.step, "seed": options.seed}
     card |= {"training": run.cost()}
     # Exported before it is scored, so that nothing which fails from here on can lose it.
     run.on_main_process(

@@ -25,6 +25,7 @@ CORE = FOUNDATIONS | {
     "distillation": {
         "features", "pairing", "projectors", "normalization", "calibration", "losses", "diffusion",
     },
+    "diagnostics": {"distillation", "features", "projectors", "normalization", "losses", "diffusion"},
 }  # fmt: skip
 ALLOWED = CORE | {"training": {*CORE, "vkd_gen"}, "evaluation": {*CORE, "vkd_gen"}, "__init__": set(CORE)}
 

@@ -80,12 +80,14 @@ class Diagnostics:
             weights: of the terms, as at this step. All three gradients are looked at where a term has a weight.
 
         Returns:
-            Figures by name. `gradient/TERM`: norm over the student's weights of the gradient of each term, times its
-            weight. `gradient_cosine/feature-denoising` and `-output`: between the feature loss' gradient and those.
-            `gradient_ratio`: norm of the feature loss' weighted gradient over that of all other terms together. For each
-            student layer `feature/LAYER/tFIRST-LAST`, the loss in a bin of timesteps, `floor/LAYER`, what the student's width leaves
-            of it at best over all timesteps, `rank/student/LAYER` and `rank/teacher/LAYER`, effective ranks of
-            features, and `gain/LAYER`, of an orthogonal projector.
+            Figures by name:
+            `gradient/TERM`: norm of the gradient of each term, times its weight, over the student's weights;
+            `gradient_cosine/feature-TERM`: between the feature loss' gradient and those of the others;
+            `gradient_ratio`: norm of the feature loss' weighted gradient over that of the other terms' sum;
+            `feature/LAYER/tFIRST-LAST`: a student layer's loss in a bin of timesteps;
+            `floor/LAYER`: what the student's width leaves of that loss at best, over all timesteps;
+            `rank/student/LAYER`, `rank/teacher/LAYER`: effective ranks of their features;
+            `gain/LAYER`: of an orthogonal projector.
         """
         was_training = self._projected.training
         self._projected.eval()  # so that no projector takes these rows in
@@ -97,7 +99,9 @@ class Diagnostics:
     def _gradients(self, weights: LossWeights) -> dict[str, float]:
         parameters = [parameter for parameter in self._projected.student.parameters() if parameter.requires_grad]
         terms = {name: weight for name, weight in vars(weights).items() if weight > 0}
-        sums: dict[str, list[Tensor]] = {}
+        size = sum(parameter.numel() for parameter in parameters)
+        gradients = {name: torch.zeros(size, dtype=torch.float64, device=parameters[0].device) for name in terms}
+        num_draws = sum(len(batch["timesteps"]) for batch in self._batches)
         for batch in self._batches:
             losses = distillation_losses(
                 self._projected,
@@ -108,21 +112,19 @@ class Diagnostics:
                 feature_loss_kind=self._kind,
                 **self._weighting,
             )
-            share = len(batch["timesteps"]) / sum(len(other["timesteps"]) for other in self._batches)
+            share = len(batch["timesteps"]) / num_draws
             for name, weight in terms.items():
-                found = torch.autograd.grad(
-                    weight * share * losses[name], parameters, retain_graph=True, allow_unused=True
-                )
-                flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-                sums[name] = torch._foreach_add(sums[name], flat) if name in sums else flat
-        flat = {name: torch.cat([part.flatten() for part in parts]).double() for name, parts in sums.items()}
-        norms = {name: gradient.norm() for name, gradient in flat.items()}
-        values = {f"gradient/{name}": float(norm) for name, norm in norms.items()}
-        others = [gradient for name, gradient in flat.items() if name != "feature"]
-        if "feature" in flat and others:
-            values["gradient_ratio"] = float(norms["feature"] / sum(others).norm())
-            for name in [term for term in flat if term != "feature"]:
-                cosine = flat["feature"] @ flat[name] / (norms["feature"] * norms[name])
+                term = weight * share * losses[name]
+                found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+                parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+                gradients[name] += torch.cat([part.flatten() for part in parts])
+        values = {f"gradient/{name}": float(gradient.norm()) for name, gradient in gradients.items()}
+        feature = gradients.pop("feature", None)
+        if feature is not None and gradients:
+            together = torch.stack(list(gradients.values())).sum(0)
+            values["gradient_ratio"] = float(feature.norm() / together.norm())
+            for name, gradient in gradients.items():
+                cosine = torch.nn.functional.cosine_similarity(feature, gradient, dim=0)
                 values[f"gradient_cosine/feature-{name}"] = float(cosine)
         return values
 

@@ -105,6 +105,8 @@ class ProjectedStudent(nn.Module):
         ValueError: if their numbers or widths do not match.
     """
 
+    feature_scale: Tensor
+
     def __init__(
         self,
         student: ModelMixin,

@@ -84,9 +84,9 @@ def run_facts(accelerator: Accelerator, images: Images) -> dict[str, Any]:
 def fixed_batches(
     images: Images,
     noise_scheduler: SchedulerMixin,
+    num_draws: int,
     *,
     seed: int,
-    num_draws: int,
     batch_size: int,
     device: torch.device,
     guidance_dropout: float = 0.0,
@@ -96,8 +96,8 @@ def fixed_batches(
     Args:
         images: training images.
         noise_scheduler: for the range of the timesteps.
-        seed: of the run.
         num_draws: draws in all.
+        seed: of the run.
         batch_size: at a time.
         device: of the batches.
         guidance_dropout: share of labels to drop, as in training.
