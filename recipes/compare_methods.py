@@ -73,6 +73,9 @@ ARMS: dict[str, Arm] = {
 STARTS = {"inherited": ("--inherit_weights",), "random": ("--no-inherit_weights",)}
 """Flags of what a student starts from."""
 
+OWN = ("preset", "output_dir", "resume_from_checkpoint", "seed", "max_train_steps", "train_batch_size", "dry_run")
+"""Flags of a run that --extra must not have: this command sets them."""
+
 TEACHER_IS_KNOWN: tuple[str, ...] = ()
 """Flags of runs that need not score the teacher again, once the results file has its scores."""
 
@@ -127,8 +130,11 @@ class ComparisonConfig:
                 raise ValueError(f"--{name} must be at least {value}, not {given}")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be above 0 and finite, not {self.learning_rate}")
-        if any(not shlex.split(text) for text in self.extra):
-            raise ValueError("--extra takes flags without dashes, each with its values in one string")
+        for text in self.extra:
+            name = (shlex.split(text) or [""])[0].lstrip("-")
+            if not name or name in OWN:
+                what = f"{name} is this command's own" if name else "there is an empty one"
+                raise ValueError(f"--extra takes flags, each with its values in one string: {what}")
         for name in ("arms", "starts"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -358,6 +364,7 @@ def main(config: ComparisonConfig) -> None:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         with alone_in(Path(config.output_dir)):
+            records.path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the runs
             failed = make_runs(runs, config, records, console)
             show_results(config, runs, records, console)
     except KeyboardInterrupt as error:

@@ -17,6 +17,8 @@ from vkd_gen.provenance import write_json
 
 SECONDS_TO_STOP = 60.0
 """How long runs that are asked to stop have for their step and their checkpoint."""
+SECONDS_BETWEEN_LOOKS = 0.1
+"""How often is looked after runs that may have ended."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def run_side_by_side(
             while waiting and free:
                 running.append(_start(waiting[0], command_of(waiting[0]), free.pop(0)))
                 waiting.pop(0)
-            time.sleep(0.1)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 free.append(job.place)
