@@ -240,7 +240,9 @@ def expected_seconds(run: Run, rates: dict[str, float]) -> float:
     return run.steps * rates.get(run.arm, rates.get("", 1.0))
 
 
-def make_runs(runs: Sequence[Run], config: ComparisonConfig, records: RunRecords, console: Console) -> dict[str, str]:
+def make_runs(
+    runs: Sequence[Run], config: ComparisonConfig, records: RunRecords, console: Console, lock: int
+) -> dict[str, str]:
     """Make the runs that have no record yet, seed by seed, the longest of a seed first.
 
     Returns:
@@ -292,7 +294,7 @@ def make_runs(runs: Sequence[Run], config: ComparisonConfig, records: RunRecords
     with Progress(*columns, note, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(runs), completed=len(runs) - len(missing), note="")
         tasks = [Task(run.name, run.folder(config.output_dir)) for run in missing]
-        run_side_by_side(tasks, shares, command_of=next_command, on_end=on_end, on_tick=on_tick)
+        run_side_by_side(tasks, shares, command_of=next_command, on_end=on_end, on_tick=on_tick, lock=lock)
     return failed
 
 
@@ -363,9 +365,9 @@ def main(config: ComparisonConfig) -> None:
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        with alone_in(Path(config.output_dir)):
+        with alone_in(Path(config.output_dir)) as lock:
             records.path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the runs
-            failed = make_runs(runs, config, records, console)
+            failed = make_runs(runs, config, records, console, lock)
             show_results(config, runs, records, console)
     except KeyboardInterrupt as error:
         done = sum(records.find(run.flags) is not None for run in runs)

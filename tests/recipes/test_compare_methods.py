@@ -1,10 +1,12 @@
 """The comparison of methods: what it runs, keeps, skips and resumes, and its tables; stand-ins take the runs' place."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from tests.recipes.conftest import load_recipe
 from vkd_gen.evaluation import method_figures
 from vkd_gen.evaluation.run_records import RunRecords, curve_of, read_run, training_speed
 from vkd_gen.training.command_line import parse_command_line
+from vkd_gen.training.side_by_side import alone_in, remaining_seconds
 
 STAND_IN = """
 import json, os, sys, time, signal, zlib
@@ -166,6 +169,12 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
     assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["4", "6", "4"]
+
+
+def test_what_remains_is_at_least_the_longest_run():
+    assert remaining_seconds([100.0, 10.0], [], num_places=4) == 100
+    assert remaining_seconds([10.0] * 6, [(10.0, 4.0)], num_places=2) == 33
+    assert remaining_seconds([], [(10.0, 25.0)], num_places=2) == 0
 
 
 # ---- what is kept
@@ -335,12 +344,36 @@ def test_no_room_ends_in_one_line_and_no_run_is_left_running(compare, monkeypatc
 
 
 def test_a_folder_belongs_to_one_comparison(compare, capfd):
-    from vkd_gen.training.side_by_side import alone_in
-
     with alone_in(compare.output_dir), pytest.raises(SystemExit):
         compare()
-    assert "another comparison is running in" in capfd.readouterr().err
+    assert "another comparison, or a run of one that was killed, is running in" in capfd.readouterr().err
     assert len(compare("--num_seeds", 1)) == 3
+
+
+def test_a_run_that_outlives_its_comparison_keeps_the_folder(tmp_path):
+    script = f"""
+import os, sys
+from pathlib import Path
+from vkd_gen.training.side_by_side import Task, alone_in, run_side_by_side
+command = [sys.executable, "-S", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+with alone_in(Path({str(tmp_path)!r})) as lock:
+    task = Task("task", Path({str(tmp_path)!r}))
+    run_side_by_side([task], [{{}}], command_of=lambda task: command, on_end=print, lock=lock)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    log = tmp_path / "log.txt"
+    while parent.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    with pytest.raises(ValueError, match="or a run of one that was killed, is running in"), alone_in(tmp_path):
+        pass
+    os.kill(int(log.read_text()), signal.SIGKILL)
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        with contextlib.suppress(ValueError), alone_in(tmp_path):
+            return
+    pytest.fail("the folder is still held")
 
 
 # ---- mistakes

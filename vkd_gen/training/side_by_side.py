@@ -81,6 +81,7 @@ def run_side_by_side(
     command_of: Callable[[Task], list[str]],
     on_end: Callable[[Job, float], None],
     on_tick: Callable[[Sequence[Task], Sequence[Job]], None] = lambda waiting, running: None,
+    lock: int | None = None,
 ) -> None:
     """Make tasks in their order, as many at a time as there are places.
 
@@ -92,12 +93,13 @@ def run_side_by_side(
         command_of: the command of a task, asked for when it starts.
         on_end: gets a job that has ended, whatever its status, and the seconds that the task took in all its starts.
         on_tick: gets what waits and what runs, some times a second.
+        lock: from `alone_in`; the processes hold it too, also if this one is killed before them.
     """
     waiting, free, running = list(tasks), list(places), list[Job]()
     try:
         while waiting or running:
             while waiting and free:
-                running.append(_start(waiting[0], command_of(waiting[0]), free.pop(0)))
+                running.append(_start(waiting[0], command_of(waiting[0]), free.pop(0), lock))
                 waiting.pop(0)
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:
@@ -109,7 +111,7 @@ def run_side_by_side(
         _end(running)
 
 
-def _start(task: Task, command: list[str], place: Mapping[str, str]) -> Job:
+def _start(task: Task, command: list[str], place: Mapping[str, str], lock: int | None) -> Job:
     task.folder.mkdir(parents=True, exist_ok=True)
     path = task.folder / "log.txt"
     with path.open("ab") as log:
@@ -121,6 +123,7 @@ def _start(task: Task, command: list[str], place: Mapping[str, str]) -> Job:
             stderr=subprocess.STDOUT,
             # As from a launcher: a run that knows of one stops, with a checkpoint, when it dies.
             env={**os.environ, **place, "ACCELERATE_DYNAMO_BACKEND": "NO"},
+            pass_fds=() if lock is None else (lock,),
             start_new_session=True,  # Ctrl-C is for this process, which hands it on
         )
     return Job(task, process, place, time.perf_counter(), log_start)
@@ -153,8 +156,11 @@ def _end(running: Sequence[Job]) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[int]:
     """Hold a folder, so that no other process that asks for it gets it.
+
+    Yields:
+        The lock as a file descriptor: a child that it is passed to holds the folder too, until it ends.
 
     Raises:
         ValueError: if another one has it.
@@ -164,8 +170,11 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"another comparison is running in {folder}; choose another --output_dir") from error
-        yield
+            raise ValueError(
+                f"another comparison, or a run of one that was killed, is running in {folder}; wait for its end, or "
+                "choose another --output_dir"
+            ) from error
+        yield file.fileno()
 
 
 def remaining_seconds(waiting: Sequence[float], running: Sequence[tuple[float, float]], num_places: int) -> float:
