@@ -85,6 +85,8 @@ def draw_curves(comparison: Comparison) -> Any | None:
     Returns:
         A matplotlib figure; None if no run has a curve.
     """
+    from matplotlib.ticker import LogLocator
+
     names = {name for record in comparison.records for point in record["curve"] for name in point}
     shown = [name for name in ("loss/denoising", "loss/output") if name in names]
     shown += sorted(f"score/{score}" for score in comparison.shown_scores if f"score/{score}" in names)
@@ -102,6 +104,9 @@ def draw_curves(comparison: Comparison) -> Any | None:
             axis.set_title(f"{title}{' loss' * name.startswith('loss/')}, {start} weights", fontsize=10)
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
+            low, high = axis.get_ylim()
+            if high > 4 * low:  # else every minor tick is needed
+                axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
             axis.yaxis.set_minor_formatter("{x:g}")
             axis.tick_params(which="both", labelsize=8)
             axis.set_xlim(left=0)
