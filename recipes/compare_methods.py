@@ -6,32 +6,29 @@ python recipes/compare_methods.py --preset confirmation
 A run that the results file holds is not made again, and one that was interrupted goes on from its checkpoint.
 """
 
-import contextlib
 import difflib
-import fcntl
 import hashlib
-import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
-import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vkd_gen.provenance import environment, write_json
-from vkd_gen.training.command_line import USER_ERROR, run_recipe
+from vkd_gen.evaluation.method_figures import draw_curves, draw_differences, draw_samples
+from vkd_gen.evaluation.method_tables import Comparison, markdown_table, print_tables
+from vkd_gen.evaluation.run_records import NUM_POINTS, RunRecords, read_run
+from vkd_gen.training.command_line import run_recipe
+from vkd_gen.training.side_by_side import Job, Task, alone_in, places, remaining_seconds, run_side_by_side
 
 ROOT = Path(__file__).parents[1]
-FORMAT = "vkd-gen comparison of methods, 1"
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,9 @@ ARMS: dict[str, Arm] = {
 STARTS = {"inherited": ("--inherit_weights",), "random": ("--no-inherit_weights",)}
 """Flags of what a student starts from."""
 
+OWN = ("preset", "output_dir", "resume_from_checkpoint", "seed", "max_train_steps", "train_batch_size", "dry_run")
+"""Flags of a run that --extra must not have: this command sets them."""
+
 TEACHER_IS_KNOWN: tuple[str, ...] = ()
 """Flags of runs that need not score the teacher again, once the results file has its scores."""
 
@@ -112,7 +112,7 @@ class ComparisonConfig:
     """Further flags of every run, each with its values in one string and without dashes, as "max_train_samples 150"."""
     jobs: int | None = None
     """Runs side by side; by default one per GPU, else one per core. The cores, or GPUs, are shared out."""
-    output_dir: str = "runs/comparison"
+    output_dir: str = "runs/screen"
     """Folder of the runs, and of table.md."""
     results: str | None = None
     """File of finished runs; by default docs/results/PRESET.json."""
@@ -130,8 +130,11 @@ class ComparisonConfig:
                 raise ValueError(f"--{name} must be at least {value}, not {given}")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be above 0 and finite, not {self.learning_rate}")
-        if any(not shlex.split(text) for text in self.extra):
-            raise ValueError("--extra takes flags without dashes, each with its values in one string")
+        for text in self.extra:
+            name = (shlex.split(text) or [""])[0].lstrip("-")
+            if not name or name in OWN:
+                what = f"{name} is this command's own" if name else "there is an empty one"
+                raise ValueError(f"--extra takes flags, each with its values in one string: {what}")
         for name in ("arms", "starts"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -144,7 +147,7 @@ class ComparisonConfig:
             raise ValueError(f"--control {self.control} is not among the arms: {', '.join(self.arms)}")
 
 
-SCREEN = ComparisonConfig(output_dir="runs/screen")
+SCREEN = ComparisonConfig()
 CONFIRMATION = replace(
     SCREEN,
     preset="confirmation",
@@ -176,39 +179,34 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For people; no other run of a comparison has it."""
         return f"{self.arm}, {self.start}, seed {self.seed}"
 
-    @property
-    def folder(self) -> Path:
-        """Inside of the output folder: no other flags share it."""
+    def folder(self, output_dir: str) -> Path:
+        """No run with other flags has it."""
         digest = hashlib.sha256(self.flags.encode()).hexdigest()[:8]
-        return Path(self.start) / f"{self.arm}-seed-{self.seed}-{digest}"
+        return Path(output_dir) / self.start / f"{self.arm}-seed-{self.seed}-{digest}"
 
 
-def score_flags(config: ComparisonConfig) -> tuple[str, ...]:
-    """What decides the teacher's and the held-out images' scores."""
+def score_flags(config: ComparisonConfig) -> list[str]:
+    """What decides the scores of the teacher and of held-out images, but for --extra."""
     subset = max(2, min(250, config.num_score_samples // 2))
     flags = ["--preset", config.student_preset, "--num_score_samples", str(config.num_score_samples)]
-    flags += ["--kid_subset_size", str(subset)]
-    return (*flags, *extra_flags(config))
+    return [*flags, "--kid_subset_size", str(subset)]
 
 
-def extra_flags(config: ComparisonConfig) -> tuple[str, ...]:
+def extra_flags(config: ComparisonConfig) -> list[str]:
     """What --extra says, as words of a command line."""
     lines = [shlex.split(text) for text in config.extra]
-    return tuple(word for words in lines for word in ("--" + words[0].lstrip("-"), *words[1:]))
+    return [word for words in lines for word in ("--" + words[0].lstrip("-"), *words[1:])]
 
 
 def plan(config: ComparisonConfig) -> list[Run]:
-    """All runs that were asked for: whole rounds, seed by seed, so that a comparison cut short compares like with like.
-
-    The longest runs of a round come first.
-    """
+    """All runs that were asked for, in whole rounds, so that a comparison cut short compares like with like."""
+    steps = {arm: max(1, round(config.max_train_steps * ARMS[arm].steps_factor)) for arm in config.arms}
     runs = []
     for seed in range(config.seed, config.seed + config.num_seeds):
-        steps = {arm: max(1, round(config.max_train_steps * ARMS[arm].steps_factor)) for arm in config.arms}
-        for arm in sorted(config.arms, key=lambda arm: -steps[arm]):
+        for arm in config.arms:
             for start in config.starts:
                 flags = [*score_flags(config), *ARMS[arm].flags, *STARTS[start], "--seed", str(seed)]
                 flags += ["--max_train_steps", str(steps[arm]), "--train_batch_size", str(config.train_batch_size)]
@@ -220,303 +218,136 @@ def plan(config: ComparisonConfig) -> list[Run]:
     return runs
 
 
-def command_of(run: Run, folder: Path, known_teacher: bool) -> list[str]:
+def command_of(run: Run, folder: Path, *, knows_teacher: bool) -> list[str]:
     """The command that makes a run, or goes on with it."""
     command = [sys.executable, str(ROOT / "recipes" / "train_student_unet.py"), *shlex.split(run.flags)]
     command += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest", "--preview_every_steps", "0"]
     command += ["--log_every_steps", str(-(-run.steps // NUM_POINTS)), "--checkpoints_total_limit", "1"]
-    return [*command, *(TEACHER_IS_KNOWN if known_teacher else ())]
+    return [*command, *(TEACHER_IS_KNOWN if knows_teacher else ())]
 
 
-# What is known.
-
-NUM_POINTS = 20
-"""Points of a curve in the results file."""
-SETTINGS = (
-    *("method", "output_weight", "feature_weight", "feature_loss", "projector", "projector_start"),
-    *("feature_normalization", "feature_weighting", "whitening_exponent", "whitening_rank", "layers", "learning_rate"),
-)
-"""Fields of a run's resolved configuration that its record repeats."""
-
-
-class Results:
-    """The results file: finished runs, and the scores of the teacher and of held-out images.
-
-    Args:
-        path: a JSON file, existing or not.
-
-    Raises:
-        ValueError: in one line, if the file is damaged or another one.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.content: dict[str, Any] = {"format": FORMAT, "references": {}, "runs": []}
-        if path.exists():
-            try:
-                content = json.loads(path.read_text())
-            except (ValueError, OSError) as error:
-                raise ValueError(f"cannot read --results {path}: {error}; repair it, or move it away") from error
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise ValueError(f"--results {path} is no file of this command; choose another name")
-            self.content = content
-
-    def record(self, run: Run) -> dict[str, Any] | None:
-        """Of a run with these flags, if there is one."""
-        found = [record for record in self.content["runs"] if record["flags"] == run.flags]
-        return {**found[0], "arm": run.arm} if found else None
-
-    def add(self, record: dict[str, Any], reference: dict[str, Any] | None = None) -> None:
-        """Add a finished run, and write."""
-        self.content["runs"].append(record)
-        self.content["runs"].sort(key=lambda record: (record["start"], record["arm"], record["seed"], record["flags"]))
-        if reference:
-            self.content["references"].setdefault(record["reference"], reference)
-        self.content["environment"] = environment()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.content)
-
-
-def read_run(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The record of a finished run, and what it says of its teacher.
-
-    Raises:
-        ValueError: if the folder does not hold a whole run.
-    """
-    try:
-        results = json.loads((folder / "results.json").read_text())
-        config = json.loads((folder / "config.json").read_text())
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        row = results["rows"]["student"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no whole run: {error}") from error
-    record = {
-        "steps": run.steps,
-        "settings": {name: config[name] for name in SETTINGS if name in config},
-        "student": row,
-        "curve": curve_of(lines),
-        "training_seconds": training_seconds(lines, config.get("train_batch_size", 0)),
-    }
-    diagnostics = [line for line in lines if any(name.startswith("diagnostics/") for name in line)]
-    if diagnostics:
-        record["diagnostics"] = {k: short(v) for k, v in diagnostics[-1].items() if k.startswith("diagnostics/")}
-    others = {name: row for name, row in results["rows"].items() if name != "student"}
-    protocol = {name: value for name, value in results.get("protocol", {}).items() if name != "environment"}
-    has_scores = any(name.startswith("fid") for name in others.get("teacher", {}))
-    return record, {"rows": others, "protocol": protocol} if has_scores else None
-
-
-def short(value: float) -> float:
-    """Six significant digits."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def curve_of(lines: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """At most 20 lines of losses and as many of scores, the last one always among them."""
-    curve = []
-    for prefix in ("loss/", "score/"):
-        found = [
-            {
-                name: short(value)
-                for name, value in line.items()
-                if name == "step" or (name.startswith(prefix) and name.count("/") == 1)
-            }
-            for line in lines
-            if any(name.startswith(prefix) for name in line)
-        ]
-        stride = max(1, -(-len(found) // NUM_POINTS))
-        curve += found[::-1][::stride][::-1]
-    return sorted(curve, key=lambda line: line["step"])
-
-
-def training_seconds(lines: Sequence[dict[str, float]], batch_size: int) -> float:
-    """Seconds that the steps took, without start, checkpoints and scores."""
-    seconds, before = 0.0, 0.0
-    for line in lines:
-        if line.get("images_per_second"):
-            seconds += (line["step"] - before) * batch_size / line["images_per_second"]
-            before = line["step"]
-    return round(seconds, 2)
-
-
-# Running.
-
-
-def places(jobs: int | None) -> list[dict[str, str]]:
-    """What each of the runs side by side is given, as environment variables: its share of the cores, or a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpus = [str(number) for number in range(torch.cuda.device_count())]
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    gpus = named[: len(gpus)] if named != [""] else gpus
-    jobs = jobs or len(gpus) or cores
-    threads = str(max(1, cores // jobs))
-    shares = []
-    for number in range(jobs):
-        share = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        shares.append(share | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}))
-    return shares
-
-
-@dataclass
-class Job:
-    """A run that is being made."""
-
-    run: Run
-    folder: Path
-    process: subprocess.Popen[bytes]
-    place: dict[str, str]
-    started: float
-
-    def note_seconds(self) -> float:
-        """Note in the run's folder how long it took this time; the sum of all times."""
-        path = self.folder / "seconds.json"
-        parts = json.loads(path.read_text()) if path.exists() else []
-        parts.append(round(time.perf_counter() - self.started, 2))
-        write_json(path, parts)
-        return round(sum(parts), 2)
-
-
-def start_job(run: Run, output_dir: Path, place: dict[str, str], known_teacher: bool) -> Job:
-    """Start a run; what it prints goes to its log.txt."""
-    folder = output_dir / run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    # By this variable it knows that it was launched, and stops with a checkpoint when this process dies.
-    variables = {**os.environ, **place, "ACCELERATE_DYNAMO_BACKEND": "NO"}
-    with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            command_of(run, folder, known_teacher),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            start_new_session=True,  # Ctrl-C is for this process, which hands it on once
-        )
-    return Job(run, folder, process, place, time.perf_counter())
-
-
-def last_words(folder: Path) -> str:
-    """The end of a run's log."""
-    text = (folder / "log.txt").read_text(errors="replace").replace("\r", "\n")
-    lines = [line for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return errors[-1] if errors else "\n".join(lines[-3:]) or "its log is empty"
-
-
-def remaining_seconds(
-    waiting: Sequence[Run], running: Sequence[Job], records: Sequence[dict[str, Any]], jobs: int
-) -> float | None:
-    """How long it will take, from the seconds per step of finished runs, each arm's own where there are some."""
-    rates: dict[str, list[float]] = {}
+def seconds_per_step(records: Sequence[dict]) -> dict[str, float]:
+    """Arm -> seconds per step of its finished runs; under "" the mean of all arms."""
+    found: dict[str, list[float]] = {}
     for record in records:
-        rates.setdefault(record["arm"], []).append(record["seconds"] / record["steps"])
-    if not rates:
-        return None
-    means = {arm: sum(values) / len(values) for arm, values in rates.items()}
-    other = sum(means.values()) / len(means)
-    seconds = sum(means.get(run.arm, other) * run.steps for run in waiting)
-    now = time.perf_counter()
-    seconds += sum(max(0, means.get(job.run.arm, other) * job.run.steps - (now - job.started)) for job in running)
-    return seconds / max(1, min(jobs, len(waiting) + len(running)))
+        found.setdefault(record["arm"], []).append(record["seconds"] / record["steps"])
+    means = {arm: sum(values) / len(values) for arm, values in found.items()}
+    return {**means, "": sum(means.values()) / len(means)} if means else {}
 
 
-def in_words(seconds: float | None) -> str:
-    """A duration for people."""
-    if seconds is None:
-        return "unknown"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+def expected_seconds(run: Run, rates: dict[str, float]) -> float:
+    """What a run will take; where nothing is known yet, its steps stand for it."""
+    return run.steps * rates.get(run.arm, rates.get("", 1.0))
 
 
-def make_runs(runs: Sequence[Run], config: ComparisonConfig, results: Results, console: Console) -> dict[str, str]:
-    """Make the runs that are not in the results file yet; what failed, with the last words of its log."""
-    waiting = [run for run in runs if results.record(run) is None]
-    if not waiting:
+def make_runs(
+    runs: Sequence[Run], config: ComparisonConfig, records: RunRecords, console: Console, lock: int
+) -> dict[str, str]:
+    """Make the runs that have no record yet, seed by seed, the longest of a seed first.
+
+    Returns:
+        Name of a run that failed -> why.
+    """
+    rates = seconds_per_step(records.runs)
+    missing = [run for run in runs if records.find(run.flags) is None]
+    missing.sort(key=lambda run: (run.seed, -expected_seconds(run, rates)))
+    if not missing:
         return {}
-    free = places(config.jobs)
-    num_places = len(free)
-    output_dir = Path(config.output_dir)
-    reference = shlex.join(score_flags(config))
-    running: list[Job] = []
+    shares = places(config.jobs)
+    reference = shlex.join([*score_flags(config), *extra_flags(config)])
+    by_name = {run.name: run for run in missing}
     failed: dict[str, str] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
-        task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting), note="")
+
+    def next_command(task: Task) -> list[str]:
+        return command_of(by_name[task.name], task.folder, knows_teacher=reference in records.references)
+
+    def on_end(job: Job, seconds: float) -> None:
+        run, status = by_name[job.task.name], job.process.returncode
+        words = f"{in_words(seconds)}"
         try:
-            while waiting or running:
-                while waiting and free:
-                    known = reference in results.content["references"]
-                    running.append(start_job(waiting.pop(0), output_dir, free.pop(0), known))
-                time.sleep(0.1)
-                for job in [job for job in running if job.process.poll() is not None]:
-                    running.remove(job)
-                    free.append(job.place)
-                    finish(job, reference, results, failed, console)
-                    progress.advance(task)
-                left = remaining_seconds(waiting, running, results.content["runs"], num_places)
-                names = "; ".join(job.run.name for job in running)
-                progress.update(task, note=f"{in_words(left)} left; {names}")
-        except KeyboardInterrupt:
-            end(running)
-            raise
+            if status:
+                raise ValueError(f"status {status}: {job.last_words()}")
+            record, teacher = read_run(job.task.folder)
+            head = {"arm": run.arm, "start": run.start, "seed": run.seed, "steps": run.steps, "flags": run.flags}
+            cost = {"seconds": seconds, "threads": int(job.place["OMP_NUM_THREADS"]), "reference": reference}
+            records.add({**head, **record, **cost}, teacher)
+            if "teacher_distance" in record["student"]:
+                words += f", teacher distance {record['student']['teacher_distance']:.5f}"
+        except ValueError as error:
+            failed[run.name] = f"{error} (see {job.task.folder / 'log.txt'})"
+            words += ", failed"
+        progress.advance(bar)
+        console.print(f"{progress.tasks[0].completed:.0f} of {len(runs)}: {escape(run.name)}: {words}", highlight=False)
+
+    def on_tick(waiting: Sequence[Task], running: Sequence[Job]) -> None:
+        rates, now = seconds_per_step(records.runs), time.perf_counter()
+        left = remaining_seconds(
+            [expected_seconds(by_name[task.name], rates) for task in waiting],
+            [(expected_seconds(by_name[job.task.name], rates), now - job.started) for job in running],
+            len(shares),
+        )
+        names = "; ".join(job.task.name for job in running)
+        progress.update(bar, note=f"{f'about {in_words(left)} left; ' if rates else ''}{names}")
+
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    note = TextColumn("{task.fields[note]}", markup=False)
+    with Progress(*columns, note, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=len(runs), completed=len(runs) - len(missing), note="")
+        tasks = [Task(run.name, run.folder(config.output_dir)) for run in missing]
+        run_side_by_side(tasks, shares, command_of=next_command, on_end=on_end, on_tick=on_tick, lock=lock)
     return failed
 
 
-def finish(job: Job, reference: str, results: Results, failed: dict[str, str], console: Console) -> None:
-    """Take down a run that has ended."""
-    run, seconds = job.run, job.note_seconds()
-    status = job.process.returncode
-    if status == 0:
-        try:
-            record, references = read_run(run, job.folder)
-        except ValueError as error:
-            failed[run.name] = str(error)
-        else:
-            head = {"arm": run.arm, "start": run.start, "seed": run.seed, "flags": run.flags}
-            made = {"seconds": seconds, "threads": int(job.place["OMP_NUM_THREADS"]), "reference": reference}
-            results.add({**head, **record, **made}, references)
-            row = record["student"]
-            distance = f", teacher distance {row['teacher_distance']:.4f}" if "teacher_distance" in row else ""
-            console.print(f"{run.name}: {in_words(seconds)}{distance}", highlight=False)
-            return
-    else:
-        failed[run.name] = f"status {status}, {job.folder / 'log.txt'}: {last_words(job.folder)}"
-    console.print(f"{run.name} failed: {failed[run.name]}", highlight=False, markup=False)
+def in_words(seconds: float) -> str:
+    """A duration for people."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
-def end(running: Sequence[Job], seconds: float = 60.0) -> None:
-    """Ask runs to stop, which they do after their step and with a checkpoint; kill what has not after some time."""
-    for job in running:
-        with contextlib.suppress(ProcessLookupError):
-            job.process.terminate()
-    until = time.monotonic() + seconds
-    for job in running:
-        try:
-            job.process.wait(max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(job.process.pid, signal.SIGKILL)
-            job.process.wait()
-        job.note_seconds()
+def show_plan(config: ComparisonConfig, runs: Sequence[Run], records: RunRecords, console: Console) -> None:
+    """What would be run."""
+    for name in config.arms:
+        console.print(f"{name}: {ARMS[name].what}", highlight=False, markup=False)
+    done = 0
+    for run in runs:
+        is_done = records.find(run.flags) is not None
+        done += is_done
+        command = shlex.join(command_of(run, run.folder(config.output_dir), knows_teacher=False))
+        console.print(f"{'done' if is_done else 'to do'}: {run.name}", highlight=False, markup=False)
+        console.print(f"    {command}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(runs)} runs, {done} of them done; {len(places(config.jobs))} side by side", highlight=False)
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Only one comparison at a time in a folder.
-
-    Raises:
-        ValueError: if there is another one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another comparison is running in {folder}; choose another --output_dir") from error
-        yield
+def show_results(config: ComparisonConfig, runs: Sequence[Run], records: RunRecords, console: Console) -> None:
+    """Print the table of the runs that were asked for, write it down, and draw the figures."""
+    found = [(run, record) for run in runs if (record := records.find(run.flags)) is not None]
+    if not found:
+        return
+    comparison = Comparison(
+        [{**record, "arm": run.arm} for run, record in found],
+        arms=config.arms,
+        starts=config.starts,
+        control=config.control,
+        num_seeds=config.num_seeds,
+        reference=records.references.get(found[0][1]["reference"], {}),
+    )
+    print_tables(comparison, console)
+    table = Path(config.output_dir) / "table.md"
+    table.write_text(markdown_table(comparison))
+    figures = Path(config.figures)
+    figures.mkdir(parents=True, exist_ok=True)
+    written = [table, records.path]
+    for suffix, draw in (("", draw_differences), ("-curves", draw_curves)):
+        if (figure := draw(comparison)) is not None:
+            written.append(figures / f"{config.preset}{suffix}.png")
+            figure.savefig(written[-1], bbox_inches="tight")
+    first = [run for run in runs if run.seed == config.seed]
+    sheet = draw_samples({f"{run.arm}, {run.start} weights": run.folder(config.output_dir) for run in first})
+    if sheet is not None:
+        written.append(figures / f"{config.preset}-samples.png")
+        sheet.save(written[-1])
+    for path in written:
+        console.print(f"written: {path}", highlight=False, markup=False)
 
 
 def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
@@ -524,44 +355,31 @@ def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
-def show_plan(config: ComparisonConfig, runs: Sequence[Run], results: Results, console: Console) -> None:
-    """What would be run."""
-    for run in runs:
-        state = "done" if results.record(run) else "to do"
-        folder = Path(config.output_dir) / run.folder
-        console.print(
-            f"{state}: {run.name}\n  {shlex.join(command_of(run, folder, False))}", highlight=False, soft_wrap=True
-        )
-    done = sum(results.record(run) is not None for run in runs)
-    console.print(
-        f"{len(runs)} runs, {done} of them done already; {len(places(config.jobs))} side by side", highlight=False
-    )
-
-
 def main(config: ComparisonConfig) -> None:
-    """Make the runs that are missing, then show the table and draw the figures."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    results = Results(Path(config.results or ROOT / "docs" / "results" / f"{config.preset}.json"))
+    """Make the runs that are missing, then show what came of all."""
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    records = RunRecords(Path(config.results or f"docs/results/{config.preset}.json"))
     runs = plan(config)
     if config.dry_run:
-        show_plan(config, runs, results, console)
+        show_plan(config, runs, records, console)
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        with alone_in(Path(config.output_dir)):
-            failed = make_runs(runs, config, results, console)
+        with alone_in(Path(config.output_dir)) as lock:
+            records.path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the runs
+            failed = make_runs(runs, config, records, console, lock)
+            show_results(config, runs, records, console)
     except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        done = sum(results.record(run) is not None for run in runs)
-        print(f"interrupted: {done} of {len(runs)} runs are kept; the same command goes on", file=sys.stderr)
-        sys.exit(128 + number)
+        done = sum(records.find(run.flags) is not None for run in runs)
+        print(f"interrupted: {done} of {len(runs)} runs are done and kept; the same command goes on", file=sys.stderr)
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before)
     if failed:
         for name, words in failed.items():
-            console.print(f"{name}: {words}", highlight=False, markup=False)
-        print(f"error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+            console.print(f"failed: {name}: {words}", highlight=False, markup=False)
+        names = "; ".join(failed)
+        raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the same command tries again: {names}")
 
 
 if __name__ == "__main__":

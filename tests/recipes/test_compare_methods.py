@@ -1,0 +1,559 @@
+"""The comparison of methods: what it runs, keeps, skips and resumes, and its tables; stand-ins take the runs' place."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.recipes.conftest import load_recipe
+from vkd_gen.evaluation import method_figures
+from vkd_gen.evaluation.run_records import RunRecords, curve_of, read_run, training_speed
+from vkd_gen.training.command_line import parse_command_line
+from vkd_gen.training.side_by_side import alone_in, remaining_seconds
+
+STAND_IN = """
+import json, os, sys, time, signal, zlib
+folder, *flags = sys.argv[1:]
+value = lambda name: flags[flags.index(name) + 1]
+note = lambda name, text="": open(os.path.join(folder, name), "a").write(text + "\\n")
+note("starts", os.environ["OMP_NUM_THREADS"] + " " + os.environ.get("CUDA_VISIBLE_DEVICES", "-"))
+wanted = os.environ.get("STAND_IN", "")
+if wanted and wanted in folder:
+    if os.environ["STAND_IN_DOES"] == "fail":
+        print("first line", flush=True)
+        print("error: it broke\\nlast line", flush=True)
+        sys.exit(2)
+    if os.environ["STAND_IN_DOES"] == "crash":
+        os.kill(os.getpid(), 9)
+    if os.environ["STAND_IN_DOES"] == "half":
+        sys.exit(0)
+    if not os.path.exists(os.path.join(folder, "checkpoint")):
+        def stop(*_):
+            note("checkpoint")
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, stop)
+        note("waits")
+        while True:
+            time.sleep(0.01)
+number = zlib.crc32(" ".join(flags).encode()) / 2**32
+student = {"teacher_distance": 0.01 + 0.01 * number, "fid_digits": 10 + number, "fid_training_digits": 1.0}
+rows = {"teacher": {"fid_digits": 6.0, "teacher_distance": 0.0}, "student": student, "held-out images": {}}
+def write(name, content):
+    with open(os.path.join(folder, name), "w") as file:
+        json.dump(content, file)
+write("results.json", {"rows": rows, "protocol": {"sampler": "none", "environment": {}}})
+write("config.json", {"method": value("--method"), "train_batch_size": 8, "feature_weight": 0.5})
+write("environment.json", {"commit": "abc"})
+note("metrics.jsonl", json.dumps({"step": 2, "loss/denoising": 0.5, "loss/total": 0.75, "images_per_second": 4.0}))
+"""
+
+
+@pytest.fixture
+def compare(monkeypatch, tmp_path):
+    """Run the comparison in this process with stand-ins for its runs; gives the module."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    module = load_recipe("compare_methods")
+    asked = []
+
+    def command_of(run, folder, *, knows_teacher):
+        asked.append((run.name, knows_teacher))
+        return [sys.executable, "-S", "-E", str(script), str(folder), *shlex.split(run.flags)]
+
+    monkeypatch.setattr(module, "command_of", command_of)
+    for name in ("draw_differences", "draw_curves", "draw_samples"):  # they take most of the time
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr("vkd_gen.evaluation.run_records.environment", dict)
+    monkeypatch.setattr("vkd_gen.training.side_by_side.SECONDS_BETWEEN_LOOKS", 0.01)
+    places = [
+        "--output_dir",
+        tmp_path / "runs",
+        "--results",
+        tmp_path / "out/results.json",
+        "--figures",
+        tmp_path / "f",
+    ]
+
+    def run(*flags):
+        asked.clear()
+        given = ["--preset", "screen", *places, "--arms", "denoising", "output", "fitnet", "--jobs", 2, *flags]
+        monkeypatch.setattr(sys, "argv", ["recipes/compare_methods.py", *map(str, given)])
+        module.run_recipe(module.main, module.PRESETS, module.__doc__, default="screen")
+        return [name for name, _ in asked]
+
+    run.module, run.asked, run.results = module, asked, tmp_path / "out/results.json"
+    run.output_dir, run.figures = tmp_path / "runs", tmp_path / "f"
+    return run
+
+
+def records(compare):
+    return json.loads(compare.results.read_text())["runs"]
+
+
+def names(compare):
+    return sorted((record["arm"], record["start"], record["seed"]) for record in records(compare))
+
+
+# ---- what is run
+
+
+def test_every_preset_can_be_planned():
+    module = load_recipe("compare_methods")
+    for name, config in module.PRESETS.items():
+        runs = module.plan(config)
+        assert config.preset == name
+        assert len(runs) == len(config.arms) * len(config.starts) * config.num_seeds
+        assert len({run.flags for run in runs}) == len({run.folder("x") for run in runs}) == len(runs)
+    seeds = {name: {run.seed for run in module.plan(module.PRESETS[name])} for name in ("screen", "confirmation")}
+    assert not seeds["screen"] & seeds["confirmation"]
+    assert {"denoising", "denoising-longer", "output", "fitnet"} <= set(module.PRESETS["confirmation"].arms)
+
+
+def test_runs_of_a_seed_differ_in_their_arm_alone():
+    module = load_recipe("compare_methods")
+    runs = {run.arm: run for run in module.plan(replace(module.SCREEN, num_seeds=1))}
+    for name, run in runs.items():
+        common = run.flags.replace(shlex.join(module.ARMS[name].flags), "ARM")
+        expected = runs["output"].flags.replace("--method output", "ARM")
+        assert common == expected.replace("--max_train_steps 1000", f"--max_train_steps {run.steps}")
+    assert runs["denoising-longer"].steps == 2500
+
+
+@pytest.mark.parametrize("arm", load_recipe("compare_methods").ARMS)
+def test_train_student_unet_understands_every_arm(arm, monkeypatch):
+    module, recipe = load_recipe("compare_methods"), load_recipe("train_student_unet")
+    config = replace(module.SCREEN, arms=(arm,), control=arm, num_seeds=1, extra=("calibration_samples 300",))
+    command = module.command_of(module.plan(config)[0], Path("folder"), knows_teacher=False)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    parsed = recipe.resolve(parse_command_line(recipe.PRESETS, "", "digits"))
+    assert (parsed.calibration_samples, parsed.training.train_batch_size) == (300, 32)
+    assert parsed.method == module.ARMS[arm].flags[1]
+    assert (parsed.feature_weight > 0) == (not arm.startswith(("denoising", "output")))
+
+
+def test_rounds_go_seed_by_seed_and_the_longest_comes_first(compare):
+    arms = ["--arms", "denoising", "denoising-longer", "output"]
+    order = compare(*arms, "--jobs", 1)
+    assert order == [
+        f"{arm}, inherited, seed {seed}" for seed in (0, 1) for arm in ("denoising-longer", "denoising", "output")
+    ]
+    content = json.loads(compare.results.read_text())
+    for record in content["runs"]:
+        record["seconds"] = {"output": 9000.0}.get(record["arm"], 1.0)
+    compare.results.write_text(json.dumps(content))
+    assert compare(*arms, "--jobs", 1, "--seed", 5, "--num_seeds", 1)[0] == "output, inherited, seed 5"
+
+
+def test_cores_and_gpus_are_shared_out(monkeypatch):
+    from vkd_gen.training import side_by_side
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(side_by_side.torch.cuda, "device_count", lambda: 0)
+    assert [place["OMP_NUM_THREADS"] for place in side_by_side.places(None)] == ["1"] * 8
+    assert [place["MKL_NUM_THREADS"] for place in side_by_side.places(3)] == ["2"] * 3
+    assert side_by_side.places(20)[0]["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setattr(side_by_side.torch.cuda, "device_count", lambda: 2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(None)] == ["0", "1"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["4", "6", "4"]
+
+
+def test_what_remains_is_at_least_the_longest_run():
+    assert remaining_seconds([100.0, 10.0], [], num_places=4) == 100
+    assert remaining_seconds([10.0] * 6, [(10.0, 4.0)], num_places=2) == 33
+    assert remaining_seconds([], [(10.0, 25.0)], num_places=2) == 0
+
+
+# ---- what is kept
+
+
+def test_what_is_done_is_not_done_again_and_the_table_stays_byte_for_byte(compare, capsys):
+    assert len(compare("--starts", "inherited", "random")) == 12
+    shown = capsys.readouterr().out.split("Scores, inherited")[1]
+    table, file = (compare.output_dir / "table.md").read_bytes(), compare.results.read_bytes()
+    assert compare("--starts", "inherited", "random") == []
+    assert (compare.output_dir / "table.md").read_bytes() == table
+    assert compare.results.read_bytes() == file
+    assert capsys.readouterr().out.split("Scores, inherited")[1] == shown
+    for path in sorted(compare.output_dir.glob("*/*/*")):
+        path.unlink()  # also without the folders of the runs
+    assert compare("--starts", "inherited", "random") == []
+    assert (compare.output_dir / "table.md").read_bytes() == table
+
+
+def test_a_record_tells_what_the_run_was(compare):
+    compare("--num_seeds", 1, "--extra", "calibration_samples 300", "--learning_rate", 0.5)
+    record = next(record for record in records(compare) if record["arm"] == "output")
+    expected = (
+        "--preset digits --num_score_samples 1000 --kid_subset_size 250 --method output --inherit_weights --seed 0"
+    )
+    expected += " --max_train_steps 1000 --train_batch_size 32 --learning_rate 0.5 --calibration_samples 300"
+    assert record["flags"] == expected
+    assert (record["start"], record["seed"], record["steps"], record["commit"]) == ("inherited", 0, 1000, "abc")
+    assert record["settings"] == {"method": "output", "feature_weight": 0.5}
+    assert record["curve"] == [{"step": 2, "loss/denoising": 0.5, "loss/total": 0.75}]
+    assert (record["training_seconds"], record["images_per_second"]) == (4.0, 4.0)  # 2 steps of 8 images, 4 a second
+    assert 0.01 <= record["student"]["teacher_distance"] <= 0.02
+    assert record["threads"] >= 1
+    assert record["seconds"] > 0
+    reference = json.loads(compare.results.read_text())["references"][record["reference"]]
+    assert reference["rows"]["teacher"]["fid_digits"] == 6.0
+    assert set(reference["rows"]) == {"teacher", "held-out images"}
+
+
+def test_the_teacher_is_known_once_a_run_has_scored_it(compare, monkeypatch):
+    compare("--num_seeds", 1, "--jobs", 1)
+    assert [known for _, known in compare.asked] == [False, True, True]
+    compare("--num_score_samples", 500, "--num_seeds", 1, "--jobs", 1)
+    assert [known for _, known in compare.asked] == [False, True, True]
+    module = load_recipe("compare_methods")
+    monkeypatch.setattr(module, "TEACHER_IS_KNOWN", ("--known",))
+    run = module.plan(module.SCREEN)[0]
+    assert module.command_of(run, Path("x"), knows_teacher=True)[-1] == "--known"
+    assert "--known" not in module.command_of(run, Path("x"), knows_teacher=False)
+
+
+def test_other_flags_add_runs(compare, monkeypatch):
+    assert len(compare("--num_seeds", 1)) == 3
+    assert len(compare("--seed", 0, "--num_seeds", 2)) == 3  # the second seed
+    assert len(compare("--num_seeds", 1, "--max_train_steps", 5)) == 3
+    arms = {**compare.module.ARMS, "fitnet": compare.module.Arm(("--method", "fitnet", "--feature_weight", "2"), "")}
+    monkeypatch.setattr(compare.module, "ARMS", arms)
+    assert compare("--num_seeds", 1) == ["fitnet, inherited, seed 0"]
+    assert len(records(compare)) == 10  # none overwritten
+    table = (compare.output_dir / "table.md").read_text()
+    assert "| fitnet | 1 of 1 |" in table
+    assert len({path.name for path in (compare.output_dir / "inherited").iterdir()}) == 10
+
+
+def test_an_arm_with_another_name_needs_no_run(compare, monkeypatch):
+    compare("--num_seeds", 1)
+    arms = {**compare.module.ARMS, "free": compare.module.ARMS["fitnet"]}
+    monkeypatch.setattr(compare.module, "ARMS", arms)
+    assert compare("--num_seeds", 1, "--arms", "free", "output") == []
+    assert "| free | 1 of 1 |" in (compare.output_dir / "table.md").read_text()
+
+
+# ---- failures and interruptions
+
+
+@pytest.mark.parametrize(
+    ("does", "words"),
+    [("fail", "status 2: error: it broke"), ("crash", "status -9: nothing in its log"), ("half", "no results.json")],
+)
+def test_a_run_that_fails_is_told_and_the_others_are_kept(does, words, compare, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN", "fitnet-seed-1")
+    monkeypatch.setenv("STAND_IN_DOES", does)
+    with pytest.raises(SystemExit) as exit_status:
+        compare()
+    assert exit_status.value.code == 2
+    shown = capfd.readouterr()
+    assert shown.err.splitlines() == [
+        "error: 1 of 6 runs failed; the same command tries again: fitnet, inherited, seed 1"
+    ]
+    assert words in re.sub(r"\s+", " ", shown.out)
+    assert "log.txt" in shown.out
+    assert ("fitnet", "inherited", 1) not in names(compare)
+    assert len(names(compare)) == 5
+    assert "| fitnet | 1 of 2 |" in (compare.output_dir / "table.md").read_text()
+    monkeypatch.delenv("STAND_IN")
+    assert compare() == ["fitnet, inherited, seed 1"]
+    assert "| fitnet | 2 of 2 |" in (compare.output_dir / "table.md").read_text()
+
+
+def test_an_old_error_is_not_told_again(compare, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN", "fitnet-seed-0")
+    for does in ("fail", "crash"):
+        monkeypatch.setenv("STAND_IN_DOES", does)
+        with pytest.raises(SystemExit):
+            compare("--num_seeds", 1)
+    assert "status -9: nothing in its log" in capfd.readouterr().out.split("failed: ")[-1]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_and_resumed(number, status, compare, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN", "fitnet")
+    monkeypatch.setenv("STAND_IN_DOES", "wait")
+
+    def interrupt():
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not (
+            len(list(compare.output_dir.glob("*/*/waits"))) == 2
+            and len(list(compare.output_dir.glob("*/*/results.json"))) == 2
+        ):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(SystemExit) as exit_status:
+        compare("--arms", "output", "fitnet", "--jobs", 3)
+    thread.join()
+    assert exit_status.value.code == status
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.search("interrupted: [12] of 4 runs are done and kept; the same command goes on", lines[0])
+    stopped = sorted(path.parent for path in compare.output_dir.glob("*/*/checkpoint"))
+    assert len(stopped) == 2  # the children were asked to stop, and did
+    assert all((folder / "seconds.json").exists() for folder in stopped)
+    first = {record["flags"]: record for record in records(compare)}
+
+    resumed = compare("--arms", "output", "fitnet", "--jobs", 3)
+    assert {name for name in resumed if name.startswith("fitnet")} == {f"fitnet, inherited, seed {s}" for s in (0, 1)}
+    assert len(names(compare)) == 4
+    assert all(record in records(compare) for record in first.values())
+    for folder in stopped:  # in the same folders, and both times count
+        assert len((folder / "starts").read_text().splitlines()) == 2
+        parts = json.loads((folder / "seconds.json").read_text())
+        assert len(parts) == 2
+        assert sum(parts) in [pytest.approx(record["seconds"], abs=0.011) for record in records(compare)]
+
+
+def test_runs_are_told_to_go_on_from_their_checkpoint():
+    module = load_recipe("compare_methods")
+    command = module.command_of(module.plan(module.SCREEN)[0], Path("folder"), knows_teacher=False)
+    assert command[command.index("--resume_from_checkpoint") + 1] == "latest"
+    assert command[command.index("--output_dir") + 1] == "folder"
+
+
+def test_no_room_ends_in_one_line_and_no_run_is_left_running(compare, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN", "fitnet")
+    monkeypatch.setenv("STAND_IN_DOES", "wait")
+    monkeypatch.setattr(
+        compare.module.RunRecords, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with pytest.raises(SystemExit) as exit_status:
+        compare("--num_seeds", 1)
+    assert exit_status.value.code == 2
+    assert capfd.readouterr().err.splitlines() == ["error: [Errno 28] No space left"]
+    waiting = list(compare.output_dir.glob("*/*/waits"))
+    assert all((path.parent / "checkpoint").exists() for path in waiting)
+
+
+def test_a_folder_belongs_to_one_comparison(compare, capfd):
+    with alone_in(compare.output_dir), pytest.raises(SystemExit):
+        compare()
+    assert "another comparison, or a run of one that was killed, is running in" in capfd.readouterr().err
+    assert len(compare("--num_seeds", 1)) == 3
+
+
+def test_a_run_that_outlives_its_comparison_keeps_the_folder(tmp_path):
+    script = f"""
+import os, sys
+from pathlib import Path
+from vkd_gen.training.side_by_side import Task, alone_in, run_side_by_side
+command = [sys.executable, "-S", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+with alone_in(Path({str(tmp_path)!r})) as lock:
+    task = Task("task", Path({str(tmp_path)!r}))
+    run_side_by_side([task], [{{}}], command_of=lambda task: command, on_end=print, lock=lock)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    log = tmp_path / "log.txt"
+    while parent.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    with pytest.raises(ValueError, match="or a run of one that was killed, is running in"), alone_in(tmp_path):
+        pass
+    os.kill(int(log.read_text()), signal.SIGKILL)
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        with contextlib.suppress(ValueError), alone_in(tmp_path):
+            return
+    pytest.fail("the folder is still held")
+
+
+# ---- mistakes
+
+MISTAKES = {
+    "unknown arm": (["--arms", "output", "solved-row"], "no arm 'solved-row'; the nearest are solved-raw, "),
+    "unknown control": (["--control", "outptu"], "no arm 'outptu'; the nearest are output"),
+    "control not compared": (
+        ["--control", "solved-raw"],
+        "--control solved-raw is not among the arms: denoising, output",
+    ),
+    "no arms": (["--arms"], "arms"),
+    "arm twice": (["--arms", "output", "output"], "--arms must name at least one, and none twice"),
+    "unknown start": (["--starts", "inherit"], "starts.*inherited"),
+    "no seeds": (["--num_seeds", 0], "--num_seeds must be at least 1, not 0"),
+    "no steps": (["--max_train_steps", 0], "--max_train_steps must be at least 1"),
+    "no jobs": (["--jobs", 0], "--jobs must be at least 1"),
+    "few samples": (["--num_score_samples", 3], "--num_score_samples must be at least 10"),
+    "learning rate": (["--learning_rate", "nan"], "--learning_rate must be above 0"),
+    "empty extra": (["--extra", " "], "--extra takes flags.*empty"),
+    "own flag": (["--extra", "seed 3"], "--extra takes flags.*seed is this command's own"),
+    "open quote": (["--extra", "teacher 'x"], "quotation"),
+    "preset": (["--preset", "scren"], "no preset 'scren'.*screen"),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_is_told_in_one_line(flags, words, compare, capfd):
+    with pytest.raises(SystemExit) as exit_status:
+        compare(*flags)
+    assert exit_status.value.code == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert re.search(words, errors[0]), errors[0]
+    assert not compare.output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot read the results in .*results.json"),
+        ("[]", "is not a file of this command's results"),
+        ('{"rows": {}}', "is not a file of this command's results"),
+        ('{"format": "vkd-gen comparison of methods, 1", "runs": [{"flags": 3}]}', "is damaged"),
+        (b"\xff\xfe", "cannot read the results in"),
+    ],
+)
+def test_results_that_are_not_ours_or_damaged_are_left_alone(content, words, compare, capfd):
+    compare.results.parent.mkdir()
+    content = content if isinstance(content, bytes) else content.encode()
+    compare.results.write_bytes(content)
+    with pytest.raises(SystemExit) as exit_status:
+        compare()
+    assert exit_status.value.code == 2
+    assert re.search(words, capfd.readouterr().err)
+    assert compare.results.read_bytes() == content
+
+
+def test_results_that_cannot_be_written_are_told_before_anything_runs(compare, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit_status:
+        compare("--results", tmp_path / "file" / "results.json")
+    assert exit_status.value.code == 2
+    assert "file" in capfd.readouterr().err
+    assert not list(compare.output_dir.glob("*/*"))
+
+
+# ---- what is shown
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(compare, capsys):
+    compare("--num_seeds", 1)
+    capsys.readouterr()
+    before = sorted(compare.output_dir.rglob("*"))
+    compare("--dry_run")
+    shown = capsys.readouterr().out
+    assert "done: fitnet, inherited, seed 0" in shown
+    assert "to do: fitnet, inherited, seed 1" in shown
+    assert "6 runs, 3 of them done; 2 side by side" in shown
+    assert "--method output --inherit_weights --seed 1" in shown
+    assert sorted(compare.output_dir.rglob("*")) == before
+
+
+def test_table_and_figures_are_of_the_runs_asked_for(compare, monkeypatch):
+    compare()
+    monkeypatch.setattr(compare.module, "draw_differences", method_figures.draw_differences)
+    monkeypatch.setattr(compare.module, "draw_curves", method_figures.draw_curves)
+    compare("--arms", "output", "fitnet", "--num_seeds", 1)
+    table = (compare.output_dir / "table.md").read_text()
+    assert "denoising |" not in table
+    assert "| fitnet | 1 of 1 |" in table
+    found = {record["arm"]: record["student"] for record in records(compare) if record["seed"] == 0}
+    difference = found["fitnet"]["fid_digits"] - found["output"]["fid_digits"]
+    assert f"| {difference:+.2f} ({int(difference < 0)}/1) |" in table
+    for name in ("screen.png", "screen-curves.png"):
+        assert (compare.figures / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_stand_in_the_order_of_the_arms_the_teacher_on_top(tmp_path):
+    images = {name: np.full((20, 8, 8, 1), value, np.uint8) for name, value in (("teacher", 1), ("student", 2))}
+    for name, kept in (("a", ["student"]), ("b", ["teacher", "student"]), ("c", [])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text('{"rows": {"student": {"x": 1}}, "protocol": {}}')
+        np.savez(tmp_path / name / "samples.npz", **{key: images[key] for key in kept})
+    rows = method_figures.samples_of({name: tmp_path / name for name in ("b", "a", "c", "not there")}, count=16)
+    assert list(rows) == ["teacher", "b", "a"]
+    assert rows["teacher"].shape == (16, 1, 8, 8)
+    assert int(rows["teacher"].max()) == 1
+    assert int(rows["a"].min()) == 2
+
+
+# ---- records
+
+
+def test_curves_are_thinned_and_keep_their_end():
+    metrics = [{"step": step, "loss/total": 1 / step, "loss/feature/mid": 1.0, "lr": 1.0} for step in range(1, 102)]
+    metrics += [{"step": step, "score/fid": 1 / 3} for step in (50, 101)]
+    curve = curve_of(metrics)
+    losses = [line for line in curve if "loss/total" in line]
+    assert len(losses) <= 20
+    assert losses[-1] == {"step": 101, "loss/total": 0.00990099}
+    assert [line for line in curve if "score/fid" in line] == [{"step": s, "score/fid": 0.333333} for s in (50, 101)]
+    assert [line["step"] for line in curve] == sorted(line["step"] for line in curve)
+    assert curve_of([]) == []
+
+
+def test_speed_counts_every_step_once():
+    metrics = [
+        {"step": 10, "images_per_second": 5.0},
+        {"step": 10, "score/fid": 1.0},
+        {"step": 30, "images_per_second": 20.0},
+    ]
+    assert training_speed(metrics, batch_size=4) == (8 + 4, 10.0)
+    assert training_speed([], batch_size=4) == (0.0, None)
+
+
+def test_diagnostics_are_kept_as_they_were_last(tmp_path):
+    (tmp_path / "results.json").write_text('{"rows": {"student": {"x": 1}}, "protocol": {}}')
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "environment.json").write_text('{"commit": "abc"}')
+    lines = [{"step": 1, "diagnostics/gain": 1.0, "diagnostics/rank": 3.0}, {"step": 2, "diagnostics/gain": 1 / 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record, reference = read_run(tmp_path)
+    assert record["diagnostics"] == {"diagnostics/gain": 0.333333, "diagnostics/rank": 3.0}
+    assert reference is None
+    (tmp_path / "environment.json").unlink()
+    with pytest.raises(ValueError, match="does not hold a whole run"):
+        read_run(tmp_path)
+
+
+def test_a_run_made_again_takes_the_place_of_its_record(tmp_path):
+    known = RunRecords(tmp_path / "results.json")
+    head = {"flags": "--x", "arm": "a", "start": "random", "seed": 0, "steps": 1, "seconds": 1.0, "reference": "r"}
+    for score in (1.0, 2.0):
+        known.add({**head, "student": {"x": score}, "curve": []}, {"rows": {"score": score}})
+    again = RunRecords(tmp_path / "results.json")
+    assert [record["student"] for record in again.runs] == [{"x": 2.0}]
+    assert again.references == {"r": {"rows": {"score": 1.0}}}
+    assert again.find("--y") is None
+
+
+@pytest.mark.slow
+def test_real_runs(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("VKD_GEN_CACHE", str(tmp_path / "cache"))
+    module = load_recipe("compare_methods")
+    extra = ["kid_subset_size 10", "num_inference_steps 2", "calibration_samples 192", "inherit_samples 16"]
+    flags = ["--arms", "output", "solved-raw", "--num_seeds", 2, "--max_train_steps", 2, "--train_batch_size", 4]
+    flags += ["--num_score_samples", 12, "--score_every_steps", 1, "--jobs", 2, "--extra", *extra]
+    flags += ["--output_dir", tmp_path / "runs", "--results", tmp_path / "results.json", "--figures", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["recipes/compare_methods.py", "--preset", "screen", *map(str, flags)])
+    for _ in range(2):
+        module.run_recipe(module.main, module.PRESETS, module.__doc__, default="screen")
+        table = (tmp_path / "runs/table.md").read_text()
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert len(runs) == 4
+    assert all(record["student"]["teacher_distance"] > 0 for record in runs)
+    assert {line["step"] for line in runs[0]["curve"]} == {1, 2}
+    assert runs[0]["student"]["fid_digits"] == pytest.approx(runs[0]["curve"][-1]["score/fid_digits"], rel=1e-3)
+    assert "| solved-raw | 2 of 2 |" in table
+    for name in ("screen.png", "screen-curves.png", "screen-samples.png"):
+        assert (tmp_path / name).exists()
+    assert "of 4: solved-raw, inherited, seed 0" in capfd.readouterr().out

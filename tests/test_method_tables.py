@@ -1,0 +1,165 @@
+"""Tables and figures of methods over seeds: the numbers in them, their order, and what is missing."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vkd_gen.evaluation.method_figures import draw_curves, draw_differences, mean_curve
+from vkd_gen.evaluation.method_tables import (
+    Comparison,
+    decimals_for,
+    markdown_table,
+    notes_of,
+    print_tables,
+    tables_of,
+)
+
+DISTANCES = {  # arm -> by seed
+    "denoising": (0.0140, 0.0160, 0.0150),
+    "output": (0.0100, 0.0110, 0.0120),
+    "fitnet": (0.0090, 0.0095, 0.0100),
+}
+REFERENCE = {
+    "rows": {"teacher": {"fid_digits": 5.0, "teacher_distance": 0.0}, "held-out images": {"fid_digits": 1.0}},
+    "protocol": {"sampler": "DDIM"},
+}
+
+
+def record(arm, seed, start="inherited", **changes):
+    distance = DISTANCES[arm][seed]
+    scores = {"teacher_distance": distance, "fid_digits": 1000 * distance, "fid_training_digits": 3.0, "kid_std": 1.0}
+    curve = [{"step": step, "loss/denoising": distance + 1 / step} for step in (10, 20)]
+    head = {"arm": arm, "start": start, "seed": seed, "steps": 20, "seconds": 10.0 * (seed + 1), "threads": 1}
+    return {**head, "student": scores, "curve": curve, **changes}
+
+
+def comparison(records=None, **changes):
+    records = [record(arm, seed) for arm in DISTANCES for seed in range(3)] if records is None else records
+    common = {"arms": list(DISTANCES), "starts": ["inherited"], "control": "output", "num_seeds": 3}
+    return Comparison(records, **{**common, "reference": REFERENCE, **changes})
+
+
+def cells(table, name):
+    return dict(zip(table.header, next(row for row in table.rows if row[0] == name), strict=True))
+
+
+def test_means_spreads_and_differences_by_hand():
+    scores, differences = tables_of(comparison())
+    assert cells(scores, "output") == {
+        "": "output",
+        "runs": "3 of 3",
+        "teacher distance": "0.01100 ± 0.00100",
+        "fid digits": "11.00 ± 1.00",
+        "share of the gap": "40%",  # of 15 - 5, 4 are closed
+        "steps": "20",
+        "seconds": "20",
+    }
+    assert cells(scores, "teacher")["fid digits"] == "5.00"
+    assert cells(scores, "held-out images")["teacher distance"] == "-"
+    # fitnet: -1.0, -1.5, -2.0, deviation 0.5, t_2 = 4.3027: 4.3027 * 0.5 / sqrt(3) = 1.242
+    assert cells(differences, "fitnet")["fid digits"] == "-1.50 ± 1.24* (3/3)"
+    assert cells(differences, "denoising")["fid digits"] == "+4.00 ± 2.48* (0/3)"
+    assert [row[0] for row in differences.rows] == ["denoising", "fitnet"]
+
+
+def test_what_is_missing_is_shown_as_missing():
+    records = [record("output", 0), record("output", 1), record("fitnet", 1), record("denoising", 2)]
+    scores, differences = tables_of(comparison(records))
+    assert cells(scores, "fitnet")["runs"] == "1 of 3"
+    assert cells(scores, "fitnet")["fid digits"] == "9.50"
+    assert cells(scores, "fitnet")["share of the gap"] == "-"  # no seed in common with denoising
+    assert cells(differences, "fitnet")["fid digits"] == "-1.50 (1/1)"
+    assert cells(differences, "denoising")["fid digits"] == "-"
+    scores, _ = tables_of(comparison([record("output", 0)], reference={}))
+    assert cells(scores, "fitnet")["seconds"] == "-"
+    assert len(scores.rows) == 3
+
+
+def test_the_order_of_records_does_not_show():
+    records = list(comparison().records)
+    shuffled = [records[i] for i in np.random.default_rng(0).permutation(len(records))]
+    assert markdown_table(comparison(shuffled)) == markdown_table(comparison())
+
+
+def test_markdown_has_a_heading_per_start_and_the_protocol():
+    records = [record(arm, seed, start) for arm in DISTANCES for seed in range(2) for start in ("inherited", "random")]
+    text = markdown_table(comparison(records, starts=["random", "inherited"]))
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == [
+        f"### {words}, {start} weights"
+        for start in ("random", "inherited")
+        for words in ("Scores", "Differences to output")
+    ]
+    assert "- sampler: DDIM" in text
+    assert "- threads per run: 1" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {8, 4}
+
+
+def test_the_terminal_shows_the_same_cells(capsys):
+    print_tables(comparison(), Console(width=150))
+    shown = capsys.readouterr().out
+    for table in tables_of(comparison()):
+        assert all(cell in shown for row in table.rows for cell in row)
+    assert all(note[:40] in shown for note in notes_of(comparison())[:2])
+
+
+def test_scores_stand_with_the_least_noisy_first():
+    row = {"kid_digits": 1.0, "fid_digits": 1.0, "fid_held_out_digits": 1.0, "denoising_error": 1.0, "recall": 1.0}
+    row |= {"teacher_distance": 1.0, "kid_std_digits": 1.0, "fid": 1.0}
+    one = comparison([record("output", 0, student=row)])
+    assert one.shown_scores == ["teacher_distance", "denoising_error", "fid", "fid_digits", "kid_digits"]
+    assert one.frechet_distance == "fid"
+
+
+@pytest.mark.parametrize(
+    ("values", "decimals"),
+    [([0.0131], 5), ([9.99, -12.0], 2), ([1234.5], 0), ([99999.0], 0), ([0.0], 0), ([], 0), ([float("nan"), 1.0], 3)],
+)
+def test_decimals(values, decimals):
+    assert decimals_for(values) == decimals
+
+
+def test_panels_are_sorted_by_the_distance_and_show_intervals_and_seeds():
+    figure = draw_differences(comparison())
+    distance, frechet = figure.axes
+    assert [label.get_text() for label in distance.get_yticklabels()] == ["fitnet", "denoising"]
+    assert [axis.get_title() for axis in (distance, frechet)] == [
+        "teacher distance, inherited weights",
+        "fid digits, inherited weights",
+    ]
+    means = [line.get_xdata()[0] for line in frechet.lines if line.get_marker() == "o"]
+    assert means == pytest.approx([-1.5, 4.0])
+    bars = [line.get_xdata() for line in frechet.lines if line.get_linewidth() == 2]
+    assert bars[0] == pytest.approx([-2.742, -0.258], abs=1e-3)
+    seeds = [line.get_xdata() for line in frechet.lines if line.get_marker() == "|"]
+    assert seeds[0] == pytest.approx([-1.0, -1.5, -2.0])
+
+
+def test_an_interval_beyond_the_panel_ends_in_an_arrow():
+    records = [record(arm, seed) for arm in ("output", "fitnet") for seed in range(2)]  # t_1 is 12.7
+    axis = draw_differences(comparison(records)).axes[1]
+    assert {line.get_marker() for line in axis.lines} >= {"<", ">"}
+    low, high = axis.get_xlim()
+    assert all(low <= x <= high for line in axis.lines if line.get_linewidth() == 2 for x in line.get_xdata())
+
+
+def test_nothing_to_compare_is_no_figure():
+    assert draw_differences(comparison([record("output", 0)])) is None
+    assert draw_differences(comparison([])) is None
+    assert draw_curves(comparison([])) is None
+    assert draw_curves(comparison([record("output", 0, curve=[])])) is None
+
+
+def test_curves_are_means_over_seeds_where_all_have_a_point():
+    runs = comparison().runs("inherited", "output")
+    assert mean_curve(runs, "loss/denoising") == [
+        (10, pytest.approx(0.111), pytest.approx(0.001)),
+        (20, pytest.approx(0.061), pytest.approx(0.001)),
+    ]
+    runs[1]["curve"].pop()
+    assert [step for step, *_ in mean_curve(runs, "loss/denoising")] == [10]
+    assert mean_curve(runs, "loss/output") == []
+    (axis,) = draw_curves(comparison()).axes
+    assert [line.get_label() for line in axis.lines] == list(DISTANCES)
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 3

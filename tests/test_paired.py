@@ -1,0 +1,93 @@
+"""Statistics over seeds against values worked out by hand and against scipy."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from vkd_gen.evaluation.paired import paired_difference, share_of_gap, student_t_quantile, summarize
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)])
+def test_quantiles_of_printed_tables(degrees, quantile):
+    assert student_t_quantile(degrees) == pytest.approx(quantile, abs=5e-4)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 8, 99, 100])
+def test_quantiles_are_scipys(degrees, confidence):
+    expected = stats.t.ppf((1 + confidence) / 2, degrees)
+    assert student_t_quantile(degrees, confidence) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("degrees", "confidence"), [(0, 0.95), (-1, 0.95), (3, 0.0), (3, 1.0)])
+def test_no_quantile(degrees, confidence):
+    with pytest.raises(ValueError, match="no quantile"):
+        student_t_quantile(degrees, confidence)
+
+
+def test_a_difference_worked_out_by_hand():
+    # Differences -1, -2, -3: mean -2, deviation 1, t_2 = 4.303: 4.303 / sqrt(3) = 2.484.
+    difference = paired_difference({0: 4.0, 1: 5.0, 2: 6.0, 9: 100.0}, {0: 5.0, 1: 7.0, 2: 9.0, 8: -100.0})
+    assert difference.mean == pytest.approx(-2)
+    assert difference.half_width == pytest.approx(2.4842, abs=1e-4)
+    assert difference.num_better == 3
+    assert difference.differences == {0: -1.0, 1: -2.0, 2: -3.0}
+    assert not difference.is_off_zero
+
+
+@given(st.lists(st.tuples(*[st.floats(-100, 100)] * 2), min_size=2, max_size=12))
+def test_intervals_are_scipys(pairs):
+    values, control = ({seed: pair[i] for seed, pair in enumerate(pairs)} for i in (0, 1))
+    difference = paired_difference(values, control)
+    differences = np.array([a - b for a, b in pairs])
+    if np.ptp(differences) < 1e-9:
+        assert difference.half_width == pytest.approx(0, abs=1e-6)
+        return
+    interval = stats.ttest_rel(list(values.values()), list(control.values())).confidence_interval(0.95)
+    assert difference.mean - difference.half_width == pytest.approx(interval.low, rel=1e-6, abs=1e-6)
+    assert difference.mean + difference.half_width == pytest.approx(interval.high, rel=1e-6, abs=1e-6)
+    assert difference.num_better == sum(differences < 0)
+
+
+@given(st.lists(st.tuples(*[st.floats(-100, 100)] * 2), min_size=1, max_size=12))
+def test_what_a_seed_adds_to_both_changes_nothing(pairs):
+    values, control = ({seed: pair[i] for seed, pair in enumerate(pairs)} for i in (0, 1))
+    moved = ({seed: value + 1000 * seed for seed, value in row.items()} for row in (values, control))
+    before, after = paired_difference(values, control), paired_difference(*moved)
+    assert after.mean == pytest.approx(before.mean, abs=1e-6)
+    assert (after.half_width or 0) == pytest.approx(before.half_width or 0, abs=1e-4)
+
+
+def test_one_seed_has_no_interval_and_none_no_difference():
+    assert paired_difference({0: 1.0}, {0: 3.0}).half_width is None
+    assert not paired_difference({0: 1.0}, {0: 3.0}).is_off_zero
+    assert paired_difference({0: 1.0}, {1: 3.0}) is None
+
+
+def test_equal_differences_are_off_zero():
+    assert paired_difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}).is_off_zero
+    assert not paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).is_off_zero
+
+
+def test_summary_is_numpys():
+    values = [3.0, 1.0, 4.0, 1.0, 5.0]
+    summary = summarize(values)
+    assert (summary.mean, summary.count) == (pytest.approx(np.mean(values)), 5)
+    assert summary.standard_deviation == pytest.approx(np.std(values, ddof=1))
+    assert summarize([2.0]).standard_deviation is None
+    with pytest.raises(ValueError, match="no values"):
+        summarize([])
+
+
+def test_share_of_the_gap():
+    baseline = {0: 10.0, 1: 14.0, 2: 1000.0}
+    assert share_of_gap({0: 4.0, 1: 8.0, 7: -1.0}, baseline, target=2.0) == pytest.approx(0.6)
+    assert share_of_gap(baseline, baseline, target=2.0) == 0
+    assert share_of_gap({0: 20.0}, baseline, target=2.0) == pytest.approx(-1.25)
+    assert share_of_gap({0: 1.0}, {0: 2.0}, target=2.0) is None  # there is no gap
+    assert share_of_gap({0: 1.0}, {1: 2.0}, target=0.0) is None
+    assert math.isfinite(share_of_gap({0: 1.0}, {0: 2.0}, target=1.999))

@@ -1,0 +1,200 @@
+"""Runs of several methods over seeds, as tables: means with their spread, and paired differences to a control."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vkd_gen.evaluation.compare import describe
+from vkd_gen.evaluation.paired import PairedDifference, paired_difference, share_of_gap, summarize
+
+SHOWN = re.compile("teacher_distance|denoising_error|fid(_(?!training|held_out).+)?|kid(_(?!std).+)?")
+"""Scores that are compared; less of them is better. All others stand in the results file."""
+BASELINE = "denoising"
+"""The arm that the gap to the teacher is measured from."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What tables and figures are made of.
+
+    Attributes:
+        records: finished runs, each with `arm`, `start`, `seed`, `steps`, `seconds`, `student` (score -> value) and
+            `curve`.
+        arms: in the order to show them in.
+        starts: what students started from, likewise.
+        control: the arm that the others are compared to.
+        num_seeds: runs that every arm should have from each start.
+        reference: `rows` of the teacher and of held-out images, and `protocol`; may be empty.
+    """
+
+    records: Sequence[Mapping[str, Any]]
+    arms: Sequence[str]
+    starts: Sequence[str]
+    control: str
+    num_seeds: int
+    reference: Mapping[str, Any]
+
+    def runs(self, start: str, arm: str) -> dict[int, Mapping[str, Any]]:
+        """Seed -> record."""
+        found = [record for record in self.records if (record["start"], record["arm"]) == (start, arm)]
+        return {record["seed"]: record for record in sorted(found, key=lambda record: record["seed"])}
+
+    def scores(self, start: str, arm: str, score: str) -> dict[int, float]:
+        """Seed -> score, for the runs that have it."""
+        runs = self.runs(start, arm).items()
+        return {seed: record["student"][score] for seed, record in runs if score in record["student"]}
+
+    def difference(self, start: str, arm: str, score: str) -> PairedDifference | None:
+        """To the control."""
+        return paired_difference(self.scores(start, arm, score), self.scores(start, self.control, score))
+
+    @property
+    def shown_scores(self) -> list[str]:
+        """The scores of the tables, the least noisy first."""
+        found = {name for record in self.records for name in record["student"] if SHOWN.fullmatch(name)}
+        kinds = ["teacher_distance", "denoising_error", "fid", "kid"]
+        return sorted(found, key=lambda name: (next(i for i, kind in enumerate(kinds) if name.startswith(kind)), name))
+
+    @property
+    def frechet_distance(self) -> str | None:
+        """The name of the Frechet distance among the scores."""
+        return next((name for name in self.shown_scores if name.startswith("fid")), None)
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of text: first column names, the others numbers."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def decimals_for(values: Sequence[float]) -> int:
+    """Decimals that show the largest of some values in four digits.
+
+    >>> decimals_for([0.0087, 0.0131]), decimals_for([9.6, 11.8])
+    (5, 2)
+    """
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return max(0, 3 - math.floor(math.log10(largest))) if largest else 0
+
+
+def tables_of(comparison: Comparison) -> list[TextTable]:
+    """For each start what the arms score, and how that differs from the control."""
+    tables = []
+    for start in comparison.starts:
+        tables.append(_scores_table(comparison, start))
+        if len(comparison.arms) > 1:
+            tables.append(_differences_table(comparison, start))
+    return tables
+
+
+def _decimals(comparison: Comparison, start: str) -> dict[str, int]:
+    return {
+        score: decimals_for(
+            [value for arm in comparison.arms for value in comparison.scores(start, arm, score).values()]
+        )
+        for score in comparison.shown_scores
+    }
+
+
+def _scores_table(comparison: Comparison, start: str) -> TextTable:
+    scores, decimals = comparison.shown_scores, _decimals(comparison, start)
+    frechet = comparison.frechet_distance
+    target = comparison.reference.get("rows", {}).get("teacher", {}).get(frechet)
+    rows = []
+    for arm in comparison.arms:
+        runs = comparison.runs(start, arm)
+        cells = [arm, f"{len(runs)} of {comparison.num_seeds}"]
+        for score in scores:
+            values = list(comparison.scores(start, arm, score).values())
+            cells.append(_with_spread(values, decimals[score]))
+        if frechet:
+            baseline = comparison.scores(start, BASELINE, frechet)
+            share = None if target is None else share_of_gap(comparison.scores(start, arm, frechet), baseline, target)
+            cells.append("-" if share is None else f"{share:.0%}")
+        steps = {record["steps"] for record in runs.values()}
+        cells.append("-" if not steps else f"{steps.pop():,}")
+        seconds = [record["seconds"] for record in runs.values()]
+        cells.append("-" if not seconds else f"{summarize(seconds).mean:.0f}")
+        rows.append(cells)
+    for name, row in comparison.reference.get("rows", {}).items():
+        known = [f"{row[score]:.{decimals[score]}f}" if score in row else "-" for score in scores]
+        rows.append([name, "-", *known, *(["-"] if frechet else []), "-", "-"])
+    header = ["", "runs", *(score.replace("_", " ") for score in scores)]
+    header += ["share of the gap"] if frechet else []
+    return TextTable(f"Scores, {start} weights", [*header, "steps", "seconds"], rows)
+
+
+def _with_spread(values: Sequence[float], decimals: int) -> str:
+    if not values:
+        return "-"
+    summary = summarize(values)
+    spread = "" if summary.standard_deviation is None else f" ± {summary.standard_deviation:.{decimals}f}"
+    return f"{summary.mean:.{decimals}f}{spread}"
+
+
+def _differences_table(comparison: Comparison, start: str) -> TextTable:
+    scores, decimals = comparison.shown_scores, _decimals(comparison, start)
+    rows = []
+    for arm in comparison.arms:
+        if arm != comparison.control:
+            found = {score: comparison.difference(start, arm, score) for score in scores}
+            rows.append([arm, *(_in_words(found[score], decimals[score]) for score in scores)])
+    title = f"Differences to {comparison.control}, {start} weights"
+    return TextTable(title, ["", *(score.replace("_", " ") for score in scores)], rows)
+
+
+def _in_words(difference: PairedDifference | None, decimals: int) -> str:
+    if difference is None:
+        return "-"
+    width = "" if difference.half_width is None else f" ± {difference.half_width:.{decimals}f}"
+    mark = "*" if difference.is_off_zero else ""
+    return f"{difference.mean:+.{decimals}f}{width}{mark} ({difference.num_better}/{len(difference.differences)})"
+
+
+def notes_of(comparison: Comparison) -> list[str]:
+    """How to read the tables, and what they were measured by."""
+    notes = [
+        "Scores are means over seeds ± standard deviation; less is better in all of them.",
+        f"Differences are to {comparison.control} on equal seeds, with 95 % t-intervals; * marks an interval off zero, "
+        "in brackets stands in how many seeds the arm is better.",
+    ]
+    if comparison.frechet_distance and BASELINE in comparison.arms:
+        name = comparison.frechet_distance.replace("_", " ")
+        notes.append(f"The share of the gap is that of {name} between {BASELINE} and the teacher.")
+    threads = sorted({record["threads"] for record in comparison.records if "threads" in record})
+    commits = sorted({record["commit"] for record in comparison.records if "commit" in record})
+    notes += [f"threads per run: {', '.join(map(str, threads))}"] if threads else []
+    notes += [f"commits: {', '.join(commits)}"] if commits else []
+    protocol = comparison.reference.get("protocol", {})
+    return notes + [f"{name.replace('_', ' ')}: {describe(value)}" for name, value in protocol.items()]
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """Tables and notes as Markdown; the same runs give the same text."""
+    lines = []
+    for table in tables_of(comparison):
+        rows = ["| " + " | ".join(cells) + " |" for cells in table.rows]
+        head = "| " + " | ".join(table.header) + " |"
+        lines += [f"### {table.title}", "", head, "|---" + "|---:" * (len(table.header) - 1) + "|", *rows, ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes_of(comparison))]) + "\n"
+
+
+def print_tables(comparison: Comparison, console: Console) -> None:
+    """The same for a terminal."""
+    for text in tables_of(comparison):
+        table = Table(title=text.title, title_justify="left", title_style="bold")
+        for number, name in enumerate(text.header):
+            table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
+        for cells in text.rows:
+            table.add_row(*cells)
+        console.print(table)
+    for note in notes_of(comparison)[:3]:
+        console.print(note, highlight=False)

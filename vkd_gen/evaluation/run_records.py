@@ -1,0 +1,163 @@
+"""Finished runs as short records in one JSON file, so that a comparison goes on from what is done."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vkd_gen.evaluation.report import load_outcome
+from vkd_gen.provenance import environment, write_json
+
+FORMAT = "vkd-gen comparison of methods, 1"
+NUM_POINTS = 20
+"""Points of a record's curves."""
+SETTINGS = (
+    *("method", "denoising_weight", "output_weight", "feature_weight", "feature_weighting", "feature_loss"),
+    *("projector", "projector_start", "feature_normalization", "whitening_exponent", "whitening_rank", "layers"),
+    *("learning_rate", "num_training_images"),
+)
+"""Fields of a run's resolved configuration that its record repeats: what its flags meant at the time."""
+
+
+class RunRecords:
+    """A file of finished runs (`runs`), and of what their teachers and held-out images score (`references`).
+
+    A run is known by its `flags`, one string that decides its result.
+
+    Args:
+        path: JSON, existing or not; its folder is made when it is written.
+
+    Raises:
+        ValueError: in one line, if the file is damaged or of another kind.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.references: dict[str, dict[str, Any]] = {}
+        self.runs: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cannot read the results in {path}: {error}; repair the file, or move it away") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a file of this command's results; choose another --results")
+        self.references, self.runs = content.get("references", {}), content.get("runs", [])
+        if not isinstance(self.references, dict) or not isinstance(self.runs, list) or not all(map(_is_run, self.runs)):
+            raise ValueError(f"{path} is damaged: a run has no flags or no scores; repair the file, or move it away")
+
+    def find(self, flags: str) -> dict[str, Any] | None:
+        """The record of these flags."""
+        return next((record for record in self.runs if record["flags"] == flags), None)
+
+    def add(self, record: dict[str, Any], reference: dict[str, Any] | None = None) -> None:
+        """Add a finished run and write the file.
+
+        Args:
+            record: with `flags`, `arm`, `start`, `seed`, `reference`, and what `read_run` gives.
+            reference: scores of the teacher and of held-out images under the name `record["reference"]`; the first
+                that comes is kept.
+        """
+        self.runs = [known for known in self.runs if known["flags"] != record["flags"]] + [record]
+        self.runs.sort(key=lambda run: (run["start"], run["arm"], run["seed"], run["flags"]))
+        if reference is not None:
+            self.references.setdefault(record["reference"], reference)
+        content = {"format": FORMAT, "environment": environment(), "references": self.references, "runs": self.runs}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, content)
+
+
+def _is_run(record: Any) -> bool:
+    texts, numbers = ("flags", "arm", "start", "reference"), ("seed", "steps", "seconds")
+    return (
+        isinstance(record, dict)
+        and all(isinstance(record.get(name), str) for name in texts)
+        and all(isinstance(record.get(name), int | float) for name in numbers)
+        and isinstance(record.get("student"), dict)
+        and isinstance(record.get("curve"), list)
+    )
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What a finished run of train_student_unet.py says.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        `student` (score -> value), `settings`, `curve`, `training_seconds`, `images_per_second`, `commit`, and
+        `diagnostics` if there are; and `rows` and `protocol` of the teacher and the held-out images, None if the run
+        did not score its teacher.
+
+    Raises:
+        ValueError: if the folder does not hold a whole run.
+    """
+    outcome = load_outcome(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        commit = json.loads((folder / "environment.json").read_text())["commit"]
+        rows = {name: row for name, row in outcome.results["rows"].items() if name != "student"}
+        student = outcome.results["rows"]["student"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} does not hold a whole run: {type(error).__name__} {error}") from error
+    seconds, rate = training_speed(outcome.metrics, config.get("train_batch_size", 1))
+    record = {
+        "settings": {name: config[name] for name in SETTINGS if name in config},
+        "student": student,
+        "training_seconds": seconds,
+        "images_per_second": rate,
+        "commit": commit,
+        "curve": curve_of(outcome.metrics),
+    }
+    last: dict[str, float] = {}
+    for line in outcome.metrics:
+        last |= {name: short(value) for name, value in line.items() if name.startswith("diagnostics/")}
+    if last:
+        record["diagnostics"] = last
+    protocol = {name: value for name, value in outcome.results["protocol"].items() if name != "environment"}
+    is_scored = any(name.startswith("fid") for name in rows.get("teacher", {}))
+    return record, {"rows": rows, "protocol": protocol} if is_scored else None
+
+
+def short(value: float) -> float:
+    """Six significant digits of a number.
+
+    >>> short(0.123456789)
+    0.123457
+    """
+    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+def curve_of(metrics: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """At most 20 lines of losses, and as many of scores, the last ones among them.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+    """
+    curve = []
+    for prefix in ("loss/", "score/"):
+        lines = []
+        for line in metrics:
+            values = {name: short(value) for name, value in line.items() if name.startswith(prefix)}
+            values = {name: value for name, value in values.items() if name.count("/") == 1}  # none of a single layer
+            lines += [{"step": line["step"], **values}] if values else []
+        stride = max(1, -(-len(lines) // NUM_POINTS))
+        curve += lines[::-1][::stride]
+    return sorted(curve, key=lambda line: line["step"])
+
+
+def training_speed(metrics: Sequence[Mapping[str, float]], batch_size: int) -> tuple[float, float | None]:
+    """Seconds that the steps took, without start, checkpoints and scores, and images per second.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        batch_size: images per step.
+    """
+    seconds, before = 0.0, 0.0
+    for line in metrics:
+        if line.get("images_per_second"):
+            seconds += (line["step"] - before) * batch_size / line["images_per_second"]
+            before = line["step"]
+    return round(seconds, 2), round(before * batch_size / seconds, 1) if seconds else None
