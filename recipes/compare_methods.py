@@ -40,33 +40,127 @@ class Arm:
     steps_factor: float = 1.0
 
 
-MSE = ("--feature_loss", "mse", "--feature_normalization")
-SOLVED = ("--method", "vkd", "--projector", "solved", *MSE)
-LINEAR = ("--method", "fitnet", "--projector", "linear", *MSE)
+def features(
+    projector: str,
+    normalization: str = "none",
+    *more: str,
+    method: str = "vkd",
+    loss: str = "mse",
+    weighting: str = "constant",
+    weight: float = 0.3,
+    denoising: int = 1,
+) -> tuple[str, ...]:
+    """Flags of an arm with a feature loss, said in full: what --method stands for may change."""
+    flags = ["--method", method, "--projector", projector, "--feature_normalization", normalization]
+    flags += ["--feature_loss", loss, "--feature_weighting", weighting, "--feature_weight", str(weight)]
+    return (*flags, "--output_weight", "1", "--denoising_weight", str(denoising), *more)
+
+
 POOLED = ("down_blocks.0/4", "down_blocks.1/4", "mid_block/4", "up_blocks.0/8", "up_blocks.1/8")
+NORMED = (
+    *("down_blocks.1.resnets.0.norm1", "mid_block.resnets.0.norm1", "up_blocks.0.resnets.0.norm1"),
+    *("up_blocks.1.resnets.2.norm2", "conv_norm_out"),
+)
+FREE = {"projector": "linear", "method": "fitnet"}
+CKA = {"projector": "random", "loss": "cka"}
+RATIO = {"weighting": "gradient_ratio"}
 
 ARMS: dict[str, Arm] = {
-    "denoising": Arm(("--method", "none"), "denoising alone"),
-    "denoising-longer": Arm(("--method", "none"), "denoising alone, for as long as features take", steps_factor=2.5),
-    "output": Arm(("--method", "output"), "the teacher's output"),
-    "fitnet": Arm((*LINEAR, "none"), "output, and features by a free 1x1 convolution"),
-    "fitnet-layer-norm": Arm((*LINEAR, "layer_norm"), "the same to layer-normalised features"),
+    # Without features: A, A+, B, and B without A.
+    "denoising": Arm(("--method", "none", "--denoising_weight", "1"), "denoising alone"),
+    "denoising-longer": Arm(
+        ("--method", "none", "--denoising_weight", "1"),
+        "denoising alone, for as long as features take",
+        steps_factor=2.5,
+    ),
+    "output": Arm(("--method", "output", "--denoising_weight", "1"), "denoising, and the teacher's output"),
+    "output-alone": Arm(("--method", "output", "--denoising_weight", "0"), "the teacher's output, without denoising"),
+    # Denoising, output and features. C and D: a free map that is learned.
+    "fitnet": Arm(features(**FREE), "features by a free 1x1 convolution"),
+    "fitnet-weight-0.1": Arm(features(**FREE, weight=0.1), "fitnet, weight 0.1"),
+    "fitnet-weight-1": Arm(features(**FREE, weight=1), "fitnet, weight 1"),
+    "fitnet-layer-norm": Arm(features(**FREE, normalization="layer_norm"), "fitnet, layer-normalised features"),
+    # E and F: an orthogonal map that is learned or stays.
     "learned-identity-layer-norm": Arm(
-        ("--method", "vkd", "--projector", "cayley", "--projector_start", "identity", *MSE, "layer_norm"),
-        "output, and features by a learned orthogonal map that starts at the identity",
+        features("cayley", "layer_norm", "--projector_start", "identity"),
+        "a learned orthogonal map that starts at the identity, layer-normalised features",
+    ),
+    "learned-procrustes-raw": Arm(
+        features("cayley", "none", "--projector_start", "procrustes"),
+        "a learned orthogonal map that starts at the closed form",
     ),
     "fixed-random-layer-norm": Arm(
-        ("--method", "vkd", "--projector", "random", *MSE, "layer_norm"),
-        "output, and features by a random orthogonal map that stays",
+        features("random", "layer_norm"), "a random orthogonal map that stays, layer-normalised features"
     ),
-    "solved-raw": Arm((*SOLVED, "none"), "output, and features by the best orthogonal map, in closed form"),
-    "solved-center": Arm((*SOLVED, "center"), "the same to features centred per timestep bin"),
-    "solved-layer-norm": Arm((*SOLVED, "layer_norm"), "the same to layer-normalised features"),
-    "solved-standardize": Arm((*SOLVED, "standardize"), "the same to standardised features"),
-    "solved-whiten-0.5": Arm((*SOLVED, "whiten", "--whitening_exponent", "0.5"), "the same to half whitened features"),
-    "solved-whiten-1": Arm((*SOLVED, "whiten", "--whitening_exponent", "1"), "the same to whitened features"),
-    "vkd-paper": Arm(("--method", "vkd-paper"), "as published: learned orthogonal map, batch whitening, smooth L1"),
-    "solved-raw-pooled": Arm((*SOLVED, "none", "--layer_pairs", *POOLED), "as solved-raw, on means over each image"),
+    # G and H: the best orthogonal map, in closed form.
+    "solved-raw": Arm(features("solved"), "the best orthogonal map, in closed form"),
+    "solved-center": Arm(features("solved", "center"), "solved, features centred per timestep bin"),
+    "solved-layer-norm": Arm(features("solved", "layer_norm"), "solved, layer-normalised features"),
+    "solved-standardize": Arm(features("solved", "standardize"), "solved, standardised features"),
+    "solved-rotated": Arm(
+        features("solved", "whiten", "--whitening_exponent", "0"),
+        "solved, the teacher's leading directions, as many as the student has channels",
+    ),
+    "solved-whiten-0.5": Arm(
+        features("solved", "whiten", "--whitening_exponent", "0.5"), "solved, leading directions half whitened"
+    ),
+    "solved-whiten-1": Arm(
+        features("solved", "whiten", "--whitening_exponent", "1"), "solved, leading directions whitened"
+    ),
+    "solved-batch-whiten": Arm(
+        features("solved", "batch_whiten"), "solved, all directions whitened by batch statistics"
+    ),
+    # I and J.
+    "vkd-paper": Arm(
+        features("matrix_exp", "batch_whiten", method="vkd-paper", loss="smooth_l1"),
+        "as published: learned orthogonal map, whitening by batch statistics, smooth L1",
+    ),
+    "solved-raw-pooled": Arm(features("solved", "none", "--layer_pairs", *POOLED), "solved, means over each image"),
+    # Crossings of the layers, the weight and its course.
+    "solved-raw-normed": Arm(features("solved", "none", "--layer_pairs", *NORMED), "solved, behind group norms"),
+    "solved-raw-mid-and-up": Arm(features("solved", "none", "--layers", "mid_and_up"), "solved, middle and decoder"),
+    "solved-raw-last-up": Arm(features("solved", "none", "--layers", "last_up"), "solved, last decoder stage"),
+    "solved-raw-weight-0.1": Arm(features("solved", weight=0.1), "solved, weight 0.1"),
+    "solved-raw-weight-1": Arm(features("solved", weight=1), "solved, weight 1"),
+    "solved-raw-decayed": Arm(
+        features("solved", "none", "--feature_decay_start", "0"), "solved, weight falling to 0 over the run"
+    ),
+    "solved-raw-ratio-0.3": Arm(features("solved", **RATIO), "solved, weight by gradient ratio 0.3"),
+    "solved-raw-ratio-1": Arm(features("solved", **RATIO, weight=1), "solved, weight by gradient ratio 1"),
+    # A free map in closed form, and none.
+    "least-squares-raw": Arm(features("least_squares"), "the best free map, in closed form"),
+    "least-squares-center": Arm(features("least_squares", "center"), "the same, features centred per timestep bin"),
+    "cka": Arm(features(**CKA), "relations between positions, by linear CKA"),
+    # Output and features, without denoising.
+    "fitnet-no-denoising": Arm(features(**FREE, denoising=0), "fitnet, without denoising"),
+    "solved-raw-no-denoising": Arm(features("solved", denoising=0), "solved, without denoising"),
+    "solved-raw-weight-0.1-no-denoising": Arm(
+        features("solved", weight=0.1, denoising=0), "solved, weight 0.1, without denoising"
+    ),
+    "solved-raw-decayed-no-denoising": Arm(
+        features("solved", "none", "--feature_decay_start", "0", denoising=0),
+        "solved, weight falling to 0 over the run, without denoising",
+    ),
+    "solved-raw-normed-no-denoising": Arm(
+        features("solved", "none", "--layer_pairs", *NORMED, denoising=0),
+        "solved, behind group norms, without denoising",
+    ),
+    "solved-raw-ratio-0.3-no-denoising": Arm(
+        features("solved", **RATIO, denoising=0), "solved, weight by gradient ratio 0.3, without denoising"
+    ),
+    "solved-raw-ratio-1-no-denoising": Arm(
+        features("solved", **RATIO, weight=1, denoising=0), "solved, weight by gradient ratio 1, without denoising"
+    ),
+    "least-squares-raw-no-denoising": Arm(
+        features("least_squares", denoising=0), "the best free map, in closed form, without denoising"
+    ),
+    "cka-no-denoising": Arm(features(**CKA, denoising=0), "linear CKA, without denoising"),
+    "cka-ratio-0.3-no-denoising": Arm(
+        features(**CKA, **RATIO, denoising=0), "linear CKA, weight by gradient ratio 0.3, without denoising"
+    ),
+    "cka-ratio-1-no-denoising": Arm(
+        features(**CKA, **RATIO, weight=1, denoising=0), "linear CKA, weight by gradient ratio 1, without denoising"
+    ),
 }
 """What can be compared. The flags say all that sets an arm apart: defaults may change, records must not."""
 
@@ -76,7 +170,7 @@ STARTS = {"inherited": ("--inherit_weights",), "random": ("--no-inherit_weights"
 OWN = ("preset", "output_dir", "resume_from_checkpoint", "seed", "max_train_steps", "train_batch_size", "dry_run")
 """Flags of a run that --extra must not have: this command sets them."""
 
-TEACHER_IS_KNOWN: tuple[str, ...] = ()
+TEACHER_IS_KNOWN: tuple[str, ...] = ("--no-score_teacher",)
 """Flags of runs that need not score the teacher again, once the results file has its scores."""
 
 
@@ -104,7 +198,7 @@ class ComparisonConfig:
     """Images per step."""
     learning_rate: float | None = None
     """Peak learning rate; by default the student preset's."""
-    num_score_samples: int = 1000
+    num_score_samples: int = 500
     """Samples that a student is scored by."""
     score_every_steps: int = 0
     """Steps between scores during training, for the curves; 0 for none."""
@@ -112,9 +206,9 @@ class ComparisonConfig:
     """Further flags of every run, each with its values in one string and without dashes, as "max_train_samples 150"."""
     jobs: int | None = None
     """Runs side by side; by default one per GPU, else one per core. The cores, or GPUs, are shared out."""
-    output_dir: str = "runs/screen"
-    """Folder of the runs, and of table.md."""
-    results: str | None = None
+    output_dir: str = ""
+    """Folder of the runs, and of table.md; by default runs/PRESET."""
+    results: str = ""
     """File of finished runs; by default docs/results/PRESET.json."""
     figures: str = "docs"
     """Folder of the figures."""
@@ -147,24 +241,72 @@ class ComparisonConfig:
             raise ValueError(f"--control {self.control} is not among the arms: {', '.join(self.arms)}")
 
 
-SCREEN = ComparisonConfig()
+SCREEN = ComparisonConfig(
+    arms=(
+        *("denoising", "denoising-longer", "output", "output-alone", "fitnet", "fitnet-layer-norm"),
+        *("learned-identity-layer-norm", "fixed-random-layer-norm"),
+        *("solved-raw", "solved-center", "solved-layer-norm", "solved-standardize"),
+        *("solved-whiten-0.5", "solved-whiten-1", "vkd-paper", "solved-raw-pooled", "cka"),
+        *("solved-raw-no-denoising", "solved-raw-ratio-0.3-no-denoising", "cka-no-denoising"),
+    )
+)
+CROSSINGS = replace(
+    SCREEN,
+    preset="crossings",
+    arms=("output", "output-alone", *(arm for arm in ARMS if arm not in SCREEN.arms)),
+    num_seeds=1,
+    results="docs/results/screen.json",
+)
+CROSSINGS_RANDOM = replace(
+    CROSSINGS,
+    preset="crossings-random",
+    arms=(
+        *("denoising", "output", "output-alone", "fitnet", "fitnet-no-denoising", "solved-raw"),
+        *("solved-raw-no-denoising", "solved-raw-ratio-0.3-no-denoising", "solved-raw-ratio-1-no-denoising"),
+        *("least-squares-raw-no-denoising", "cka-no-denoising", "cka-ratio-1-no-denoising"),
+    ),
+    starts=("random",),
+)
+FINALISTS = (
+    *("denoising", "denoising-longer", "output", "output-alone", "fitnet"),
+    *("solved-raw", "solved-raw-ratio-0.3-no-denoising", "cka-no-denoising"),
+)
 CONFIRMATION = replace(
     SCREEN,
     preset="confirmation",
-    arms=("denoising", "denoising-longer", "output", "fitnet", "solved-raw", "solved-center", "solved-standardize"),
+    arms=FINALISTS,
     starts=("inherited", "random"),
     seed=100,
     num_seeds=5,
-    output_dir="runs/confirmation",
+    max_train_steps=600,
 )
 CONFIRMATION_LONG = replace(
-    CONFIRMATION, preset="confirmation-long", max_train_steps=3000, num_seeds=3, output_dir="runs/confirmation-long"
+    CONFIRMATION,
+    preset="confirmation-long",
+    arms=("denoising", "output", "output-alone", "fitnet", "solved-raw-ratio-0.3-no-denoising"),
+    starts=("inherited",),
+    max_train_steps=1800,
+    num_seeds=3,
 )
-MNIST = replace(CONFIRMATION, preset="mnist", student_preset="mnist", num_seeds=3, output_dir="runs/comparison-mnist")
+MNIST = replace(
+    CONFIRMATION,
+    preset="mnist",
+    student_preset="mnist",
+    starts=("inherited",),
+    num_seeds=3,
+    learning_rate=2e-3,
+    extra=("teacher recipes/assets/mnist14-teacher", "student ''", "student_width 0.5"),
+)
 DIGITS_TENTH = replace(
-    CONFIRMATION, preset="digits-tenth", num_seeds=3, extra=("max_train_samples 150",), output_dir="runs/digits-tenth"
+    CONFIRMATION, preset="digits-tenth", starts=("inherited",), num_seeds=3, extra=("max_train_samples 150",)
 )
-PRESETS = {config.preset: config for config in (SCREEN, CONFIRMATION, CONFIRMATION_LONG, MNIST, DIGITS_TENTH)}
+PRESETS = {
+    config.preset: config
+    for config in (
+        *(SCREEN, CROSSINGS, CROSSINGS_RANDOM),
+        *(CONFIRMATION, CONFIRMATION_LONG, MNIST, DIGITS_TENTH),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -358,7 +500,12 @@ def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
 def main(config: ComparisonConfig) -> None:
     """Make the runs that are missing, then show what came of all."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    records = RunRecords(Path(config.results or f"docs/results/{config.preset}.json"))
+    config = replace(
+        config,
+        output_dir=config.output_dir or f"runs/{config.preset}",
+        results=config.results or f"docs/results/{config.preset}.json",
+    )
+    records = RunRecords(Path(config.results))
     runs = plan(config)
     if config.dry_run:
         show_plan(config, runs, records, console)
