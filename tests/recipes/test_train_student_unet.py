@@ -249,7 +249,7 @@ def test_cifar10_from_teacher_to_samples(tmp_path, run_recipe):
         ["--feature_normalization", "whiten", "--whitening_rank", 3],
         ["--student_width", 2, "--feature_normalization", "center"],
         ["--student_width", 1, "--projector", "identity", "--layer_pairs", "mid_block", "up_blocks.1.resnets.0"],
-        ["--denoising_weight", 0, "--output_weight", 0],
+        ["--denoising_weight", 0, "--output_weight", 0, "--feature_weighting", "constant"],
         ["--feature_weight", 0],
         ["--ema_max_decay", 0, "--max_grad_norm", 0, "--lr_scheduler", "constant"],
     ],

@@ -23,7 +23,14 @@ NUM_DIAGNOSTIC_DRAWS = 64
 """Draws of training images, with noise that no step sees, that the diagnostics look at."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    "vkd": {"feature_weight": 0.3, "projector": "solved", "feature_normalization": "none", "feature_loss": "mse"},
+    "vkd": {
+        "denoising_weight": 0.0,
+        "feature_weighting": "gradient_ratio",
+        "feature_weight": 0.3,
+        "projector": "solved",
+        "feature_normalization": "none",
+        "feature_loss": "mse",
+    },
     "vkd-paper": {
         "feature_weight": 0.3,
         "projector": "matrix_exp",
@@ -34,7 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "output": {"feature_weight": 0.0},
     "none": {"feature_weight": 0.0, "output_weight": 0.0},
 }
-"""What each --method stands for; `output_weight` is 1 where it is not named."""
+"""What each --method stands for. Where they are not named, the weights of denoising and output are 1, and the feature
+weight is constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +50,18 @@ class MatchingOptions:
     """How the student learns from the teacher. What --method decides is left empty here and can be overridden."""
 
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
-    """vkd: solved orthogonal projector. vkd-paper: learned orthogonal projector, full whitening by batch statistics,
-    smooth-L1, as published. fitnet: free 1x1 convolution. output: distil the teacher's output alone. none: no
-    distillation."""
+    """vkd: the teacher's output, and features by a solved orthogonal projector, their gradient kept at 0.3 of the
+    output's; no denoising loss. vkd-paper: denoising, output, and features by a learned orthogonal projector, full
+    whitening by batch statistics, smooth-L1, as published. fitnet: denoising, output, and features by a free 1x1
+    convolution. output: denoising and output. none: denoising alone."""
     layers: PairedLayers = "all"
     """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
     self-attention layers of all stages."""
     layer_pairs: tuple[str, ...] = ()
     """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
     average-pooled by 2."""
-    denoising_weight: float = 1.0
-    """Weight of the denoising loss; 0 removes it."""
+    denoising_weight: float | None = None
+    """Weight of the denoising loss; 0 removes it. By default 1, or 0 for --method vkd."""
     output_weight: float | None = None
     """Weight of the output distillation loss; by default 1, or 0 for --method none."""
     feature_weight: float | None = None
@@ -114,6 +123,7 @@ class MatchingOptions:
     @property
     def weights(self) -> vkd.LossWeights:
         """Of the terms at the start of the run; of resolved options."""
+        assert self.denoising_weight is not None
         assert self.output_weight is not None
         assert self.feature_weight is not None
         return vkd.LossWeights(denoising=self.denoising_weight, output=self.output_weight, feature=self.feature_weight)
@@ -130,7 +140,8 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
         ValueError: for options that contradict each other.
     """
     asked = bool(options.layer_pairs or options.projector or options.feature_normalization)
-    defaults = {"output_weight": 1.0, "feature_weighting": "constant", **METHODS[options.method]}
+    defaults = {"denoising_weight": 1.0, "output_weight": 1.0, "feature_weighting": "constant"}
+    defaults |= METHODS[options.method]
     options = replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
     if options.feature_weight and None in (options.projector, options.feature_normalization, options.feature_loss):
         raise ValueError(
