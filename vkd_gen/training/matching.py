@@ -140,7 +140,7 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
         ValueError: for options that contradict each other.
     """
     asked = bool(options.layer_pairs or options.projector or options.feature_normalization)
-    defaults = {"denoising_weight": 1.0, "output_weight": 1.0, "feature_weighting": "constant"}
+    defaults: dict[str, Any] = {"denoising_weight": 1.0, "output_weight": 1.0, "feature_weighting": "constant"}
     defaults |= METHODS[options.method]
     options = replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
     if options.feature_weight and None in (options.projector, options.feature_normalization, options.feature_loss):
