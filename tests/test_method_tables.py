@@ -52,7 +52,6 @@ def test_means_spreads_and_differences_by_hand():
         "fid digits": "11.00 ± 1.00",
         "share of the gap": "40%",  # of 15 - 5, 4 are closed
         "steps": "20",
-        "seconds": "20",
     }
     assert cells(scores, "teacher")["fid digits"] == "5.00"
     assert cells(scores, "held-out images")["teacher distance"] == "-"
@@ -71,7 +70,7 @@ def test_what_is_missing_is_shown_as_missing():
     assert cells(differences, "fitnet")["fid digits"] == "-1.50 (1/1)"
     assert cells(differences, "denoising")["fid digits"] == "-"
     scores, _ = tables_of(comparison([record("output", 0)], reference={}))
-    assert cells(scores, "fitnet")["seconds"] == "-"
+    assert cells(scores, "fitnet")["steps"] == "-"
     assert len(scores.rows) == 3
 
 

@@ -23,8 +23,7 @@ class Comparison:
     """What tables and figures are made of.
 
     Attributes:
-        records: finished runs, each with `arm`, `start`, `seed`, `steps`, `seconds`, `student` (score -> value) and
-            `curve`.
+        records: finished runs, each with `arm`, `start`, `seed`, `steps`, `student` (score -> value) and `curve`.
         arms: in the order to show them in.
         starts: what students started from, likewise.
         control: the arm that the others are compared to.
@@ -121,15 +120,13 @@ def _scores_table(comparison: Comparison, start: str) -> TextTable:
             cells.append("-" if share is None else f"{share:.0%}")
         steps = {record["steps"] for record in runs.values()}
         cells.append("-" if not steps else f"{steps.pop():,}")
-        seconds = [record["seconds"] for record in runs.values()]
-        cells.append("-" if not seconds else f"{summarize(seconds).mean:.0f}")
         rows.append(cells)
     for name, row in comparison.reference.get("rows", {}).items():
         known = [f"{row[score]:.{decimals[score]}f}" if score in row else "-" for score in scores]
-        rows.append([name, "-", *known, *(["-"] if frechet else []), "-", "-"])
+        rows.append([name, "-", *known, *(["-"] if frechet else []), "-"])
     header = ["", "runs", *(score.replace("_", " ") for score in scores)]
     header += ["share of the gap"] if frechet else []
-    return TextTable(f"Scores, {start} weights", [*header, "steps", "seconds"], rows)
+    return TextTable(f"Scores, {start} weights", [*header, "steps"], rows)
 
 
 def _with_spread(values: Sequence[float], decimals: int) -> str:
@@ -177,14 +174,19 @@ def notes_of(comparison: Comparison) -> list[str]:
     return notes + [f"{name.replace('_', ' ')}: {describe(value)}" for name, value in protocol.items()]
 
 
-def markdown_table(comparison: Comparison) -> str:
-    """Tables and notes as Markdown; the same runs give the same text."""
+def markdown_tables(comparison: Comparison) -> str:
+    """The tables as Markdown; the same runs give the same text."""
     lines = []
     for table in tables_of(comparison):
         rows = ["| " + " | ".join(cells) + " |" for cells in table.rows]
         head = "| " + " | ".join(table.header) + " |"
         lines += [f"### {table.title}", "", head, "|---" + "|---:" * (len(table.header) - 1) + "|", *rows, ""]
-    return "\n".join([*lines, *(f"- {note}" for note in notes_of(comparison))]) + "\n"
+    return "\n".join(lines)
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """Tables and notes as Markdown."""
+    return markdown_tables(comparison) + "\n" + "\n".join(f"- {note}" for note in notes_of(comparison)) + "\n"
 
 
 def print_tables(comparison: Comparison, console: Console) -> None:
