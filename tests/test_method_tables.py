@@ -92,7 +92,7 @@ def test_markdown_has_a_heading_per_start_and_the_protocol():
     assert "- sampler: DDIM" in text
     assert "- threads per run: 1" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {8, 4}
+    assert widths == {7, 4}
 
 
 def test_the_terminal_shows_the_same_cells(capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import recipes
+from tests.recipes import conftest as recipes
 from vkd_gen.evaluation.method_tables import Comparison, markdown_tables
 from vkd_gen.evaluation.run_records import RunRecords
 
