@@ -607,7 +607,7 @@ def test_cka_floor_does_not_know_the_size_of_the_targets(gain):
     assert width_floor(gain * covariance, 2, "cka") == pytest.approx(width_floor(covariance, 2, "cka"))
 
 
-@pytest.mark.parametrize("student_channels", [1, 3, 5])
+@pytest.mark.parametrize("student_channels", [1, 4])
 def test_cka_floor_is_the_best_that_a_search_finds(student_channels):
     """Of all rows of a width those that agree in the leading directions; from other starts descent ends there too."""
     generator = torch.Generator().manual_seed(3)
@@ -619,7 +619,7 @@ def test_cka_floor_is_the_best_that_a_search_finds(student_channels):
     leading = np.linalg.eigh(covariance.numpy())[1][:, ::-1][:, :student_channels]
     best = target @ torch.from_numpy(leading.copy()).float()
     assert (1 - linear_cka(best, target)).item() == pytest.approx(floor, abs=1e-5)
-    for seed in range(3):
+    for seed in range(2):
         generator.manual_seed(seed)
         rows = torch.randn(1, 40, student_channels, generator=generator, requires_grad=True)
         optimizer = torch.optim.Adam([rows], lr=0.1)
