@@ -5,10 +5,12 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from vkd_gen.losses import feature_loss, prediction_loss, weighted_mean
+from vkd_gen.losses import feature_loss, linear_cka, prediction_loss, weighted_mean
+from vkd_gen.projectors import random_orthonormal
 
 REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
 KINDS = ("mse", "smooth_l1")
+ALL_KINDS = (*KINDS, "cka")
 
 
 def reference_loss(prediction, target, kind="mse", weights=None, beta=1.0):
@@ -21,6 +23,16 @@ def reference_loss(prediction, target, kind="mse", weights=None, beta=1.0):
         value = error**2 if kind == "mse" else smooth
         total += value * (1.0 if weights is None else weights[index[0]].item())
     return total / prediction.size
+
+
+def reference_cka(first, second):
+    """Kornblith et al., 2019, eq. 1 to 3: HSIC of centred Gram matrices over positions, sample by sample, float64."""
+    values = []
+    for x, y in zip(first.double().numpy(), second.double().numpy(), strict=True):
+        centring = np.eye(len(x)) - np.ones((len(x), len(x))) / len(x)
+        k, m = (centring @ rows @ rows.T @ centring for rows in (x, y))
+        values.append(np.trace(k @ m) / np.sqrt(np.trace(k @ k) * np.trace(m @ m)))
+    return np.array(values)
 
 
 @pytest.fixture
@@ -53,6 +65,21 @@ def test_weighted_mean_known_value():
     assert weighted_mean(values).item() == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        # Of rows 1, -1, 0 and those of a plane: the cosine of their Gram matrices.
+        ([[-3.0], [3.0], [0.0]], 1.0),
+        ([[1.0], [1.0], [-2.0]], 0.0),
+        ([[1.0], [0.0], [-1.0]], 0.25),  # (1 * 1)^2 / (2 * 2)
+        ([[5.0], [5.0], [5.0]], 0.0),  # which do not vary
+    ],
+)
+def test_linear_cka_known_values(second, expected):
+    first = torch.tensor([[[1.0], [-1.0], [0.0]]])
+    assert linear_cka(first, torch.tensor([second])).item() == pytest.approx(expected, abs=1e-6)
+
+
 # ---- references
 
 
@@ -75,10 +102,72 @@ def test_prediction_loss_reference(weighted):
     assert loss.item() == pytest.approx(reference_loss(prediction, target, "mse", weights), rel=1e-5)
 
 
+@pytest.mark.parametrize(("positions", "widths"), [(7, (3, 5)), (4, (6, 6)), (3, (8, 2)), (1, (4, 4))])
+def test_linear_cka_equals_gram_matrices(positions, widths):
+    generator = torch.Generator().manual_seed(4)
+    common = torch.randn(5, positions, 2, generator=generator)
+    first, second = (
+        torch.randn(5, positions, width, generator=generator) + common @ torch.randn(2, width, generator=generator) + 3
+        for width in widths
+    )
+    found = linear_cka(first, second)
+    assert found.shape == (5,)
+    if positions == 1:
+        assert found.tolist() == [0] * 5  # nothing to be aligned with
+        return
+    np.testing.assert_allclose(found.numpy(), reference_cka(first, second), rtol=1e-4)
+    assert found.min() > 0.05
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cka_loss_reference(rows, weighted):
+    """One loss per sample, then as all losses are weighted."""
+    prediction, target, weights = rows
+    weights = weights if weighted else torch.ones(3)
+    expected = (weights.numpy() * (1 - reference_cka(prediction, target))).mean()
+    assert feature_loss(prediction, target, "cka", weights).item() == pytest.approx(expected, rel=1e-5)
+
+
 # ---- properties
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gain", [1e-9, 1e-6, 1.0, 1e6, 1e9])
+def test_cka_does_not_know_rotations_gains_and_shifts(rows, gain):
+    """Nor the size: fourth powers of it would leave float32's range."""
+    prediction, target, _ = rows
+    rotated = gain * (prediction @ random_orthonormal(5, 5, seed=1) + torch.randn(3, 1, 5))
+    expected = linear_cka(prediction, target)
+    torch.testing.assert_close(linear_cka(rotated, target), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(linear_cka(gain * prediction, gain * target), expected, rtol=1e-4, atol=1e-6)
+    embedded = prediction @ random_orthonormal(5, 9, seed=2)
+    torch.testing.assert_close(linear_cka(gain * embedded, target), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(linear_cka(prediction * torch.tensor([3.0, 1, 1, 1, 1]), target), expected, rtol=1e-2)
+
+
+def test_cka_is_symmetric_at_most_one_and_one_for_like_rows(rows):
+    prediction, target, _ = rows
+    torch.testing.assert_close(linear_cka(prediction, target), linear_cka(target, prediction))
+    torch.testing.assert_close(linear_cka(prediction, 2 * prediction - 1), torch.ones(3))
+    assert linear_cka(prediction, target).max() < 0.9
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e4])
+def test_rows_that_do_not_vary_are_aligned_with_nothing_and_get_no_gradient(value):
+    """Nine equal numbers sum up to nine times the number but for rounding."""
+    constant = torch.full((2, 9, 3), value, requires_grad=True)
+    varying = torch.randn(2, 9, 3, requires_grad=True)
+    feature_loss(constant, varying, "cka").backward()
+    assert linear_cka(constant, varying).tolist() == linear_cka(varying, constant).tolist() == [0, 0]
+    assert constant.grad.tolist() == varying.grad.tolist() == torch.zeros(2, 9, 3).tolist()
+
+
+def test_small_variation_far_from_zero_counts(rows):
+    prediction, target, _ = rows
+    far = 1000 + prediction.double()
+    torch.testing.assert_close(linear_cka(far.float(), target), linear_cka(prediction, target), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_equal_parts_add_up_to_the_whole(rows, kind):
     """What makes processes and accumulation steps agree with one big batch."""
     prediction, target, weights = (torch.cat([tensor, tensor.flip(0) / 2]) for tensor in rows)
@@ -90,7 +179,7 @@ def test_equal_parts_add_up_to_the_whole(rows, kind):
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_weights_of_one_change_nothing(rows, kind):
     prediction, target, _ = rows
     torch.testing.assert_close(
@@ -98,11 +187,11 @@ def test_weights_of_one_change_nothing(rows, kind):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_sample_of_weight_zero_does_not_count(rows, kind):
     prediction, target, weights = rows
     changed = prediction.clone()
-    changed[0] += 100
+    changed[0] *= 100
     assert torch.equal(feature_loss(changed, target, kind, weights), feature_loss(prediction, target, kind, weights))
 
 
@@ -114,7 +203,7 @@ def test_smooth_l1_is_half_the_square_near_and_linear_far():
     assert far.item() == pytest.approx(1e4 - 0.5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_losses_are_computed_in_float32(kind):
     """In bfloat16 the sum over 10,000 entries would be off by percents."""
     generator = torch.Generator().manual_seed(0)
@@ -126,7 +215,8 @@ def test_losses_are_computed_in_float32(kind):
     error = (prediction.double() - target.double()).abs()
     smooth = torch.where(error < 1, error.square() / 2, error - 0.5).mean().item()
     assert squares.item() == pytest.approx(error.square().mean().item(), rel=1e-4)
-    assert loss.item() == pytest.approx({"mse": squares.item(), "smooth_l1": smooth}[kind], rel=1e-4)
+    relations = (1 - reference_cka(prediction, target)).mean()
+    assert loss.item() == pytest.approx({"mse": squares.item(), "smooth_l1": smooth, "cka": relations}[kind], rel=1e-4)
 
 
 # ---- gradient routing
@@ -141,6 +231,17 @@ def test_gradients_of_the_feature_loss(rows, kind):
     expected = (2 * error if kind == "mse" else error.clamp(-1, 1)) / error.numel()
     torch.testing.assert_close(prediction.grad, expected)
     torch.testing.assert_close(target.grad, -expected)
+
+
+def test_gradients_of_the_cka_loss(rows):
+    """By finite differences, float64, on both sides; they shrink no row and move no mean."""
+    prediction, target, _ = (tensor.double().requires_grad_() for tensor in rows)
+    assert torch.autograd.gradcheck(linear_cka, (prediction, target))
+    feature_loss(prediction, target, "cka").backward()
+    for value in (prediction, target):
+        torch.testing.assert_close(value.grad.sum(1), torch.zeros(3, 5, dtype=torch.float64), rtol=0, atol=1e-7)
+        torch.testing.assert_close((value.grad * value).sum((1, 2)).detach(), torch.zeros(3).double(), rtol=0, atol=1e-7)
+        assert value.grad.abs().max() > 1e-3
 
 
 def test_gradients_of_the_prediction_loss_do_not_reach_the_target(rows):

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch.nn import functional as F
 
+from vkd_gen.losses import linear_cka
 from vkd_gen.normalization import (
     FeatureNormalizer,
     FeatureStatistics,
@@ -593,7 +594,48 @@ def test_smooth_l1_floor_limits():
     assert width_floor(covariance, 3, "smooth_l1", beta=1e-4) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
+def test_cka_floor_known_values():
+    """1 - sqrt of the leading squared eigenvalues' share: equal directions, and eigenvalues 4 and 3, 16 of 25."""
+    assert width_floor(torch.eye(8).double(), 2, "cka") == pytest.approx(0.5)
+    assert width_floor(torch.eye(8).double(), 8, "cka") == 0
+    assert width_floor(torch.diag(torch.tensor([3.0, 4.0])).double(), 1, "cka") == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1.0, 50.0])
+def test_cka_floor_does_not_know_the_size_of_the_targets(gain):
+    covariance = random_covariance()
+    assert width_floor(gain * covariance, 2, "cka") == pytest.approx(width_floor(covariance, 2, "cka"))
+
+
+@pytest.mark.parametrize("student_channels", [1, 4])
+def test_cka_floor_is_the_best_that_a_search_finds(student_channels):
+    """Of all rows of a width those that agree in the leading directions; from other starts descent ends there too."""
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(1, 40, CHANNELS, generator=generator) @ torch.linalg.cholesky(random_covariance()).float().T
+    centred = (target - target.mean(1))[0].double()
+    covariance = centred.T @ centred / 40
+    floor = width_floor(covariance, student_channels, "cka")
+    assert floor > 0.001
+    leading = np.linalg.eigh(covariance.numpy())[1][:, ::-1][:, :student_channels]
+    best = target @ torch.from_numpy(leading.copy()).float()
+    assert (1 - linear_cka(best, target)).item() == pytest.approx(floor, abs=1e-5)
+    for seed in range(2):
+        generator.manual_seed(seed)
+        rows = torch.randn(1, 40, student_channels, generator=generator, requires_grad=True)
+        optimizer = torch.optim.Adam([rows], lr=0.1)
+        losses = []
+        for _ in range(200):
+            loss = 1 - linear_cka(rows, target).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] > floor + 0.1
+        assert min(losses) > floor - 1e-5
+        assert losses[-1] == pytest.approx(floor, abs=2e-3)
+
+
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1", "cka"])
 def test_width_floor_falls_with_the_width(loss):
     floors = [width_floor(random_covariance(), width, loss) for width in range(1, 8)]
     assert floors[:6] == sorted(floors[:6], reverse=True)
@@ -601,7 +643,7 @@ def test_width_floor_falls_with_the_width(loss):
     assert floors[5:] == [0, 0]
 
 
-@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1", "cka"])
 def test_nothing_remains_of_targets_in_few_directions(loss):
     covariance = torch.diag(torch.tensor([2.0, 1.0, 0.0, 0.0])).double()
     assert width_floor(covariance, 2, loss) == pytest.approx(0, abs=1e-12)

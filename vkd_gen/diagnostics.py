@@ -52,6 +52,9 @@ class Diagnostics:
         timestep_weighting: as in training.
         snr_gamma: of `min_snr`.
         num_timestep_bins: bins of equal width that the feature losses are told apart by.
+
+    Raises:
+        ValueError: without batches or bins.
     """
 
     def __init__(
@@ -69,6 +72,10 @@ class Diagnostics:
         self._projected, self._teacher, self._batches = projected, teacher, list(batches)
         self._noise_scheduler, self._kind = noise_scheduler, feature_loss_kind
         self._weighting: dict[str, Any] = {"timestep_weighting": timestep_weighting, "snr_gamma": snr_gamma}
+        if not self._batches:
+            raise ValueError("no batches to look at")
+        if num_timestep_bins < 1:
+            raise ValueError(f"num_timestep_bins must be at least 1, not {num_timestep_bins}")
         self._num_bins = num_timestep_bins
         self._capture = FeatureCapture(projected.student, [pair.student for pair in projected.layer_pairs])
         self._teacher_ranks: dict[str, float] = {}
@@ -89,12 +96,13 @@ class Diagnostics:
             `rank/student/LAYER`, `rank/teacher/LAYER`: effective ranks of their features;
             `gain/LAYER`: of an orthogonal projector.
         """
-        was_training = self._projected.training
+        modes = [(module, module.training) for module in self._projected.modules()]
         self._projected.eval()  # so that no projector takes these rows in
         try:
             return {**self._gradients(weights), **self._features()}
         finally:
-            self._projected.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
 
     def _gradients(self, weights: LossWeights) -> dict[str, float]:
         parameters = [parameter for parameter in self._projected.student.parameters() if parameter.requires_grad]

@@ -253,7 +253,7 @@ def distillation_losses(
             expressed in it.
         teacher: may be None where neither output nor features are asked for.
         weights: of the terms.
-        feature_loss_kind: `mse` or `smooth_l1`.
+        feature_loss_kind: `mse`, `smooth_l1` or `cka`, see `feature_loss`.
         timestep_weighting: `uniform` or `min_snr`.
         snr_gamma: of `min_snr`.
 

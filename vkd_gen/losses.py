@@ -22,7 +22,7 @@ def weighted_mean(
     """
     if weights is None:
         return values.mean()
-    return (values.flatten(1).mean(1) * weights).mean()
+    return (values.reshape(len(values), -1).mean(1) * weights).mean()
 
 
 def prediction_loss(
@@ -86,15 +86,25 @@ def linear_cka(
     """Linear centred kernel alignment of each sample's rows, from 0 to 1: the cosine between their Gram matrices.
 
     Computed from the channels' products, which never holds a matrix of positions by positions. A sample whose rows do
-    not vary, as with a single position, is aligned with nothing: 0.
+    not vary by more than rounding, as with a single position, is aligned with nothing: 0.
     """
-    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+    with torch.autocast(first.device.type, enabled=False):
+        first, second = _centred_of_size_one(first), _centred_of_size_one(second)
 
-    def alignment(left: Tensor, right: Tensor) -> Tensor:
-        return (left.transpose(1, 2) @ right).square().sum((1, 2))
+        def alignment(left: Tensor, right: Tensor) -> Tensor:
+            return (left.transpose(1, 2) @ right).square().sum((1, 2))
 
-    norms = alignment(first, first) * alignment(second, second)
-    return alignment(first, second) / norms.clamp(min=torch.finfo(norms.dtype).tiny).sqrt()
+        norms = alignment(first, first) * alignment(second, second)
+        return alignment(first, second) / norms.clamp(min=torch.finfo(norms.dtype).tiny).sqrt()
+
+
+def _centred_of_size_one(rows: Float[Tensor, "batch positions channels"]) -> Float[Tensor, "batch positions channels"]:
+    """Each sample's rows about their mean, divided by their norm: fourth powers of them neither overflow nor vanish."""
+    centred = rows - rows.mean(1, keepdim=True)
+    size, size_of_all = (torch.linalg.vector_norm(part, dim=(1, 2), keepdim=True) for part in (centred, rows))
+    resolution = torch.finfo(rows.dtype)
+    varies = size > 8 * resolution.eps * size_of_all
+    return torch.where(varies, centred / size.clamp(min=resolution.tiny), 0.0)
 
 
 def _check_same_shape(prediction: Tensor, target: Tensor) -> None:

@@ -265,8 +265,10 @@ def width_floor(
     """The feature loss that a student of this width cannot get below with an isometric projector.
 
     At best the projected student fills the leading `student_channels` directions of the targets; what lies in the
-    others remains. For `mse` this is exact; for `smooth_l1` the remainder is taken to be Gaussian; for `cka` it is that
-    of rows with this covariance: 1 - the leading directions' share of the root of the summed squared eigenvalues.
+    others remains. For `mse` this is exact; for `smooth_l1` the remainder is taken to be Gaussian. For `cka` it is
+    exact for samples whose own rows have this covariance, with any linear projector: 1 - sqrt(q), q the leading
+    directions' share of the summed squared eigenvalues. Single samples vary in fewer directions than all together, so
+    their mean can get below it.
 
     Args:
         target_covariance: of the normalised targets, see `FeatureNormalizer.target_covariance`.

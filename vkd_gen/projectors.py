@@ -417,7 +417,7 @@ class LeastSquaresProjector(nn.Module):
         solution = torch.cholesky_solve(cross, factor).float()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.broadcast(solution, 0)  # unlike devices may round the same solution differently
-        keep = (failed > 0) | ~solution.isfinite().all()
+        keep = (failed > 0) | ~solution.isfinite().all() | (self.statistics.num_merges == 0)
         self.solution.copy_(torch.where(keep, self.solution, solution))
 
     def extra_repr(self) -> str:

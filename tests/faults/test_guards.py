@@ -8,7 +8,14 @@ import torch
 
 from tests.conftest import tiny_unet
 from tests.faults.small_run import end_of, options_of, start_processes, train
-from vkd_gen import LinearProjector, OrthogonalProjector
+from vkd_gen import (
+    FeatureNormalizer,
+    LeastSquaresProjector,
+    LinearProjector,
+    OrthogonalProjector,
+    ProjectedStudent,
+    pair_layers,
+)
 from vkd_gen.training.guards import Watch, check_state, projector_fault
 from vkd_gen.training.run_folder import RunFolder
 
@@ -176,6 +183,53 @@ def test_a_broken_projector_is_named(name):
 
 def test_features_that_do_not_vary_are_named():
     assert "the student's features do not vary" in projector_fault(seen_projector(scale=0.0))
+
+
+def seen_least_squares(student_scale=1.0, teacher_scale=1.0):
+    projector = LeastSquaresProjector(4, 6)
+    projector(student_scale * torch.randn(8, 16, 4) + 0.1, teacher_scale * torch.randn(8, 16, 6) + 0.1)
+    projector.initialize()
+    return projector
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (100.0, 1.0), (1.0, 1e-2), (1e-3, 1e-3)])
+def test_a_sound_least_squares_projector_has_no_fault(scales):
+    assert projector_fault(seen_least_squares(*scales)) is None
+    assert projector_fault(LeastSquaresProjector(4, 6)) is None
+
+
+BROKEN_LEAST_SQUARES = {
+    "solution": (lambda projector: projector.solution.fill_(torch.nan), "has a solution that is not finite"),
+    "mean": (lambda projector: projector.statistics.target_mean.fill_(torch.inf), "a target_mean that is not finite"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_LEAST_SQUARES)
+def test_a_broken_least_squares_projector_is_named(name):
+    projector = seen_least_squares()
+    damage, words = BROKEN_LEAST_SQUARES[name]
+    damage(projector)
+    assert words in projector_fault(projector)
+
+
+@pytest.mark.parametrize(
+    ("scales", "name"), [((0.0, 1.0), "student"), ((1.0, 0.0), "teacher"), ((100.0, 0.0), "teacher")]
+)
+def test_least_squares_of_features_that_do_not_vary_is_named(scales, name):
+    projector = seen_least_squares(*scales)
+    assert f"the {name}'s features do not vary" in projector_fault(projector)
+
+
+def test_a_broken_least_squares_projector_is_found_in_the_state():
+    student, teacher = tiny_unet((4, 8)), tiny_unet()
+    pairs = pair_layers(student, teacher, pairs=[("mid_block", "mid_block")])
+    projector = LeastSquaresProjector(8, 16)
+    model = ProjectedStudent(student, pairs, [projector], [FeatureNormalizer(channels=16)])
+    parameters = list(model.parameters())
+    assert check_state(model, parameters) is None
+    projector.solution.fill_(torch.inf)
+    words = "the projector from mid_block to mid_block has a solution that is not finite"
+    assert check_state(model, parameters) == words
 
 
 def test_a_collapsed_projector_ends_the_run_before_it_is_saved(tmp_path):

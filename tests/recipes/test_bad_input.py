@@ -174,6 +174,46 @@ STUDENT_MISTAKES = {
     "unknown precision": (lambda tmp: ["--mixed_precision", "fp8"], "mixed-precision"),
     "unknown tracker": (lambda tmp: ["--report_to", "paper"], "--report_to paper"),
     "decay start above one": (lambda tmp: ["--feature_decay_start", 1.5], "--feature_decay_start"),
+    "unknown feature weighting": (
+        lambda tmp: ["--feature_weighting", "gradient"],
+        "'gradient' for argument '--feature-weighting'.*gradient_ratio",
+    ),
+    "unknown feature loss": (lambda tmp: ["--feature_loss", "cosine"], "'cosine' for argument '--feature-loss'.*cka"),
+    "unknown projector": (lambda tmp: ["--projector", "lstsq"], "'lstsq' for argument '--projector'.*least_squares"),
+    "ratio without diagnostics": (
+        lambda tmp: ["--feature_weighting", "gradient_ratio", "--diagnostics_every_steps", 0],
+        "gradient_ratio follows the diagnostics; set --diagnostics_every_steps above 0",
+    ),
+    "ratio to nothing": (
+        lambda tmp: ["--feature_weighting", "gradient_ratio", "--denoising_weight", 0, "--output_weight", 0],
+        "gradient_ratio needs another term to be in proportion to",
+    ),
+    "negative ratio": (
+        lambda tmp: ["--feature_weighting", "gradient_ratio", "--feature_weight", -1],
+        "feature weight must be at least 0",
+    ),
+    "diagnostics negative": (
+        lambda tmp: ["--diagnostics_every_steps", -1],
+        "--diagnostics_every_steps must be at least 0, not -1",
+    ),
+    "no training samples": (lambda tmp: ["--max_train_samples", 0], "--max_train_samples must be at least 1, not 0"),
+    "training samples in words": (lambda tmp: ["--max_train_samples", "few"], "max-train-samples.*few"),
+    "least squares without features": (
+        lambda tmp: ["--method", "output", "--projector", "least_squares"],
+        "weight is 0: there is no feature loss",
+    ),
+    "refresh zero of least squares": (
+        lambda tmp: ["--projector", "least_squares", "--projector_refresh_steps", 0],
+        "--projector_refresh_steps must be at least 1",
+    ),
+    "relations of one position": (
+        lambda tmp: ["--feature_loss", "cka", "--layer_pairs", "mid_block", "up_blocks.0/8:up_blocks.0/8"],
+        "layer up_blocks.0/8 has a single position, and --feature_loss cka compares",
+    ),
+    "relations of no positions": (
+        lambda tmp: ["--feature_loss", "cka", "--layer_pairs", "time_embedding"],
+        "layer time_embedding has a single position",
+    ),
     "negative weight": (lambda tmp: ["--output_weight", -1], "output weight must be at least 0"),
     "no weight at all": (lambda tmp: ["--method", "none", "--denoising_weight", 0], "all weights are 0"),
     "weight without method": (lambda tmp: ["--method", "output", "--feature_weight", 1], "no feature loss"),

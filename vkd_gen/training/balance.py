@@ -1,8 +1,12 @@
 """The weight of the feature loss: a constant, or what keeps its gradient in proportion to the others'."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
+
+import torch
+import torch.distributed
 
 import vkd_gen as vkd
 from vkd_gen.diagnostics import Diagnostics
@@ -10,7 +14,7 @@ from vkd_gen.diagnostics import Diagnostics
 FeatureWeighting = Literal["constant", "gradient_ratio"]
 
 LEAST_RATIO = 1e-9
-"""A feature loss that has no gradient at all gets no larger weight than this makes."""
+"""The weight grows no larger than for a feature loss of weight 1 whose gradient is so small beside the others'."""
 
 
 class FeatureBalance:
@@ -18,8 +22,9 @@ class FeatureBalance:
 
     With `gradient_ratio` the feature weight is a ratio: that of the norm of the feature loss' gradient over the
     student's weights to that of the other terms' together, on the probe of the diagnostics. The factor that gives it is
-    found before the first step and moved half of the way, in the logarithm, at every later look. It lives in
-    `ProjectedStudent.feature_scale`, so a resumed run goes on with it.
+    found before the first step and moved half of the way, in the logarithm, at every later look. A ratio that is not
+    finite, as where the other terms have no gradient, leaves it as it is. It lives in `ProjectedStudent.feature_scale`,
+    equal on every process, so a resumed run goes on with it.
 
     Args:
         projected: the student.
@@ -61,7 +66,7 @@ class FeatureBalance:
         if self._follows:
             assert self._diagnostics is not None
             ratio = self._diagnostics(replace(self._weights, feature=1.0))["gradient_ratio"]
-            self._set(self._weights.feature / max(ratio, LEAST_RATIO))
+            self._move(1.0, ratio, exponent=1.0)
 
     def look(self, step: int) -> Mapping[str, float]:
         """After a step: the figures, when they are due, and the factor moved; else nothing."""
@@ -71,8 +76,7 @@ class FeatureBalance:
             return {}
         values = self._diagnostics(weights)
         if self._follows:
-            ratio = values["gradient_ratio"] / self._decay(step)
-            self._set(self._undecayed() * (self._weights.feature / max(ratio, LEAST_RATIO)) ** 0.5)
+            self._move(self._undecayed(), values["gradient_ratio"] / self._decay(step), exponent=0.5)
         return {**values, "feature_weight": weights.feature}
 
     def _undecayed(self) -> float:
@@ -86,6 +90,13 @@ class FeatureBalance:
         share = step / self._num_steps
         return 1.0 if share <= self._decay_start else (1 - share) / (1 - self._decay_start)
 
-    def _set(self, scale: float) -> None:
-        self._scale = scale
-        self._projected.feature_scale.fill_(scale)
+    def _move(self, scale: float, ratio: float, *, exponent: float) -> None:
+        """From a factor and the ratio found with it to the factor that gives the ratio asked for."""
+        if not math.isfinite(ratio):
+            return
+        wanted = self._weights.feature
+        factor = self._projected.feature_scale
+        factor.fill_(min(scale * (wanted / max(ratio, LEAST_RATIO)) ** exponent, wanted / LEAST_RATIO))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(factor, 0)  # unlike devices may round the same gradients differently
+        self._scale = float(factor)

@@ -505,17 +505,21 @@ class TrainingRun:
         save_sample_grid({f"step {self.step}": images}, self.folder.path / "previews" / f"step-{self.step:06d}.png")
 
     def _log_diagnostics(self) -> None:
-        figures = self._diagnose(self.step) if self._diagnose is not None else {}
+        if self._diagnose is None:
+            return
+        began = time.perf_counter()
+        figures = self._diagnose(self.step)
         if figures:
             line = {f"diagnostics/{name}": value for name, value in figures.items()}
             if self.accelerator.is_main_process:
                 self.folder.append_metrics({"step": self.step, **line})
             self.accelerator.log(line, step=self.step)
-            self._since = time.perf_counter()  # the time of looking is not the training's
+            self._since += time.perf_counter() - began  # the time of looking is not the training's
 
     def _log_scores(self) -> None:
         if self._score is None:
             return
+        began = time.perf_counter()
         with self.averaged_weights():
             scores = {f"score/{name}": value for name, value in self._score(self.unet).items()}
         if self.accelerator.is_main_process:
@@ -523,7 +527,7 @@ class TrainingRun:
         self.accelerator.log(scores, step=self.step)
         names = [name for name in scores if name.startswith("score/fid") and "held_out" not in name]
         self._scores = {name.removeprefix("score/"): f"{scores[name]:.2f}" for name in names}
-        self._since = time.perf_counter()  # the time of scoring is not the training's
+        self._since += time.perf_counter() - began  # the time of scoring is not the training's
 
     def finish(self) -> nn.Module:
         """Put the averaged weights into the UNet and return it, in eval mode; the processes stay together."""

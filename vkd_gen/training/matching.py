@@ -1,5 +1,6 @@
 """What a recipe's user says about the distillation, and the projected student that comes of it."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ class MatchingOptions:
     projector_start: Literal["identity", "procrustes"] = "identity"
     """Where cayley and matrix_exp start."""
     projector_refresh_steps: int = 10
-    """Steps between two solutions of the solved projector."""
+    """Steps between two solutions of a solved or least-squares projector."""
     feature_normalization: Normalization | None = None
     """Normalisation of the teacher's features; by default what --method uses."""
     whitening_rank: int | None = None
@@ -168,11 +169,23 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
 
 
 def pair_named_or_all(options: MatchingOptions, student: ModelMixin, teacher: ModelMixin) -> list[vkd.LayerPair]:
-    """The pairs that the user names, or those of --layers; none without a feature loss."""
+    """The pairs that the user names, or those of --layers; none without a feature loss.
+
+    Raises:
+        ValueError: for layers that cannot be paired, or that the feature loss says nothing about.
+    """
     if not options.feature_weight:
         return []
     named = [(text.split(":")[0], text.split(":")[-1]) for text in options.layer_pairs]
-    return vkd.pair_layers(student, teacher, layers=options.layers, pairs=named or None)
+    pairs = vkd.pair_layers(student, teacher, layers=options.layers, pairs=named or None)
+    if options.feature_loss == "cka":
+        for pair in pairs:
+            if math.prod(pair.student_shape) == pair.student_channels:
+                raise ValueError(
+                    f"layer {pair.student} has a single position, and --feature_loss cka compares positions with one "
+                    "another; leave the layer out by --layers or --layer_pairs, or choose --feature_loss mse"
+                )
+    return pairs
 
 
 def target_channels(options: MatchingOptions, pair: vkd.LayerPair) -> int:
