@@ -64,7 +64,7 @@ class SoakConfig:
 
 
 def usage_of(process: psutil.Process) -> dict[str, float] | None:
-    """Memory in MB (10^6 bytes), open file handles and threads of a process and all its children; None once it ended."""
+    """Memory in MB (10^6 bytes), file handles and threads of a process and all its children; None once it has ended."""
     found = {"memory_mb": 0.0, "handles": 0, "threads": 0, "processes": 0}
     try:
         tree = [process, *process.children(recursive=True)]
@@ -182,10 +182,11 @@ def draw(samples: Sequence[Mapping[str, float]], path: Path) -> None:
     FigureCanvasAgg(figure)
     minutes = [60 * sample["hours"] for sample in samples]
     for axes, (name, title) in zip(figure.subplots(len(names), sharex=True), names.items(), strict=True):
-        axes.plot(minutes, [sample[name] for sample in samples], linewidth=1)
+        values = [sample[name] for sample in samples]
+        axes.plot(minutes, values, linewidth=1)
         axes.axvline(WARM_UP * minutes[-1], color="grey", linestyle=":")
         axes.set_ylabel(title)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values))
     axes.set_xlabel("minutes; slopes are of what is right of the dotted line")
     figure.savefig(path, dpi=80)
 
