@@ -27,7 +27,7 @@ class GenerateConfig:
     """What to make. Image i comes from seed SEED + i, whatever the batch size and the number of processes."""
 
     checkpoint: tyro.conf.Positional[str]
-    """Folder of a pipeline or of a recipe's run, or a hub id."""
+    """Folder of a pipeline or of a recipe's run, or a hub id; ID@REVISION is a certain commit, tag or branch of it."""
     output: str
     """Folder for PNGs, or an .npz file. What an interrupted call left there is completed."""
     num_images: int = 1000
