@@ -29,7 +29,7 @@ from vkd_gen.limits import check_sizes
 from vkd_gen.provenance import hub_revision
 from vkd_gen.sampling import load_pipeline, stock_pipeline
 from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
-from vkd_gen.training.command_line import refuse_links, tensors_alone
+from vkd_gen.training.command_line import refuse_linked_file, refuse_links, tensors_alone
 from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet, read_unet_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -334,6 +334,12 @@ def test_a_pickle_in_a_checkpoint(tampered, tmp_path, executed, name, kind):
     assert "\n" not in str(error.value)
 
 
+def test_shards_of_a_checkpoint_are_not_opened(tampered, tmp_path, executed):
+    tampered("optimizer_0/.metadata", lambda file: (file.parent.mkdir(), write_payload(file, executed)))
+    with pytest.raises(ValueError, match=r"the checkpoint holds a folder, .*optimizer_0; shards"):
+        check_checkpoint(tmp_path / "run" / "checkpoint-2")
+
+
 @pytest.mark.parametrize("name", PICKLES)
 def test_a_truncated_file_of_a_checkpoint(tampered, tmp_path, name):
     tampered(name, lambda file: file.write_bytes(file.read_bytes()[:-200]))
@@ -412,6 +418,17 @@ def test_links_that_stay_inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "disk")
     refuse_links(".")
     refuse_links("nowhere/at/all")
+
+
+@pytest.mark.parametrize("link", ["x.html", ".x.html", "x.html.tmp", "x.html.protocol.json"])
+@pytest.mark.parametrize("target", ["elsewhere", "nothing"])
+def test_a_file_that_would_be_written_through_a_link(tmp_path, link, target):
+    (tmp_path / "elsewhere").touch()
+    refuse_linked_file(tmp_path / "x.html")
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=f"{link} is a link, to .*/{target}; nothing is written through links"):
+        refuse_linked_file(tmp_path / "x.html")
+    refuse_linked_file(tmp_path / "y.html")
 
 
 @pytest.mark.parametrize("link", ["previews", "checkpoint-1", "metrics.jsonl", "config.json.tmp"])

@@ -307,8 +307,8 @@ def check_checkpoint(folder: Path | None) -> None:
     Beside the weights there are pickles: optimizer.bin, scaler.pt, random_states_*.pkl, and the loop's training.pt and
     process-*.pt; Accelerate also keeps custom_checkpoint_*.pkl of what is registered with it, which it reads with
     `weights_only=False`, and goes on without the random states where it cannot read them. Here all are read with
-    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are not covered: their own
-    loaders unpickle whatever they hold, so resume those from places that you trust only.
+    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are refused: their own loaders
+    unpickle whatever they hold.
 
     Args:
         folder: of the checkpoint; None for a run that starts anew.
@@ -318,6 +318,12 @@ def check_checkpoint(folder: Path | None) -> None:
     """
     if folder is None:
         return
+    shards = sorted(path for path in folder.iterdir() if path.is_dir())
+    if shards:
+        raise ValueError(
+            f"the checkpoint holds a folder, {shards[0]}; shards (FSDP, DeepSpeed) are unpickled by their own loaders "
+            "and not loaded here"
+        )
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".pth")):
         try:
             with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than its own
