@@ -24,7 +24,7 @@ from rich.table import Table
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.training.checkpoints import find_fault
 from vkd_gen.training.command_line import run_command
-from vkd_gen.training.run_folder import RunFolder
+from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "train_student_unet.py"
 WARM_UP = 0.25
@@ -34,8 +34,14 @@ BLOCKS = 20
 them for independent would be too narrow."""
 T_97_5 = 2.101
 """97.5% quantile of Student's t with BLOCKS - 2 degrees of freedom."""
-MOST_GROWTH_PER_HOUR = {"memory_mb": 20.0, "handles": 1.0, "threads": 1.0}
-"""What a slope, with its interval's upper end, may be at most. 20 MB/h are 3 GB in a week."""
+BOUNDS = {
+    ("memory_mb", "hours"): 20.0,
+    ("memory_mb", "thousand_steps"): 1.0,
+    ("handles", "hours"): 1.0,
+    ("threads", "hours"): 1.0,
+}
+"""What a slope, with its interval's upper end, may be at most. 20 MB in an hour are 3 GB in a week; steps are counted
+too, since a busy machine makes few of them in an hour."""
 KEPT = 2
 """--checkpoints_total_limit. One more is there while it is written."""
 
@@ -105,21 +111,28 @@ def disk_of(folder: Path) -> dict[str, float]:
     }
 
 
-def slope(hours: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """Least-squares slope per hour over the means of blocks, with its 95% interval.
+def slope(times: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    """Least-squares slope over the means of blocks, with its 95% interval.
 
     Args:
-        hours: times of the samples.
+        times: of the samples, in any unit.
         values: as many.
+
+    Raises:
+        ValueError: for too few samples, or times that do not pass.
     """
-    parts = np.array_split(np.arange(len(hours)), BLOCKS)
-    x, y = (np.array([series[part].mean() for part in parts]) for series in (hours, values))
+    if len(times) < BLOCKS:
+        raise ValueError(f"{len(times)} samples are too few for a slope over {BLOCKS} blocks; set more --minutes")
+    parts = np.array_split(np.arange(len(times)), BLOCKS)
+    x, y = (np.array([series[part].mean() for part in parts]) for series in (times, values))
     centred = x - x.mean()
+    if not centred.any():
+        raise ValueError("no checkpoint was made after the warm-up; set more --minutes")
     rise = (centred @ y) / (centred @ centred)
     residuals = y - y.mean() - rise * centred
     error = T_97_5 * np.sqrt((residuals @ residuals) / (BLOCKS - 2) / (centred @ centred))
     return {
-        "per_hour": round(float(rise), 4),
+        "slope": round(float(rise), 4),
         "interval": [round(float(rise - error), 4), round(float(rise + error), 4)],
         "least": float(values.min()),
         "most": float(values.max()),
@@ -144,8 +157,12 @@ def watch(config: SoakConfig, run: Path) -> tuple[list[dict[str, float]], int]:
             while time.monotonic() < start + 60 * config.minutes and training.poll() is None:
                 sample = usage_of(process)
                 if sample is not None:
-                    samples.append({"hours": (time.monotonic() - start) / 3600, **sample, **disk_of(run)})
+                    hours = (time.monotonic() - start) / 3600
+                    thousand_steps = checkpoint_step(RunFolder(str(run)).checkpoints()[-1]) / 1000
+                    times = {"hours": hours, "thousand_steps": thousand_steps}
+                    samples.append({**times, **sample, **disk_of(run)})
                     file.write(json.dumps(samples[-1]) + "\n")
+                    file.flush()
                 time.sleep(config.sample_every_seconds)
             training.send_signal(signal.SIGTERM)
             status = training.wait(timeout=120)
@@ -159,11 +176,11 @@ def watch(config: SoakConfig, run: Path) -> tuple[list[dict[str, float]], int]:
 def judge(samples: Sequence[Mapping[str, float]], run: Path) -> dict[str, Any]:
     """Slopes beside their bounds, and the disk beside what the kept checkpoints and the one being written take."""
     counted = [sample for sample in samples if sample["hours"] >= WARM_UP * samples[-1]["hours"]]
-    hours = np.array([sample["hours"] for sample in counted])
+    series = {name: np.array([sample[name] for sample in counted]) for name in samples[0]}
     result: dict[str, Any] = {}
-    for name, bound in MOST_GROWTH_PER_HOUR.items():
-        found = slope(hours, np.array([sample[name] for sample in counted]))
-        result[name] = {**found, "bound": bound, "passed": found["interval"][1] <= bound}
+    for (name, unit), bound in BOUNDS.items():
+        found = slope(series[unit], series[name])
+        result[f"{name}/{unit}"] = {**found, "bound": bound, "passed": found["interval"][1] <= bound}
     last = RunFolder(str(run)).checkpoints()[-1]
     most, allowed = max(sample["checkpoints_mb"] for sample in samples), (KEPT + 1) * size_of(last) / 1e6
     # A look that takes time may see one checkpoint twice, before and after it is renamed.
@@ -200,7 +217,7 @@ def main(config: SoakConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     samples, status = watch(config, run)
     result = judge(samples, run)
-    steps = int(result["last_checkpoint"]["name"].removeprefix("checkpoint-"))
+    steps = checkpoint_step(Path(result["last_checkpoint"]["name"]))
     protocol = {
         "preset": config.preset,
         "minutes": config.minutes,
@@ -216,11 +233,11 @@ def main(config: SoakConfig) -> None:
     }
     write_json(output / "soak.json", {**result, "protocol": protocol})
     draw(samples, output / "soak.png")
-    table = Table("what", "per hour", "95% interval", "least", "most", "bound", "passed")
+    table = Table("what", "slope", "95% interval", "least", "most", "bound", "passed")
     for name, found in result.items():
         ends = [f"{value:.4g}" for value in found.get("interval", [])]
         cells = [f"{found[key]:.4g}" if key in found else "" for key in ("least", "most", "bound")]
-        rise = f"{found['per_hour']:.4g}" if "per_hour" in found else ""
+        rise = f"{found['slope']:.4g}" if "slope" in found else ""
         table.add_row(name, rise, " to ".join(ends), *cells, "yes" if found["passed"] else "NO")
     Console(width=110).print(table)
     print(f"{steps} steps, {protocol['checkpoints']} checkpoints; {output / 'soak.json'}, {output / 'soak.png'}")
