@@ -1,12 +1,16 @@
-"""What benchmarks/soak.py makes of its samples: a leak is told from noise."""
+"""What benchmarks/soak.py makes of its samples, a leak being told from noise; and many steps of a tiny run."""
 
+import gc
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
+from tests.faults.small_run import options_of, run_to_end, train
 from vkd_gen.training.checkpoints import seal
 
 SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
@@ -91,3 +95,30 @@ def test_no_slope_without_steps(soak, run):
         soak.judge(samples_of(steps_per_hour=0), run)
     with pytest.raises(ValueError, match="too few for a slope"):
         soak.judge(samples_of()[:20], run)
+
+
+def train_and_look(options, file):
+    """Write down what the process holds every 250 steps."""
+    seen = []
+
+    def look(run, batch, losses):
+        if run.step % 250 == 0:
+            gc.collect()
+            process = psutil.Process()
+            held = {"objects": len(gc.get_objects()), "memory_mb": process.memory_info().rss / 1e6}
+            seen.append({**held, "handles": process.num_fds(), "threads": process.num_threads()})
+
+    train(options, before_step=look)
+    Path(file).write_text(json.dumps(seen))
+
+
+@pytest.mark.slow
+def test_nothing_is_kept_of_a_step_or_a_checkpoint(tmp_path):
+    options = options_of(tmp_path / "run", max_train_steps=1501, checkpointing_steps=20)
+    status, output = run_to_end(train_and_look, options, str(tmp_path / "seen"), output=tmp_path / "output", within=600)
+    assert status == 0, output
+    before, *_, after = json.loads((tmp_path / "seen").read_text())[2:]  # 750 steps in: what grows once has grown
+    assert abs(after["objects"] - before["objects"]) < 100
+    assert after["memory_mb"] - before["memory_mb"] < 0.5
+    assert (after["handles"], after["threads"]) == (before["handles"], before["threads"])
+    assert len(list((tmp_path / "run").glob("*checkpoint*"))) == 2
