@@ -335,7 +335,7 @@ def test_a_pickle_in_a_checkpoint(tampered, tmp_path, executed, name, kind):
 
 
 def test_shards_of_a_checkpoint_are_not_opened(tampered, tmp_path, executed):
-    tampered("optimizer_0/.metadata", lambda file: (file.parent.mkdir(), write_payload(file, executed)))
+    tampered("optimizer_0/.metadata", lambda file: (file.parent.mkdir(), write_payload(file, executed, "pickle")))
     with pytest.raises(ValueError, match=r"the checkpoint holds a folder, .*optimizer_0; shards"):
         check_checkpoint(tmp_path / "run" / "checkpoint-2")
 
