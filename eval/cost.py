@@ -17,7 +17,7 @@ from rich.table import Table
 from vkd_gen.evaluation.cost import count_macs, count_parameters, forward_costs
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.students import REDUCTIONS, build_student, published_cost, reduce_config
-from vkd_gen.training.command_line import run_command
+from vkd_gen.training.command_line import refuse_linked_file, run_command
 from vkd_gen.training.models import check_memory, read_unet_config, unet_without_weights
 
 
@@ -64,6 +64,8 @@ def read_configs(config: CostConfig) -> dict[str, dict[str, Any]]:
 
 def main(config: CostConfig) -> None:
     """Count, measure if asked for, and print one table."""
+    if config.output:
+        refuse_linked_file(config.output)
     configs = read_configs(config)
     rows: dict[str, dict[str, Any]] = {}
     for name, entries in configs.items():

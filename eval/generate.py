@@ -19,7 +19,7 @@ from PIL import Image
 from vkd_gen.evaluation.sources import ImageSource, blocks_of_process, from_pipeline, progress_bar, protocol_file
 from vkd_gen.provenance import hub_revision, write_json
 from vkd_gen.sampling import Precision, Sampler, load_pipeline
-from vkd_gen.training.command_line import refuse_links, run_command
+from vkd_gen.training.command_line import refuse_linked_file, refuse_links, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class GenerateConfig:
     """What to make. Image i comes from seed SEED + i, whatever the batch size and the number of processes."""
 
     checkpoint: tyro.conf.Positional[str]
-    """Folder of a pipeline or of a recipe's run, or a hub id."""
+    """Folder of a pipeline or of a recipe's run, or a hub id; ID@REVISION is a certain commit, tag or branch of it."""
     output: str
     """Folder for PNGs, or an .npz file. What an interrupted call left there is completed."""
     num_images: int = 1000
@@ -66,7 +66,12 @@ def prepare_folder(folder: Path, config: GenerateConfig, source: ImageSource) ->
     wanted["weights_sha256"] = source.protocol["weights_sha256"]
     note = folder / "generate.json"
     if note.exists():
-        before = json.loads(note.read_text())
+        try:
+            before = dict(json.loads(note.read_text()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{note} is damaged, so nobody knows what lies beside it; choose another --output"
+            ) from error
         changed = [f"--{name} was {before.get(name)!r} and is {value!r}" for name, value in wanted.items()
                    if before.get(name) != value]  # fmt: skip
         if changed:
@@ -120,6 +125,8 @@ def main(config: GenerateConfig) -> None:
         raise ValueError(f"{output} is there already; choose another --output")
     folder = output.with_name(output.name + ".parts") if is_array else output
     refuse_links(folder)
+    if is_array:
+        refuse_linked_file(output)
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
     pipeline = load_pipeline(config.checkpoint, config.sampler).to(accelerator.device)

@@ -36,7 +36,8 @@ class ScoreConfig:
     """What to score, against what. Nothing is written to disk on the way: images go from the sampler to the network."""
 
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """Each a folder of a pipeline or of a recipe's run, a hub id, a folder of images, or an .npz of images."""
+    """Each a folder of a pipeline or of a recipe's run, a hub id (or ID@REVISION), a folder of images, or an .npz of
+    images."""
     reference: str
     """Data set that the models were trained on: its name, a folder of images, parquet or arrow files, a hub id, an .npz
     of images, or an .npz of `mu` and `sigma` (FID alone)."""

@@ -59,7 +59,8 @@ class StudentConfig:
     preset: str = "digits"
     """Which of digits, mnist, cifar10 and custom to start from; every flag overrides a field of it."""
     teacher: str = ""
-    """Folder or hub id of a diffusers pipeline or UNet."""
+    """Folder or hub id of a diffusers pipeline or UNet. Wherever a hub id is taken, ID@REVISION is a commit, tag or
+    branch of it."""
     dataset: str = ""
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None

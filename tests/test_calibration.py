@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from vkd_gen.calibration import calibrate, load_statistics, save_statistics
@@ -290,3 +291,45 @@ def test_statistics_of_a_pooled_layer_are_those_of_its_squares(tmp_path):
     assert again.keys() == set(layers)
     for layer, entry in statistics.items():
         assert all(torch.equal(getattr(again[layer], field), getattr(entry, field)) for field in FIELDS)
+
+
+def rewrite(path, **changes):
+    """The file with some tensors replaced, or left out where there is None."""
+    tensors = {name: value for name, value in (load_file(path) | changes).items() if value is not None}
+    save_file(tensors, path)
+
+
+DAMAGES = {
+    "empty": (lambda path: path.write_bytes(b""), "cannot read statistics of features"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot read statistics of features"),
+    "text": (lambda path: path.write_text("{}" * 99), "cannot read statistics of features"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot read statistics of features"),
+    "gone": (lambda path: path.unlink(), "cannot read statistics of features"),
+    "a part missing": (lambda path: rewrite(path, **{"layer/share": None}), "cannot read statistics of features"),
+    "something else": (lambda path: rewrite(path, **{"layer/bias": torch.ones(2)}), "cannot read statistics"),
+    "no layer's": (lambda path: rewrite(path, weight=torch.ones(2)), "cannot read statistics of features"),
+    "another width": (
+        lambda path: rewrite(path, **{"layer/covariance": torch.eye(2, dtype=torch.float64)}),
+        r"no statistics of features: layer has shapes \[\[2, 3\], \[2\], \[2, 2\], \[3, 3\]\]",
+    ),
+    "a number": (lambda path: rewrite(path, **{"layer/share": torch.tensor(1.0)}), "no statistics of features"),
+    "not finite": (
+        lambda path: rewrite(path, **{"layer/mean": torch.full((2, 3), torch.nan)}),
+        "statistics of layer that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_statistics_are_refused_in_one_line(tmp_path, name):
+    damage, words = DAMAGES[name]
+    path = tmp_path / "calibration.safetensors"
+    wide = torch.eye(3, dtype=torch.float64)
+    whole = {"layer": FeatureStatistics(wide[:2].clone(), torch.tensor([0.5, 0.5]).double(), wide, wide.clone())}
+    save_statistics(whole, path)
+    assert list(load_statistics(path)) == ["layer"]
+    damage(path)
+    with pytest.raises(ValueError, match=words) as error:
+        load_statistics(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)

@@ -14,13 +14,14 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "features projectors normalization losses diffusion data limits pictures pipelines provenance"
+NO_SIBLING = "features projectors normalization losses diffusion limits pictures pipelines provenance"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
+    "data": {"provenance"},
     "pairing": {"features", "diffusion"},
     "students": {"features", "diffusion"},
-    "sampling": {"features", "diffusion", "limits", "pipelines"},
+    "sampling": {"features", "diffusion", "limits", "pipelines", "provenance"},
     "calibration": {"features", "diffusion", "normalization"},
     "distillation": {
         "features", "pairing", "projectors", "normalization", "calibration", "losses", "diffusion",

@@ -14,11 +14,13 @@ import pytest
 import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import SHORT, recipe_runner
 from vkd_gen.calibration import load_statistics
+from vkd_gen.data import load_images
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.evaluation.scorer import load_statistics_file
@@ -27,8 +29,8 @@ from vkd_gen.limits import check_sizes
 from vkd_gen.provenance import hub_revision
 from vkd_gen.sampling import load_pipeline, stock_pipeline
 from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
-from vkd_gen.training.command_line import refuse_links, tensors_alone
-from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet
+from vkd_gen.training.command_line import refuse_linked_file, refuse_links, tensors_alone
+from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet, read_unet_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -332,6 +334,12 @@ def test_a_pickle_in_a_checkpoint(tampered, tmp_path, executed, name, kind):
     assert "\n" not in str(error.value)
 
 
+def test_shards_of_a_checkpoint_are_not_opened(tampered, tmp_path, executed):
+    tampered("optimizer_0/.metadata", lambda file: (file.parent.mkdir(), write_payload(file, executed, "pickle")))
+    with pytest.raises(ValueError, match=r"the checkpoint holds a folder, .*optimizer_0; shards"):
+        check_checkpoint(tmp_path / "run" / "checkpoint-2")
+
+
 @pytest.mark.parametrize("name", PICKLES)
 def test_a_truncated_file_of_a_checkpoint(tampered, tmp_path, name):
     tampered(name, lambda file: file.write_bytes(file.read_bytes()[:-200]))
@@ -412,6 +420,17 @@ def test_links_that_stay_inside(tmp_path, monkeypatch):
     refuse_links("nowhere/at/all")
 
 
+@pytest.mark.parametrize("link", ["x.html", ".x.html", "x.html.tmp", "x.html.protocol.json"])
+@pytest.mark.parametrize("target", ["elsewhere", "nothing"])
+def test_a_file_that_would_be_written_through_a_link(tmp_path, link, target):
+    (tmp_path / "elsewhere").touch()
+    refuse_linked_file(tmp_path / "x.html")
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=f"{link} is a link, to .*/{target}; nothing is written through links"):
+        refuse_linked_file(tmp_path / "x.html")
+    refuse_linked_file(tmp_path / "y.html")
+
+
 @pytest.mark.parametrize("link", ["previews", "checkpoint-1", "metrics.jsonl", "config.json.tmp"])
 def test_a_run_writes_nothing_through_a_link(tmp_path, run_recipe, capfd, link):
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
@@ -430,6 +449,7 @@ def test_a_run_writes_nothing_through_a_link(tmp_path, run_recipe, capfd, link):
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture
@@ -443,6 +463,109 @@ def hub_cache(tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return repository
+
+
+@pytest.fixture
+def older(hub_cache):
+    """An earlier commit of `some/model`, of other widths, which has a tag and a branch of a pull request."""
+    stock_pipeline(tiny_unet((16, 24)), DDPMScheduler(num_train_timesteps=500)).save_pretrained(
+        hub_cache / "snapshots" / OLDER
+    )
+    (hub_cache / "refs" / "refs" / "pr").mkdir(parents=True)
+    for name in ("v1.0", "refs/pr/1"):
+        (hub_cache / "refs" / name).write_text(OLDER)
+
+
+@pytest.mark.parametrize(
+    ("source", "commit"),
+    [
+        ("some/model", COMMIT),
+        (f"some/model@{COMMIT}", COMMIT),
+        ("some/model@main", COMMIT),
+        (f"some/model@{OLDER}", OLDER),
+        ("some/model@v1.0", OLDER),
+        ("some/model@refs/pr/1", OLDER),
+    ],
+)
+def test_a_revision_is_what_is_loaded_and_noted(older, source, commit):
+    channels, steps = ((16, 24), 500) if commit == OLDER else ((8, 16), 1000)
+    teacher = load_teacher(source)
+    assert tuple(teacher.unet.config.block_out_channels) == channels
+    assert teacher.noise_scheduler.config.num_train_timesteps == steps
+    assert tuple(load_unet(source).config.block_out_channels) == channels
+    assert tuple(read_unet_config(source)["block_out_channels"]) == channels
+    assert tuple(load_pipeline(source).unet.config.block_out_channels) == channels
+    assert hub_revision(source) == commit
+
+
+@pytest.mark.parametrize("load", [load_teacher, load_unet, load_pipeline])
+@pytest.mark.parametrize(
+    ("revision", "words"),
+    [
+        ("v2.0", r"the hub did not give it|cannot load the pipeline"),
+        (OLDER[::-1], r"the hub did not give it|cannot load the pipeline"),
+        ("", "names no revision"),
+        ("../../other", "names no revision"),
+        ("v1 0", "names no revision"),
+    ],
+)
+def test_a_revision_that_is_not_there(older, load, revision, words):
+    with pytest.raises(ValueError, match=words) as error:
+        load(f"some/model@{revision}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_an_at_sign_is_a_folder(hub_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stock_pipeline(tiny_unet((16, 24)), DDPMScheduler()).save_pretrained("some/model@main")
+    assert tuple(load_teacher("some/model@main").unet.config.block_out_channels) == (16, 24)
+    assert hub_revision("some/model@main") is None
+    with pytest.raises(ValueError, match="there is no student folder runs@home/a/b"):
+        load_unet("runs@home/a/b")
+
+
+@pytest.fixture
+def data_cache(tmp_path, monkeypatch):
+    """The cache of data sets with `some/data` at COMMIT, as datasets lays it out, and no hub."""
+    import huggingface_hub
+
+    datasets = pytest.importorskip("datasets")
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    pictures = [Image.new("L", (8, 8), level) for level in range(6)]
+    table = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+    table.to_parquet(tmp_path / "table.parquet")
+    builder = datasets.load_dataset_builder("parquet", data_files=str(tmp_path / "table.parquet"))
+    builder.download_and_prepare()
+    place = tmp_path / "datasets" / "some___data" / "default" / "0.0.0" / COMMIT
+    shutil.copytree(builder.cache_dir, place)
+    (place / "parquet-train.arrow").rename(place / "data-train.arrow")
+    address = f"hf://datasets/some/data@{COMMIT}/table.parquet"
+    change(place / "dataset_info.json", dataset_name="data", config_name="default",
+           download_checksums={address: {"num_bytes": 1, "checksum": None}})  # fmt: skip
+    refs = tmp_path / "hub" / "datasets--some--data" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text(COMMIT)
+    (refs / "v1.0").write_text(OLDER)
+
+
+def test_a_revision_of_a_data_set(data_cache):
+    for source in ("some/data", f"some/data@{COMMIT}", "some/data@main"):
+        images, _ = load_images(source, resolution=8, channels=1)
+        assert images.revision == COMMIT
+        assert len(images) == 5
+
+
+@pytest.mark.parametrize(
+    ("revision", "words"), [(OLDER, OLDER), ("v1.0", OLDER), ("v2.0", "not known here"), ("", "names no revision")]
+)
+def test_another_revision_of_a_data_set_is_not_taken_for_it(data_cache, revision, words):
+    """Without the hub, datasets itself takes whichever it has."""
+    with pytest.raises(ValueError, match=words) as error:
+        load_images(f"some/data@{revision}", resolution=8, channels=1)
+    assert "\n" not in str(error.value)
 
 
 def test_models_of_the_hub_are_checked_as_folders_are(hub_cache, executed):

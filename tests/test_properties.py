@@ -402,6 +402,13 @@ def test_blocks_cover_every_image_once(count, batch, processes):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@given(count=st.integers(-2, 9), batch=st.integers(-2, 3), index=st.integers(-2, 3), processes=st.integers(-1, 3))
+def test_blocks_that_cannot_be_are_refused(count, batch, index, processes):
+    found = or_one_line(lambda: blocks_of_process(count, batch, index, processes))
+    assert (found is not None) == (count >= 0 and batch >= 1 and 0 <= index < processes)
+    assert found is None or all(0 <= number < count for block in found for number in block)
+
+
 @given(
     first=st.integers(-2, 3),
     batch=st.integers(-2, 3),

@@ -116,9 +116,24 @@ def save_statistics(statistics: Mapping[str, FeatureStatistics], path: Path) -> 
 
 
 def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
-    """Read what `save_statistics` wrote."""
+    """Read what `save_statistics` wrote.
+
+    Raises:
+        ValueError: in one line, for a file that is damaged or holds anything else.
+    """
     grouped: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(path).items():
-        layer, name = key.rsplit("/", 1)
-        grouped.setdefault(layer, {})[name] = value
-    return {layer: FeatureStatistics(**entry) for layer, entry in grouped.items()}
+    try:
+        for key, value in load_file(path).items():
+            layer, name = key.rsplit("/", 1)
+            grouped.setdefault(layer, {})[name] = value
+        statistics = {layer: FeatureStatistics(**entry) for layer, entry in grouped.items()}
+    except Exception as error:  # safetensors' own, the system's, and names that are none of ours
+        raise ValueError(f"cannot read statistics of features from {path}: {' '.join(str(error).split())}") from error
+    for layer, entry in statistics.items():
+        bins, channels = entry.share.numel(), entry.layer_norm_covariance.shape[-1:].numel()
+        shapes = [value.shape for value in vars(entry).values()]
+        if shapes != [(bins, channels), (bins,), (channels, channels), (channels, channels)]:
+            raise ValueError(f"{path} holds no statistics of features: {layer} has shapes {[*map(list, shapes)]}")
+        if not all(value.isfinite().all() for value in vars(entry).values()):
+            raise ValueError(f"{path} holds statistics of {layer} that are not finite")
+    return statistics

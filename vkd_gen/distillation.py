@@ -179,7 +179,10 @@ class ProjectedStudent(nn.Module):
                 raise RuntimeError(
                     f"the feature of {pair.student} carries no gradient; checkpoint with use_reentrant=False"
                 )
-            target = normalizer(to_rows(teacher_features[pair.teacher]), timesteps)
+            try:
+                target = normalizer(to_rows(teacher_features[pair.teacher]), timesteps)
+            except ValueError as error:
+                raise ValueError(f"layer {pair.teacher}: {error}") from error
             matched[pair.student] = projector(to_rows(feature), target)
         return prediction, matched
 

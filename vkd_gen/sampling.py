@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
+from vkd_gen.provenance import split_revision
 
 Sampler = Literal["ddim", "ddpm", "dpm-solver"]
 Precision = Literal["no", "fp16", "bf16"]
@@ -67,25 +68,26 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
     """Load a pipeline that makes images from noise, or from noise and class labels.
 
     Args:
-        source: a pipeline's folder, the folder of a run of a recipe (its exported pipeline is taken), or a hub id;
-            safetensors only.
+        source: a pipeline's folder, the folder of a run of a recipe (its exported pipeline is taken), or a hub id,
+            `ID@REVISION` for a certain commit, tag or branch; safetensors only.
         sampler: for a pipeline of a `UNet2DModel`, what to sample it with; None keeps the pipeline's own.
 
     Raises:
         ValueError: in one line, for what is not there, cannot be loaded, or needs more than labels, such as a prompt.
     """
     path = Path(source)
+    repository, revision = split_revision(source)
     if path.is_dir():
         found = [folder for folder in (path, path / "pipeline") if (folder / "model_index.json").is_file()]
         if not found:
             raise ValueError(f"{source} holds no pipeline: neither model_index.json nor pipeline/model_index.json")
         path = found[0]
-    elif path.exists() or path.suffix == ".npz" or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    elif path.exists() or path.suffix == ".npz" or source.startswith((".", "/", "~")) or repository.count("/") > 1:
         raise ValueError(f"there is no pipeline folder {source}")
     try:
-        kind = _pipeline_class(DiffusionPipeline.load_config(path))
+        kind = _pipeline_class(DiffusionPipeline.load_config(path if path.is_dir() else repository, revision=revision))
         if not path.is_dir():
-            path = Path(kind.download(source, use_safetensors=True))
+            path = Path(kind.download(repository, revision=revision, use_safetensors=True))
         _check_parts(path)
         # Under memory saving, tensors of unlike shapes end as errors far from their cause.
         pipeline = kind.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)

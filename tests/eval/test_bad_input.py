@@ -122,6 +122,19 @@ def with_bad_image(tmp):
     return folder
 
 
+def link_at(tmp, name):
+    """A link where a file, or its temporary, is to be written; the file's name."""
+    (tmp / name).symlink_to(tmp / "elsewhere")
+    return tmp / "x.npz" if "npz" in name else tmp / "x.html"
+
+
+def note_of(tmp, text):
+    """A folder of images whose note on how they were made says something else."""
+    folder = save_pngs(tmp / "made", 2)
+    (folder / "generate.json").write_text(text)
+    return folder
+
+
 def finished(tmp):
     text_at(tmp, "results.json")
     return tmp
@@ -278,6 +291,10 @@ GENERATE = {
     "a pipeline with code of its own": (lambda tmp: {"sources": [with_code(tmp)]}, "code of its own is not run"),
     "not a number": (lambda tmp: {"--num_images": "many"}, "many"),
     "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size must be at least 1"),
+    "an array that is a link": (lambda tmp: {"--output": link_at(tmp, "x.npz")}, "is a link, to"),
+    "an array whose temporary is a link": (lambda tmp: {"--output": link_at(tmp, "x.npz.tmp.npz")}, "is a link, to"),
+    "a damaged note": (lambda tmp: {"--output": note_of(tmp, "{")}, "generate.json is damaged"),
+    "a note of another kind": (lambda tmp: {"--output": note_of(tmp, "[1]")}, "generate.json is damaged"),
     "an array that is there": (lambda tmp: {"--output": text_at(tmp, "x.npz")}, "is there already"),
 }
 
@@ -285,6 +302,7 @@ COST = {
     "no model": (lambda tmp: {"sources": []}, "at least one model"),
     "no such model": (lambda tmp: {"sources": [tmp / "nowhere"]}, "there is no"),
     "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size"),
+    "an output that is a link": (lambda tmp: {"--output": link_at(tmp, "x.html")}, "is a link, to"),
     "no such student": (lambda tmp: {"--students": "bk-bse"}, "no student 'bk-bse'"),
     "absurd size": (lambda tmp: {"--sample_size": 10**9}, "could be built: sample_size"),
     "absurd model": (
@@ -297,6 +315,8 @@ REPORT = {
     "no folder": (lambda tmp: {"sources": []}, "at least one folder"),
     "a folder without results": (lambda tmp: {"sources": [tmp]}, "holds no results.json"),
     "damaged results": (lambda tmp: {"sources": [finished(tmp)]}, "cannot read the results"),
+    "an output that is a link": (lambda tmp: {"--output": link_at(tmp, "x.html")}, "is a link, to"),
+    "an output whose temporary is a link": (lambda tmp: {"--output": link_at(tmp, ".x.html")}, "is a link, to"),
     "an output that is a folder": (lambda tmp: {"--output": tmp}, "is a folder; name a file"),
 }
 CASES = [

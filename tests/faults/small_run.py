@@ -122,10 +122,10 @@ def start(function, *arguments, output, **environment):
     return process
 
 
-def run_to_end(function, *arguments, output, **environment):
-    """Exit status and output of a process that calls `function`."""
+def run_to_end(function, *arguments, output, within=120, **environment):
+    """Exit status and output of a process that calls `function` and ends within so many seconds."""
     process = start(function, *arguments, output=output, **environment)
-    process.join(timeout=120)
+    process.join(timeout=within)
     return process.exitcode, Path(output).read_text()
 
 

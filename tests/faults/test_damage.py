@@ -1,6 +1,7 @@
 """Damaged checkpoints, full disks, folders that vanish, and configurations that differ."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.faults.small_run import (
     STEPS,
@@ -24,6 +26,8 @@ from tests.faults.small_run import (
     train,
 )
 from vkd_gen.training.checkpoints import find_fault, read_manifest, seal
+from vkd_gen.training.loop import make_accelerator
+from vkd_gen.training.options import flat_config
 from vkd_gen.training.run_folder import RunFolder
 
 FILES = [
@@ -143,6 +147,117 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(file, straight, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def reseal(checkpoint, facts=None):
+    """The manifest made anew, as whoever tampers with a checkpoint would; `facts` go before what it said."""
+    said = {name: value for name, value in read_manifest(checkpoint).items() if name != "files"}
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, {**said, **(facts or {})})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no JSON"),
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("[]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ('{"num_processes": "1"}', "num_processes is '1'"),
+        ('{"train_batch_size": null}', "train_batch_size is 'None'"),
+        ('{"train_batch_size": true}', "train_batch_size is 'True'"),
+        ('{"gradient_accumulation_steps": [1]}', r"gradient_accumulation_steps is '\[1\]'"),
+        ('{"gradient_accumulation_steps": 0}', "gradient_accumulation_steps is '0'"),
+    ],
+)
+def test_a_configuration_that_is_none_is_told_in_one_line(text, words, straight, tmp_path):
+    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
+    shutil.copytree(straight / checkpoint.name, checkpoint)
+    (checkpoint / "config.json").write_text(text)
+    reseal(checkpoint)
+    now = {**flat_config(options_of(tmp_path / "run")), "num_processes": 1}
+    with pytest.raises(ValueError, match=f"config.json is damaged: .*{words}") as error:
+        RunFolder(tmp_path / "run").check(now, "latest")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"seed": "0", "learning_rate": [1]}, r"--seed was '0' and is 0; --learning_rate was \[1\] and is 0.01"),
+        ({"lr_scheduler": {"a": None}}, "--lr_scheduler was {'a': None} and is 'cosine'"),
+    ],
+)
+def test_flags_of_another_type_are_another_run(values, words, straight, tmp_path):
+    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
+    shutil.copytree(straight / checkpoint.name, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
+    reseal(checkpoint)
+    with pytest.raises(ValueError, match=words):
+        RunFolder(tmp_path / "run").check(flat_config(options_of(tmp_path / "run")), "latest")
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"step": "12"}, {"step": None}, {"step": True}, {"num_processes": "one"}, {"num_processes": [1]}],
+    ids=str,
+)
+def test_a_manifest_of_other_types_is_a_fault(facts, straight, tmp_path):
+    checkpoint = tmp_path / f"checkpoint-{STEPS}"
+    shutil.copytree(straight / checkpoint.name, checkpoint)
+    reseal(checkpoint, facts)
+    assert find_fault(checkpoint) == "manifest.json is of no checkpoint"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        None,
+        [],
+        {"model.safetensors": 5},
+        {"model.safetensors": {"size": "5"}},
+        {"../x": {"size": 1}},
+        {"/x": {"size": 1}},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_other_files_is_a_fault(files, tmp_path):
+    checkpoint = tmp_path / f"checkpoint-{STEPS}"
+    checkpoint.mkdir()
+    content = {"step": STEPS, "num_processes": 1, "files": files}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps({**content, "sha256": digest}))
+    assert find_fault(checkpoint) == "manifest.json is of no checkpoint"
+
+
+def narrow(path):
+    save_file({name: value.flatten()[:1].clone() for name, value in load_file(path).items()}, path)
+
+
+OTHERS = {
+    "training.pt": lambda path: torch.save({}, path),
+    "model.safetensors": narrow,
+    "optimizer.bin": lambda path: torch.save([1], path),
+    "process-0.pt": lambda path: torch.save({"num_summed": 1}, path),
+    "calibration.safetensors": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("file", [pytest.param(f, marks=[pytest.mark.slow] * (f != "training.pt")) for f in OTHERS])
+def test_what_is_whole_but_something_else_is_told_in_one_line(file, straight, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
+    shutil.copytree(straight / checkpoint.name, checkpoint)
+    OTHERS[file](checkpoint / file)
+    reseal(checkpoint)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-12 cannot be loaded: |cannot read statistics of features"
+    ) as error:
+        train(options_of(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+
+
 # ---- which checkpoints are kept
 
 
@@ -260,6 +375,65 @@ def test_a_disk_that_is_really_full(kilobytes, straight, mount, tmp_path):
     check_failed_write(status, output, tmp_path / "run", straight, tmp_path)
 
 
+def make_read_only(disk):
+    """As the kernel does with a disk that has failed."""
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+
+
+def train_until_read_only(options, disk, step):
+    """From a step on the disk can only be read."""
+    train(options, before_step=lambda run, batch, losses: make_read_only(disk) if run.step == step else None)
+
+
+def test_a_run_on_a_disk_that_is_read_only_does_not_start(straight, mount, tmp_path):
+    disk = mount(2000)
+    shutil.copytree(straight, disk / "other")
+    make_read_only(disk)
+    for resume in (None, str(disk / "other" / "checkpoint-9")):
+        (tmp_path / "output").unlink(missing_ok=True)
+        options = options_of(disk / "run", resume_from_checkpoint=resume)
+        status, output = run_to_end(train, options, output=tmp_path / "output")
+        assert status == 2, output
+        errors = [line for line in output.splitlines() if line.startswith(("error", "Traceback"))]
+        assert len(errors) == 1
+        assert "Read-only file system" in errors[0]
+        assert str(disk / "run") in errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 4, 5])  # what comes first is a line of metrics.jsonl, and then a checkpoint
+def test_a_disk_that_becomes_read_only(step, straight, mount, tmp_path):
+    disk = mount(2000)
+    options = options_of(disk / "run", log_every_steps=5 if step == 3 else 12)
+    status, output = run_to_end(train_until_read_only, options, disk, step, output=tmp_path / "output")
+    assert status == 2, output
+    errors = [line for line in output.splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(errors) == 1, output
+    assert "Read-only file system" in errors[0]
+    assert ("metrics.jsonl cannot be written" if step == 3 else "checkpoint-6 could not be written") in errors[0]
+    assert "checkpoint-3 is kept" in errors[0]
+    assert find_fault(disk / "run" / "checkpoint-3") is None
+    shutil.copytree(disk / "run", tmp_path / "run")
+    status, output = run_to_end(
+        train, options_of(tmp_path / "run", log_every_steps=options.log_every_steps), output=tmp_path / "output"
+    )
+    assert status == 0, output
+    weights = "weights.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_on_a_read_only_disk_is_gone_on_from(straight, mount, tmp_path):
+    disk = mount(2000)
+    shutil.copytree(straight / "checkpoint-9", disk / "checkpoint-9")
+    make_read_only(disk)
+    options = options_of(tmp_path / "run", resume_from_checkpoint=str(disk / "checkpoint-9"))
+    status, output = run_to_end(train, options, output=tmp_path / "output")
+    assert status == 0, output
+    weights = "weights.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
+
+
 def train_without(options, name):
     """The folder `name` is removed after four steps."""
 
@@ -324,8 +498,6 @@ def test_what_may_change_is_told(half, straight, tmp_path):
     ],
 )
 def test_what_makes_another_run_is_refused(changes, words, half, capsys):
-    from vkd_gen.training.options import flat_config
-
     now = {**flat_config(options_of(half, **changes)), "num_processes": 1}
     with pytest.raises(ValueError) as error:
         RunFolder(half).check(now, "latest")
@@ -352,3 +524,10 @@ def test_another_split_of_the_same_batch_goes_on(processes, size, passes, half, 
 
 def train_without_dropout(options):
     train(options, dropout=0.0)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_shards_are_refused_before_anything_is_made(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"do not train under {name}: .*--multi_gpu"):
+        make_accelerator(options_of(tmp_path / "run"))

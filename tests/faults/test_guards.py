@@ -88,21 +88,56 @@ def test_a_skipped_step_is_the_same_after_a_resumption(tmp_path):
         assert torch.equal(first, second)
 
 
-def break_layer(layer, first_step):
-    """From a step on, a layer of the student gives out what is not a number."""
+def break_layer(layer, steps, *, rank=0):
+    """In certain steps of one process a layer of the student gives out what is not a number."""
 
     def after_build(run):
-        module = run._bare_model.get_submodule(layer)
-        module.register_forward_hook(lambda *given: given[-1] * torch.nan if run.step >= first_step else None)
+        if int(os.environ.get("RANK", "0")) == rank:
+            module = run._bare_model.get_submodule(layer)
+            module.register_forward_hook(lambda *given: given[-1] * torch.nan if run.step in steps else None)
 
     return after_build
+
+
+def train_with_a_broken_layer(options, layer, steps, rank):
+    run = train(options, after_build=break_layer(layer, steps, rank=rank))
+    assert run.step == 12
+    assert check_state(run._bare_model, run._parameters) is None
+
+
+LAYERS = ["student.conv_in", "student.mid_block.resnets.0.conv1", "student.conv_out"]
+
+
+@pytest.mark.parametrize(
+    "layer", [pytest.param(name, marks=[pytest.mark.slow] * (name != LAYERS[1])) for name in LAYERS]
+)
+def test_a_layer_that_is_broken_for_some_steps_is_recovered_from(layer, tmp_path, capsys):
+    """Projectors and their statistics, which see the layer's output, are sound afterwards too."""
+    train_with_a_broken_layer(options_of(tmp_path / "run"), layer, {3, 7, 8}, 0)
+    assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 2, 0]
+    assert [line.split(" is skipped")[0] for line in capsys.readouterr().out.splitlines() if "is skipped" in line] == [
+        "step 4",
+        "step 8",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_that_is_broken_in_one_process_is_recovered_from(layer, rank, tmp_path):
+    options = options_of(tmp_path / "run", train_batch_size=2)
+    processes = start_processes(
+        2, train_with_a_broken_layer, options, layer, {3, 7, 8}, rank, output=tmp_path / "output"
+    )
+    assert end_of(processes, within=120) == [0, 0], (tmp_path / "output").read_text()
+    assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 2, 0]
 
 
 def test_too_many_in_a_row_stop_with_a_diagnosis(tmp_path):
     options = options_of(tmp_path / "run", max_skipped_steps=2)
     layer = "student.mid_block.resnets.0.conv1"
     with pytest.raises(ValueError) as error:
-        train(options, after_build=break_layer(layer, 4))
+        train(options, after_build=break_layer(layer, range(4, 12)))
     message = str(error.value)
     assert message.startswith("stopped at step 7: 3 steps in a row had a loss or a gradient that is not finite")
     assert "feature/mid_block" in message
@@ -114,7 +149,7 @@ def test_too_many_in_a_row_stop_with_a_diagnosis(tmp_path):
     assert all(value.isfinite().all() for value in state["ema"]["shadow_params"])
     assert state["skipped_in_a_row"] == 2
     with pytest.raises(ValueError, match="stopped at step 7: 3 steps in a row"):  # a restart is no way around it
-        train(options, after_build=break_layer(layer, 4))
+        train(options, after_build=break_layer(layer, range(4, 12)))
 
 
 def train_poisoned(options, steps, rank):

@@ -88,6 +88,44 @@ def test_one_of_two_processes_dies(victim, step, straight_pair, tmp_path):
     assert_same_end(tmp_path / "run", straight_pair)
 
 
+def train_and_die_in_a_checkpoint(options, victim, step, part):
+    """Killed while the processes write a checkpoint together: before its own part of it, or after."""
+
+    def after_build(run):
+        save = run.accelerator.save_state
+
+        def die(folder):
+            is_victim = run.step == step and os.environ["RANK"] == str(victim)
+            if is_victim and part == "before":
+                kill_self()
+            save(folder)
+            if is_victim:
+                kill_self()
+
+        run.accelerator.save_state = die
+
+    train(options, after_build=after_build)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["before", "after"])
+@pytest.mark.parametrize("step", [3, 9])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_dies_in_a_checkpoint(victim, step, part, straight_pair, tmp_path):
+    """It is none, then: both go on from the one before, or from the start."""
+    options = options_of(tmp_path / "run", train_batch_size=2)
+    processes = start_processes(
+        2, train_and_die_in_a_checkpoint, options, victim, step, part, output=tmp_path / "output"
+    )
+    statuses = end_of(processes, within=120)
+    assert statuses[victim] == KILLED
+    assert statuses[1 - victim] not in (0, None)
+    assert not (tmp_path / "run" / f"checkpoint-{step}").exists()
+    processes = start_processes(2, train, options, output=tmp_path / "output")
+    assert end_of(processes, within=120) == [0, 0]
+    assert_same_end(tmp_path / "run", straight_pair)
+
+
 def test_a_torn_line_of_metrics_is_cut(straight, tmp_path):
     options = options_of(tmp_path / "run")
     run_to_end(train_and_be_killed, options, 100, output=tmp_path / "output")

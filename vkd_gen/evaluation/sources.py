@@ -218,9 +218,16 @@ def blocks_of_process(count: int, batch_size: int, process_index: int = 0, num_p
 
     >>> [list(block) for block in blocks_of_process(7, 2, process_index=1, num_processes=2)]
     [[2, 3], [6]]
+
+    Raises:
+        ValueError: for fewer than no images, an empty batch, and a process that there is not.
     """
-    for first in range(process_index * batch_size, count, num_processes * batch_size):
-        yield range(first, min(first + batch_size, count))
+    if count < 0 or batch_size < 1:
+        raise ValueError(f"count must be at least 0 and batch_size at least 1, not {count} and {batch_size}")
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"there is no process {process_index} of {num_processes}")
+    firsts = range(process_index * batch_size, count, num_processes * batch_size)
+    return (range(first, min(first + batch_size, count)) for first in firsts)
 
 
 def content_hash(source: ImageSource, batch_size: int = 500) -> str:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST = "manifest.json"
@@ -42,10 +42,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         hash_then = manifest.pop("sha256")
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{MANIFEST} cannot be read") from None
     if _hash_of(manifest) != hash_then:
         raise ValueError(f"{MANIFEST} is not as it was written")
+    counts = [manifest.get("step"), manifest.get("num_processes", 1)]
+    files = manifest.get("files")
+    are_files = isinstance(files, dict) and all(_is_file(name, file) for name, file in files.items())
+    if not are_files or not all(type(count) is int for count in counts):
+        raise ValueError(f"{MANIFEST} is of no checkpoint")
     return manifest
 
 
@@ -113,6 +118,13 @@ def _describe(folder: Path, names: list[str]) -> list[dict[str, Any]]:
 
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves Python's lock to others
         return list(pool.map(describe, names))
+
+
+def _is_file(name: str, file: Any) -> bool:
+    """Whether a manifest's entry is a file's, inside of its folder."""
+    path = PurePosixPath(name)
+    stays = not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return stays and isinstance(file, dict) and type(file.get("size")) is int
 
 
 def _hash_of(content: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 Config = TypeVar("Config")
 
+TEMPORARY = (".tmp", ".tmp.npz", ".protocol.json", ".protocol.json.tmp")
+"""Ends of the names of what is written beside a file, before it or with it."""
 USER_ERROR = 2
 """Exit status for a mistake in the command line, the configuration, the data or the models."""
 
@@ -144,6 +146,24 @@ def refuse_links(folder: str | Path) -> None:
                     f"{path} is a link out of the output folder, to {target}; nothing is written there: remove it, or "
                     "choose another folder"
                 )
+
+
+def refuse_linked_file(file: str | Path) -> None:
+    """Refuse an output file that is a link, or whose temporary name is one: nothing is written anywhere else.
+
+    Args:
+        file: that is about to be written; need not be there.
+
+    Raises:
+        ValueError: in one line, naming the link and where it leads.
+    """
+    file = Path(file)
+    for path in (file, file.with_name("." + file.name), *(file.with_name(file.name + end) for end in TEMPORARY)):
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link, to {os.path.realpath(path)}; nothing is written through links: remove it, or "
+                "choose another file"
+            )
 
 
 def repository_path(path: str, script: str) -> str:

@@ -7,6 +7,7 @@ A recipe keeps what is its own, the loss:
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -47,6 +48,12 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
     Raises:
         ValueError: for a precision or a tracker that is not available here.
     """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # what `accelerate launch` says to the processes that it starts
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise ValueError(
+                f"these recipes do not train under {name}: they check gradients, average weights and write checkpoints "
+                "of whole models; launch with --multi_gpu"
+            )
     uses_mps = torch.backends.mps.is_available() and not torch.cuda.is_available()
     if uses_mps:
         print("running on the CPU: Apple's GPUs have no float64, which the statistics are taken in")
@@ -208,10 +215,14 @@ class TrainingRun:
             broadcast_object_list(choice)  # the first process has read every byte, the others sizes
         if choice[0] is not None:
             checkpoint = Path(choice[0])
-            self.accelerator.load_state(str(checkpoint))
-            self.accelerator.step = 0  # between two steps, however many passes they have
-            self.step = checkpoint_step(checkpoint)
-            self._load_own_state(checkpoint)
+            try:
+                self.accelerator.load_state(str(checkpoint))
+                self.accelerator.step = 0  # between two steps, however many passes they have
+                self.step = checkpoint_step(checkpoint)
+                self._load_own_state(checkpoint)
+            except Exception as error:  # whole, but not of this run or this package: all kinds of errors
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"{checkpoint} cannot be loaded: {reason}; resume from another one") from error
             self.accelerator.print(f"going on from {checkpoint}")
         if self.accelerator.is_main_process:
             self.folder.cut_metrics(self.step)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import num_classes_of
+from vkd_gen.provenance import split_revision
 from vkd_gen.students import REDUCTIONS, TEACHERS
 from vkd_gen.students.build import complete_config, unet_class
 
@@ -34,9 +35,9 @@ def load_teacher(source: str, *, without_weights: bool = False) -> LoadedTeacher
     """Load a UNet and its noise schedule from a pipeline or model folder, or from the Hugging Face hub.
 
     Args:
-        source: folder or hub id; the UNet lies under `unet/` or at the root, the scheduler under `scheduler/`, beside
-            the UNet's folder or at the root. Without a scheduler the DDPM default (linear, 1,000 steps, epsilon) is
-            taken, and `schedule_origin` says so.
+        source: folder or hub id (`ID@REVISION` for a certain commit, tag or branch); the UNet lies under `unet/` or at
+            the root, the scheduler under `scheduler/`, beside the UNet's folder or at the root. Without a scheduler the
+            DDPM default (linear, 1,000 steps, epsilon) is taken, and `schedule_origin` says so.
         without_weights: read the configuration alone, and leave the UNet on the meta device. `source` may then also be
             a config.json or one of `TEACHERS`, and the UNet a `UNet2DConditionModel`.
 
@@ -113,7 +114,7 @@ def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
     elif source in TEACHERS:
         return dict(TEACHERS[source])
     else:
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") != 1:
             raise ValueError(f"there is no {role} folder {source}")
         config = _from_hub(source, role, config_only=True)
     unet_class(config)
@@ -144,10 +145,12 @@ def read_student_config(source: str, teacher: ModelMixin) -> dict[str, Any]:
 
 
 def _from_hub(source: str, role: str, *, config_only: bool = False) -> Any:
+    repository, revision = split_revision(source)
+
     def load(subfolder: str | None) -> Any:
         if config_only:
-            return UNet2DModel.load_config(source, subfolder=subfolder)
-        return UNet2DModel.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
+            return UNet2DModel.load_config(repository, subfolder=subfolder, revision=revision)
+        return UNet2DModel.from_pretrained(repository, subfolder=subfolder, revision=revision, use_safetensors=True)
 
     try:
         try:
@@ -238,11 +241,12 @@ def _load_scheduler(source: str) -> tuple[DDPMScheduler, str]:
                 return _scheduler(config, str(folder)), str(folder)
     if path.exists() or source in TEACHERS:
         return DDPMScheduler(), "diffusers' default; the teacher comes without one"
+    repository, revision = split_revision(source)
     try:
         try:
-            config = DDPMScheduler.load_config(source, subfolder="scheduler")
+            config = DDPMScheduler.load_config(repository, subfolder="scheduler", revision=revision)
         except OSError:
-            config = DDPMScheduler.load_config(source)
+            config = DDPMScheduler.load_config(repository, revision=revision)
     except Exception as error:  # as above
         reason = " ".join(str(error).split())
         raise ValueError(f"the hub did not give a schedule for {source}: {reason[:200]}") from error
@@ -303,8 +307,8 @@ def check_checkpoint(folder: Path | None) -> None:
     Beside the weights there are pickles: optimizer.bin, scaler.pt, random_states_*.pkl, and the loop's training.pt and
     process-*.pt; Accelerate also keeps custom_checkpoint_*.pkl of what is registered with it, which it reads with
     `weights_only=False`, and goes on without the random states where it cannot read them. Here all are read with
-    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are not covered: their own
-    loaders unpickle whatever they hold, so resume those from places that you trust only.
+    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are refused: their own loaders
+    unpickle whatever they hold.
 
     Args:
         folder: of the checkpoint; None for a run that starts anew.
@@ -314,6 +318,12 @@ def check_checkpoint(folder: Path | None) -> None:
     """
     if folder is None:
         return
+    shards = sorted(path for path in folder.iterdir() if path.is_dir())
+    if shards:
+        raise ValueError(
+            f"the checkpoint holds a folder, {shards[0]}; shards (FSDP, DeepSpeed) are unpickled by their own loaders "
+            "and not loaded here"
+        )
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".pth")):
         try:
             with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than its own

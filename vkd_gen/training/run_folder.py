@@ -55,7 +55,7 @@ class RunFolder:
                 "latest, or choose another --output_dir"
             )
         if point is not None and (point / "config.json").exists():
-            self._compare(json.loads((point / "config.json").read_text()), json.loads(json.dumps(config)), point)
+            self._compare(_read_config(point / "config.json"), json.loads(json.dumps(config)), point)
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any], point: Path) -> None:
         changed = {name: value for name, value in now.items() if name in before and before[name] != value}
@@ -238,6 +238,20 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(hidden)
     os.replace(checkpoint, hidden)
     shutil.rmtree(hidden)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The flags that a checkpoint was made by; of the batch's it is known here what they must be."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is no JSON; choose another checkpoint") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object; choose another checkpoint")
+    for name in BATCH:
+        if name in config and (type(config[name]) is not int or config[name] < 1):
+            raise ValueError(f"{path} is damaged: {name} is {str(config[name])[:80]!r}; choose another checkpoint")
+    return config
 
 
 def _images_per_step(config: dict[str, Any]) -> int:

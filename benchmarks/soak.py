@@ -1,0 +1,249 @@
+"""Train for half an hour with a checkpoint every 20 steps, and watch memory, file handles, threads and the disk.
+
+python benchmarks/soak.py --minutes 30
+
+Passes if memory, handles and threads do not grow and the checkpoints stay within what --checkpoints_total_limit allows.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from vkd_gen.provenance import environment, write_json
+from vkd_gen.training.checkpoints import find_fault
+from vkd_gen.training.command_line import run_command
+from vkd_gen.training.run_folder import RunFolder, checkpoint_step
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "train_student_unet.py"
+WARM_UP = 0.25
+"""Share of the time that slopes leave out: the process fills its pools, and the first preview is drawn."""
+BLOCKS = 20
+"""Means over this many stretches of equal length: neighbouring samples are alike, and an interval of a slope that took
+them for independent would be too narrow."""
+T_97_5 = 2.101
+"""97.5% quantile of Student's t with BLOCKS - 2 degrees of freedom."""
+BOUNDS = {
+    ("memory_mb", "hours"): 20.0,
+    ("memory_mb", "thousand_steps"): 1.0,
+    ("handles", "hours"): 1.0,
+    ("threads", "hours"): 1.0,
+}
+"""What a slope, with its interval's upper end, may be at most. 20 MB in an hour are 3 GB in a week; steps are counted
+too, since a busy machine makes few of them in an hour."""
+KEPT = 2
+"""--checkpoints_total_limit. One more is there while it is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoakConfig:
+    """How long to train, and where."""
+
+    output_dir: str = "runs/soak"
+    """Folder for the run, every sample (samples.jsonl), the result (soak.json) and its picture (soak.png)."""
+    minutes: float = 30.0
+    """Time to train."""
+    sample_every_seconds: float = 3.0
+    """Time between two looks at the processes and the folder."""
+    checkpointing_steps: int = 20
+    """Steps between checkpoints."""
+    preset: str = "digits"
+    """Preset of recipes/train_student_unet.py."""
+
+    def __post_init__(self) -> None:
+        """Check what slopes need."""
+        if not 0 < self.sample_every_seconds < float("inf") or not 0 < self.minutes < float("inf"):
+            raise ValueError("--minutes and --sample_every_seconds must be above 0 and finite")
+        if self.minutes * 60 * (1 - WARM_UP) < 3 * BLOCKS * self.sample_every_seconds:
+            raise ValueError("too few samples for a slope: set more --minutes, or fewer --sample_every_seconds")
+
+
+def usage_of(process: psutil.Process) -> dict[str, float] | None:
+    """Memory in MB (10^6 bytes), file handles and threads of a process and all its children; None once it has ended."""
+    found = {"memory_mb": 0.0, "handles": 0, "threads": 0, "processes": 0}
+    try:
+        tree = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return None
+    for member in tree:
+        try:
+            with member.oneshot():
+                found["memory_mb"] += member.memory_info().rss / 1e6
+                found["handles"] += member.num_fds()
+                found["threads"] += member.num_threads()
+                found["processes"] += 1
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):  # ended meanwhile
+            if member is process:
+                return None
+    return found
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; what is removed meanwhile counts nothing."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size += (Path(parent) / name).stat().st_size
+            except FileNotFoundError:
+                continue
+    return size
+
+
+def disk_of(folder: Path) -> dict[str, float]:
+    """MB of a run's folder, and of its checkpoints, with those being written or removed; how many those are."""
+    checkpoints = [path for path in folder.glob("*checkpoint-*") if path.is_dir()]
+    return {
+        "checkpoints": len(checkpoints),
+        "checkpoints_mb": sum(size_of(path) for path in checkpoints) / 1e6,
+        "folder_mb": size_of(folder) / 1e6,
+    }
+
+
+def slope(times: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    """Least-squares slope over the means of blocks, with its 95% interval.
+
+    Args:
+        times: of the samples, in any unit.
+        values: as many.
+
+    Raises:
+        ValueError: for too few samples, or times that do not pass.
+    """
+    if len(times) < BLOCKS:
+        raise ValueError(f"{len(times)} samples are too few for a slope over {BLOCKS} blocks; set more --minutes")
+    parts = np.array_split(np.arange(len(times)), BLOCKS)
+    x, y = (np.array([series[part].mean() for part in parts]) for series in (times, values))
+    centred = x - x.mean()
+    if not centred.any():
+        raise ValueError("no checkpoint was made after the warm-up; set more --minutes")
+    rise = (centred @ y) / (centred @ centred)
+    residuals = y - y.mean() - rise * centred
+    error = T_97_5 * np.sqrt((residuals @ residuals) / (BLOCKS - 2) / (centred @ centred))
+    return {
+        "slope": round(float(rise), 4),
+        "interval": [round(float(rise - error), 4), round(float(rise + error), 4)],
+        "least": float(values.min()),
+        "most": float(values.max()),
+        "block_means": [round(float(value), 4) for value in y],
+    }
+
+
+def watch(config: SoakConfig, run: Path) -> tuple[list[dict[str, float]], int]:
+    """Train until the time is up, then ask the run to stop; the samples, and its exit status."""
+    command = [sys.executable, str(RECIPE), "--preset", config.preset, "--output_dir", str(run)]
+    command += ["--max_train_steps", str(10**7), "--checkpointing_steps", str(config.checkpointing_steps)]
+    command += ["--checkpoints_total_limit", str(KEPT)]
+    samples: list[dict[str, float]] = []
+    output = run.parent / "output.log"
+    with output.open("w") as log, (run.parent / "samples.jsonl").open("w") as file:
+        training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process = psutil.Process(training.pid)
+            while not any(run.glob("checkpoint-*")) and training.poll() is None:
+                time.sleep(0.2)  # what it takes to start is not counted
+            start = time.monotonic()
+            while time.monotonic() < start + 60 * config.minutes and training.poll() is None:
+                sample = usage_of(process)
+                if sample is not None:
+                    hours = (time.monotonic() - start) / 3600
+                    thousand_steps = checkpoint_step(RunFolder(str(run)).checkpoints()[-1]) / 1000
+                    times = {"hours": hours, "thousand_steps": thousand_steps}
+                    samples.append({**times, **sample, **disk_of(run)})
+                    file.write(json.dumps(samples[-1]) + "\n")
+                    file.flush()
+                time.sleep(config.sample_every_seconds)
+            training.send_signal(signal.SIGTERM)
+            status = training.wait(timeout=120)
+        finally:
+            training.kill()
+    if status != 128 + signal.SIGTERM:
+        raise ValueError(f"the run ended with status {status}; it printed {output}")
+    return samples, status
+
+
+def judge(samples: Sequence[Mapping[str, float]], run: Path) -> dict[str, Any]:
+    """Slopes beside their bounds, and the disk beside what the kept checkpoints and the one being written take."""
+    counted = [sample for sample in samples if sample["hours"] >= WARM_UP * samples[-1]["hours"]]
+    series = {name: np.array([sample[name] for sample in counted]) for name in samples[0]}
+    result: dict[str, Any] = {}
+    for (name, unit), bound in BOUNDS.items():
+        found = slope(series[unit], series[name])
+        result[f"{name}/{unit}"] = {**found, "bound": bound, "passed": found["interval"][1] <= bound}
+    last = RunFolder(str(run)).checkpoints()[-1]
+    most, allowed = max(sample["checkpoints_mb"] for sample in samples), (KEPT + 1) * size_of(last) / 1e6
+    # A look that takes time may see one checkpoint twice, before and after it is renamed.
+    result["checkpoints_mb"] = {"most": most, "bound": round(1.02 * allowed, 4), "passed": most <= 1.02 * allowed}
+    result["last_checkpoint"] = {"name": last.name, "fault": find_fault(last), "passed": find_fault(last) is None}
+    return result
+
+
+def draw(samples: Sequence[Mapping[str, float]], path: Path) -> None:
+    """The samples over time, with the end of the warm-up marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = {"memory_mb": "memory, MB", "handles": "file handles", "threads": "threads", "checkpoints_mb": "disk, MB"}
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    minutes = [60 * sample["hours"] for sample in samples]
+    for axes, (name, title) in zip(figure.subplots(len(names), sharex=True), names.items(), strict=True):
+        values = [sample[name] for sample in samples]
+        axes.plot(minutes, values, linewidth=1)
+        axes.axvline(WARM_UP * minutes[-1], color="grey", linestyle=":")
+        axes.set_ylabel(title)
+        axes.set_ylim(0, 1.1 * max(values))
+    axes.set_xlabel("minutes; slopes are of what is right of the dotted line")
+    figure.savefig(path, dpi=80)
+
+
+def main(config: SoakConfig) -> None:
+    """Soak, judge, write down; status 1 if a bound is passed."""
+    output = Path(config.output_dir)
+    run = output / "run"
+    if run.exists():
+        raise ValueError(f"{run} is there already; choose another --output_dir, or remove it")
+    output.mkdir(parents=True, exist_ok=True)
+    samples, status = watch(config, run)
+    result = judge(samples, run)
+    steps = checkpoint_step(Path(result["last_checkpoint"]["name"]))
+    protocol = {
+        "preset": config.preset,
+        "minutes": config.minutes,
+        "steps": steps,
+        "checkpoints": steps // config.checkpointing_steps,
+        "checkpointing_steps": config.checkpointing_steps,
+        "checkpoints_total_limit": KEPT,
+        "samples": len(samples),
+        "warm_up_share": WARM_UP,
+        "blocks": BLOCKS,
+        "status": status,
+        "environment": environment(),
+    }
+    write_json(output / "soak.json", {**result, "protocol": protocol})
+    draw(samples, output / "soak.png")
+    table = Table("what", "slope", "95% interval", "least", "most", "bound", "passed")
+    for name, found in result.items():
+        ends = [f"{value:.4g}" for value in found.get("interval", [])]
+        cells = [f"{found[key]:.4g}" if key in found else "" for key in ("least", "most", "bound")]
+        rise = f"{found['slope']:.4g}" if "slope" in found else ""
+        table.add_row(name, rise, " to ".join(ends), *cells, "yes" if found["passed"] else "NO")
+    Console(width=110).print(table)
+    print(f"{steps} steps, {protocol['checkpoints']} checkpoints; {output / 'soak.json'}, {output / 'soak.png'}")
+    if not all(found["passed"] for found in result.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main, SoakConfig, __doc__)
