@@ -574,6 +574,34 @@ def test_a_draw_is_a_pure_function_of_seed_and_number():
     torch.set_rng_state(state)
 
 
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_a_batch_is_its_draws(num_classes):
+    images = labelled_images(7, num_classes) if num_classes else numbered_images(7)
+    draws = TrainingDraws(images, seed=3, random_flip=True, guidance_dropout=0.5)
+    batch = draws[[11, 2, 30]]
+    for place, number in enumerate((11, 2, 30)):
+        expected = draws[number]
+        assert_same_draw({name: values[place] for name, values in batch.items()}, expected, names=expected)
+    assert batch["noise"].shape == (3, 1, 4, 4)
+
+
+@pytest.mark.parametrize(("limit", "reads"), [(2 * 4 * 16, 2), (2 * 4 * 16 - 1, 21)])
+def test_images_of_a_small_set_are_decoded_once(limit, reads, monkeypatch):
+    monkeypatch.setattr("vkd_gen.data.KEPT_BYTES", limit)
+    seen = []
+
+    def read(number):
+        seen.append(number)
+        return grey(number)
+
+    draws = TrainingDraws(Images(read, 4, 1, "two", np.arange(2)), seed=0)
+    first = [draws[number]["sample"].clone() for number in range(10)]
+    draws[0]["sample"].zero_()  # what was handed over is the caller's
+    again = [draws[number]["sample"] for number in range(10)]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert len(seen) == reads
+
+
 def test_seeds_and_numbers_draw_unlike_noise_and_times():
     images = numbered_images(7)
     drawn = [TrainingDraws(images, seed=seed)[number] for seed in range(6) for number in range(6)]
