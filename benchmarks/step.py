@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import matplotlib
 
@@ -30,9 +31,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vkd_gen as vkd
+import vkd_gen.data
+import vkd_gen.losses
+import vkd_gen.projectors
 from vkd_gen.data import Images
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import LiveBytes
+from vkd_gen.projectors import RunningCrossCovariance
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.students.build import unet_class
 from vkd_gen.students.specs import TEACHERS
@@ -67,6 +72,8 @@ class StepConfig:
     without it first, and the run ends if they differ."""
     threads: int = 1
     """Of the CPU."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """`cpu` counts what this process computes, whoever else does: for a step on the CPU of a busy machine."""
     output: str | None = None
     """File for the numbers; by default results/step-SHAPE-DEVICE.json beside this file, and a plot of the same name."""
 
@@ -102,9 +109,7 @@ SHAPES = {
         batch_size=128,
     ),
     "unet-32": Shape(teacher=UNET_32, reduction=vkd.Reduction(width=0.5), batch_size=16),
-    "ddpm-cifar10-32": Shape(
-        teacher=TEACHERS["ddpm-cifar10-32"], reduction=vkd.REDUCTIONS["ddpm-20m"], batch_size=128
-    ),
+    "ddpm-cifar10-32": Shape(teacher=TEACHERS["ddpm-cifar10-32"], reduction=vkd.REDUCTIONS["ddpm-20m"], batch_size=128),
     "stable-diffusion-1": Shape(
         teacher=TEACHERS["stable-diffusion-1"], reduction=vkd.Reduction(width=0.5), batch_size=8
     ),
@@ -275,19 +280,27 @@ class Bench:
 
     # ---- as this package makes it
 
-    def our_steps(self, name: str) -> Iterator[None]:
+    def our_steps(
+        self,
+        name: str,
+        *,
+        refresh_every_steps: int = STEPS_PER_ROUND,
+        feature_weight: float = 0.3,
+        change: Callable[[TrainingRun], None] = lambda run: None,
+        **options_changes: Any,
+    ) -> Iterator[None]:
         """The loop of recipes/train_student_unet.py with `--method vkd`: one step, log lines and refreshes included."""
         student = self.student()
         normalizers = [vkd.FeatureNormalizer("none", channels=pair.teacher_channels) for pair in self.pairs]
         projectors = [
             vkd.OrthogonalProjector(
-                pair.student_channels, pair.teacher_channels, refresh_every_steps=STEPS_PER_ROUND
+                pair.student_channels, pair.teacher_channels, refresh_every_steps=refresh_every_steps
             )
             for pair in self.pairs
         ]
         projected = vkd.ProjectedStudent(student, self.pairs, projectors, normalizers).to(self.device)
         teacher = vkd.FrozenTeacher(self.teacher_unet, [pair.teacher for pair in self.pairs])
-        options = self.options(output_dir=str(self.place / name))
+        options = self.options(output_dir=str(self.place / name), **options_changes)
         folder = RunFolder(options.output_dir)
         accelerator = make_accelerator(options)
         folder.start({})
@@ -303,6 +316,7 @@ class Bench:
             config={},
         )
         self.compiled(student)
+        change(run)
         for batch in run.batches():
             if self.conditioning:
                 batch["conditioning"] = self.conditioning
@@ -311,18 +325,38 @@ class Bench:
                 batch,
                 noise_scheduler=self.noise_scheduler,
                 teacher=teacher,
-                weights=vkd.LossWeights(feature=0.3),
+                weights=vkd.LossWeights(feature=feature_weight),
             )
             run.backward(losses)
             yield
 
     def variants(self) -> dict[str, Callable[[], Iterator[None]]]:
-        """Name -> steps without end."""
+        """Name -> steps without end. Those after d are d with one thing changed."""
         return {
             "a": lambda: self.floor_steps(with_teacher=False),
             "b": lambda: self.floor_steps(with_teacher=True),
             "c": self.peer_steps,
             "d": lambda: self.our_steps("d"),
+            "images decoded each time": lambda: patched(self.our_steps("images"), vkd_gen.data, "KEPT_BYTES", 0),
+            "default AdamW": lambda: self.our_steps("adamw", change=unfused),
+            "averages one by one": lambda: self.our_steps("ema", change=averaged_one_by_one),
+            "differences in losses": lambda: patched(
+                self.our_steps("losses"), vkd_gen.losses, "_squared_error", squared_differences
+            ),
+            "refresh by SVD": lambda: patched(self.our_steps("svd"), vkd_gen.projectors, "procrustes", svd_procrustes),
+            "refresh each step": lambda: self.our_steps("refresh", refresh_every_steps=1),
+            "log each step": lambda: self.our_steps("log", log_every_steps=1),
+            "no statistics": lambda: patched(
+                self.our_steps("statistics"),
+                vkd.OrthogonalProjector,
+                "after_step",
+                lambda *_: None,
+                RunningCrossCovariance,
+                "accumulate",
+                lambda *_: None,
+            ),
+            "no guard": lambda: self.our_steps("guard", change=unguarded),
+            "no features": lambda: self.our_steps("features", feature_weight=0.0),
         }
 
     def check_gradients(self) -> float:
@@ -354,14 +388,60 @@ class Bench:
         return errors[worst]
 
 
-def timed(steps: Iterator[None], device: torch.device) -> float:
+# ---- what d is without
+
+
+def patched(steps: Iterator[None], *changes: Any) -> Iterator[None]:
+    """The steps with attributes replaced while they run; object, attribute and value in turn."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in zip(changes[::3], changes[1::3], changes[2::3], strict=True):
+                stack.enter_context(mock.patch.object(owner, name, value))
+            next(steps)
+        yield
+
+
+def unfused(run: TrainingRun) -> None:
+    """AdamW as torch makes it where nothing is asked for: parameter by parameter on a CPU, foreach on a GPU."""
+    for group in run.optimizer.param_groups:
+        group["fused"] = None
+
+
+def averaged_one_by_one(run: TrainingRun) -> None:
+    """The moving average as diffusers makes it where nothing is asked for."""
+    run.ema.foreach = False
+    run._average = lambda: run.ema.step(run.unet.parameters())
+
+
+def unguarded(run: TrainingRun) -> None:
+    """Clip and step whatever the numbers are, and never ask for the signals."""
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(run._parameters, run.options.max_grad_norm)
+        run.optimizer.step()
+
+    run._make_or_skip_step = step
+
+
+def squared_differences(prediction: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    """A mean squared error in two operations."""
+    return vkd_gen.losses.weighted_mean((prediction - target).square(), weights)
+
+
+def svd_procrustes(cross_covariance: Tensor) -> Tensor:
+    """The textbook's solution."""
+    left, _, right = torch.linalg.svd(cross_covariance.double(), full_matrices=False)
+    return (left @ right).to(cross_covariance.dtype)
+
+
+def timed(steps: Iterator[None], device: torch.device, clock: Callable[[], float]) -> float:
     """Seconds of one step."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     next(steps)
     synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_bytes(steps: Iterator[None], device: torch.device) -> int:
@@ -391,13 +471,14 @@ def measure(bench: Bench, config: StepConfig) -> dict[str, Any]:
     makers = bench.variants()
     unknown = set(config.variants) - set(makers)
     if unknown:
-        raise ValueError(f"there is no variant {', '.join(sorted(unknown))}; choose from {', '.join(makers)}")
+        raise ValueError(f"there is no variant {', '.join(sorted(unknown))}; choose among {', '.join(makers)}")
     names = [name for name in makers if not config.variants or name in {*config.variants, "b"}]
+    clock = time.process_time if config.clock == "cpu" else time.perf_counter
     running = {}
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         for name in names:
             running[name] = makers[name]()
-            timed(running[name], bench.device)
+            timed(running[name], bench.device, clock)
     rounds: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for number in range(config.rounds + 1):
@@ -405,7 +486,7 @@ def measure(bench: Bench, config: StepConfig) -> dict[str, Any]:
         for step in range(STEPS_PER_ROUND):
             for place in range(len(names)):  # each in each place
                 name = names[(place + step) % len(names)]
-                seconds[name] += timed(running[name], bench.device)
+                seconds[name] += timed(running[name], bench.device, clock)
         if number:
             for name in names:
                 rounds[name].append(seconds[name] / STEPS_PER_ROUND)
@@ -481,6 +562,7 @@ def main(config: StepConfig) -> None:
         "compile": config.compile,
         "largest_gradient_error_of_the_compiler": gradient_error,
         "device": device,
+        "clock": config.clock,
         "threads": torch.get_num_threads(),
         "num_rounds": results["num_rounds"],
         "steps_per_round": STEPS_PER_ROUND,
