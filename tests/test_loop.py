@@ -45,18 +45,31 @@ def test_the_moving_average_is_diffusers(tmp_path):
 
 
 def test_the_fused_optimizer_is_the_plain_one(tmp_path):
+    """Where there is a gradient: Adam makes whole steps of rounding errors too, in biases that a group norm undoes."""
+    largest = {}
+
     def plain(run):
         for group in run.optimizer.param_groups:
             assert group["fused"]
             group["fused"] = None
+        step = run.optimizer.step
+
+        def watched():
+            for name, parameter in run._bare_model.student.named_parameters():
+                largest[name] = max(largest.get(name, 0.0), float(parameter.grad.abs().max()))
+            step()
+
+        run.optimizer.step = watched
 
     runs = [
         train(options_of(tmp_path / name, max_train_steps=6), after_build=after_build)
         for name, after_build in (("fused", lambda run: None), ("plain", plain))
     ]
-    weights = [run._bare_model.student.state_dict() for run in runs]
-    for name, expected in weights[1].items():
-        torch.testing.assert_close(weights[0][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    fused, expected = (dict(run._bare_model.student.named_parameters()) for run in runs)
+    compared = [name for name, gradient in largest.items() if gradient > 1e-6]
+    assert len(compared) >= 0.9 * len(expected)
+    for name in compared:
+        torch.testing.assert_close(fused[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 class Reads(TorchDispatchMode):

@@ -207,7 +207,6 @@ def test_procrustes_beats_random_candidates(widths):
         assert error(best) < error(best @ scipy.linalg.expm(skew - skew.T))
 
 
-@pytest.mark.parametrize("shape", [(3, 7), (5, 5), (7, 3)])
 @pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e5, 1e7, 1e20])
 def test_procrustes_bears_any_condition(shape, condition):
@@ -224,6 +223,7 @@ def test_procrustes_bears_any_condition(shape, condition):
         torch.testing.assert_close(found, left @ right.T, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(3, 7), (5, 5), (7, 3)])
 def test_random_orthonormal(shape):
     matrix = random_orthonormal(*shape, seed=1)
     assert matrix.shape == shape
