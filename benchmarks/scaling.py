@@ -167,7 +167,8 @@ def main(config: ScalingConfig) -> None:
                 flush=True,
             )
     print(
-        "\n| student | GPUs | without images, GB | images x passes | GB | s per step | s to exchange | hours | GPU hours |"
+        "\n| student | GPUs | without images, GB | images x passes | GB | s per step | s to exchange | hours "
+        "| GPU hours |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for result in results:
