@@ -187,7 +187,7 @@ class TrainingRun:
                 unet.parameters(), decay=options.ema_max_decay, use_ema_warmup=True, power=0.75, foreach=True
             )
             self.ema.to(accelerator.device)
-        self._averaged = list(unet.parameters())
+        self._averaged: list[Tensor] = list(unet.parameters())
         self._parameters = [parameter for group in parameter_groups for parameter in group["params"]]
         self._watch = Watch(model)
         self._stop = StopRequest()
