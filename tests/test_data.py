@@ -19,6 +19,7 @@ from vkd_gen.data import (
     TrainingDraws,
     default_cifar10,
     embedded_pixels,
+    evenly_spaced,
     load_images,
 )
 
@@ -205,6 +206,21 @@ def test_stack():
     assert grey_levels(images.stack()) == [0, 1, 2, 3, 4]
     assert grey_levels(images.stack(2)) == [0, 2]
     assert len(images.stack(9)) == 5
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, [10]), (2, [10, 14]), (3, [10, 12, 16]), (5, [10, 12, 14, 16, 18]), (9, range(10, 20, 2))],
+)
+def test_evenly_spaced(count, expected):
+    """Of those that there are, with their classes; the rest of what is known about them stays."""
+    images = dataclasses.replace(labelled_images(40, 7), indices=np.arange(10, 20, 2), skipped=("one",))
+    some = evenly_spaced(images, count)
+    assert grey_levels(some) == list(expected)
+    assert [some.label(index) for index in range(len(some))] == [level % 7 for level in expected]
+    assert len(images) == 5
+    assert dataclasses.replace(some, indices=images.indices) == images
+    assert grey_levels(some) == grey_levels(images.stack(count))
 
 
 def test_a_file_that_is_no_image_is_found_before_training(folder):
@@ -572,6 +588,34 @@ def test_a_draw_is_a_pure_function_of_seed_and_number():
     np.random.seed(99)
     assert_same_draw(again[12], expected[12])
     torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_a_batch_is_its_draws(num_classes):
+    images = labelled_images(7, num_classes) if num_classes else numbered_images(7)
+    draws = TrainingDraws(images, seed=3, random_flip=True, guidance_dropout=0.5)
+    batch = draws[[11, 2, 30]]
+    for place, number in enumerate((11, 2, 30)):
+        expected = draws[number]
+        assert_same_draw({name: values[place] for name, values in batch.items()}, expected, names=expected)
+    assert batch["noise"].shape == (3, 1, 4, 4)
+
+
+@pytest.mark.parametrize(("limit", "reads"), [(2 * 4 * 16, 2), (2 * 4 * 16 - 1, 21)])
+def test_images_of_a_small_set_are_decoded_once(limit, reads, monkeypatch):
+    monkeypatch.setattr("vkd_gen.data.KEPT_BYTES", limit)
+    seen = []
+
+    def read(number):
+        seen.append(number)
+        return grey(number)
+
+    draws = TrainingDraws(Images(read, 4, 1, "two", np.arange(2)), seed=0)
+    first = [draws[number]["sample"].clone() for number in range(10)]
+    draws[0]["sample"].zero_()  # what was handed over is the caller's
+    again = [draws[number]["sample"] for number in range(10)]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert len(seen) == reads
 
 
 def test_seeds_and_numbers_draw_unlike_noise_and_times():

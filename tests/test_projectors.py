@@ -208,6 +208,22 @@ def test_procrustes_beats_random_candidates(widths):
         assert error(best) < error(best @ scipy.linalg.expm(skew - skew.T))
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e5, 1e7, 1e20])
+def test_procrustes_bears_any_condition(shape, condition):
+    """Orthonormal, and as good as the singular value decomposition, near where one way is left for the other too."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(side, 5, generator=generator, dtype=torch.float64))[0] for side in shape)
+    values = torch.logspace(0, -np.log10(condition), 5, dtype=torch.float64)
+    cross_covariance = left * values @ right.T  # of rank 5: singular if 6 x 6
+    found = procrustes(cross_covariance)
+    assert orthonormality_error(found) < 1e-7
+    best = torch.linalg.svdvals(cross_covariance).sum()
+    assert (found * cross_covariance).sum() == pytest.approx(float(best), rel=1e-9)
+    if condition <= 1e3 and shape != (6, 6):  # what is determined is the same matrix
+        torch.testing.assert_close(found, left @ right.T, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("shape", [(3, 7), (5, 5), (7, 3)])
 def test_random_orthonormal(shape):
     matrix = random_orthonormal(*shape, seed=1)

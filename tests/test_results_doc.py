@@ -13,7 +13,9 @@ from vkd_gen.evaluation.run_records import RunRecords
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "RESULTS.md").read_text()
 BLOCKS = re.findall(
-    r"^<!-- compare_methods\.py --preset (\S+) --control (\S+) -->\n(.*?)\n<!-- end -->$", TEXT, re.MULTILINE | re.DOTALL
+    r"^<!-- compare_methods\.py --preset (\S+) --control (\S+) -->\n(.*?)\n<!-- end -->$",
+    TEXT,
+    re.MULTILINE | re.DOTALL,
 )
 
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from vkd_gen.provenance import hub_revision, split_revision
 
@@ -597,26 +597,52 @@ class TrainingDraws(Dataset):
         self.images, self.seed, self.random_flip = images, seed, random_flip
         self.guidance_dropout = guidance_dropout
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._kept: dict[int, Tensor] = {}
 
-    def __getitem__(self, draw: int) -> dict[str, Tensor]:
+    def __getitem__(self, draw: int | Sequence[int]) -> dict[str, Tensor]:
         """Draw `draw`: `sample` and `noise`, `[C, H, W]` float32, and `time`, uniform in [0, 1).
 
-        For images with labels also `class_labels`, int64: the image's class, or `num_classes` for "no class".
+        For images with labels also `class_labels`, int64: the image's class, or `num_classes` for "no class". Several
+        numbers give a batch of as many draws, which is faster than one by one.
         """
-        epoch, position = divmod(draw, len(self.images))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, _keyed_generator(self.seed, epoch, 1).permutation(len(self.images))
-        generator = _keyed_generator(self.seed, draw, 0)
-        index = int(self._order[position])
+        if isinstance(draw, Sequence):
+            return self._batch(draw)
+        return {name: values[0] for name, values in self._batch([draw]).items()}
+
+    def _batch(self, draws: Sequence[int]) -> dict[str, Tensor]:
+        samples, times, labels = [], [], []
+        noise = np.empty((0,), dtype=np.float32)
+        for place, draw in enumerate(draws):
+            epoch, position = divmod(draw, len(self.images))
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, _keyed_generator(self.seed, epoch, 1).permutation(len(self.images))
+            generator = _keyed_generator(self.seed, draw, 0)
+            index = int(self._order[position])
+            sample = self._sample(index)
+            if place == 0:
+                noise = np.empty((len(draws), *sample.shape), dtype=np.float32)
+            samples.append(sample.flip(-1) if generator.random() < 0.5 and self.random_flip else sample)
+            generator.standard_normal(dtype=np.float32, out=noise[place])
+            times.append(generator.random())
+            if self.images.labels is not None:  # last, so that all else is drawn as without labels
+                is_dropped = generator.random() < self.guidance_dropout
+                labels.append(self.images.num_classes if is_dropped else self.images.label(index))
+        batch = {"sample": torch.stack(samples), "noise": torch.from_numpy(noise)}
+        batch["time"] = torch.tensor(times, dtype=torch.float32)
+        return {**batch, "class_labels": torch.tensor(labels)} if labels else batch
+
+    def _sample(self, index: int) -> Tensor:
+        """Image `index`; those of a small set are decoded once, except by processes that do nothing else."""
+        if index in self._kept:
+            return self._kept[index]
         sample = self.images[index]
-        if generator.random() < 0.5 and self.random_flip:
-            sample = sample.flip(-1)
-        noise = torch.from_numpy(generator.standard_normal(tuple(sample.shape), dtype=np.float32))
-        item = {"sample": sample, "noise": noise, "time": torch.tensor(generator.random(), dtype=torch.float32)}
-        if self.images.labels is not None:  # last, so that all else is drawn as without labels
-            is_dropped = generator.random() < self.guidance_dropout
-            item["class_labels"] = torch.tensor(self.images.num_classes if is_dropped else self.images.label(index))
-        return item
+        if len(self.images) * sample.nbytes <= KEPT_BYTES and get_worker_info() is None:
+            self._kept[index] = sample
+        return sample
+
+
+KEPT_BYTES = 2**28
+"""Training images that take no more than this as float32 stay in memory, decoded."""
 
 
 def _keyed_generator(seed: int, number: int, stream: int) -> np.random.Generator:

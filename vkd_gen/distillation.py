@@ -83,7 +83,7 @@ class FrozenTeacher:
         """The teacher's prediction `[B, C, H, W]`, float32, and its features by layer name, in its own precision."""
         if with_features:
             self._capture.start()
-        dtype = self.unet.dtype
+        dtype = next(self.unet.parameters()).dtype  # its own property walks through all modules
         prediction = predict(self.unet, noisy_sample.to(dtype), timesteps, _cast(conditioning or {}, dtype))
         return prediction.float(), self._capture.stop() if with_features else {}
 

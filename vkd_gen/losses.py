@@ -41,7 +41,7 @@ def prediction_loss(
         ValueError: if the shapes differ.
     """
     _check_same_shape(prediction, target)
-    return weighted_mean((prediction.float() - target.detach().float()).square(), weights)
+    return _squared_error(prediction.float(), target.detach().float(), weights)
 
 
 def feature_loss(
@@ -72,7 +72,7 @@ def feature_loss(
     prediction, target = prediction.float(), target.float()
     match kind:
         case "mse":
-            return weighted_mean((prediction - target).square(), weights)
+            return _squared_error(prediction, target, weights)
         case "smooth_l1":
             return weighted_mean(F.smooth_l1_loss(prediction, target, reduction="none", beta=beta), weights)
         case "cka":
@@ -105,6 +105,12 @@ def _centred_of_size_one(rows: Float[Tensor, "batch positions channels"]) -> Flo
     resolution = torch.finfo(rows.dtype)
     varies = size > 8 * resolution.eps * size_of_all
     return torch.where(varies, centred / size.clamp(min=resolution.tiny), 0.0)
+
+
+def _squared_error(prediction: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return F.mse_loss(prediction, target)  # keeps no difference for the backward pass
+    return weighted_mean(F.mse_loss(prediction, target, reduction="none"), weights)
 
 
 def _check_same_shape(prediction: Tensor, target: Tensor) -> None:

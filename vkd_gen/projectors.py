@@ -22,8 +22,18 @@ def procrustes(cross_covariance: Float[Tensor, "rows columns"]) -> Float[Tensor,
     For rows S and T with cross-covariance C = S^T T / n it minimises ||S P - T|| over all P with orthonormal rows
     (S narrower than T) and over all rotations (equal widths).
     """
-    left, _, right = torch.linalg.svd(cross_covariance.double(), full_matrices=False)
-    return (left @ right).to(cross_covariance.dtype)  # a product in TF32 would be orthonormal to 1e-3 only
+    matrix = cross_covariance.double()  # a product in TF32 would be orthonormal to 1e-3 only
+    if matrix.shape[0] > matrix.shape[1]:
+        return procrustes(cross_covariance.T).T.contiguous()
+    # (C C^T)^(-1/2) C: a third of a decomposition's time. It squares the condition, which float64 bears up to a point.
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    if not values[0] > 1e-12 * values[-1]:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        return (left @ right).to(cross_covariance.dtype)
+    solution = (vectors * values.rsqrt()) @ (vectors.T @ matrix)
+    # One step of Newton and Schulz leaves of the distance from orthonormal its square.
+    solution = 1.5 * solution - 0.5 * (solution @ solution.T) @ solution
+    return solution.to(cross_covariance.dtype)
 
 
 def random_orthonormal(rows: int, columns: int, seed: int = 0) -> Float[Tensor, "rows columns"]:
@@ -99,34 +109,29 @@ class RunningCrossCovariance(nn.Module):
         student, target = student - student_centre, target - target_centre
         student_shift = student_centre.double() - self.student_mean
         target_shift = target_centre.double() - self.target_mean
-        student_sum, target_sum = student.sum(0).double(), target.sum(0).double()
-        student_offset, target_offset = student_sum + count * student_shift, target_sum + count * target_shift
-        scalars = torch.stack(
-            [
-                self.sums.new_tensor(count),
-                student.square().sum() + student_shift @ (student_sum + student_offset),
-                target.square().sum() + target_shift @ (target_sum + target_offset),
-            ]
-        )
-        product = (
-            student.T @ target + torch.outer(student_offset, target_shift) + torch.outer(student_shift, target_sum)
-        )
-        self.sums += torch.cat([scalars, student_offset, target_offset, product.flatten()])
+        student_offset, target_offset = count * student_shift, count * target_shift
+        scalars = [
+            torch.full_like(self.sums[0], count),  # filled on the device: nothing to wait for
+            _squares(student) + student_shift @ student_offset,
+            _squares(target) + target_shift @ target_offset,
+        ]
+        product = torch.addr((student.T @ target).double(), student_offset, target_shift)
+        self.sums += torch.cat([torch.stack(scalars), student_offset, target_offset, product.flatten()])
 
     @torch.no_grad()
     def merge(self) -> None:
         """Fold the sums of all processes into the averages and clear them; without new rows nothing changes."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
-        # A step with a non-finite feature counts as one without rows: it must not poison the averages.
-        self.sums.copy_(torch.where(self.sums.isfinite().all(), self.sums, 0.0))
         widths = [3, len(self.student_mean), len(self.target_mean), self.cross_covariance.numel()]
         count = self.sums[0]
-        scalars, student_offset, target_offset, product = (self.sums / count.clamp(min=1)).split(widths)
-        has_rows = (count > 0).double()
-        self.num_merges += has_rows.long()
+        # A step with a non-finite feature counts as one without rows: it must not poison the averages.
+        has_rows = (count > 0) & self.sums.sum().isfinite()
+        means = torch.where(has_rows, self.sums / count, 0.0)
+        scalars, student_offset, target_offset, product = means.split(widths)
+        self.num_merges += has_rows
         # (1 - m) / (1 - m^n): the n-th step's weight in the average of n steps
-        weight = has_rows * (1 - self.momentum) / (1 - self.momentum ** self.num_merges.clamp(min=1).double())
+        weight = has_rows.double() * (1 - self.momentum) / (1 - self.momentum ** self.num_merges.clamp(min=1).double())
 
         def mix(old: Tensor, second_moment: Tensor, correction: Tensor) -> Tensor:
             return (1 - weight) * old + weight * second_moment - weight**2 * correction
@@ -260,18 +265,21 @@ class OrthogonalProjector(nn.Module):
         """
         _check_rows(self, student, target)
         with torch.autocast(student.device.type, enabled=False):
-            student, target = student.float(), target.detach().float()
+            shape = student.shape[:-1]
+            # Rows one after another in memory, copied once for all that follows: maps hold channels one after another.
+            student, target = student.flatten(0, -2).float(), target.detach().flatten(0, -2).float()
             if self.training and self._accumulates:
-                self.statistics.accumulate(student.flatten(0, -2), target.flatten(0, -2))
+                self.statistics.accumulate(student, target)
             matrix = self.matrix()
             if not self.is_learned:
                 student = student - self.statistics.student_mean
                 target = target - self.statistics.target_mean
             if self.is_wider:
-                target = target @ matrix
+                student, target = self.gain * student, target @ matrix
             else:
-                student = student @ matrix
-            return self.gain * student + (self.bias if self.is_learned else 0), target
+                student = student @ (self.gain * matrix)
+            student = student + self.bias if self.is_learned else student
+            return student.unflatten(0, shape), target.unflatten(0, shape)
 
     def after_step(self, step: int) -> None:
         """Once per optimizer step, outside any compiled graph: bring statistics, gain and, when due, P up to date.
@@ -318,7 +326,8 @@ class OrthogonalProjector(nn.Module):
         gain = matched / statistics.student_variance.clamp(min=1e-12)
         self.gain.copy_(torch.where(has_rows, gain, self.gain))
         if not self.is_learned:
-            self.solution.copy_(torch.where(has_rows, matrix, self.solution))
+            if matrix is not self.solution:
+                self.solution.copy_(torch.where(has_rows, matrix, self.solution))
             return
         self.base.copy_(_complete(matrix))
         student_mean, target_mean = statistics.student_mean, statistics.target_mean
@@ -502,6 +511,11 @@ def _complete(rows: Float[Tensor, "narrow wide"]) -> Float[Tensor, "wide wide"]:
     full, _ = torch.linalg.qr(columns, mode="complete")
     full[:, : columns.shape[1]] = columns
     return full.float()
+
+
+def _squares(rows: Float[Tensor, "rows channels"]) -> Float[Tensor, ""]:
+    """Sum of all squares. By way of the rows' norms, which needs no copy and is exact for any number of rows."""
+    return torch.linalg.vector_norm(rows, dim=1).square().sum()
 
 
 def _check_channels(student_channels: int, target_channels: int) -> None:

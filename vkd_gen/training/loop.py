@@ -23,7 +23,7 @@ from diffusers import SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws
@@ -46,7 +46,7 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
         find_unused_parameters: some steps leave trainable parameters without a gradient.
 
     Raises:
-        ValueError: for a precision or a tracker that is not available here.
+        ValueError: for a precision or a tracker that is not available here, and for FSDP and DeepSpeed.
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # what `accelerate launch` says to the processes that it starts
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
@@ -114,8 +114,8 @@ def fixed_batches(
     """
     draws = TrainingDraws(images, seed=seed + 2**32, guidance_dropout=guidance_dropout)
     for first in range(0, num_draws, batch_size):
-        items = [draws[draw] for draw in range(first, min(first + batch_size, num_draws))]
-        yield _on_device(default_collate(items), noise_scheduler, device)
+        batch = draws[range(first, min(first + batch_size, num_draws))]
+        yield _on_device(batch, noise_scheduler, device)
 
 
 def _on_device(batch: dict[str, Tensor], noise_scheduler: SchedulerMixin, device: torch.device) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class TrainingRun:
         self.guidance_dropout = guidance_dropout
         self.step = 0
         self._bare_model = model
-        optimizer = torch.optim.AdamW(parameter_groups, lr=options.learning_rate)
+        optimizer = torch.optim.AdamW(parameter_groups, lr=options.learning_rate, fused=True)
         self.learning_rate = get_scheduler(
             options.lr_scheduler,
             optimizer,
@@ -189,6 +189,7 @@ class TrainingRun:
                 unet.parameters(), decay=options.ema_max_decay, use_ema_warmup=True, power=0.75, foreach=True
             )
             self.ema.to(accelerator.device)
+        self._averaged: list[Tensor] = list(unet.parameters())
         self._parameters = [parameter for group in parameter_groups for parameter in group["params"]]
         self._watch = Watch(model)
         self._stop = StopRequest()
@@ -275,7 +276,8 @@ class TrainingRun:
                 random_flip=options.random_flip,
                 guidance_dropout=self.guidance_dropout,
             ),
-            batch_sampler=draws,
+            sampler=draws,  # of whole batches
+            batch_size=None,
             num_workers=options.dataloader_num_workers,
             worker_init_fn=outlive_sigterm,
             pin_memory=accelerator.device.type == "cuda",
@@ -407,7 +409,7 @@ class TrainingRun:
         self.step += 1
         self.learning_rate.step()
         if self.ema is not None and not self._skipped:
-            self.ema.step(self.unet.parameters())
+            self._average()
         if hasattr(self._bare_model, "after_step"):
             self._bare_model.after_step(self.step)
         last = self.step == options.max_train_steps
@@ -421,6 +423,14 @@ class TrainingRun:
             self._log_scores()
         if self.step % options.checkpointing_steps == 0 or last:
             self.save_checkpoint()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """What `EMAModel.step` does, in one pass over the weights and without looking for them."""
+        ema = self.ema
+        ema.optimization_step += 1
+        ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+        torch._foreach_lerp_(ema.shadow_params, self._averaged, 1 - ema.cur_decay_value)
 
     def _log(self) -> None:
         names = sorted(self._sums)
