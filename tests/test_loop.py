@@ -9,7 +9,6 @@ from diffusers.training_utils import EMAModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.faults.small_run import options_of, train
-from vkd_gen.training.loop import make_accelerator
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 
@@ -107,10 +106,3 @@ def test_accelerate_reads_the_configurations(name, kind):
     assert config.distributed_type == kind
     assert config.mixed_precision == "bf16"
     assert config.num_processes == 8
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_divided_weights_are_refused(kind, tmp_path, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(ValueError, match=f"{kind}: a recipe needs whole weights"):
-        make_accelerator(options_of(tmp_path))
