@@ -19,6 +19,7 @@ from vkd_gen.data import (
     TrainingDraws,
     default_cifar10,
     embedded_pixels,
+    evenly_spaced,
     load_images,
 )
 
@@ -205,6 +206,21 @@ def test_stack():
     assert grey_levels(images.stack()) == [0, 1, 2, 3, 4]
     assert grey_levels(images.stack(2)) == [0, 2]
     assert len(images.stack(9)) == 5
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, [10]), (2, [10, 14]), (3, [10, 12, 16]), (5, [10, 12, 14, 16, 18]), (9, range(10, 20, 2))],
+)
+def test_evenly_spaced(count, expected):
+    """Of those that there are, with their classes; the rest of what is known about them stays."""
+    images = dataclasses.replace(labelled_images(40, 7), indices=np.arange(10, 20, 2), skipped=("one",))
+    some = evenly_spaced(images, count)
+    assert grey_levels(some) == list(expected)
+    assert [some.label(index) for index in range(len(some))] == [level % 7 for level in expected]
+    assert len(images) == 5
+    assert dataclasses.replace(some, indices=images.indices) == images
+    assert grey_levels(some) == grey_levels(images.stack(count))
 
 
 def test_a_file_that_is_no_image_is_found_before_training(folder):

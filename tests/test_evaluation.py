@@ -3,6 +3,7 @@
 from dataclasses import replace
 from importlib.metadata import version
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -309,6 +310,37 @@ def test_compare_to_teacher(images):
         "student": (3, 1, 8, 8),
     }
     assert results["protocol"]["environment"]["torch"] == version("torch")
+
+
+def test_a_teacher_that_is_not_scored_is_still_compared(images, tmp_path, monkeypatch):
+    student, teacher_unet, scheduler = tiny_unet((4,), seed=1).eval(), tiny_unet((8, 16), seed=2), DDPMScheduler()
+    asked = []
+
+    class Scores:
+        protocol: ClassVar = {"extractor": "none"}
+
+        def score_unet(self, name, unet, scheduler, *, num_shown):
+            asked.append(name)
+            shown = SimpleNamespace(shown=torch.zeros(num_shown, 1, 8, 8), content_hash="0")
+            source = dict.fromkeys(("sampler", "num_inference_steps", "num_images", "seeds"), 1)
+            return {"fid_x": 1.5}, shown, SimpleNamespace(protocol=source)
+
+        def scores_of_held_out(self):
+            return {}
+
+    options = {"held_out": images, "num_inference_steps": 2, "num_shown": 3, "scorer": Scores()}
+    teacher = FrozenTeacher(teacher_unet)
+    results, samples = compare_to_teacher(student, scheduler, teacher, scheduler, score_teacher=False, **options)
+    assert asked == ["student"]
+    assert results["rows"]["student"]["fid_x"] == 1.5
+    assert "fid_x" not in results["rows"]["teacher"]
+    assert results["rows"]["teacher"]["teacher_distance"] == 0
+    assert results["sources"].keys() == {"student"}
+    expected = sample_images(teacher_unet, scheduler, range(3), num_inference_steps=2)
+    assert torch.equal(samples["teacher"], expected)  # it is shown all the same
+    assert "| teacher |" in markdown_table(results)
+    compare_to_teacher(student, scheduler, teacher, scheduler, **options)
+    assert asked == ["student", "teacher", "student"]
 
 
 def test_tables_show_every_row_in_columns_of_the_extractors_name(capsys):

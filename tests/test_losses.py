@@ -240,7 +240,9 @@ def test_gradients_of_the_cka_loss(rows):
     feature_loss(prediction, target, "cka").backward()
     for value in (prediction, target):
         torch.testing.assert_close(value.grad.sum(1), torch.zeros(3, 5, dtype=torch.float64), rtol=0, atol=1e-7)
-        torch.testing.assert_close((value.grad * value).sum((1, 2)).detach(), torch.zeros(3).double(), rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            (value.grad * value).sum((1, 2)).detach(), torch.zeros(3).double(), rtol=0, atol=1e-7
+        )
         assert value.grad.abs().max() > 1e-3
 
 

@@ -25,6 +25,7 @@ from vkd_gen.normalization import (
 from vkd_gen.pairing import pair_layers, stage_layers
 from vkd_gen.projectors import (
     IdentityProjector,
+    LeastSquaresProjector,
     LinearProjector,
     OrthogonalProjector,
     RunningCrossCovariance,
@@ -125,7 +126,22 @@ def test_features_that_are_no_numbers_do_not_enter_the_statistics(bad, student, 
 SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=4)
 
 
-@given(shape=SHAPES, other=SHAPES, kind=st.sampled_from([OrthogonalProjector, LinearProjector, IdentityProjector]))
+PROJECTORS = [OrthogonalProjector, LeastSquaresProjector, LinearProjector, IdentityProjector]
+
+
+@given(student=WIDTHS, target=WIDTHS, seed=SEEDS, scale=st.sampled_from([1e-6, 1.0, 1e6]))
+def test_least_squares_never_leave_more_than_there_was(student, target, seed, scale):
+    """Whatever it is shown, its remainder is no larger than the centred target: a map of zeros is one of all."""
+    projector = LeastSquaresProjector(student, target)
+    pair = rows(seed, 2, 5, student) * scale, rows(seed + 1, 2, 5, target) * scale
+    projector(*pair)
+    projector.initialize()
+    projected, wanted = projector.eval()(*pair)
+    assert projected.shape == wanted.shape == (2, 5, target)
+    assert (projected - wanted).norm() <= wanted.norm() * 1.0001
+
+
+@given(shape=SHAPES, other=SHAPES, kind=st.sampled_from(PROJECTORS))
 def test_rows_that_do_not_fit_are_refused(shape, other, kind):
     projector = kind(3, 3)
     found = or_one_line(lambda: projector(torch.zeros(shape), torch.zeros(other)))

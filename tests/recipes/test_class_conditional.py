@@ -136,6 +136,8 @@ def test_interrupted_runs_end_as_the_straight_one(recipe, teacher_folder, tmp_pa
     flags = [*TINY, *SHORT] if recipe == TEACHER else [*SHORT_STUDENT, "--teacher", teacher_folder]
     flags += ["--max_train_steps", 5, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
     flags += ["--guidance_dropout", 0.5]
+    if recipe == STUDENT:
+        flags += ["--feature_weighting", "gradient_ratio", "--diagnostics_every_steps", 2]
     run_recipe(recipe, *flags, "--output_dir", tmp_path / "straight")
     after_step = TrainingRun._after_step
 
