@@ -800,7 +800,9 @@ def test_gradient_checkpointing_changes_nothing(method):
     assert_runs_equal(found, expected)
 
 
-@pytest.mark.parametrize(("method", "kind"), [("solved", "mse"), ("least_squares", "cka")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("solved", "mse"), pytest.param("least_squares", "cka", marks=pytest.mark.slow)]
+)
 def test_compiled_student_equals_the_eager_one(method, kind, request):
     if request.config.getoption("--jaxtyping-packages", default=None):
         pytest.skip("torch.compile cannot trace the checks of shapes and types")

@@ -109,6 +109,7 @@ def test_a_run_interrupted_at_any_step_ends_as_the_straight_one(method, tmp_path
         assert not list(run.glob(".checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(tmp_path, run_recipe):
     """With a constant weight a run with diagnostics ends bit for bit as one without, dropout and all."""
     stock_pipeline(tiny_unet(dropout=0.1), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
