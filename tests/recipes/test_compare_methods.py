@@ -125,7 +125,7 @@ def test_runs_of_a_seed_differ_in_their_arm_alone():
     runs = {run.arm: run for run in module.plan(replace(module.SCREEN, num_seeds=1))}
     for name, run in runs.items():
         common = run.flags.replace(shlex.join(module.ARMS[name].flags), "ARM")
-        expected = runs["output"].flags.replace("--method output", "ARM")
+        expected = runs["output"].flags.replace(shlex.join(module.ARMS["output"].flags), "ARM")
         assert common == expected.replace("--max_train_steps 1000", f"--max_train_steps {run.steps}")
     assert runs["denoising-longer"].steps == 2500
 
@@ -137,9 +137,11 @@ def test_train_student_unet_understands_every_arm(arm, monkeypatch):
     command = module.command_of(module.plan(config)[0], Path("folder"), knows_teacher=False)
     monkeypatch.setattr(sys, "argv", command[1:])
     parsed = recipe.resolve(parse_command_line(recipe.PRESETS, "", "digits"))
-    assert (parsed.calibration_samples, parsed.training.train_batch_size) == (300, 32)
-    assert parsed.method == module.ARMS[arm].flags[1]
-    assert (parsed.feature_weight > 0) == (not arm.startswith(("denoising", "output")))
+    matching = parsed.matching
+    assert (matching.calibration_samples, parsed.training.train_batch_size) == (300, 32)
+    assert matching.method == module.ARMS[arm].flags[1]
+    assert (matching.feature_weight > 0) == (not arm.startswith(("denoising", "output")))
+    assert (matching.denoising_weight > 0) == (not arm.endswith(("-no-denoising", "-alone")))
 
 
 def test_rounds_go_seed_by_seed_and_the_longest_comes_first(compare):
@@ -197,10 +199,8 @@ def test_what_is_done_is_not_done_again_and_the_table_stays_byte_for_byte(compar
 def test_a_record_tells_what_the_run_was(compare):
     compare("--num_seeds", 1, "--extra", "calibration_samples 300", "--learning_rate", 0.5)
     record = next(record for record in records(compare) if record["arm"] == "output")
-    expected = (
-        "--preset digits --num_score_samples 1000 --kid_subset_size 250 --method output --inherit_weights --seed 0"
-    )
-    expected += " --max_train_steps 1000 --train_batch_size 32 --learning_rate 0.5 --calibration_samples 300"
+    expected = "--preset digits --num_score_samples 500 --kid_subset_size 250 --method output --denoising_weight 1"
+    expected += " --inherit_weights --seed 0 --max_train_steps 1000 --train_batch_size 32 --learning_rate 0.5 --calibration_samples 300"
     assert record["flags"] == expected
     assert (record["start"], record["seed"], record["steps"], record["commit"]) == ("inherited", 0, 1000, "abc")
     assert record["settings"] == {"method": "output", "feature_weight": 0.5}
@@ -217,7 +217,7 @@ def test_a_record_tells_what_the_run_was(compare):
 def test_the_teacher_is_known_once_a_run_has_scored_it(compare, monkeypatch):
     compare("--num_seeds", 1, "--jobs", 1)
     assert [known for _, known in compare.asked] == [False, True, True]
-    compare("--num_score_samples", 500, "--num_seeds", 1, "--jobs", 1)
+    compare("--num_score_samples", 400, "--num_seeds", 1, "--jobs", 1)
     assert [known for _, known in compare.asked] == [False, True, True]
     module = load_recipe("compare_methods")
     monkeypatch.setattr(module, "TEACHER_IS_KNOWN", ("--known",))

@@ -109,6 +109,7 @@ def test_a_run_interrupted_at_any_step_ends_as_the_straight_one(method, tmp_path
         assert not list(run.glob(".checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(tmp_path, run_recipe):
     """With a constant weight a run with diagnostics ends bit for bit as one without, dropout and all."""
     stock_pipeline(tiny_unet(dropout=0.1), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
@@ -331,8 +332,14 @@ def test_cifar10_from_teacher_to_samples(tmp_path, run_recipe):
         ["--student_width", 1, "--projector", "identity", "--layer_pairs", "mid_block", "up_blocks.1.resnets.0"],
         ["--denoising_weight", 0, "--output_weight", 0, "--feature_weighting", "constant"],
         ["--feature_weight", 0],
-        [*EVERY_LOOK, "--projector", "least_squares", "--mixed_precision", "bf16", "--gradient_checkpointing"],
-        [*EVERY_LOOK, "--feature_loss", "cka", "--timestep_weighting", "min_snr", "--feature_decay_start", 0],
+        pytest.param(
+            [*EVERY_LOOK, "--projector", "least_squares", "--mixed_precision", "bf16", "--gradient_checkpointing"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [*EVERY_LOOK, "--feature_loss", "cka", "--timestep_weighting", "min_snr", "--feature_decay_start", 0],
+            marks=pytest.mark.slow,
+        ),
         pytest.param([*EVERY_LOOK, "--method", "vkd-paper", "--denoising_weight", 0], marks=pytest.mark.slow),
         pytest.param([*EVERY_LOOK, "--student_width", 2, "--projector", "least_squares"], marks=pytest.mark.slow),
         pytest.param([*EVERY_LOOK, "--method", "output"], marks=pytest.mark.slow),

@@ -192,7 +192,8 @@ def target_channels(options: MatchingOptions, pair: vkd.LayerPair) -> int:
     """Channels of a pair's normalised targets."""
     if options.feature_normalization != "whiten":
         return pair.teacher_channels
-    return options.whitening_rank or min(pair.student_channels, pair.teacher_channels)
+    reachable = min(pair.student_channels, pair.teacher_channels)
+    return reachable if options.whitening_rank is None else options.whitening_rank
 
 
 def build_matching(
