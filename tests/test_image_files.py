@@ -424,7 +424,7 @@ def test_the_commit_of_a_data_set_on_the_hub(table, tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     address = f"hf://datasets/some/set@{commit}/data/train-00000-of-00001.parquet"
     loaded["train"].info.download_checksums = {address: {"num_bytes": 1, "checksum": None}}
-    monkeypatch.setattr(datasets, "load_dataset", lambda source: loaded)
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, revision: loaded)
     parts = load("some/set")
     assert data_facts(*parts)["dataset_revision"] == parts[1].revision == commit
     assert "dataset_revision" not in data_facts(*load("digits", channels=1))

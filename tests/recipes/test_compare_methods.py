@@ -200,7 +200,8 @@ def test_a_record_tells_what_the_run_was(compare):
     compare("--num_seeds", 1, "--extra", "calibration_samples 300", "--learning_rate", 0.5)
     record = next(record for record in records(compare) if record["arm"] == "output")
     expected = "--preset digits --num_score_samples 500 --kid_subset_size 250 --method output --denoising_weight 1"
-    expected += " --inherit_weights --seed 0 --max_train_steps 1000 --train_batch_size 32 --learning_rate 0.5 --calibration_samples 300"
+    expected += " --inherit_weights --seed 0 --max_train_steps 1000 --train_batch_size 32 --learning_rate 0.5"
+    expected += " --calibration_samples 300"
     assert record["flags"] == expected
     assert (record["start"], record["seed"], record["steps"], record["commit"]) == ("inherited", 0, 1000, "abc")
     assert record["settings"] == {"method": "output", "feature_weight": 0.5}
