@@ -288,6 +288,7 @@ def test_an_old_error_is_not_told_again(compare, monkeypatch, capfd):
 def test_interrupted_and_resumed(number, status, compare, monkeypatch, capfd):
     monkeypatch.setenv("STAND_IN", "fitnet")
     monkeypatch.setenv("STAND_IN_DOES", "wait")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 
     def interrupt():
         until = time.monotonic() + 20
@@ -303,6 +304,7 @@ def test_interrupted_and_resumed(number, status, compare, monkeypatch, capfd):
     with pytest.raises(SystemExit) as exit_status:
         compare("--arms", "output", "fitnet", "--jobs", 3)
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert exit_status.value.code == status
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
