@@ -456,7 +456,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(compare, capsys):
     assert "done: fitnet, inherited, seed 0" in shown
     assert "to do: fitnet, inherited, seed 1" in shown
     assert "6 runs, 3 of them done; 2 side by side" in shown
-    assert "--method output --inherit_weights --seed 1" in shown
+    assert "--method output --denoising_weight 1 --inherit_weights --seed 1" in shown
     assert sorted(compare.output_dir.rglob("*")) == before
 
 
