@@ -56,7 +56,7 @@ class ScalingConfig:
 
 
 class FlashAttention(torch.autograd.Function):
-    """What flash attention keeps: queries, keys, values and the result; nothing is computed."""
+    """What flash attention keeps for a backward pass: queries, keys, values and the result; nothing is computed."""
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -64,11 +64,6 @@ class FlashAttention(torch.autograd.Function):
         result = torch.empty_like(query)
         context.save_for_backward(query, key, value, result)
         return result
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Not asked for here."""
-        raise NotImplementedError
 
 
 def activation_bytes(unet: ModelMixin, *, trains: bool) -> int:

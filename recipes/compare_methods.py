@@ -64,6 +64,7 @@ NORMED = (
 FREE = {"projector": "linear", "method": "fitnet"}
 CKA = {"projector": "random", "loss": "cka"}
 RATIO = {"weighting": "gradient_ratio"}
+DECAYED = ("--feature_decay_start", "0")
 
 ARMS: dict[str, Arm] = {
     # Without features: A, A+, B, and B without A.
@@ -72,6 +73,11 @@ ARMS: dict[str, Arm] = {
         ("--method", "none", "--denoising_weight", "1"),
         "denoising alone, for as long as features take",
         steps_factor=2.5,
+    ),
+    "denoising-same-time": Arm(
+        ("--method", "none", "--denoising_weight", "1"),
+        "denoising alone, for twice the steps: a little more time than features take",
+        steps_factor=2.0,
     ),
     "output": Arm(("--method", "output", "--denoising_weight", "1"), "denoising, and the teacher's output"),
     "output-alone": Arm(("--method", "output", "--denoising_weight", "0"), "the teacher's output, without denoising"),
@@ -122,9 +128,7 @@ ARMS: dict[str, Arm] = {
     "solved-raw-last-up": Arm(features("solved", "none", "--layers", "last_up"), "solved, last decoder stage"),
     "solved-raw-weight-0.1": Arm(features("solved", weight=0.1), "solved, weight 0.1"),
     "solved-raw-weight-1": Arm(features("solved", weight=1), "solved, weight 1"),
-    "solved-raw-decayed": Arm(
-        features("solved", "none", "--feature_decay_start", "0"), "solved, weight falling to 0 over the run"
-    ),
+    "solved-raw-decayed": Arm(features("solved", "none", *DECAYED), "solved, weight falling to 0 over the run"),
     "solved-raw-ratio-0.3": Arm(features("solved", **RATIO), "solved, weight by gradient ratio 0.3"),
     "solved-raw-ratio-1": Arm(features("solved", **RATIO, weight=1), "solved, weight by gradient ratio 1"),
     # A free map in closed form, and none.
@@ -138,7 +142,7 @@ ARMS: dict[str, Arm] = {
         features("solved", weight=0.1, denoising=0), "solved, weight 0.1, without denoising"
     ),
     "solved-raw-decayed-no-denoising": Arm(
-        features("solved", "none", "--feature_decay_start", "0", denoising=0),
+        features("solved", "none", *DECAYED, denoising=0),
         "solved, weight falling to 0 over the run, without denoising",
     ),
     "solved-raw-normed-no-denoising": Arm(
@@ -151,12 +155,27 @@ ARMS: dict[str, Arm] = {
     "solved-raw-ratio-1-no-denoising": Arm(
         features("solved", **RATIO, weight=1, denoising=0), "solved, weight by gradient ratio 1, without denoising"
     ),
+    "solved-raw-ratio-0.1-no-denoising": Arm(
+        features("solved", **RATIO, weight=0.1, denoising=0), "solved, weight by gradient ratio 0.1, without denoising"
+    ),
+    "solved-raw-ratio-0.3-decayed-no-denoising": Arm(
+        features("solved", "none", *DECAYED, **RATIO, denoising=0),
+        "solved, weight by gradient ratio 0.3 falling to 0 over the run, without denoising",
+    ),
+    "solved-raw-ratio-1-decayed-no-denoising": Arm(
+        features("solved", "none", *DECAYED, **RATIO, weight=1, denoising=0),
+        "solved, weight by gradient ratio 1 falling to 0 over the run, without denoising",
+    ),
     "least-squares-raw-no-denoising": Arm(
         features("least_squares", denoising=0), "the best free map, in closed form, without denoising"
     ),
     "cka-no-denoising": Arm(features(**CKA, denoising=0), "linear CKA, without denoising"),
     "cka-ratio-0.3-no-denoising": Arm(
         features(**CKA, **RATIO, denoising=0), "linear CKA, weight by gradient ratio 0.3, without denoising"
+    ),
+    "cka-ratio-0.3-decayed-no-denoising": Arm(
+        features("random", "none", *DECAYED, loss="cka", **RATIO, denoising=0),
+        "linear CKA, weight by gradient ratio 0.3 falling to 0 over the run, without denoising",
     ),
     "cka-ratio-1-no-denoising": Arm(
         features(**CKA, **RATIO, weight=1, denoising=0), "linear CKA, weight by gradient ratio 1, without denoising"
@@ -297,6 +316,19 @@ MNIST = replace(
     learning_rate=2e-3,
     extra=("teacher recipes/assets/mnist14-teacher", "student ''", "student_width 0.5"),
 )
+MNIST_SCREEN = replace(
+    MNIST,
+    preset="mnist-screen",
+    arms=(
+        *("denoising-same-time", "output", "output-alone", "solved-raw-ratio-0.3-no-denoising"),
+        *("solved-raw-ratio-0.3-decayed-no-denoising", "solved-raw-ratio-1-decayed-no-denoising"),
+        *("solved-raw-ratio-0.1-no-denoising", "cka-ratio-0.3-decayed-no-denoising"),
+    ),
+    seed=0,
+    num_seeds=1,
+    max_train_steps=2000,
+    num_score_samples=1000,
+)
 DIGITS_TENTH = replace(
     CONFIRMATION, preset="digits-tenth", starts=("inherited",), num_seeds=3, extra=("max_train_samples 150",)
 )
@@ -304,7 +336,7 @@ PRESETS = {
     config.preset: config
     for config in (
         *(SCREEN, CROSSINGS, CROSSINGS_RANDOM),
-        *(CONFIRMATION, CONFIRMATION_LONG, MNIST, DIGITS_TENTH),
+        *(CONFIRMATION, CONFIRMATION_LONG, MNIST, MNIST_SCREEN, DIGITS_TENTH),
     )
 }
 
