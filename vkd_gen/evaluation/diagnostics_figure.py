@@ -1,0 +1,98 @@
+"""What a run's diagnostics say, in one figure."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vkd_gen.evaluation.method_figures import COLOURS
+
+PREFIX = "diagnostics/"
+BIN = re.compile(r"t(\d+)-(\d+)")
+
+
+def read_diagnostics(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl that hold diagnostics, in order of steps, without `diagnostics/` in their names.
+
+    Raises:
+        ValueError: if a line is none of metrics.
+    """
+    lines = []
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if not isinstance(line, dict):
+            raise ValueError(f"line {number} of {path} is not one of metrics")
+        figures = {name.removeprefix(PREFIX): value for name, value in line.items() if name.startswith(PREFIX)}
+        if figures:
+            lines.append({"step": line["step"], **figures})
+    return lines
+
+
+def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
+    """Each layer's loss beside its floor, gradients, loss by timestep, effective ranks.
+
+    Args:
+        lines: from `read_diagnostics`.
+
+    Returns:
+        A matplotlib figure; None if no line holds a feature loss.
+    """
+    layers = [name.removeprefix("floor/") for name in (lines[-1] if lines else {}) if name.startswith("floor/")]
+    if not layers:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained", dpi=110)
+    (losses, gradients), (timesteps, ranks) = figure.subplots(2, 2)
+    steps = [line["step"] for line in lines]
+    last = lines[-1]
+    for layer, colour in zip(layers, COLOURS * len(layers), strict=False):
+        means = [_mean(_by_timestep(line, layer).values()) for line in lines]
+        losses.plot(steps, means, "o-", color=colour, markersize=3, label=layer)
+        losses.plot(steps, [line[f"floor/{layer}"] for line in lines], "--", color=colour, linewidth=1)
+        found = _by_timestep(last, layer)
+        timesteps.plot(list(found), list(found.values()), "o-", color=colour, markersize=3, label=layer)
+    losses.set(yscale="log", xlabel="step", title="Feature loss (dashed: the least that the student's width allows)")
+    timesteps.set(yscale="log", xlabel="timestep (0: hardly any noise)", title=f"Feature loss, step {last['step']}")
+    losses.legend(fontsize=8)
+
+    wanted = {"gradient_ratio": "norm, in units of the other terms' gradient"}
+    for term in ("output", "denoising"):
+        wanted[f"gradient_cosine/feature-{term}"] = f"cosine with the gradient of the {term} loss"
+    for (name, words), colour in zip(wanted.items(), COLOURS, strict=False):
+        values = [line.get(name) for line in lines]
+        if any(value is not None for value in values):
+            gradients.plot(steps, values, "o-", color=colour, markersize=3, label=words)
+    gradients.axhline(0, color="0.2", linewidth=1)
+    gradients.set(xlabel="step", title="The feature loss' gradient")
+    gradients.legend(fontsize=8)
+
+    places = range(len(layers))
+    for offset, side, colour in ((-0.2, "teacher", "#BBBBBB"), (0.2, "student", COLOURS[0])):
+        values = [last[f"rank/{side}/{layer}"] for layer in layers]
+        ranks.bar([place + offset for place in places], values, width=0.38, color=colour, label=side)
+    names = [f"{layer}\ngain {last[gain]:.2f}" if (gain := f"gain/{layer}") in last else layer for layer in layers]
+    ranks.set_xticks(list(places), names, fontsize=8, rotation=0 if len(layers) <= 5 else 90)
+    ranks.set(title=f"Effective number of directions, step {last['step']}")
+    ranks.legend(fontsize=8)
+    for axis in (losses, gradients, timesteps, ranks):
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _by_timestep(line: Mapping[str, float], layer: str) -> dict[float, float]:
+    """Middle of a bin of timesteps -> the layer's loss in it."""
+    start = f"feature/{layer}/"
+    found = {name: BIN.fullmatch(name.removeprefix(start)) for name in line if name.startswith(start)}
+    edges = {name: (int(match[1]), int(match[2])) for name, match in found.items() if match}
+    return {(first + last) / 2: line[name] for name, (first, last) in sorted(edges.items(), key=lambda item: item[1])}
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")
