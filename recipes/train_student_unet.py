@@ -23,6 +23,7 @@ from vkd_gen.evaluation.compare import (
     markdown_table,
     print_table,
 )
+from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, read_diagnostics
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
 from vkd_gen.pairing import pair_table
@@ -351,6 +352,10 @@ def main(config: StudentConfig) -> None:
         print_table(results)
         print(f"student: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
         print(f"report: {folder.path / 'report.html'}")
+        figure = draw_diagnostics(read_diagnostics(folder.path / "metrics.jsonl"))
+        if figure is not None:
+            figure.savefig(folder.path / "diagnostics.png")
+            print(f"diagnostics: {folder.path / 'diagnostics.png'}")
         if options.push_to_hub:
             print(f"uploaded: {upload(folder.path / 'pipeline', options.hub_model_id)}")
     run.end()

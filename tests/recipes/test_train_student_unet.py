@@ -59,6 +59,7 @@ def test_every_method_trains_exports_and_reports(method, student_flags, tmp_path
     assert ("feature/mid_block" in terms) == (method not in ("none", "output"))
     for file in ("samples.png", "previews/step-000002.png", "config.json", "environment.json", "pipeline/README.md"):
         assert (run / file).stat().st_size > 0
+    assert (run / "diagnostics.png").exists() == (method not in ("none", "output"))
     card = (run / "pipeline/README.md").read_text()
     assert "train_student_unet.py" in card
     assert "denoising error" in card
