@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
+
+from vkd_gen.training.loop import TrainingRun
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -43,3 +46,24 @@ def recipe_runner(monkeypatch, folder):
 def run_recipe(monkeypatch, tmp_path):
     """Run a recipe in this process with the given flags."""
     return recipe_runner(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def run_interrupted(run_recipe, monkeypatch):
+    """Run a recipe, interrupted after step 3, then run it again with other random numbers at its start."""
+    after_step = TrainingRun._after_step
+
+    def interrupt(run):
+        after_step(run)
+        if run.step == 3:
+            raise KeyboardInterrupt
+
+    def run(name, *flags):
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingRun, "_after_step", interrupt)
+            with pytest.raises(SystemExit):
+                run_recipe(name, *flags)
+        torch.manual_seed(7)
+        run_recipe(name, *flags)
+
+    return run

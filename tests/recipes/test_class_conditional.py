@@ -18,7 +18,7 @@ from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT
 from vkd_gen.data import TrainingDraws, load_images
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline
 from vkd_gen.sampling import stock_pipeline
-from vkd_gen.training.loop import TrainingRun, fixed_batches
+from vkd_gen.training.loop import fixed_batches
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
 TINY = ("--class_conditional", "--block_out_channels", 8, 16, "--layers_per_block", 1, "--norm_num_groups", 4)
@@ -133,26 +133,14 @@ def test_conditioned_batches_of_the_calibration():
 
 
 @pytest.mark.parametrize("recipe", [TEACHER, STUDENT])
-def test_interrupted_runs_end_as_the_straight_one(recipe, teacher_folder, tmp_path, run_recipe, monkeypatch):
+def test_interrupted_runs_end_as_the_straight_one(recipe, teacher_folder, tmp_path, run_recipe, run_interrupted):
     flags = [*TINY, *SHORT] if recipe == TEACHER else [*SHORT_STUDENT, "--teacher", teacher_folder]
     flags += ["--max_train_steps", 5, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
     flags += ["--guidance_dropout", 0.5]
     if recipe == STUDENT:
         flags += ["--feature_weighting", "gradient_ratio", "--diagnostics_every_steps", 2]
     run_recipe(recipe, *flags, "--output_dir", tmp_path / "straight")
-    after_step = TrainingRun._after_step
-
-    def interrupt(run):
-        after_step(run)
-        if run.step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_after_step", interrupt)
-        with pytest.raises(SystemExit):
-            run_recipe(recipe, *flags, "--output_dir", tmp_path / "interrupted")
-    torch.manual_seed(7)
-    run_recipe(recipe, *flags, "--output_dir", tmp_path / "interrupted")
+    run_interrupted(recipe, *flags, "--output_dir", tmp_path / "interrupted")
     assert_same(tmp_path / "straight", tmp_path / "interrupted")
 
 

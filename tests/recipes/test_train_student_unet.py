@@ -130,7 +130,7 @@ def test_looking_changes_nothing(tmp_path, run_recipe):
     assert looks[0]["diagnostics/gradient/feature"] != looks[2]["diagnostics/gradient/feature"]
 
 
-def test_the_feature_weight_follows_and_a_resumed_run_goes_on_with_it(tmp_path, run_recipe, monkeypatch):
+def test_the_feature_weight_follows_and_a_resumed_run_goes_on_with_it(tmp_path, run_recipe, run_interrupted):
     """What is found before the first step weighs the first step's loss; then the weight moves at every look."""
     stock_pipeline(tiny_unet(dropout=0.1), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
     flags = [*SHORT_STUDENT, "--teacher", tmp_path / "teacher", "--extractor", "none", "--max_train_steps", 5]
@@ -149,19 +149,7 @@ def test_the_feature_weight_follows_and_a_resumed_run_goes_on_with_it(tmp_path, 
     terms = first["loss/output"] + weights[0] * first["loss/feature"]
     assert first["loss/total"] == pytest.approx(terms, rel=1e-5)
 
-    after_step = TrainingRun._after_step
-
-    def interrupt(run):
-        after_step(run)
-        if run.step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_after_step", interrupt)
-        with pytest.raises(SystemExit):
-            run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "interrupted")
-    torch.manual_seed(7)
-    run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "interrupted")
+    run_interrupted(RECIPE, *flags, "--output_dir", tmp_path / "interrupted")
     assert_same_weights(tmp_path / "straight", tmp_path / "interrupted")
     assert without_times(read_metrics(tmp_path / "interrupted")) == without_times(metrics)
 
