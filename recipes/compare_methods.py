@@ -299,6 +299,15 @@ CONFIRMATION = replace(
     num_seeds=5,
     max_train_steps=600,
 )
+SECOND_CONFIRMATION = replace(
+    CONFIRMATION,
+    preset="second-confirmation",
+    arms=(
+        *("denoising", "denoising-longer", "output", "output-alone", "fitnet"),
+        "solved-raw-ratio-0.3-decayed-no-denoising",
+    ),
+    seed=200,
+)
 CONFIRMATION_LONG = replace(
     CONFIRMATION,
     preset="confirmation-long",
@@ -336,7 +345,7 @@ PRESETS = {
     config.preset: config
     for config in (
         *(SCREEN, CROSSINGS, CROSSINGS_RANDOM),
-        *(CONFIRMATION, CONFIRMATION_LONG, MNIST, MNIST_SCREEN, DIGITS_TENTH),
+        *(CONFIRMATION, SECOND_CONFIRMATION, CONFIRMATION_LONG, MNIST, MNIST_SCREEN, DIGITS_TENTH),
     )
 }
 
