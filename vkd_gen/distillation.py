@@ -125,9 +125,10 @@ class FrozenTeacher:
 class ProjectedStudent(nn.Module):
     """The one module that trains: the student UNet with a normaliser and a projector for each layer pair.
 
-    Its forward does all trainable work, which is what makes it right under DDP, gradient accumulation and compile.
-    The exported student is `.student`, a plain diffusers UNet. Keep the module in float32 and use autocast for half
-    precision: projectors and statistics are float32 or better. Compile the DDP wrapper, not the module inside it.
+    Its forward does all trainable work, which is what makes it right under DDP, gradient accumulation and compile: it
+    is one graph (`torch.compile(projected, fullgraph=True)`), statistics of the projectors included. The exported
+    student is `.student`, a plain diffusers UNet. Keep the module in float32 and use autocast for half precision:
+    projectors and statistics are float32 or better. Compile the DDP wrapper, not the module inside it.
 
     Args:
         student: a diffusers UNet.
