@@ -31,7 +31,7 @@ from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import hub_revision, write_json
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
-from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
+from vkd_gen.training.loop import TrainingRun, compile_as_asked, fixed_batches, make_accelerator, run_facts
 from vkd_gen.training.matching import (
     MatchingOptions,
     SharedMatchingOptions,
@@ -308,12 +308,13 @@ def main(config: StudentConfig) -> None:
         score=(lambda unet: scorer.score_unet("student", unet, noise_scheduler)[0]) if scorer else None,
         diagnose=balance.look,
     )
+    teacher_in_steps = compile_as_asked(accelerator, teacher)
     for batch in run.batches():
         losses = vkd.distillation_losses(
             run.model,
             batch,
             noise_scheduler=noise_scheduler,
-            teacher=teacher,
+            teacher=teacher_in_steps,
             weights=balance.weights(run.step),
             feature_loss_kind=matching.feature_loss or "mse",
             timestep_weighting=matching.timestep_weighting,

@@ -6,8 +6,9 @@
 B batch, C channels, H height, W width, N positions, K channels of the compared space.
 """
 
+import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ class FrozenTeacher:
         self.unet = unet.eval().requires_grad_(False)
         self.prediction_type = prediction_type
         self._capture = FeatureCapture(unet, dict.fromkeys(layers))
+        self._compiled: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -81,19 +83,52 @@ class FrozenTeacher:
         with_features: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's prediction `[B, C, H, W]`, float32, and its features by layer name, in its own precision."""
+        run = self._compiled or self._predict
+        return run(noisy_sample, timesteps, conditioning or {}, with_features)
+
+    def _predict(
+        self, noisy_sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any], with_features: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if with_features:
             self._capture.start()
         dtype = next(self.unet.parameters()).dtype  # its own property walks through all modules
-        prediction = predict(self.unet, noisy_sample.to(dtype), timesteps, _cast(conditioning or {}, dtype))
+        prediction = predict(self.unet, noisy_sample.to(dtype), timesteps, _cast(conditioning, dtype))
         return prediction.float(), self._capture.stop() if with_features else {}
+
+    def compiled(
+        self,
+        *,
+        backend: str | Callable[..., Any] = "inductor",
+        mode: str | None = None,
+        fullgraph: bool = False,
+        dynamic: bool | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> "FrozenTeacher":
+        """The same teacher behind torch.compile, features and all. This one, and `.unet`, stay as they are.
+
+        A graph is of one batch size: ask the compiled teacher for training batches, this one for all others.
+
+        Args:
+            backend: of torch.compile, and so is what follows.
+            mode: of the backend.
+            fullgraph: one graph, or an error; there is nothing here that breaks it.
+            dynamic: whether one graph is of many shapes.
+            options: of the backend.
+        """
+        teacher = copy.copy(self)
+        teacher._compiled = torch.compile(
+            self._predict, backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic, options=options
+        )
+        return teacher
 
 
 class ProjectedStudent(nn.Module):
     """The one module that trains: the student UNet with a normaliser and a projector for each layer pair.
 
-    Its forward does all trainable work, which is what makes it right under DDP, gradient accumulation and compile.
-    The exported student is `.student`, a plain diffusers UNet. Keep the module in float32 and use autocast for half
-    precision: projectors and statistics are float32 or better. Compile the DDP wrapper, not the module inside it.
+    Its forward does all trainable work, which is what makes it right under DDP, gradient accumulation and compile: it
+    is one graph (`torch.compile(projected, fullgraph=True)`), statistics of the projectors included. The exported
+    student is `.student`, a plain diffusers UNet. Keep the module in float32 and use autocast for half precision:
+    projectors and statistics are float32 or better. Compile the DDP wrapper, not the module inside it.
 
     Args:
         student: a diffusers UNet.

@@ -107,7 +107,8 @@ def whiten_batch(rows: Float[Tensor, "rows channels"], shrinkage: float = 1e-3) 
         Rows of mean zero and (up to shrinkage) identity covariance over all processes, float32.
 
     Raises:
-        ValueError: if the covariance is singular: fewer rows than channels, or dead channels, and no shrinkage.
+        ValueError: if the covariance is singular: fewer rows than channels, or dead channels, and no shrinkage. Inside
+            torch.compile the result is NaN instead.
     """
     rows = rows.double()
     count = _all_reduce(torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device))
@@ -115,7 +116,10 @@ def whiten_batch(rows: Float[Tensor, "rows channels"], shrinkage: float = 1e-3) 
     covariance = shrink(_all_reduce(centred.T @ centred) / count, shrinkage)
     factor, failed = torch.linalg.cholesky_ex(covariance)
     # In an empty direction rounding may leave a pivot just above zero.
-    if failed or (factor.diagonal().square() <= 1e-12 * covariance.diagonal()).any():
+    is_singular = (failed > 0) | (factor.diagonal().square() <= 1e-12 * covariance.diagonal()).any()
+    if torch.compiler.is_compiling():
+        factor = torch.where(is_singular, torch.nan, factor)  # a graph cannot stop at what it computes
+    elif is_singular:
         raise ValueError(
             f"the batch's {int(count)} rows do not determine a {len(covariance)}-channel covariance; "
             "raise the batch size or the whitening shrinkage"

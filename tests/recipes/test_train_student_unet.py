@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -111,6 +112,42 @@ def test_a_run_interrupted_at_any_step_ends_as_the_straight_one(method, tmp_path
         assert_same_weights(tmp_path / "straight", run)
         assert without_times(read_metrics(run)) == without_times(read_metrics(tmp_path / "straight"))
         assert not list(run.glob(".checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [("vkd", "no"), *(pytest.param(method, "bf16", marks=pytest.mark.slow) for method in ("vkd", "vkd-paper"))],
+)
+def test_compiled_by_the_launcher(method, precision, tmp_path, run_recipe, monkeypatch, request):
+    """Student and teacher are a graph each, whatever happens between the steps; the run, and its checkpoints, are those
+    of a plain one."""
+    if request.config.getoption("--jaxtyping-packages", default=None):
+        pytest.skip("torch.compile cannot trace the checks of shapes and types")
+    stock_pipeline(tiny_unet((8,)), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    flags = [*SHORT_STUDENT, "--teacher", tmp_path / "teacher", "--method", method, "--mixed_precision", precision]
+    flags += ["--extractor", "none", "--no-score_teacher", "--max_train_steps", 4, "--projector_refresh_steps", 2]
+    flags += ["--preview_every_steps", 2, "--diagnostics_every_steps", 2, "--checkpointing_steps", 2]
+    flags += ["--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest"]
+    run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "plain")
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    # What `accelerate launch --dynamo_backend eager --dynamo_use_fullgraph` says to what it starts.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "1")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert without_times(read_metrics(tmp_path / "compiled")) == without_times(read_metrics(tmp_path / "plain"))
+    assert_same_weights(tmp_path / "compiled", tmp_path / "plain")
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
+    run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "compiled")
+    assert_same_weights(tmp_path / "compiled", tmp_path / "plain")
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ LEAST_VARIANCE = 1e-12
 class Watch:
     """Names what is not finite in a step that is skipped.
 
-    Watching layers costs a wait for the device after each of them: it is for the steps after a skipped one.
+    Watching layers costs a wait for the device after each of them: it is for the steps after a skipped one. The layers
+    of a compiled model are not watched.
 
     Args:
         model: what trains.
@@ -44,6 +45,8 @@ class Watch:
 
     def _looks_at(self, name: str) -> Any:
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
             outputs = output if isinstance(output, tuple) else (output,)
             if self._first_layer is None and not _are_finite(value for value in outputs if isinstance(value, Tensor)):
                 self._first_layer = name

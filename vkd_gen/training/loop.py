@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, set_seed
 from diffusers import SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws
 from vkd_gen.diffusion import to_timesteps
+from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.pictures import save_sample_grid
 from vkd_gen.sampling import sample_images
 from vkd_gen.training.checkpoints import problem_of
@@ -76,6 +77,12 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
     set_seed(options.seed)  # the same on every process: they build the same models
     accelerator.wait_for_everyone()  # all have checked the run's folder before the first one writes to it
     return accelerator
+
+
+def compile_as_asked(accelerator: Accelerator, teacher: FrozenTeacher) -> FrozenTeacher:
+    """The teacher for the training steps: compiled if `accelerate launch` was asked to compile what trains."""
+    plugin = accelerator.state.dynamo_plugin
+    return teacher if plugin.backend == DynamoBackend.NO else teacher.compiled(**plugin.to_kwargs())
 
 
 def run_facts(accelerator: Accelerator, images: Images) -> dict[str, Any]:
