@@ -110,7 +110,7 @@ def whiten_batch(rows: Float[Tensor, "rows channels"], shrinkage: float = 1e-3) 
         ValueError: if the covariance is singular: fewer rows than channels, or dead channels, and no shrinkage.
     """
     rows = rows.double()
-    count = _all_reduce(torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device))
+    count = _all_reduce(torch.full((), len(rows), dtype=rows.dtype, device=rows.device))
     centred = rows - _all_reduce(rows.sum(0)) / count
     covariance = shrink(_all_reduce(centred.T @ centred) / count, shrinkage)
     factor, failed = torch.linalg.cholesky_ex(covariance)

@@ -253,7 +253,8 @@ class OrthogonalProjector(nn.Module):
                 rotation = torch.matrix_exp(skew)
             else:
                 identity = torch.eye(wide, device=skew.device, dtype=skew.dtype)
-                rotation = torch.linalg.solve(identity - skew / 2, identity + skew / 2)
+                # Never singular, since a skew matrix has no real eigenvalues: a check would wait for the GPU in vain.
+                rotation = torch.linalg.solve_ex(identity - skew / 2, identity + skew / 2)[0]
             return (self.base.double() @ rotation[:, :narrow]).T.float()
 
     def forward(
