@@ -22,7 +22,8 @@ def weighted_mean(
     """
     if weights is None:
         return values.mean()
-    return (values.reshape(len(values), -1).mean(1) * weights).mean()
+    per_sample = values.mean(tuple(range(1, values.ndim))) if values.ndim > 1 else values
+    return (per_sample * weights).mean()
 
 
 def prediction_loss(

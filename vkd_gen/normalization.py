@@ -210,11 +210,11 @@ class FeatureNormalizer(nn.Module):
             rows: the teacher's, `[B, N, C]`.
             timesteps: `[B]`.
         """
+        rows = rows.detach().float()
+        if self.kind == "none":
+            return rows
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-            rows = rows.detach().float()
             match self.kind:
-                case "none":
-                    return rows
                 case "layer_norm":
                     return F.layer_norm(rows, rows.shape[-1:])
                 case "batch_whiten":

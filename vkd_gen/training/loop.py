@@ -206,6 +206,8 @@ class TrainingRun:
             num_training_steps=options.max_train_steps,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # Only fp16 needs the wrapper's own step, and that looks for packages each time.
+        self._stepping = optimizer if accelerator.scaler is None else self.optimizer
         unet.to(accelerator.device)
         self.ema = None
         if options.ema_max_decay:
@@ -355,7 +357,7 @@ class TrainingRun:
         self._num_passes += 1
         if self.accelerator.sync_gradients:
             self._make_or_skip_step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._stepping.zero_grad(set_to_none=True)
             self._losses, self._timesteps = {}, []
 
     def _make_or_skip_step(self) -> None:
@@ -381,10 +383,10 @@ class TrainingRun:
         self._settle()  # the step before, while the weights are still what it left
         if self._settles_late:
             # torch's fused kernels leave weights and state as they are where this is 1; gradient scalers use it so too.
-            self.optimizer.optimizer.found_inf = terminated_interrupted_broken[2].clamp(max=1.0)
-            self.optimizer.step()
+            self._stepping.found_inf = terminated_interrupted_broken[2].clamp(max=1.0)
+            self._stepping.step()
         elif not step.flags.read()[2]:
-            self.optimizer.step()
+            self._stepping.step()
         elif accelerator.scaler is not None:
             accelerator.scaler.update()  # lowers fp16's loss scale
         self._unsettled = step
