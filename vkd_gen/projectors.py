@@ -4,6 +4,7 @@ Ds student channels, Dt target channels, wide = max, narrow = min of the two. B 
 student rows `[B, N, Ds]` and target rows `[B, N, Dt]` and returns both in one space, ready for the feature loss.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -158,15 +159,16 @@ class RunningCrossCovariance(nn.Module):
         self.num_merges += has_rows
         # (1 - m) / (1 - m^n): the n-th step's weight in the average of n steps
         weight = has_rows.double() * (1 - self.momentum) / (1 - self.momentum ** self.num_merges.clamp(min=1).double())
-        past, square = 1 - weight, weight**2
-
-        def mix(old: Tensor, second_moment: Tensor, correction: Tensor) -> Tensor:
-            return past * old + weight * second_moment - square * correction
-
-        product = product.view_as(self.cross_covariance)
-        self.cross_covariance.copy_(mix(self.cross_covariance, product, torch.outer(student_offset, target_offset)))
-        self.student_variance.copy_(mix(self.student_variance, scalars[1], student_offset.square().sum()))
-        self.target_variance.copy_(mix(self.target_variance, scalars[2], target_offset.square().sum()))
+        # Second moments are about the old mean; the new one follows the rows by a share of the offset.
+        product = torch.addr(product.view_as(self.cross_covariance), weight * student_offset, target_offset, alpha=-1)
+        moved = torch.stack([student_offset @ student_offset, target_offset @ target_offset])
+        student_variance, target_variance = (scalars[1:] - weight * moved).unbind()
+        for average, value in (
+            (self.cross_covariance, product),
+            (self.student_variance, student_variance),
+            (self.target_variance, target_variance),
+        ):
+            average.copy_(torch.lerp(average.double(), value, weight))
         self.student_mean += weight * student_offset
         self.target_mean += weight * target_offset
         self.sums.zero_()
@@ -288,7 +290,7 @@ class OrthogonalProjector(nn.Module):
         In training mode the rows also enter the running statistics. No gradient flows into the target.
         """
         _check_rows(self, student, target)
-        with torch.autocast(student.device.type, enabled=False):
+        with _without_autocast(student.device.type):
             student, target = student.float(), target.detach().float()
             accumulates, statistics = self.training and self._accumulates, self.statistics
             if accumulates and (self.is_learned or not statistics.has_means):
@@ -534,6 +536,13 @@ def _complete(rows: Float[Tensor, "narrow wide"]) -> Float[Tensor, "wide wide"]:
     full, _ = torch.linalg.qr(columns, mode="complete")
     full[:, : columns.shape[1]] = columns
     return full.float()
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """A context without autocast; where there is none anyway it costs nothing."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _squares(rows: Float[Tensor, "... rows channels"]) -> Float[Tensor, ""]:

@@ -364,7 +364,8 @@ class TrainingRun:
         accelerator, options = self.accelerator, self.options
         accelerator.unscale_gradients()
         with_gradient = [parameter for parameter in self._parameters if parameter.grad is not None]
-        norms = torch._foreach_norm([parameter.grad for parameter in with_gradient])
+        gradients = [parameter.grad for parameter in with_gradient]
+        norms = torch._foreach_norm(gradients)
         norm = torch.linalg.vector_norm(torch.stack(norms))
         asked = self._stop.poll()
         flags = [torch.full_like(norm, asked == number) for number in (signal.SIGTERM, signal.SIGINT)]
@@ -379,7 +380,7 @@ class TrainingRun:
             norm,
         )
         if options.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, options.max_grad_norm, norm)
+            torch._foreach_mul_(gradients, (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         self._settle()  # the step before, while the weights are still what it left
         if self._settles_late:
             # torch's fused kernels leave weights and state as they are where this is 1; gradient scalers use it so too.
@@ -470,8 +471,8 @@ class TrainingRun:
         if hasattr(self._bare_model, "after_step"):
             self._bare_model.after_step(self.step)
         last = self.step == options.max_train_steps
-        periods = (options.preview_every_steps, options.score_every_steps)
-        periods += (options.log_every_steps, options.checkpointing_steps)
+        periods = [options.preview_every_steps, options.score_every_steps]
+        periods += [options.log_every_steps, options.checkpointing_steps]
         if last or any(period and self.step % period == 0 for period in periods):
             self._settle()
         if self.step % options.log_every_steps == 0 or last:
