@@ -418,7 +418,8 @@ def unguarded(run: TrainingRun) -> None:
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(run._parameters, run.options.max_grad_norm)
-        run.optimizer.step()
+        run._stepping.step()
+        run._average()
 
     run._make_or_skip_step = step
 

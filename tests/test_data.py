@@ -590,6 +590,18 @@ def test_a_draw_is_a_pure_function_of_seed_and_number():
     torch.set_rng_state(state)
 
 
+def test_a_draw_is_what_a_new_generator_of_its_key_gives():
+    """However the generator is set: resumed runs, and evidence, depend on these numbers."""
+    draws = TrainingDraws(load_images("digits", resolution=8, channels=1)[0], seed=2**63 - 1)
+    for number in (5, 0, 2**40):
+        generator = np.random.Generator(np.random.Philox(key=np.array([2**63 - 1, 2 * number], dtype=np.uint64)))
+        generator.random()  # of the flip
+        noise, time = generator.standard_normal((1, 8, 8), dtype=np.float32), generator.random()
+        draw = draws[number]
+        assert np.array_equal(draw["noise"].numpy(), noise)
+        assert draw["time"] == np.float32(time)
+
+
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_a_batch_is_its_draws(num_classes):
     images = labelled_images(7, num_classes) if num_classes else numbered_images(7)

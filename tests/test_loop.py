@@ -6,9 +6,14 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from diffusers.training_utils import EMAModel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import vkd_gen as vkd
 from tests.faults.small_run import options_of, train
+from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
+from vkd_gen.training.guards import Flags
+from vkd_gen.training.loop import TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 
@@ -51,14 +56,14 @@ def test_the_fused_optimizer_is_the_plain_one(tmp_path):
         for group in run.optimizer.param_groups:
             assert group["fused"]
             group["fused"] = None
-        step = run.optimizer.step
+        step = run._stepping.step
 
         def watched():
             for name, parameter in run._bare_model.student.named_parameters():
                 largest[name] = max(largest.get(name, 0.0), float(parameter.grad.abs().max()))
             step()
 
-        run.optimizer.step = watched
+        run._stepping.step = watched
 
     runs = [
         train(options_of(tmp_path / name, max_train_steps=6), after_build=after_build)
@@ -71,33 +76,134 @@ def test_the_fused_optimizer_is_the_plain_one(tmp_path):
         torch.testing.assert_close(fused[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: numbers that are read from tensors."""
+ATEN = torch.ops.aten
+WAITING_OPERATORS = {
+    *(ATEN._local_scalar_dense, ATEN.equal, ATEN.is_nonzero, ATEN.item),
+    *(ATEN.nonzero, ATEN.masked_select, ATEN._unique2, ATEN.unique_dim, ATEN.unique_consecutive, ATEN.bincount),
+    *(ATEN._linalg_check_errors, ATEN._linalg_eigh, ATEN._linalg_svd, ATEN.linalg_eig, ATEN.linalg_lstsq),
+}
+"""Their result, or its shape, is needed on the host, or cusolver waits."""
+WAITING_CALLS = {"tolist", "numpy", "__array__", "cpu"}
+"""Of tensors; on a CPU no operator comes of them. `tensor` and `as_tensor` with a device copy to it and wait."""
+
+
+class Calls(TorchFunctionMode):
+    """Counts calls that wait where the tensor is on a GPU, whether an operator comes of them here or not."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        makes = name in ("tensor", "as_tensor") and kwargs.get("device") is not None
+        if name in WAITING_CALLS or makes:
+            self.waits.append(name)
+        return function(*args, **kwargs)
+
+
+class Waits(TorchDispatchMode):
+    """Notes in `found` what makes the host wait for a GPU, on any device, while its context lasts."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.found = []
+        self._calls = Calls(self.found)
+
+    def __enter__(self):
+        self._calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._calls.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
+        kwargs, operator = kwargs or {}, function.overloadpacket
+        by_mask = operator in (ATEN.index, ATEN.index_put, ATEN.index_put_) and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        counts = operator is ATEN.repeat_interleave and kwargs.get("output_size") is None
+        if operator in WAITING_OPERATORS or by_mask or counts:
+            self.found.append(str(function))
+        return function(*args, **kwargs)
 
 
-def test_a_step_reads_nothing_but_the_guards_flags(tmp_path):
-    """Between log lines and refreshes, that is; the flags are read by `tolist`, all in one, which is not counted."""
-    reads, before = Reads(), {}
+DELIBERATE = {
+    "item": lambda losses: losses["total"].item(),
+    "float": lambda losses: float(losses["total"]),
+    "if": lambda losses: 1 if losses["total"] > 0 else 0,
+    "tolist": lambda losses: losses["total"].tolist(),
+    "cpu": lambda losses: losses["total"].cpu(),
+    "numpy": lambda losses: losses["total"].detach().numpy(),
+    "nonzero": lambda losses: losses["total"][None].nonzero(),
+    "mask": lambda losses: losses["total"][None][losses["total"][None] > 0],
+    "equal": lambda losses: torch.equal(losses["total"], losses["total"]),
+    "solve": lambda losses: torch.linalg.solve(torch.eye(2), losses["total"].detach() * torch.eye(2)),
+    "inv": lambda losses: torch.linalg.inv(torch.eye(2)),
+    "cholesky": lambda losses: torch.linalg.cholesky(torch.eye(2)),
+    "tensor": lambda losses: torch.tensor(1.0, device=losses["total"].device),
+    "repeat": lambda losses: torch.arange(2).repeat_interleave(torch.tensor([1, 2])),
+}
 
-    def before_step(run, batch, losses):
-        before[run.step] = reads.count
 
-    options = options_of(tmp_path / "run", max_train_steps=9, log_every_steps=9, checkpointing_steps=9)
-    with reads:
-        train(options, before_step=before_step)
-    # Projectors are refreshed after step 1 and after each even one: between backward of step n and that of n + 1.
-    quiet = [before[step + 1] - before[step] for step in (2, 4, 6)]
-    refreshing = [before[step + 1] - before[step] for step in (3, 5, 7)]
-    assert quiet == [0, 0, 0]
-    assert all(count > 0 for count in refreshing)  # the counter counts
+@pytest.mark.parametrize("name", DELIBERATE)
+def test_a_wait_is_noted(name):
+    with Waits() as waits:
+        losses = {"total": (torch.rand(()) * 2).add(1)}
+        assert not waits.found
+        DELIBERATE[name](losses)
+        assert waits.found
+
+
+def test_a_step_waits_for_nothing_between_log_lines_and_refreshes(pipeline_folder, tmp_path, monkeypatch):
+    """The recipe's own step by its default method, settled late as on a GPU; and the test notices what does wait."""
+    waits, reads, before, deliberate = Waits(), [], {}, {7: "item", 8: "tolist"}
+    batches, read, losses_of = TrainingRun.batches, Flags.read, vkd.distillation_losses
+
+    def late_batches(run):
+        run._settles_late = True
+        for batch in batches(run):
+            before[run.step] = len(waits.found), len(reads)
+            yield batch
+
+    def one_read(flags):  # of the step before, which waits at most for that
+        number = len(waits.found)
+        values = read(flags)
+        reads.append(waits.found[number:])
+        del waits.found[number:]
+        return values
+
+    def losses_with_waits(*args, **kwargs):
+        losses = losses_of(*args, **kwargs)
+        step = max(before, default=-1)
+        if step in deliberate:
+            DELIBERATE[deliberate[step]](losses)
+        return losses
+
+    monkeypatch.setattr(TrainingRun, "batches", late_batches)
+    monkeypatch.setattr(Flags, "read", one_read)
+    monkeypatch.setattr(vkd, "distillation_losses", losses_with_waits)
+    flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run", "--no-score_teacher"]
+    flags += [
+        "--max_train_steps",
+        12,
+        "--log_every_steps",
+        10,
+        "--projector_refresh_steps",
+        5,
+        "--max_train_samples",
+        8,
+    ]
+    with waits:
+        recipe_runner(monkeypatch, tmp_path)("train_student_unet", *flags)
+    counts = {step: before[step + 1][0] - before[step][0] for step in range(1, 11)}
+    # Step n + 1 is made between batch n and the next. After step 1 and each fifth one projectors are refreshed; the
+    # tenth writes a log line too.
+    assert [step for step, count in counts.items() if count == 0] == [1, 2, 3, 5, 6, 10]
+    assert (counts[7], counts[8]) == (1, 1)
+    assert [before[step + 1][1] - before[step][1] for step in (1, 2, 3, 5, 6)] == [1] * 5
+    assert all(calls == ["tolist"] for calls in reads)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed-zero2", "DEEPSPEED")])

@@ -233,6 +233,21 @@ def test_gradients_of_the_feature_loss(rows, kind):
     torch.testing.assert_close(target.grad, -expected)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0)])  # of the axes in memory
+def test_the_squared_error_is_torchs_whatever_the_order_in_memory(order):
+    generator = torch.Generator().manual_seed(5)
+    pair = [torch.randn([(4, 7, 3)[axis] for axis in order], generator=generator) for _ in range(2)]
+    back = [order.index(axis) for axis in range(3)]
+    prediction, target = (values.permute(back) for values in pair)
+    ours, theirs = prediction.clone().requires_grad_(), prediction.clone().requires_grad_()
+    found, expected = feature_loss(ours, target), torch.nn.functional.mse_loss(theirs, target)
+    torch.testing.assert_close(found, expected)
+    (3 * found).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert ours.grad.stride() == theirs.grad.stride()
+
+
 def test_gradients_of_the_cka_loss(rows):
     """By finite differences, float64, on both sides; they shrink no row and move no mean."""
     prediction, target, _ = (tensor.double().requires_grad_() for tensor in rows)

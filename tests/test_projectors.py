@@ -337,6 +337,34 @@ def test_running_statistics_equal_a_weighted_average(momentum, num_steps):
     assert_statistics(statistics, reference.moments(), 2e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (40, 1), (1, 40)], ids=str)  # with products of samples, and of all rows
+@pytest.mark.parametrize("offset", [0.0, 2000.0])
+def test_statistics_of_deviations_equal_those_of_rows(shape, offset):
+    statistics, reference = RunningCrossCovariance(3, 5, 0.9), ReferenceStatistics(0.9)
+    assert not statistics.has_means
+    for step in range(4):
+        student, target = (rows + offset for rows in make_rows((3, 5), shape, seed=step))
+        if step == 0:
+            statistics.accumulate(student.flatten(0, 1), target.flatten(0, 1))
+        else:
+            as_map = (student - statistics.student_mean).mT.contiguous().mT  # channels one after another in memory
+            statistics.accumulate_deviations(as_map, target - statistics.target_mean)
+        statistics.merge()
+        assert statistics.has_means
+        reference.add(student.flatten(0, 1), target.flatten(0, 1))
+    assert_statistics(statistics, reference.moments(), 1e-3 if offset else 2e-5)
+
+
+@pytest.mark.parametrize("num_merges", [0, 1])
+def test_loaded_statistics_know_whether_they_have_means(num_merges):
+    saved, loaded = RunningCrossCovariance(3, 5, 0.9), RunningCrossCovariance(3, 5, 0.9)
+    for _ in range(num_merges):
+        saved.accumulate(*make_rows((3, 5), (20,)))
+        saved.merge()
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.has_means == bool(num_merges)
+
+
 @pytest.mark.parametrize("num_steps", [1, 6])
 def test_running_statistics_are_stable_far_from_zero(num_steps):
     """Mean / standard deviation of about 1000: the naive E[xy] - E[x]E[y] has no correct digit left in float32."""
@@ -1171,6 +1199,28 @@ def test_identity_projector_needs_equal_widths():
 
 
 # The baselines
+
+
+@WIDTHS
+@METHODS
+def test_maps_as_they_lie_in_memory_equal_rows(widths, method):
+    """Channels one after another, as convolutions leave them: two steps, the second one with means to centre on."""
+    results = []
+    for as_map in (False, True):
+        projector = random_projector(widths, method)
+        for step in (1, 2):
+            student, target = make_rows(widths, seed=step)
+            if as_map:
+                student, target = student.mT.contiguous().mT, target.mT.contiguous().mT
+            projected, wanted = projector(student.requires_grad_(), target)
+            (projected - wanted).square().mean().backward()
+            projector.after_step(step)
+        results.append([projected, wanted, student.grad, *projector.state_dict().values()])
+        if as_map and not projector.is_learned:
+            copied = [name for name, rows in (("student", projected), ("target", wanted)) if rows.is_contiguous()]
+            assert not copied
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_linear_projector_is_a_1x1_convolution():

@@ -598,6 +598,7 @@ class TrainingDraws(Dataset):
         self.guidance_dropout = guidance_dropout
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._kept: dict[int, Tensor] = {}
+        self._generator = np.random.Generator(np.random.Philox(key=0))
 
     def __getitem__(self, draw: int | Sequence[int]) -> dict[str, Tensor]:
         """Draw `draw`: `sample` and `noise`, `[C, H, W]` float32, and `time`, uniform in [0, 1).
@@ -615,8 +616,8 @@ class TrainingDraws(Dataset):
         for place, draw in enumerate(draws):
             epoch, position = divmod(draw, len(self.images))
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, _keyed_generator(self.seed, epoch, 1).permutation(len(self.images))
-            generator = _keyed_generator(self.seed, draw, 0)
+                self._epoch, self._order = epoch, self._generator_of(epoch, 1).permutation(len(self.images))
+            generator = self._generator_of(draw, 0)
             index = int(self._order[position])
             sample = self._sample(index)
             if place == 0:
@@ -631,6 +632,22 @@ class TrainingDraws(Dataset):
         batch["time"] = torch.tensor(times, dtype=torch.float32)
         return {**batch, "class_labels": torch.tensor(labels)} if labels else batch
 
+    def _generator_of(self, number: int, stream: int) -> np.random.Generator:
+        """An independent generator per (seed, number, stream): Philox, Salmon et al., 2011, is made for that.
+
+        It is one generator, set back: making one takes several times as long as what is drawn from it.
+        """
+        zeros = np.zeros(4, dtype=np.uint64)
+        self._generator.bit_generator.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": zeros, "key": np.array([self.seed, 2 * number + stream], dtype=np.uint64)},
+            "buffer": zeros,
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return self._generator
+
     def _sample(self, index: int) -> Tensor:
         """Image `index`; those of a small set are decoded once, except by processes that do nothing else."""
         if index in self._kept:
@@ -643,11 +660,6 @@ class TrainingDraws(Dataset):
 
 KEPT_BYTES = 2**28
 """Training images that take no more than this as float32 stay in memory, decoded."""
-
-
-def _keyed_generator(seed: int, number: int, stream: int) -> np.random.Generator:
-    """An independent generator per (seed, number, stream): Philox, Salmon et al., 2011, is made for that."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, 2 * number + stream], dtype=np.uint64)))
 
 
 class DrawBatches(Sampler[list[int]]):

@@ -111,7 +111,7 @@ def whiten_batch(rows: Float[Tensor, "rows channels"], shrinkage: float = 1e-3) 
             torch.compile the result is NaN instead.
     """
     rows = rows.double()
-    count = _all_reduce(torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device))
+    count = _all_reduce(torch.full((), len(rows), dtype=rows.dtype, device=rows.device))
     centred = rows - _all_reduce(rows.sum(0)) / count
     covariance = shrink(_all_reduce(centred.T @ centred) / count, shrinkage)
     factor, failed = torch.linalg.cholesky_ex(covariance)
@@ -214,11 +214,11 @@ class FeatureNormalizer(nn.Module):
             rows: the teacher's, `[B, N, C]`.
             timesteps: `[B]`.
         """
+        rows = rows.detach().float()
+        if self.kind == "none":
+            return rows
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-            rows = rows.detach().float()
             match self.kind:
-                case "none":
-                    return rows
                 case "layer_norm":
                     return F.layer_norm(rows, rows.shape[-1:])
                 case "batch_whiten":

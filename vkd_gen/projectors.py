@@ -4,6 +4,7 @@ Ds student channels, Dt target channels, wide = max, narrow = min of the two. B 
 student rows `[B, N, Ds]` and target rows `[B, N, Dt]` and returns both in one space, ready for the feature loss.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -62,14 +63,17 @@ def orthonormality_error(matrix: Float[Tensor, "rows columns"]) -> float:
 class RunningCrossCovariance(nn.Module):
     """Exponential moving statistics of student rows and target rows, equal on every process.
 
-    `accumulate` adds rows (inside the forward pass: matrix products, no communication); `merge` reduces the sums over
-    all processes and folds them into the averages (after the optimizer step). The averages weigh steps as an
-    exponential moving average without start-up bias does.
+    `accumulate` and `accumulate_deviations` add rows (inside the forward pass: matrix products, no communication);
+    `merge` reduces the sums over all processes and folds them into the averages (after the optimizer step). The
+    averages weigh steps as an exponential moving average without start-up bias does.
 
     Args:
         student_channels: Ds.
         target_channels: Dt.
         momentum: weight of the past, from 0 (the latest step alone) to below 1.
+
+    Attributes:
+        has_means: the running means are of rows, no longer the zeros that they begin with.
     """
 
     student_mean: Tensor
@@ -95,6 +99,8 @@ class RunningCrossCovariance(nn.Module):
         # so that one reduction carries them all.
         size = 3 + student_channels + target_channels + student_channels * target_channels
         self.register_buffer("sums", torch.zeros(size, dtype=torch.float64), persistent=False)
+        self.has_means = False
+        self.register_load_state_dict_post_hook(_note_means)
 
     @torch.no_grad()
     def accumulate(self, student: Float[Tensor, "rows student"], target: Float[Tensor, "rows target"]) -> None:
@@ -119,6 +125,27 @@ class RunningCrossCovariance(nn.Module):
         self.sums += torch.cat([torch.stack(scalars), student_offset, target_offset, product.flatten()])
 
     @torch.no_grad()
+    def accumulate_deviations(
+        self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]
+    ) -> None:
+        """Add rows, given as deviations from the running means, to the sums: cheaper, where those are known.
+
+        Args:
+            student: float32, `[B, N, Ds]`, in any order in memory.
+            target: float32, `[B, N, Dt]`.
+        """
+        student = student.detach()
+        count, positions = student.shape[0] * student.shape[1], student.shape[1]
+        scalars = [torch.full_like(self.sums[0], count), _squares(student), _squares(target)]
+        offsets = [deviations.sum(1).sum(0) for deviations in (student, target)]
+        channels = student.shape[2], target.shape[2]
+        if channels[0] * channels[1] <= positions * sum(channels):  # smaller than a copy, row after row, would be
+            product = torch.bmm(student.mT, target).sum(0)
+        else:
+            product = student.flatten(0, 1).T @ target.flatten(0, 1)
+        self.sums += torch.cat([torch.stack(scalars), *offsets, product.flatten()])
+
+    @torch.no_grad()
     def merge(self) -> None:
         """Fold the sums of all processes into the averages and clear them; without new rows nothing changes."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -132,22 +159,20 @@ class RunningCrossCovariance(nn.Module):
         self.num_merges += has_rows
         # (1 - m) / (1 - m^n): the n-th step's weight in the average of n steps
         weight = has_rows.double() * (1 - self.momentum) / (1 - self.momentum ** self.num_merges.clamp(min=1).double())
-
-        def mix(old: Tensor, second_moment: Tensor, correction: Tensor) -> Tensor:
-            return (1 - weight) * old + weight * second_moment - weight**2 * correction
-
-        self.cross_covariance.copy_(
-            mix(
-                self.cross_covariance,
-                product.view_as(self.cross_covariance),
-                torch.outer(student_offset, target_offset),
-            )
-        )
-        self.student_variance.copy_(mix(self.student_variance, scalars[1], student_offset.square().sum()))
-        self.target_variance.copy_(mix(self.target_variance, scalars[2], target_offset.square().sum()))
+        # Second moments are about the old mean; the new one follows the rows by a share of the offset.
+        product = torch.addr(product.view_as(self.cross_covariance), weight * student_offset, target_offset, alpha=-1)
+        moved = torch.stack([student_offset @ student_offset, target_offset @ target_offset])
+        student_variance, target_variance = (scalars[1:] - weight * moved).unbind()
+        for average, value in (
+            (self.cross_covariance, product),
+            (self.student_variance, student_variance),
+            (self.target_variance, target_variance),
+        ):
+            average.copy_(torch.lerp(average.double(), value, weight))
         self.student_mean += weight * student_offset
         self.target_mean += weight * target_offset
         self.sums.zero_()
+        self.has_means = True
 
 
 class OrthogonalProjector(nn.Module):
@@ -253,7 +278,8 @@ class OrthogonalProjector(nn.Module):
                 rotation = torch.matrix_exp(skew)
             else:
                 identity = torch.eye(wide, device=skew.device, dtype=skew.dtype)
-                rotation = torch.linalg.solve(identity - skew / 2, identity + skew / 2)
+                # Never singular, since a skew matrix has no real eigenvalues: a check would wait for the GPU in vain.
+                rotation = torch.linalg.solve_ex(identity - skew / 2, identity + skew / 2)[0]
             return (self.base.double() @ rotation[:, :narrow]).T.float()
 
     def forward(
@@ -264,22 +290,21 @@ class OrthogonalProjector(nn.Module):
         In training mode the rows also enter the running statistics. No gradient flows into the target.
         """
         _check_rows(self, student, target)
-        with torch.autocast(student.device.type, enabled=False):
-            shape = student.shape[:-1]
-            # Rows one after another in memory, copied once for all that follows: maps hold channels one after another.
-            student, target = student.flatten(0, -2).float(), target.detach().flatten(0, -2).float()
-            if self.training and self._accumulates:
-                self.statistics.accumulate(student, target)
+        with _without_autocast(student.device.type):
+            student, target = student.float(), target.detach().float()
+            accumulates, statistics = self.training and self._accumulates, self.statistics
+            if accumulates and (self.is_learned or not statistics.has_means):
+                statistics.accumulate(student.flatten(0, -2), target.flatten(0, -2))
             matrix = self.matrix()
             if not self.is_learned:
-                student = student - self.statistics.student_mean
-                target = target - self.statistics.target_mean
+                student, target = student - statistics.student_mean, target - statistics.target_mean
+                if accumulates and statistics.has_means:
+                    statistics.accumulate_deviations(student, target)
             if self.is_wider:
-                student, target = self.gain * student, target @ matrix
+                student, target = self.gain * student, _map_rows(target, matrix)
             else:
-                student = student @ (self.gain * matrix)
-            student = student + self.bias if self.is_learned else student
-            return student.unflatten(0, shape), target.unflatten(0, shape)
+                student = _map_rows(student, self.gain * matrix)
+            return student + self.bias if self.is_learned else student, target
 
     def after_step(self, step: int) -> None:
         """Once per optimizer step, outside any compiled graph: bring statistics, gain and, when due, P up to date.
@@ -513,9 +538,30 @@ def _complete(rows: Float[Tensor, "narrow wide"]) -> Float[Tensor, "wide wide"]:
     return full.float()
 
 
-def _squares(rows: Float[Tensor, "rows channels"]) -> Float[Tensor, ""]:
-    """Sum of all squares. By way of the rows' norms, which needs no copy and is exact for any number of rows."""
-    return torch.linalg.vector_norm(rows, dim=1).square().sum()
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """A context without autocast; where there is none anyway it costs nothing."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _squares(rows: Float[Tensor, "... rows channels"]) -> Float[Tensor, ""]:
+    """Sum of all squares, float64. By way of norms of parts: needs no copy, and is exact for any number of rows."""
+    return torch.linalg.vector_norm(rows, dim=(-2, -1) if rows.ndim == 3 else -1).square().sum(dtype=torch.float64)
+
+
+def _map_rows(
+    rows: Float[Tensor, "batch positions channels"], matrix: Float[Tensor, "channels mapped"]
+) -> Float[Tensor, "batch positions mapped"]:
+    """`rows @ matrix`, in the rows' order in memory: maps have channels one after another, and are not copied."""
+    if rows.stride(-1) == 1 or matrix.requires_grad:  # a trained matrix is better multiplied once by all rows
+        return rows @ matrix
+    return torch.bmm(matrix.T.expand(len(rows), -1, -1), rows.mT).mT
+
+
+def _note_means(statistics: RunningCrossCovariance, _incompatible_keys: Any) -> None:
+    """After loading."""
+    statistics.has_means = bool(statistics.num_merges > 0)
 
 
 def _check_channels(student_channels: int, target_channels: int) -> None:

@@ -40,8 +40,13 @@ def options_of(folder, **changes):
     return TrainingOptions(output_dir=str(folder), **given)
 
 
-def train(options, *, dropout=0.1, before_step=lambda run, batch, losses: None, after_build=lambda run: None):
-    """Distil a tiny teacher and write down what a run ends with; `weights.safetensors` is the moving average's."""
+def train(
+    options, *, dropout=0.1, late=False, before_step=lambda run, batch, losses: None, after_build=lambda run: None
+):
+    """Distil a tiny teacher and write down what a run ends with; `weights.safetensors` is the moving average's.
+
+    With `late` every step is settled within the next one, as on a GPU.
+    """
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
@@ -90,6 +95,7 @@ def train(options, *, dropout=0.1, before_step=lambda run, batch, losses: None, 
         noise_scheduler=noise_scheduler,
         config=flat_config(options),
     )
+    run._settles_late = late
     after_build(run)
     for batch in run.batches():
         losses = vkd.distillation_losses(run.model, batch, noise_scheduler=noise_scheduler, teacher=teacher)

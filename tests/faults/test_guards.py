@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_unet
-from tests.faults.small_run import end_of, options_of, start_processes, train
+from tests.faults.small_run import assert_same_end, end_of, options_of, start_processes, train
 from vkd_gen import (
     FeatureNormalizer,
     LeastSquaresProjector,
@@ -88,6 +88,37 @@ def test_a_skipped_step_is_the_same_after_a_resumption(tmp_path):
         assert torch.equal(first, second)
 
 
+def test_steps_that_are_settled_late_end_the_same(tmp_path, capsys):
+    """As on a GPU, where the optimizer skips by itself and the host learns of it a step later; with a resumption."""
+    steps = {1, 4, 7, 8}
+    train(options_of(tmp_path / "straight"), before_step=poison(steps))
+    told = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
+    assert [line.split(" is")[0] for line in told] == ["step 2", "step 5", "step 8"]
+    weights, unsettled = {}, {}
+
+    def before_step(run, batch, losses):
+        weights[run.step] = [part.clone() for part in run.unet.parameters()]
+        unsettled[run.step] = run._unsettled is not None
+        poison(steps)(run, batch, losses)
+
+    def stop(run, batch, losses):
+        before_step(run, batch, losses)
+        if run.step == 10:
+            raise KeyboardInterrupt
+
+    options = options_of(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(options, late=True, before_step=stop)
+    # Settled at checkpoints (every third step) and log lines (every fifth), and after a skip until a step is made.
+    assert [step for step, is_late in unsettled.items() if is_late] == [1, 2, 4, 7, 8]
+    for step in range(1, 10):  # a skipped step leaves the weights as they are without the host knowing
+        same = all(torch.equal(one, other) for one, other in zip(weights[step], weights[step + 1], strict=True))
+        assert same == (step in steps), step
+    train(options, late=True, before_step=before_step)
+    assert_same_end(tmp_path / "run", tmp_path / "straight")
+    assert [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line] == told
+
+
 def break_layer(layer, steps, *, rank=0):
     """In certain steps of one process a layer of the student gives out what is not a number."""
 
@@ -133,11 +164,12 @@ def test_a_layer_that_is_broken_in_one_process_is_recovered_from(layer, rank, tm
     assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 2, 0]
 
 
-def test_too_many_in_a_row_stop_with_a_diagnosis(tmp_path):
+@pytest.mark.parametrize("late", [False, True])
+def test_too_many_in_a_row_stop_with_a_diagnosis(late, tmp_path):
     options = options_of(tmp_path / "run", max_skipped_steps=2)
     layer = "student.mid_block.resnets.0.conv1"
     with pytest.raises(ValueError) as error:
-        train(options, after_build=break_layer(layer, range(4, 12)))
+        train(options, late=late, after_build=break_layer(layer, range(4, 12)))
     message = str(error.value)
     assert message.startswith("stopped at step 7: 3 steps in a row had a loss or a gradient that is not finite")
     assert "feature/mid_block" in message
@@ -149,17 +181,20 @@ def test_too_many_in_a_row_stop_with_a_diagnosis(tmp_path):
     assert all(value.isfinite().all() for value in state["ema"]["shadow_params"])
     assert state["skipped_in_a_row"] == 2
     with pytest.raises(ValueError, match="stopped at step 7: 3 steps in a row"):  # a restart is no way around it
-        train(options, after_build=break_layer(layer, range(4, 12)))
+        train(options, late=late, after_build=break_layer(layer, range(4, 12)))
 
 
-def train_poisoned(options, steps, rank):
-    train(options, before_step=poison(steps, rank=rank))
+def train_poisoned(options, steps, rank, late=False):
+    train(options, late=late, before_step=poison(steps, rank=rank))
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_all_processes_skip_what_is_not_finite_in_one(rank, tmp_path):
+@pytest.mark.parametrize(
+    ("rank", "late"),
+    [(1, True), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(0, False, marks=pytest.mark.slow)],
+)
+def test_all_processes_skip_what_is_not_finite_in_one(rank, late, tmp_path):
     options = options_of(tmp_path / "run", train_batch_size=2)
-    processes = start_processes(2, train_poisoned, options, {3, 8}, rank, output=tmp_path / "output")
+    processes = start_processes(2, train_poisoned, options, {3, 8}, rank, late, output=tmp_path / "output")
     output = (tmp_path / "output").read_text() if end_of(processes, within=120) == [0, 0] else None
     assert output is not None, (tmp_path / "output").read_text()
     assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 1, 0]
@@ -293,7 +328,7 @@ def test_the_watch_names_the_first_layer_and_leaves_no_hook():
     watch = Watch(model)
     watch.start()
     model(torch.randn(3, 2))
-    words = watch.describe({"total": torch.tensor(torch.nan)}, [torch.arange(20)])
+    words = watch.describe({"total": torch.tensor(torch.nan)}, [torch.arange(20)], {})
     assert words == (
         "not finite are the losses total, the first layer with such an output is 1, 1 weights are not finite, such as "
         "1.weight, at timesteps 0 1 2 3 4 5 6 7 ... 19"

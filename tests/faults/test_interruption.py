@@ -24,7 +24,7 @@ from vkd_gen.training.interruption import StopRequest
 from vkd_gen.training.run_folder import RunFolder
 
 
-def train_and_signal(options, number, step, to_group=False):
+def train_and_signal(options, number, step, to_group=False, late=False):
     """The process is sent a signal within a step, as are those that read its images if all are meant."""
 
     def send(run, batch, losses):
@@ -34,7 +34,7 @@ def train_and_signal(options, number, step, to_group=False):
 
     if to_group:
         os.setpgid(0, 0)
-    train(options, before_step=send)
+    train(options, late=late, before_step=send)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,16 @@ def test_a_signal_when_a_checkpoint_is_due_anyway(step, straight, tmp_path):
     options = options_of(tmp_path / "run")
     ended, output = run_to_end(train_and_signal, options, signal.SIGTERM, step, output=tmp_path / "output")
     assert ended == 143, output
+    ended, output = run_to_end(train, options, output=tmp_path / "output")
+    assert ended == 0, output
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_a_signal_that_is_read_late_stops_one_step_later(straight, tmp_path):
+    options = options_of(tmp_path / "run")
+    ended, output = run_to_end(train_and_signal, options, signal.SIGTERM, 3, False, True, output=tmp_path / "output")
+    assert ended == 143, output
+    assert "stopped by SIGTERM after step 5; checkpoint-5 is kept" in output
     ended, output = run_to_end(train, options, output=tmp_path / "output")
     assert ended == 0, output
     assert_same_end(tmp_path / "run", straight)

@@ -16,6 +16,31 @@ LEAST_VARIANCE = 1e-12
 """Of a layer's features, below which a projector has nothing to match."""
 
 
+class Flags:
+    """A few numbers of the device on their way to the host, to be read later.
+
+    On a GPU they are copied right behind the work that makes them, into memory that needs no wait for the copy to
+    begin: reading waits for that work alone, whatever was asked of the GPU since.
+
+    Args:
+        values: `[n]`, zero for false.
+    """
+
+    def __init__(self, values: Tensor):
+        self._values, self._arrival = values, None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def read(self) -> list[bool]:
+        """Whether each of them is not zero."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return [bool(value) for value in self._values.tolist()]
+
+
 class Watch:
     """Names what is not finite in a step that is skipped.
 
@@ -53,25 +78,27 @@ class Watch:
 
         return look
 
-    def describe(self, losses: Mapping[str, Tensor], timesteps: Sequence[Tensor]) -> str:
+    def describe(
+        self, losses: Mapping[str, Tensor], timesteps: Sequence[Tensor], gradients: Mapping[Tensor, Tensor]
+    ) -> str:
         """What is not finite, in words.
 
         Args:
             losses: scalars by name.
             timesteps: of the step's forward passes, `[B]` each.
+            gradients: parameter -> norm of its gradient, for those that had one; they themselves may be gone.
         """
         terms = [name for name, value in losses.items() if not value.isfinite()]
         parameters = dict(self._model.named_parameters())
         weights = [name for name, value in parameters.items() if not value.isfinite().all()]
-        with_gradient = {name: value.grad for name, value in parameters.items() if value.grad is not None}
-        gradients = [name for name, value in with_gradient.items() if not value.isfinite().all()]
+        broken = [name for name, value in parameters.items() if value in gradients and not gradients[value].isfinite()]
         words = [f"not finite are the losses {', '.join(terms)}" if terms else "all losses are finite"]
         if self._first_layer is not None:
             words.append(f"the first layer with such an output is {self._first_layer}")
         if weights:
             words.append(f"{len(weights)} weights are not finite, such as {weights[0]}")
-        if gradients:
-            words.append(f"{len(gradients)} of {len(with_gradient)} gradients are not finite, such as {gradients[0]}")
+        if broken:
+            words.append(f"{len(broken)} of {len(gradients)} gradients are not finite, such as {broken[0]}")
         drawn = torch.cat(list(timesteps)).tolist() if timesteps else []
         shown = " ".join(map(str, sorted(drawn)[:8])) + (f" ... {max(drawn)}" if len(drawn) > 8 else "")
         return ", ".join([*words, f"at timesteps {shown}"])

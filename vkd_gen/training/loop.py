@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ from vkd_gen.pictures import save_sample_grid
 from vkd_gen.sampling import sample_images
 from vkd_gen.training.checkpoints import problem_of
 from vkd_gen.training.command_line import USER_ERROR
-from vkd_gen.training.guards import Watch, check_state
+from vkd_gen.training.guards import Flags, Watch, check_state
 from vkd_gen.training.interruption import StopRequest, outlive_sigterm
 from vkd_gen.training.options import TrainingOptions
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step, num_processes_of
@@ -133,6 +134,27 @@ def _on_device(batch: dict[str, Tensor], noise_scheduler: SchedulerMixin, device
     return moved
 
 
+@dataclass(frozen=True)
+class UnsettledStep:
+    """An optimizer step of which the host does not know yet whether it was made or skipped.
+
+    Attributes:
+        number: of the step, from 1.
+        flags: whether some process got SIGTERM, SIGINT, and a loss or gradient that is not finite.
+        losses: of the step, sums over its passes.
+        timesteps: of its passes, `[B]` each.
+        gradients: parameter -> norm of its gradient.
+        gradient_norm: of all together.
+    """
+
+    number: int
+    flags: Flags
+    losses: Mapping[str, Tensor]
+    timesteps: list[Tensor]
+    gradients: Mapping[Tensor, Tensor]
+    gradient_norm: Tensor
+
+
 class TrainingRun:
     """One run of a recipe on one or many processes.
 
@@ -140,8 +162,10 @@ class TrainingRun:
     refreshes of projectors. A resumed run therefore ends exactly where the uninterrupted one does.
 
     A step whose loss or gradient is not finite is skipped, on all processes: student, optimizer and moving average stay
-    as they were. To know, the host waits once per step for the device; what it reads then also says whether some
-    process was asked to stop, so that all stop at the same step.
+    as they were. On a GPU the optimizer is told so there, and the host reads it a step later, when it has long arrived;
+    what it reads also says whether some process was asked to stop, so that all stop at the same step. What depends on
+    it (moving average, counts, messages, the end) waits for that: the step is settled. Elsewhere, for fp16, and for an
+    optimizer without that way of skipping, each step is settled at once.
 
     Args:
         accelerator: from `make_accelerator`.
@@ -189,6 +213,8 @@ class TrainingRun:
             num_training_steps=options.max_train_steps,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # Only fp16 needs the wrapper's own step, and that looks for packages each time.
+        self._stepping = optimizer if accelerator.scaler is None else self.optimizer
         unet.to(accelerator.device)
         self.ema = None
         if options.ema_max_decay:
@@ -203,7 +229,7 @@ class TrainingRun:
         self._asked_to_stop = 0
         self._losses: dict[str, Tensor] = {}  # of this step: sums over its passes
         self._timesteps: list[Tensor] = []
-        self._skipped = False
+        self._unsettled: UnsettledStep | None = None
         self._skipped_in_a_row = 0
         self._sums: dict[str, Tensor] = {}  # since the last log line: sums over the steps that were made
         self._num_summed = self._num_skipped = self._num_passes = 0
@@ -215,6 +241,8 @@ class TrainingRun:
         set_seed(options.seed, device_specific=True)  # from here on for what is random inside the model, as dropout
         self._resume()
         self._first_step = self._step_of_checkpoint = self.step
+        is_fused = all(group["fused"] for group in optimizer.param_groups)  # not as an older checkpoint has it
+        self._settles_late = accelerator.device.type == "cuda" and accelerator.scaler is None and is_fused
 
     def _resume(self) -> None:
         point = self.folder.resume_point(self.options.resume_from_checkpoint)
@@ -336,36 +364,68 @@ class TrainingRun:
         self._num_passes += 1
         if self.accelerator.sync_gradients:
             self._make_or_skip_step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._stepping.zero_grad(set_to_none=True)
             self._losses, self._timesteps = {}, []
 
     def _make_or_skip_step(self) -> None:
         accelerator, options = self.accelerator, self.options
         accelerator.unscale_gradients()
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        with_gradient = [parameter for parameter in self._parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in with_gradient]
+        norms = torch._foreach_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         asked = self._stop.poll()
         flags = [torch.full_like(norm, asked == number) for number in (signal.SIGTERM, signal.SIGINT)]
         flags.append((~(norm.isfinite() & self._losses["total"].isfinite())).to(norm.dtype))
-        # The step's one wait for the device; all processes read the same.
-        terminated, interrupted, self._skipped = map(bool, accelerator.reduce(torch.stack(flags), "sum").tolist())
+        terminated_interrupted_broken = accelerator.reduce(torch.stack(flags), "sum")
+        step = UnsettledStep(
+            self.step + 1,
+            Flags(terminated_interrupted_broken),
+            self._losses,
+            self._timesteps,
+            dict(zip(with_gradient, norms, strict=True)),
+            norm,
+        )
+        if options.max_grad_norm:
+            torch._foreach_mul_(gradients, (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._settle()  # the step before, while the weights are still what it left
+        if self._settles_late:
+            # torch's fused kernels leave weights and state as they are where this is 1; gradient scalers use it so too.
+            self._stepping.found_inf = terminated_interrupted_broken[2].clamp(max=1.0)
+            self._stepping.step()
+        elif not step.flags.read()[2]:
+            self._stepping.step()
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()  # lowers fp16's loss scale
+        self._unsettled = step
+        if not self._settles_late or self._skipped_in_a_row:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Read whether the last step was made, which may wait for it, and do what depends on that; once per step.
+
+        Raises:
+            ValueError: if it was one too many that was skipped.
+        """
+        step, self._unsettled = self._unsettled, None
+        if step is None:
+            return
+        terminated, interrupted, is_skipped = step.flags.read()
         self._asked_to_stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-        if self._skipped:
-            self._tell_of_skip()
-            if accelerator.scaler is not None:
-                accelerator.scaler.update()  # lowers fp16's loss scale
+        if is_skipped:
+            self._tell_of_skip(step)
             return
         self._skipped_in_a_row = 0
         self._watch.stop()
-        if options.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, options.max_grad_norm, norm)
-        self.optimizer.step()
-        means = {f"loss/{name}": value / options.gradient_accumulation_steps for name, value in self._losses.items()}
-        for name, value in {**means, "gradient_norm": norm}.items():
+        if self.ema is not None:
+            self._average()
+        num_passes = self.options.gradient_accumulation_steps
+        means = {f"loss/{name}": value / num_passes for name, value in step.losses.items()}
+        for name, value in {**means, "gradient_norm": step.gradient_norm}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._num_summed += 1
 
-    def _tell_of_skip(self) -> None:
+    def _tell_of_skip(self, step: UnsettledStep) -> None:
         """Say what was not finite at the first skipped step in a row, and end the run at one too many.
 
         Raises:
@@ -376,14 +436,14 @@ class TrainingRun:
         is_last = self._skipped_in_a_row > self.options.max_skipped_steps
         if not is_last and self._skipped_in_a_row > 1:
             return
-        found = self._watch.describe(self._losses, self._timesteps)
+        found = self._watch.describe(step.losses, step.timesteps, step.gradients)
         found = "; ".join(f"process {index}: {words}" for index, words in enumerate(gather_object([found])))
         if not is_last:
-            self.accelerator.print(f"step {self.step + 1} is skipped: {found}")
+            self.accelerator.print(f"step {step.number} is skipped: {found}")
             self._watch.start()  # so that the next skipped step can tell which layer it began in
             return
         self._end_with(
-            f"stopped at step {self.step + 1}: {self._skipped_in_a_row} steps in a row had a loss or a gradient that "
+            f"stopped at step {step.number}: {self._skipped_in_a_row} steps in a row had a loss or a gradient that "
             f"is not finite, in the last one {found}; {self.folder.last_checkpoint_in_words()}"
         )
 
@@ -415,11 +475,13 @@ class TrainingRun:
         options = self.options
         self.step += 1
         self.learning_rate.step()
-        if self.ema is not None and not self._skipped:
-            self._average()
         if hasattr(self._bare_model, "after_step"):
             self._bare_model.after_step(self.step)
         last = self.step == options.max_train_steps
+        periods = [options.preview_every_steps, options.score_every_steps]
+        periods += [options.log_every_steps, options.checkpointing_steps]
+        if last or any(period and self.step % period == 0 for period in periods):
+            self._settle()
         if self.step % options.log_every_steps == 0 or last:
             self._log()
         self._log_diagnostics()
@@ -469,6 +531,7 @@ class TrainingRun:
             ValueError: if it cannot be written, as on a full disk, or what trains is broken; the checkpoints before it
                 stay as they are.
         """
+        self._settle()
         if self._step_of_checkpoint == self.step:
             return
         accelerator, folder = self.accelerator, self.folder
