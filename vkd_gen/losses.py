@@ -109,7 +109,8 @@ def _centred_of_size_one(rows: Float[Tensor, "batch positions channels"]) -> Flo
 
 def _squared_error(prediction: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
-        return F.mse_loss(prediction, target)  # keeps no difference for the backward pass
+        # Keeps no difference for the backward pass. A copy, since torch's mean stands in memory for all the squares.
+        return F.mse_loss(prediction, target).clone()
     return weighted_mean(F.mse_loss(prediction, target, reduction="none"), weights)
 
 
