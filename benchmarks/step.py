@@ -8,6 +8,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import resource
 import tempfile
 import time
@@ -500,6 +501,12 @@ def peak_bytes(steps: Iterator[None], device: torch.device) -> int:
     return live.peak
 
 
+def captured_bytes(bench: Bench) -> int:
+    """Of the paired features of a batch, the student's and the teacher's, as they are captured."""
+    entries = sum(math.prod(pair.student_shape) + math.prod(pair.teacher_shape) for pair in bench.pairs)
+    return entries * bench.batch_size * bench.dtype.itemsize
+
+
 def quartiles(values: list[float]) -> dict[str, float]:
     """Median and the quartiles around it."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
@@ -593,6 +600,11 @@ def main(config: StepConfig) -> None:
             f"{result['peak_bytes_of_a_step'] / 1e6:.1f}",
         )
     Console(width=100).print(table)
+    captured = captured_bytes(bench)
+    if "d" in results["variants"]:
+        peaks = {name: result["peak_bytes_of_a_step"] for name, result in results["variants"].items()}
+        share = peaks["d"] / (peaks["b"] + captured)
+        print(f"d adds {share:.3f} of what b and the captured features take ({captured / 1e6:.1f} MB)")
     stem = Path(__file__).parent / "results" / f"step-{config.shape}-{bench.device.type}"
     output = Path(config.output) if config.output else stem.with_name(stem.name + ".json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -602,6 +614,9 @@ def main(config: StepConfig) -> None:
         "batch_size": bench.batch_size,
         "layer_pairs": [f"{pair.student}:{pair.teacher}" for pair in bench.pairs],
         "mixed_precision": config.mixed_precision,
+        "sample_size": bench.sample.shape[-1],
+        "teacher_channels": list(bench.teacher_unet.config.block_out_channels),
+        "captured_feature_bytes": captured,
         "compile": config.compile,
         "largest_gradient_error_of_the_compiler": gradient_error,
         "device": device,
