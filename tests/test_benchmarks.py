@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 import vkd_gen as vkd
@@ -284,6 +285,24 @@ def test_sizes_of_the_bench(step, tmp_path):
     assert bench.pairs == []
     with pytest.raises(ValueError, match="--num_pairs"):
         step.main(step.StepConfig(num_pairs=-1))
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_recipes_step_with_text(step, tmp_path, monkeypatch, mixed_precision):
+    """Calibration, the first weight of the features and the steps all get the text that the UNets need."""
+    config = {**tiny_condition_unet((16, 32)).config, "_class_name": "UNet2DConditionModel"}
+    shape = step.Shape(teacher=config, reduction=vkd.Reduction(width=0.5), batch_size=4)
+    monkeypatch.setitem(step.SHAPES, "text", shape)
+    AcceleratorState._reset_state()  # the process' precision
+    try:
+        bench, steps = steps_of(step, tmp_path, "d", shape="text", mixed_precision=mixed_precision)
+        next(steps)
+        assert bench.teacher_unet.dtype == (torch.bfloat16 if mixed_precision == "bf16" else torch.float32)
+        batches = list(bench.draws(6))
+        assert [len(batch["sample"]) for batch in batches] == [4, 2]
+        assert [batch["conditioning"]["encoder_hidden_states"].shape for batch in batches] == [(4, 77, 8), (2, 77, 8)]
+    finally:
+        AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize("num_rounds", [2, pytest.param(50, marks=pytest.mark.slow)])
