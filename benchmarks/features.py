@@ -5,6 +5,7 @@ python benchmarks/features.py --measure
 """
 
 import gc
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ class FeatureCostConfig:
     threads: int = 1
     """Of the CPU."""
     output: str = str(RESULTS)
-    """File for the numbers."""
+    """File for the numbers; times of other sizes in it stay."""
 
 
 @dataclass(frozen=True)
@@ -433,9 +434,12 @@ def main(config: FeatureCostConfig) -> None:
         counted = {name: count(teacher, reduction, config.batch_size) for name, reduction in STUDENTS.items()}
     for name, result in counted.items():
         show(name, result)
-    measured = measure(config) if config.measure else None
-    if measured is not None:
-        ratio = measured["ratio"]
+    output = Path(config.output)
+    measured = json.loads(output.read_text())["measured"] if output.exists() else {}
+    if config.measure:
+        name = f"batch {config.measured_batch_size}, latents {config.measured_size} x {config.measured_size}"
+        measured[name] = measure(config)
+        ratio = measured[name]["ratio"]
         spread = f"{ratio['least']:.2%} to {ratio['most']:.2%}"
         print(f"time of the features over the floor's: {ratio['median']:.2%} ({spread})")
     protocol = {
@@ -445,7 +449,6 @@ def main(config: FeatureCostConfig) -> None:
         "refresh_every_steps": REFRESH_EVERY_STEPS,
         "environment": environment(),
     }
-    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, {"counted": counted, "measured": measured, "protocol": protocol})
     print(f"written to {output}")
