@@ -43,6 +43,11 @@ def orthonormality():
 
 
 @pytest.fixture(scope="module")
+def growth():
+    return load("growth")
+
+
+@pytest.fixture(scope="module")
 def step():
     return load("step")
 
@@ -339,3 +344,47 @@ def test_nothing_grows(step, tmp_path, num_rounds):
     with LiveBytes() as live:
         alive = [(round_of_steps(), live.alive)[1] for _ in range(2)]
     assert alive[0] == alive[1] < 0.05 * live.peak
+
+
+# ---- growth
+
+
+def point(value, *, seconds, num_bytes, captured=0):
+    ratio = {"low": 1.0, "median": 1.1, "high": 1.2}
+    sizes = {"num_pairs": value, "batch_size": value, "resolution": value, "width": value}
+    return {
+        **sizes,
+        "ratio": ratio,
+        "seconds": {"b": seconds, "d": 2 * seconds},
+        "peak_bytes": {"b": num_bytes, "d": num_bytes + captured},
+        "captured_bytes": captured,
+    }
+
+
+def test_exponents_of_powers(growth):
+    points = [point(size, seconds=3 * size**2, num_bytes=7 * size**0.5) for size in (8, 16, 32)]
+    found = growth.fits("width", points)
+    assert found["exponent_of_seconds_b"] == pytest.approx(2)
+    assert found["exponent_of_seconds_d"] == pytest.approx(2)
+    assert found["exponent_of_bytes_d"] == pytest.approx(0.5)
+
+
+def test_pairs_grow_with_their_features_not_with_their_number(growth):
+    points = [point(n, seconds=1 + n**3, num_bytes=100, captured=n**3) for n in range(6)]
+    found = growth.fits("num_pairs", points)
+    assert found["straightness_of_seconds_d"] == found["straightness_of_bytes_d"] == pytest.approx(1)
+    bent = [point(n, seconds=1 + (n > 2), num_bytes=100, captured=n) for n in range(6)]
+    assert growth.fits("num_pairs", bent)["straightness_of_seconds_d"] < 0.9
+
+
+def test_growth_is_drawn(growth, tmp_path):
+    points = [point(n, seconds=1 + n, num_bytes=1e6 * n, captured=n) for n in (1, 2, 4)]
+    results = {name: {"points": points, "fits": growth.fits(name, points)} for name in growth.SWEEPS}
+    growth.plot(results, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_failure_of_a_point_is_told_in_one_line(growth):
+    with pytest.raises(ValueError, match=r"step.py failed with .*--num_pairs at least 0"):
+        growth.measured({**growth.BASE, "num_pairs": -1}, 1)
