@@ -19,7 +19,7 @@ from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.evaluation.cost import LiveBytes, count_macs
 from vkd_gen.losses import feature_loss
 from vkd_gen.pairing import LayerPair
-from vkd_gen.projectors import IdentityProjector
+from vkd_gen.projectors import IdentityProjector, orthonormality_error
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -235,6 +235,16 @@ def test_projectors_stay_orthonormal_under_autocast(orthonormality, method, widt
 def test_a_thousand_steps_at_the_widths_of_stable_diffusion(orthonormality, method):
     found = orthonormality.train(method, 640, 1280, num_steps=1000)
     assert found["largest_error"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deviation", [0.02, 1.0])
+def test_the_exponential_at_the_widths_of_stable_diffusion(deviation):
+    """Its error depends on what it has learned alone; a thousand steps of it would take more than an hour."""
+    projector = vkd.OrthogonalProjector(640, 1280, method="matrix_exp")
+    with torch.no_grad():
+        projector.tangent.normal_(std=deviation)
+        assert orthonormality_error(projector.matrix()) < 1e-5
 
 
 def test_a_training_of_no_steps_is_refused(orthonormality):
