@@ -44,6 +44,8 @@ class GrowthConfig:
 
     rounds: int = 2
     """Rounds of 10 steps of each variant at each point; the first one more is not counted."""
+    again: bool = False
+    """Measure all points again; else those in the file are kept, as after an interruption."""
     output: str = str(HERE / "results" / "growth.json")
     """File for the numbers; the picture gets the same name."""
 
@@ -141,29 +143,32 @@ def main(config: GrowthConfig) -> None:
     """Measure point by point, fit, draw and write."""
     if config.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, not {config.rounds}")
-    known: dict[tuple[int, ...], dict[str, Any]] = {}
-    results: dict[str, dict[str, Any]] = {}
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    points = [] if config.again or not output.exists() else json.loads(output.read_text())["points"]
+    protocol = {"base": BASE, "shape": "unet-32", "clock": "cpu", "threads": 1, "environment": environment()}
+    sweeps = {}
     for name, values in SWEEPS.items():
-        points = []
+        along = []
         for value in values:
             sizes = {**BASE, name: value}
-            key = tuple(sizes.values())
-            if key not in known:
-                known[key] = measured(sizes, config.rounds)
-            point = known[key]
-            points.append(point)
+            found = [point for point in points if sizes.items() <= point.items()]
+            if not found:
+                found = [{**measured(sizes, config.rounds), "rounds": config.rounds}]
+                points += found
+                write_json(output, {"points": points, "fits": {}, "protocol": protocol})
+            point = found[0]
+            along.append(point)
             print(
                 f"{name} {value}: b {point['seconds']['b']:.3f} s, d / b {point['ratio']['median']:.3f}, "
                 f"b {point['peak_bytes']['b'] / 1e6:.1f} MB, d {point['peak_bytes']['d'] / 1e6:.1f} MB",
                 flush=True,
             )
-        results[name] = {"points": points, "fits": fits(name, points)}
-        print(json.dumps(results[name]["fits"]))
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    protocol = {"base": BASE, "shape": "unet-32", "clock": "cpu", "threads": 1, "rounds": config.rounds}
-    write_json(output, {"sweeps": results, "protocol": {**protocol, "environment": environment()}})
-    plot(results, output.with_suffix(".png"))
+        sweeps[name] = {"points": along, "fits": fits(name, along)}
+        print(json.dumps(sweeps[name]["fits"]))
+    all_fits = {name: sweep["fits"] for name, sweep in sweeps.items()}
+    write_json(output, {"points": points, "fits": all_fits, "protocol": protocol})
+    plot(sweeps, output.with_suffix(".png"))
     print(f"written to {output} and {output.with_suffix('.png')}")
 
 
