@@ -88,7 +88,11 @@ def fits(name: str, points: list[dict[str, Any]]) -> dict[str, float]:
     if name == "num_pairs":
         captured = [point["captured_bytes"] for point in points]
         return {
-            "straightness_of_seconds_d": straightness(captured, [point["seconds"]["d"] for point in points]),
+            # The floor is the same at all points, but the machine is not: what d takes is in units of b.
+            "straightness_of_ratio": straightness(captured, [point["ratio"]["median"] for point in points]),
+            "straightness_of_ratio_by_number": straightness(
+                [point[name] for point in points], [point["ratio"]["median"] for point in points]
+            ),
             "straightness_of_bytes_d": straightness(captured, [point["peak_bytes"]["d"] for point in points]),
         }
     sizes = [point[name] for point in points]
@@ -131,10 +135,14 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         rows[2, column].set(xlabel=LABELS[name], xticks=sizes)
         rows[2, column].xaxis.set_major_formatter(ScalarFormatter())
         rows[2, column].xaxis.set_minor_formatter(NullFormatter())
+    for row, ticks in ((rows[0], (0.1, 0.2, 0.4)), (rows[2], (10, 20, 50, 100, 200))):
+        row[0].set(yticks=ticks)
+        row[0].yaxis.set_major_formatter(ScalarFormatter())
+        row[0].yaxis.set_minor_formatter(NullFormatter())
     for axes, text in zip(rows[:, 0], ("computing time of a step, s", "d / b", "a step adds, MB"), strict=True):
         axes.set(ylabel=text)
     base = ", ".join(f"{BASE[name]} {label}" for name, label in LABELS.items())
-    figure.suptitle(f"b: forward and backward passes and optimizer. d: the recipe's step. Where not varied: {base}")
+    figure.suptitle(f"b: forward and backward passes and optimizer. d: the recipe's step.\nWhere not varied: {base}")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -359,8 +359,8 @@ def test_nothing_grows(step, tmp_path, num_rounds):
 # ---- growth
 
 
-def point(value, *, seconds, num_bytes, captured=0):
-    ratio = {"low": 1.0, "median": 1.1, "high": 1.2}
+def point(value, *, seconds, num_bytes, captured=0, ratio=1.1):
+    ratio = {"low": ratio, "median": ratio, "high": ratio}
     sizes = {"num_pairs": value, "batch_size": value, "resolution": value, "width": value}
     return {
         **sizes,
@@ -380,11 +380,10 @@ def test_exponents_of_powers(growth):
 
 
 def test_pairs_grow_with_their_features_not_with_their_number(growth):
-    points = [point(n, seconds=1 + n**3, num_bytes=100, captured=n**3) for n in range(6)]
+    points = [point(n, seconds=1, num_bytes=100, captured=n**3, ratio=1 + n**3) for n in range(6)]
     found = growth.fits("num_pairs", points)
-    assert found["straightness_of_seconds_d"] == found["straightness_of_bytes_d"] == pytest.approx(1)
-    bent = [point(n, seconds=1 + (n > 2), num_bytes=100, captured=n) for n in range(6)]
-    assert growth.fits("num_pairs", bent)["straightness_of_seconds_d"] < 0.9
+    assert found["straightness_of_ratio"] == found["straightness_of_bytes_d"] == pytest.approx(1)
+    assert found["straightness_of_ratio_by_number"] < 0.9
 
 
 def test_growth_is_drawn(growth, tmp_path):
