@@ -8,12 +8,14 @@ import contextlib
 import copy
 import io
 import json
+import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 from unittest import mock
 
@@ -42,7 +44,8 @@ from vkd_gen.provenance import environment, write_json
 from vkd_gen.students.build import unet_class
 from vkd_gen.students.specs import TEACHERS
 from vkd_gen.training.command_line import run_command
-from vkd_gen.training.loop import TrainingRun, make_accelerator
+from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator
+from vkd_gen.training.matching import MatchingOptions, build_projected_student, pair_named_or_all, resolve_matching
 from vkd_gen.training.options import TrainingOptions
 from vkd_gen.training.run_folder import RunFolder
 
@@ -59,6 +62,12 @@ class StepConfig:
     """Teacher, student and batch; see SHAPES."""
     batch_size: int | None = None
     """Images per step; by default the shape's."""
+    resolution: int | None = None
+    """Height and width of the samples; by default the shape's."""
+    width: int | None = None
+    """Channels of the teacher's first stage, the others in proportion; by default the shape's."""
+    num_pairs: int | None = None
+    """Layer pairs, the first ones; by default all."""
     rounds: int = 5
     """Rounds of 10 steps of each variant; the first one more is not counted."""
     seconds: float = 100.0
@@ -117,6 +126,13 @@ SHAPES = {
 """unet-32 has a teacher of about 1 M parameters; the last two are for a GPU."""
 
 
+def sized(teacher: dict[str, Any], resolution: int | None, width: int | None) -> dict[str, Any]:
+    """A teacher's configuration for samples of another size, and of another width."""
+    channels = teacher["block_out_channels"]
+    scaled = [count * (width or channels[0]) // channels[0] for count in channels]
+    return {**teacher, "sample_size": resolution or teacher["sample_size"], "block_out_channels": scaled}
+
+
 @dataclass(frozen=True)
 class Latents:
     """Stored samples of any number of channels, as `TrainingDraws` reads `Images`."""
@@ -149,17 +165,18 @@ class Bench:
     def __init__(self, config: StepConfig, place: Path):
         self.config, self.shape, self.place = config, SHAPES[config.shape], place
         self.batch_size = config.batch_size or self.shape.batch_size
+        teacher = sized(self.shape.teacher, config.resolution, config.width)
         torch.manual_seed(0)
         self.accelerator = make_accelerator(self.options())
         self.device = self.accelerator.device
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.noise_scheduler = DDPMScheduler()
         with self.device:
-            self.teacher_unet = unet_class(self.shape.teacher).from_config(self.shape.teacher)
+            self.teacher_unet = unet_class(teacher).from_config(teacher)
         self.teacher_unet = nn.Module.to(self.teacher_unet, self.dtype).eval().requires_grad_(False)
         with torch.device("cpu"):
             self.student_weights = vkd.build_student(self.teacher_unet, self.shape.reduction).state_dict()
-        self.pairs = vkd.pair_layers(self.student(), self.teacher_unet)
+        self.pairs = vkd.pair_layers(self.student(), self.teacher_unet)[: config.num_pairs]
         self.images = random_images(dict(self.teacher_unet.config))
         self.conditioning: dict[str, Tensor] = {}
         if "cross_attention_dim" in self.teacher_unet.config:
@@ -280,52 +297,74 @@ class Bench:
 
     # ---- as this package makes it
 
+    def draws(self, number: int) -> Iterator[dict[str, Any]]:
+        """Batches that no step trains on, as recipes calibrate on."""
+        options = {"seed": 0, "batch_size": self.batch_size, "device": self.device}
+        for batch in fixed_batches(self.images, self.noise_scheduler, number, **options):
+            yield {**batch, **self.conditioning_of(len(batch["sample"]))}
+
+    def conditioning_of(self, number: int) -> dict[str, dict[str, Tensor]]:
+        """What a batch of so many samples has beside them."""
+        given = {name: value[:number] for name, value in self.conditioning.items()}
+        return {"conditioning": given} if given else {}
+
     def our_steps(
         self,
         name: str,
         *,
-        refresh_every_steps: int = STEPS_PER_ROUND,
-        feature_weight: float = 0.3,
+        matching_changes: Mapping[str, Any] = MappingProxyType({}),
         change: Callable[[TrainingRun], None] = lambda run: None,
         **options_changes: Any,
     ) -> Iterator[None]:
-        """The loop of recipes/train_student_unet.py with `--method vkd`: one step, log lines and refreshes included."""
+        """The loop of recipes/train_student_unet.py with `--method vkd`: one step, log lines and refreshes included.
+
+        Looks at gradients are the recipe's too, once in 200 steps: no round here sees one.
+        """
         student = self.student()
-        normalizers = [vkd.FeatureNormalizer("none", channels=pair.teacher_channels) for pair in self.pairs]
-        projectors = [
-            vkd.OrthogonalProjector(
-                pair.student_channels, pair.teacher_channels, refresh_every_steps=refresh_every_steps
-            )
-            for pair in self.pairs
-        ]
-        projected = vkd.ProjectedStudent(student, self.pairs, projectors, normalizers).to(self.device)
-        teacher = vkd.FrozenTeacher(self.teacher_unet, [pair.teacher for pair in self.pairs])
+        chosen = tuple(f"{pair.student}:{pair.teacher}" for pair in self.pairs)
+        given = {"layer_pairs": chosen} if chosen else {"feature_weight": 0.0}
+        # Few draws: only the cost counts, and nothing here is normalised by what they say.
+        matching = resolve_matching(MatchingOptions(**{"calibration_samples": 64, **given, **matching_changes}))
+        pairs = pair_named_or_all(matching, student, self.teacher_unet)
+        teacher = vkd.FrozenTeacher(self.teacher_unet, [pair.teacher for pair in pairs])
         options = self.options(output_dir=str(self.place / name), **options_changes)
         folder = RunFolder(options.output_dir)
         accelerator = make_accelerator(options)
         folder.start({})
+        projected, balance = build_projected_student(
+            matching,
+            student,
+            teacher,
+            pairs,
+            self.draws,
+            self.noise_scheduler,
+            num_steps=options.max_train_steps,
+            calibration=folder.path / "calibration.safetensors",
+            resumes=False,
+            device=self.device,
+        )
         run = TrainingRun(
             accelerator=accelerator,
             options=options,
             folder=folder,
             model=projected,
             unet=student,
-            parameter_groups=vkd.parameter_groups(student, projectors, options.adam_weight_decay),
+            parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
             images=self.images,
             noise_scheduler=self.noise_scheduler,
             config={},
+            diagnose=balance.look,
         )
         self.compiled(student)
         change(run)
         for batch in run.batches():
-            if self.conditioning:
-                batch["conditioning"] = self.conditioning
             losses = vkd.distillation_losses(
                 run.model,
-                batch,
+                {**batch, **self.conditioning_of(len(batch["sample"]))},
                 noise_scheduler=self.noise_scheduler,
                 teacher=teacher,
-                weights=vkd.LossWeights(feature=feature_weight),
+                weights=balance.weights(run.step),
+                feature_loss_kind=matching.feature_loss or "mse",
             )
             run.backward(losses)
             yield
@@ -344,7 +383,7 @@ class Bench:
                 self.our_steps("losses"), vkd_gen.losses, "_squared_error", squared_differences
             ),
             "refresh by SVD": lambda: patched(self.our_steps("svd"), vkd_gen.projectors, "procrustes", svd_procrustes),
-            "refresh each step": lambda: self.our_steps("refresh", refresh_every_steps=1),
+            "refresh each step": lambda: self.our_steps("refresh", matching_changes={"projector_refresh_steps": 1}),
             "log each step": lambda: self.our_steps("log", log_every_steps=1),
             "no statistics": lambda: patched(
                 self.our_steps("statistics"),
@@ -356,7 +395,9 @@ class Bench:
                 lambda *_: None,
             ),
             "no guard": lambda: self.our_steps("guard", change=unguarded),
-            "no features": lambda: self.our_steps("features", feature_weight=0.0),
+            "no features": lambda: self.our_steps(
+                "features", matching_changes={"layer_pairs": (), "feature_weight": 0.0}
+            ),
         }
 
     def check_gradients(self) -> float:
@@ -461,6 +502,12 @@ def peak_bytes(steps: Iterator[None], device: torch.device) -> int:
     return live.peak
 
 
+def captured_bytes(bench: Bench) -> int:
+    """Of the paired features of a batch, the student's and the teacher's, as they are captured."""
+    entries = sum(math.prod(pair.student_shape) + math.prod(pair.teacher_shape) for pair in bench.pairs)
+    return entries * bench.batch_size * bench.dtype.itemsize
+
+
 def quartiles(values: list[float]) -> dict[str, float]:
     """Median and the quartiles around it."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
@@ -526,8 +573,11 @@ def plot(results: dict[str, Any], title: str, path: Path) -> None:
 
 def main(config: StepConfig) -> None:
     """Build, compare gradients if something is compiled, time, show and write."""
-    if config.rounds < 1 or config.threads < 1 or (config.batch_size or 1) < 1:
-        raise ValueError("--rounds, --threads and --batch_size must be at least 1")
+    sizes = (config.rounds, config.threads, config.batch_size, config.resolution, config.width)
+    if min(1 if size is None else size for size in sizes) < 1 or (config.num_pairs or 0) < 0:
+        raise ValueError(
+            "--rounds, --threads, --batch_size, --resolution and --width must be at least 1, --num_pairs at least 0"
+        )
     torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as place:
@@ -551,6 +601,11 @@ def main(config: StepConfig) -> None:
             f"{result['peak_bytes_of_a_step'] / 1e6:.1f}",
         )
     Console(width=100).print(table)
+    captured = captured_bytes(bench)
+    if "d" in results["variants"]:
+        peaks = {name: result["peak_bytes_of_a_step"] for name, result in results["variants"].items()}
+        share = peaks["d"] / (peaks["b"] + captured)
+        print(f"d adds {share:.3f} of what b and the captured features take ({captured / 1e6:.1f} MB)")
     stem = Path(__file__).parent / "results" / f"step-{config.shape}-{bench.device.type}"
     output = Path(config.output) if config.output else stem.with_name(stem.name + ".json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -560,6 +615,9 @@ def main(config: StepConfig) -> None:
         "batch_size": bench.batch_size,
         "layer_pairs": [f"{pair.student}:{pair.teacher}" for pair in bench.pairs],
         "mixed_precision": config.mixed_precision,
+        "sample_size": bench.sample.shape[-1],
+        "teacher_channels": list(bench.teacher_unet.config.block_out_channels),
+        "captured_feature_bytes": captured,
         "compile": config.compile,
         "largest_gradient_error_of_the_compiler": gradient_error,
         "device": device,

@@ -219,6 +219,14 @@ def test_losses_are_computed_in_float32(kind):
     assert loss.item() == pytest.approx({"mse": squares.item(), "smooth_l1": smooth, "cka": relations}[kind], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_loss_is_a_number_in_memory_too(rows, kind):
+    """torch's own mean over squares keeps all the squares' memory for as long as the loss lives."""
+    prediction, target, _ = (tensor.clone().requires_grad_() for tensor in rows)
+    for loss in (prediction_loss(prediction, target), feature_loss(prediction, target, kind)):
+        assert loss.untyped_storage().nbytes() == 4
+
+
 # ---- gradient routing
 
 

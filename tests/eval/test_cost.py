@@ -76,6 +76,18 @@ def test_live_bytes_known_value():
     assert live.peak == 2 * 4000
 
 
+def test_live_bytes_alive_now_known_value():
+    with LiveBytes() as live:
+        kept = torch.zeros(1000)
+        torch.zeros(5000)
+        assert (live.alive, live.peak) == (4000, 24000)
+        for _ in range(3):
+            kept = kept + 1
+        assert (live.alive, live.peak) == (4000, 24000)
+        del kept
+        assert live.alive == 0
+
+
 def test_live_bytes_sees_what_a_graph_keeps():
     weight = torch.ones(1000, requires_grad=True)
     with LiveBytes() as live:

@@ -139,14 +139,25 @@ class LiveBytes(TorchDispatchMode):
     >>> with LiveBytes() as live:
     ...     x = torch.zeros(1000)
     ...     y = x + 1
-    >>> live.peak
-    8000
+    >>> live.peak, live.alive
+    (8000, 8000)
+
+    Attributes:
+        peak: bytes that were alive at most after an operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}  # and some that died since the last look
+        self._bytes = 0
+
+    @property
+    def alive(self) -> int:
+        """Bytes that are alive now."""
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self._bytes = sum(size for _, size in self._alive.values())
+        return self._bytes
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what is alive after it."""
@@ -155,7 +166,8 @@ class LiveBytes(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in known:
                 storage = value.untyped_storage()
+                self._bytes += storage.nbytes() - self._alive.get(storage._cdata, (None, 0))[1]
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        if self._bytes > self.peak:  # perhaps: what died in the meantime is in it
+            self.peak = max(self.peak, self.alive)
         return result

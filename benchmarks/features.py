@@ -1,0 +1,458 @@
+"""What matching features costs beside the forward and backward passes: operations counted, and time.
+
+python benchmarks/features.py
+python benchmarks/features.py --measure
+"""
+
+import gc
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+import vkd_gen as vkd
+from vkd_gen.distillation import predict
+from vkd_gen.evaluation.cost import count_parameters
+from vkd_gen.features import copy_without_weights, to_rows
+from vkd_gen.losses import FeatureLoss, feature_loss
+from vkd_gen.normalization import Normalization
+from vkd_gen.provenance import environment, write_json
+from vkd_gen.students.build import unet_class
+from vkd_gen.students.specs import TEACHERS
+from vkd_gen.training.command_line import run_command
+from vkd_gen.training.matching import METHODS, NUM_DIAGNOSTIC_DRAWS, MatchingOptions
+
+RESULTS = Path(__file__).parent / "results" / "features.json"
+STUDENTS = {"half width": vkd.Reduction(width=0.5), "bk-small": vkd.REDUCTIONS["bk-small"]}
+NUM_TOKENS = 77
+
+ProjectorKind = Literal["solved", "fixed", "cayley", "matrix_exp", "least_squares", "linear", "identity"]
+Part = Literal["projection", "statistics", "refresh", "normalization", "loss"]
+PARTS: tuple[Part, ...] = ("projection", "statistics", "refresh", "normalization", "loss")
+
+REFRESH_EVERY_STEPS = MatchingOptions().projector_refresh_steps
+
+# Operations of what no counter of matrix products sees. n is the matrix' size, m x n with m >= n of what is not square.
+EIGENDECOMPOSITION = 9.0
+"""n^3, symmetric, with vectors. Golub and Van Loan, Matrix Computations, 4th edition, 8.3: reduction to tridiagonal
+form and QR with the transformations kept. What LAPACK does, divide and conquer, takes less."""
+SVD = (6.0, 20.0)
+"""m n^2 and n^3, of U, S and V where the columns of U are as many as those of V (the same book, 8.6: R-SVD)."""
+CHOLESKY = 1 / 3
+"""n^3 (the same book, 4.2)."""
+LU = 2 / 3
+"""n^3 (the same book, 3.2)."""
+TRIANGULAR_SOLVE = 1.0
+"""n^2 for each right-hand side (the same book, 3.1)."""
+EXPONENTIAL_PRODUCTS = 5
+"""Matrix products of torch's exponential, for 1-norms up to 1.09: the polynomial of degree 18 of Bader, Blanes and
+Casas, 2019, Mathematics 7(12), 1174. Larger ones take one more for each doubling of the norm."""
+ADAMW = 14
+"""Element by element, for each parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureCostConfig:
+    """What to count, and whether to measure too."""
+
+    batch_size: int = 8
+    """Images per step."""
+    measure: bool = False
+    """Measure time too, on the CPU, of the default method: the teacher's and the student's weights in float32 are there
+    at once, about 10 GB with what a step adds."""
+    measured_batch_size: int = 1
+    """Images per step where time is measured."""
+    measured_size: int = 64
+    """Height and width of the latents there."""
+    repeats: int = 3
+    """Steps of the floor that count, each between ten of the features; one more is not counted."""
+    threads: int = 1
+    """Of the CPU."""
+    output: str = str(RESULTS)
+    """File for the numbers; times of other sizes in it stay."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Some operations of a training step.
+
+    Attributes:
+        part: what they belong to.
+        flops: floating-point operations, two for a multiply-accumulate, on the average of all steps.
+        is_product: whether they are a matrix product that stands as such in the code, which torch's counter sees.
+    """
+
+    part: Part
+    flops: float
+    is_product: bool = False
+
+
+def product(part: Part, rows: int, inner: int, columns: int, times: float = 1.0) -> Operations:
+    """Matrix products of `rows x inner` by `inner x columns`."""
+    return Operations(part, 2.0 * rows * inner * columns * times, is_product=True)
+
+
+def projector_operations(
+    kind: ProjectorKind, rows: int, student: int, target: int, *, refresh_every_steps: int = REFRESH_EVERY_STEPS
+) -> list[Operations]:
+    """Of a projector in a step: forward, backward and `after_step`.
+
+    Element by element what grows with the rows or the map is counted, one for each addition, product, root or quotient.
+
+    Args:
+        kind: of projector.
+        rows: batch times positions.
+        student: channels.
+        target: channels, after normalisation.
+        refresh_every_steps: optimizer steps between two solutions.
+    """
+    narrow, wide = sorted((student, target))
+    map_size, every = student * target, refresh_every_steps
+    forward = product("projection", rows, student, target)
+    statistics = [  # sums, centring and squares of rows; then moments added, merged and, for the gain, weighed
+        product("statistics", student, rows, target),
+        Operations("statistics", 4.0 * rows * (student + target) + 13.0 * map_size),
+    ]
+    # Centring of the rows, gain times map.
+    centred = Operations("projection", float(rows * (student + target) + map_size))
+    match kind:
+        case "identity":
+            return []
+        case "linear":  # backward to the rows and to the map; bias and its gradient
+            return [forward, forward, forward, Operations("projection", 2.0 * rows * target)]
+        case "solved" | "fixed":
+            # A wider student stays, and no gradient reaches what is projected: the target.
+            operations = [forward, centred, *statistics] + ([] if student > target else [forward])
+            if kind == "solved":
+                # Gram matrix, vectors times map and back, and the Newton-Schulz step's two.
+                operations.append(product("refresh", narrow, narrow, wide, 5 / every))
+                operations.append(Operations("refresh", (EIGENDECOMPOSITION * narrow**3 + 5.0 * map_size) / every))
+            return operations
+        case "least_squares":
+            both = student + target
+            factor = CHOLESKY * student**3 + 2 * TRIANGULAR_SOLVE * student**2 * target
+            return [
+                forward,
+                forward,
+                centred,
+                product("statistics", student, rows, both),
+                Operations("statistics", 4.0 * rows * (student + both) + 11.0 * student * both),
+                Operations("refresh", factor / every),
+            ]
+        case "cayley" | "matrix_exp":
+            # Backward to the rows and to the map, or to the map alone where it stands on the target.
+            through = [forward, forward] + ([] if student > target else [forward])
+            operations = [*through, product("projection", wide, wide, narrow, 2)]  # base times rotation, and backward
+            operations.append(Operations("projection", 2.0 * rows * wide + 8.0 * wide**2))
+            if kind == "cayley":
+                solve = LU * wide**3 + 2 * TRIANGULAR_SOLVE * wide**3
+                backward = 2 * TRIANGULAR_SOLVE * wide**3
+                operations.append(product("projection", wide, wide, wide))  # the gradient of the matrix solved by
+                return [*operations, Operations("projection", solve + backward)]
+            # The derivative is taken from the exponential of a matrix of twice the size.
+            exponentials = 2.0 * EXPONENTIAL_PRODUCTS * (wide**3 + (2 * wide) ** 3)
+            return [*operations, Operations("projection", exponentials)]
+    raise ValueError(f"unknown projector {kind!r}")
+
+
+def normalizer_operations(kind: Normalization, rows: int, channels: int, rank: int) -> list[Operations]:
+    """Of a normaliser in a step; it has no backward pass."""
+    match kind:
+        case "none":
+            return []
+        case "layer_norm":  # mean, variance, difference, quotient
+            return [Operations("normalization", 6.0 * rows * channels)]
+        case "center" | "standardize":
+            return [Operations("normalization", 2.0 * rows * channels)]
+        case "whiten":
+            return [
+                Operations("normalization", float(rows * channels)),
+                product("normalization", rows, channels, rank),
+            ]
+        case "batch_whiten":
+            factor = CHOLESKY * channels**3 + TRIANGULAR_SOLVE * channels**2 * rows
+            return [
+                product("normalization", channels, rows, channels),
+                Operations("normalization", factor + 2.0 * rows * channels + 4.0 * channels**2),
+            ]
+    raise ValueError(f"unknown normalization {kind!r}")
+
+
+def loss_operations(kind: FeatureLoss, batch_size: int, positions: int, channels: int) -> list[Operations]:
+    """Of the feature loss of one pair: forward, and backward to the student's side."""
+    entries = float(batch_size * positions * channels)
+    match kind:
+        case "mse":
+            return [Operations("loss", 5 * entries)]
+        case "smooth_l1":
+            return [Operations("loss", 8 * entries)]
+        case "cka":
+            # Three products of channels by channels; two of them have a derivative to the student, one a twofold one.
+            products = product("loss", channels, positions, channels, 6.0 * batch_size)
+            return [products, Operations("loss", 14 * entries + 6.0 * batch_size * channels**2)]
+    raise ValueError(f"unknown feature loss {kind!r}")
+
+
+def pair_operations(
+    pair: vkd.LayerPair,
+    batch_size: int,
+    *,
+    projector: ProjectorKind = "solved",
+    normalization: Normalization = "none",
+    loss: FeatureLoss = "mse",
+    refresh_every_steps: int = REFRESH_EVERY_STEPS,
+) -> list[Operations]:
+    """All that a layer pair adds to a step."""
+    student, channels = pair.student_channels, pair.teacher_channels
+    target = min(student, channels) if normalization == "whiten" else channels
+    positions = math.prod(pair.teacher_shape) // channels
+    rows = batch_size * positions
+    return [
+        *projector_operations(projector, rows, student, target, refresh_every_steps=refresh_every_steps),
+        *normalizer_operations(normalization, rows, channels, target),
+        *loss_operations(loss, batch_size, positions, max(student, target)),
+    ]
+
+
+def flops_of(operations: Sequence[Operations], part: Part | None = None) -> float:
+    """Sum over the operations, or over those of one part."""
+    return sum(entry.flops for entry in operations if part in (None, entry.part))
+
+
+def count_floor(student: ModelMixin, teacher: ModelMixin, batch_size: int) -> dict[str, float]:
+    """Operations of student forward, backward and optimizer and of the teacher's forward, on the meta device.
+
+    Products, convolutions and attention alone: norms and activations are left out, which makes all shares of it larger.
+    """
+    counts = {}
+    for name, unet in (("teacher_forward", teacher), ("student_forward_backward", student)):
+        copy = copy_without_weights(unet).requires_grad_(unet is student)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            sample, timesteps, text = inputs_of(copy, batch_size)
+            prediction = predict(copy, sample, timesteps, text)
+            if unet is student:
+                prediction.sum().backward()
+        counts[name] = float(counter.get_total_flops())
+    counts["optimizer"] = float(ADAMW * count_parameters(student))
+    return counts
+
+
+def inputs_of(unet: ModelMixin, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Random latents, timesteps and text embeddings on the default device."""
+    size = unet.config.sample_size
+    sample = torch.randn(batch_size, unet.config.in_channels, size, size)
+    text = torch.randn(batch_size, NUM_TOKENS, unet.config.cross_attention_dim)
+    return sample, torch.full((batch_size,), 500), {"encoder_hidden_states": text}
+
+
+def look_share(floor: dict[str, float], batch_size: int, every_steps: int) -> float:
+    """What a look at the gradients every so many steps takes, as a share of the floor.
+
+    A look at its draws: the student's forward and one backward for each of two terms; then both networks' features
+    again.
+    """
+    student_forward = floor["student_forward_backward"] / 3
+    look = 2 * floor["teacher_forward"] + (2 + 2 * 2) * student_forward
+    return look * NUM_DIAGNOSTIC_DRAWS / batch_size / every_steps / sum(floor.values())
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Name -> arguments of `pair_operations`: the methods, then one thing changed in the default."""
+    keys = {"projector": "projector", "feature_normalization": "normalization", "feature_loss": "loss"}
+    found: dict[str, dict[str, Any]] = {
+        f"--method {name}": {keys[key]: value for key, value in method.items() if key in keys}
+        for name, method in METHODS.items()
+        if "projector" in method
+    }
+    for kind in ("fixed", "cayley", "matrix_exp", "least_squares", "linear"):
+        found[f"projector {kind}"] = {"projector": kind}
+    for kind in ("layer_norm", "center", "standardize", "whiten", "batch_whiten"):
+        found[f"normalization {kind}"] = {"normalization": kind}
+    for kind in ("smooth_l1", "cka"):
+        found[f"loss {kind}"] = {"loss": kind}
+    return found | {"refresh each step": {"refresh_every_steps": 1}}
+
+
+def count(teacher: ModelMixin, reduction: vkd.Reduction, batch_size: int) -> dict[str, Any]:
+    """The floor, the default method by pair, and all variants."""
+    student = vkd.build_student(teacher, reduction)
+    pairs = vkd.pair_layers(student, teacher)
+    floor = count_floor(student, teacher, batch_size)
+    total = sum(floor.values())
+    by_pair = []
+    for pair in pairs:
+        operations = pair_operations(pair, batch_size)
+        by_pair.append(
+            {
+                "pair": f"{pair.student}:{pair.teacher}",
+                "student_shape": pair.student_shape,
+                "teacher_shape": pair.teacher_shape,
+                **{part: flops_of(operations, part) for part in PARTS},
+                "share_of_floor": flops_of(operations) / total,
+            }
+        )
+    by_variant = {}
+    for name, choice in variants().items():
+        operations = [entry for pair in pairs for entry in pair_operations(pair, batch_size, **choice)]
+        by_variant[name] = {part: flops_of(operations, part) for part in PARTS}
+        by_variant[name]["share_of_floor"] = flops_of(operations) / total
+    narrow_and_wide = [sorted((pair.student_channels, pair.teacher_channels)) for pair in pairs]
+    by_svd = sum(SVD[0] * wide * narrow**2 + SVD[1] * narrow**3 for narrow, wide in narrow_and_wide)
+    return {
+        "floor": floor,
+        "pairs": by_pair,
+        "variants": by_variant,
+        "share_of_refreshes_by_svd": by_svd / REFRESH_EVERY_STEPS / total,
+        "share_of_looks": look_share(floor, batch_size, MatchingOptions().diagnostics_every_steps),
+    }
+
+
+# ---- time
+
+
+def floor_step(
+    student: ModelMixin, teacher: ModelMixin, optimizer: torch.optim.Optimizer, inputs: tuple[Any, ...]
+) -> None:
+    """Student forward and backward, optimizer, teacher forward."""
+    with torch.no_grad():
+        target = predict(teacher, *inputs)
+    F.mse_loss(predict(student, *inputs), target).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+class FeatureParts:
+    """The default method's parts for all pairs, on features that are there: what `ProjectedStudent` and the loss do."""
+
+    def __init__(self, pairs: Sequence[vkd.LayerPair], batch_size: int):
+        self.projectors = [
+            vkd.OrthogonalProjector(
+                pair.student_channels, pair.teacher_channels, refresh_every_steps=REFRESH_EVERY_STEPS
+            )
+            for pair in pairs
+        ]
+        self.normalizers = [vkd.FeatureNormalizer("none", channels=pair.teacher_channels) for pair in pairs]
+        self.student = [torch.randn(batch_size, *pair.student_shape).requires_grad_() for pair in pairs]
+        self.teacher = [torch.randn(batch_size, *pair.teacher_shape) for pair in pairs]
+        self.timesteps = torch.full((batch_size,), 500)
+
+    def step(self, number: int) -> None:
+        """Forward, backward to the student's features, statistics and, when due, refreshes."""
+        losses = []
+        for student, teacher, projector, normalizer in zip(
+            self.student, self.teacher, self.projectors, self.normalizers, strict=True
+        ):
+            target = normalizer(to_rows(teacher), self.timesteps)
+            losses.append(feature_loss(*projector(to_rows(student), target)))
+        torch.stack(losses).sum().backward()
+        for feature in self.student:
+            feature.grad = None
+        for projector in self.projectors:
+            projector.after_step(number)
+
+
+def measure(config: FeatureCostConfig) -> dict[str, Any]:
+    """Seconds that this process computes for a step of the floor and for the features', in turns."""
+    size = {"sample_size": config.measured_size}
+    teacher_config = {**TEACHERS["stable-diffusion-1"], **size}
+    teacher = unet_class(teacher_config).from_config(teacher_config).eval().requires_grad_(False)
+    student = vkd.build_student(teacher, STUDENTS["half width"]).train()
+    inputs = inputs_of(student, config.measured_batch_size)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+    parts = FeatureParts(vkd.pair_layers(student, teacher), config.measured_batch_size)
+    seconds: dict[str, list[float]] = {"floor": [], "features": []}
+    number = 0
+    for turn in range(config.repeats + 1):
+        start = time.process_time()
+        floor_step(student, teacher, optimizer, inputs)
+        middle = time.process_time()
+        for _ in range(REFRESH_EVERY_STEPS):
+            number += 1
+            parts.step(number)
+        if turn:
+            seconds["floor"].append(middle - start)
+            seconds["features"].append((time.process_time() - middle) / REFRESH_EVERY_STEPS)
+        gc.collect()
+        print(f"turn {turn}: floor {middle - start:.2f} s", flush=True)
+    ratios = [own / floor for own, floor in zip(seconds["features"], seconds["floor"], strict=True)]
+    return {
+        "student": "half width",
+        "latent_size": config.measured_size,
+        "batch_size": config.measured_batch_size,
+        "ratio": {"median": float(np.median(ratios)), "least": min(ratios), "most": max(ratios)},
+        "cpu_seconds": seconds,
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ---- output
+
+
+def show(name: str, counted: dict[str, Any]) -> None:
+    """Two tables."""
+    total = sum(counted["floor"].values())
+    console = Console(width=118)
+    headings = [f"{part}, GFLOP" for part in PARTS]
+    table = Table("pair", "channels", "positions", *headings, "share", title=f"{name}: floor {total / 1e12:.2f} TFLOP")
+    for row in counted["pairs"]:
+        channels = f"{row['student_shape'][0]} -> {row['teacher_shape'][0]}"
+        positions = f"{row['teacher_shape'][1]} x {row['teacher_shape'][2]}"
+        numbers = [f"{row[part] / 1e9:.2f}" for part in PARTS]
+        table.add_row(row["pair"], channels, positions, *numbers, f"{row['share_of_floor']:.3%}")
+    console.print(table)
+    table = Table("all pairs", *headings, "share")
+    for variant, row in counted["variants"].items():
+        table.add_row(variant, *[f"{row[part] / 1e9:.1f}" for part in PARTS], f"{row['share_of_floor']:.2%}")
+    console.print(table)
+    print(
+        f"refreshes, if all took the SVD: {counted['share_of_refreshes_by_svd']:.2%}; "
+        f"looks at gradients: {counted['share_of_looks']:.2%}",
+        flush=True,
+    )
+
+
+def main(config: FeatureCostConfig) -> None:
+    """Count, measure if asked to, show and write."""
+    sizes = (config.batch_size, config.measured_batch_size, config.measured_size, config.repeats, config.threads)
+    if min(sizes) < 1:
+        raise ValueError("--batch_size, --measured_batch_size, --measured_size, --repeats and --threads must be >= 1")
+    torch.set_num_threads(config.threads)
+    teacher_config = TEACHERS["stable-diffusion-1"]
+    with torch.device("meta"):
+        teacher = unet_class(teacher_config).from_config(teacher_config)
+        counted = {name: count(teacher, reduction, config.batch_size) for name, reduction in STUDENTS.items()}
+    for name, result in counted.items():
+        show(name, result)
+    output = Path(config.output)
+    measured = json.loads(output.read_text())["measured"] if output.exists() else {}
+    if config.measure:
+        name = f"batch {config.measured_batch_size}, latents {config.measured_size} x {config.measured_size}"
+        measured[name] = measure(config)
+        ratio = measured[name]["ratio"]
+        spread = f"{ratio['least']:.2%} to {ratio['most']:.2%}"
+        print(f"time of the features over the floor's: {ratio['median']:.2%} ({spread})")
+    protocol = {
+        "teacher": "stable-diffusion-1",
+        "batch_size": config.batch_size,
+        "num_tokens": NUM_TOKENS,
+        "refresh_every_steps": REFRESH_EVERY_STEPS,
+        "environment": environment(),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, {"counted": counted, "measured": measured, "protocol": protocol})
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    run_command(main, FeatureCostConfig, __doc__)
