@@ -316,17 +316,33 @@ CONFIRMATION_LONG = replace(
     max_train_steps=1800,
     num_seeds=3,
 )
-MNIST = replace(
+MNIST_SHORT = replace(
     CONFIRMATION,
-    preset="mnist",
+    preset="mnist-short",
     student_preset="mnist",
     starts=("inherited",),
     num_seeds=3,
     learning_rate=2e-3,
     extra=("teacher recipes/assets/mnist14-teacher", "student ''", "student_width 0.5"),
+    results="docs/results/mnist.json",
+)
+MNIST = replace(
+    MNIST_SHORT,
+    preset="mnist",
+    arms=(
+        *("denoising", "denoising-same-time", "output", "output-alone", "fitnet"),
+        "solved-raw-ratio-0.3-decayed-no-denoising",
+    ),
+    seed=200,
+    max_train_steps=1000,
+    num_score_samples=1000,
+    extra=(
+        *("teacher recipes/assets/mnist14-teacher-longer", "student ''", "student_width 0.5"),
+        "timestep_weighting min_snr",
+    ),
 )
 MNIST_SCREEN = replace(
-    MNIST,
+    MNIST_SHORT,
     preset="mnist-screen",
     arms=(
         *("denoising-same-time", "output", "output-alone", "solved-raw-ratio-0.3-no-denoising"),
@@ -337,6 +353,7 @@ MNIST_SCREEN = replace(
     num_seeds=1,
     max_train_steps=2000,
     num_score_samples=1000,
+    results="docs/results/mnist-screen.json",
 )
 DIGITS_TENTH = replace(
     CONFIRMATION, preset="digits-tenth", starts=("inherited",), num_seeds=3, extra=("max_train_samples 150",)
@@ -345,7 +362,7 @@ PRESETS = {
     config.preset: config
     for config in (
         *(SCREEN, CROSSINGS, CROSSINGS_RANDOM),
-        *(CONFIRMATION, SECOND_CONFIRMATION, CONFIRMATION_LONG, MNIST, MNIST_SCREEN, DIGITS_TENTH),
+        *(CONFIRMATION, SECOND_CONFIRMATION, CONFIRMATION_LONG, MNIST_SHORT, MNIST, MNIST_SCREEN, DIGITS_TENTH),
     )
 }
 
