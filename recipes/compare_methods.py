@@ -48,11 +48,13 @@ def features(
     loss: str = "mse",
     weighting: str = "constant",
     weight: float = 0.3,
+    decay_start: int = 1,
     denoising: int = 1,
 ) -> tuple[str, ...]:
     """Flags of an arm with a feature loss, said in full: what --method stands for may change."""
     flags = ["--method", method, "--projector", projector, "--feature_normalization", normalization]
     flags += ["--feature_loss", loss, "--feature_weighting", weighting, "--feature_weight", str(weight)]
+    flags += ["--feature_decay_start", str(decay_start)]
     return (*flags, "--output_weight", "1", "--denoising_weight", str(denoising), *more)
 
 
@@ -64,7 +66,7 @@ NORMED = (
 FREE = {"projector": "linear", "method": "fitnet"}
 CKA = {"projector": "random", "loss": "cka"}
 RATIO = {"weighting": "gradient_ratio"}
-DECAYED = ("--feature_decay_start", "0")
+DECAYED = {"decay_start": 0}
 
 ARMS: dict[str, Arm] = {
     # Without features: A, A+, B, and B without A.
@@ -128,7 +130,7 @@ ARMS: dict[str, Arm] = {
     "solved-raw-last-up": Arm(features("solved", "none", "--layers", "last_up"), "solved, last decoder stage"),
     "solved-raw-weight-0.1": Arm(features("solved", weight=0.1), "solved, weight 0.1"),
     "solved-raw-weight-1": Arm(features("solved", weight=1), "solved, weight 1"),
-    "solved-raw-decayed": Arm(features("solved", "none", *DECAYED), "solved, weight falling to 0 over the run"),
+    "solved-raw-decayed": Arm(features("solved", **DECAYED), "solved, weight falling to 0 over the run"),
     "solved-raw-ratio-0.3": Arm(features("solved", **RATIO), "solved, weight by gradient ratio 0.3"),
     "solved-raw-ratio-1": Arm(features("solved", **RATIO, weight=1), "solved, weight by gradient ratio 1"),
     # A free map in closed form, and none.
@@ -142,7 +144,7 @@ ARMS: dict[str, Arm] = {
         features("solved", weight=0.1, denoising=0), "solved, weight 0.1, without denoising"
     ),
     "solved-raw-decayed-no-denoising": Arm(
-        features("solved", "none", *DECAYED, denoising=0),
+        features("solved", **DECAYED, denoising=0),
         "solved, weight falling to 0 over the run, without denoising",
     ),
     "solved-raw-normed-no-denoising": Arm(
@@ -159,11 +161,11 @@ ARMS: dict[str, Arm] = {
         features("solved", **RATIO, weight=0.1, denoising=0), "solved, weight by gradient ratio 0.1, without denoising"
     ),
     "solved-raw-ratio-0.3-decayed-no-denoising": Arm(
-        features("solved", "none", *DECAYED, **RATIO, denoising=0),
+        features("solved", **DECAYED, **RATIO, denoising=0),
         "solved, weight by gradient ratio 0.3 falling to 0 over the run, without denoising",
     ),
     "solved-raw-ratio-1-decayed-no-denoising": Arm(
-        features("solved", "none", *DECAYED, **RATIO, weight=1, denoising=0),
+        features("solved", **DECAYED, **RATIO, weight=1, denoising=0),
         "solved, weight by gradient ratio 1 falling to 0 over the run, without denoising",
     ),
     "least-squares-raw-no-denoising": Arm(
@@ -174,7 +176,7 @@ ARMS: dict[str, Arm] = {
         features(**CKA, **RATIO, denoising=0), "linear CKA, weight by gradient ratio 0.3, without denoising"
     ),
     "cka-ratio-0.3-decayed-no-denoising": Arm(
-        features("random", "none", *DECAYED, loss="cka", **RATIO, denoising=0),
+        features("random", **DECAYED, loss="cka", **RATIO, denoising=0),
         "linear CKA, weight by gradient ratio 0.3 falling to 0 over the run, without denoising",
     ),
     "cka-ratio-1-no-denoising": Arm(
@@ -282,6 +284,7 @@ CROSSINGS_RANDOM = replace(
     arms=(
         *("denoising", "output", "output-alone", "fitnet", "fitnet-no-denoising", "solved-raw"),
         *("solved-raw-no-denoising", "solved-raw-ratio-0.3-no-denoising", "solved-raw-ratio-1-no-denoising"),
+        "solved-raw-ratio-0.3-decayed-no-denoising",
         *("least-squares-raw-no-denoising", "cka-no-denoising", "cka-ratio-1-no-denoising"),
     ),
     starts=("random",),
@@ -311,7 +314,7 @@ SECOND_CONFIRMATION = replace(
 CONFIRMATION_LONG = replace(
     CONFIRMATION,
     preset="confirmation-long",
-    arms=("denoising", "output", "output-alone", "fitnet", "solved-raw-ratio-0.3-no-denoising"),
+    arms=("denoising", "output", "output-alone", "fitnet", "solved-raw-ratio-0.3-decayed-no-denoising"),
     starts=("inherited",),
     max_train_steps=1800,
     num_seeds=3,

@@ -83,7 +83,7 @@ def test_nothing_is_looked_at_without_a_feature_weight_or_steps_between():
     diagnostics = Ratios()
     assert constant(diagnostics, every_steps=0).look(10) == {}
     assert constant(diagnostics, feature=0.0, every_steps=1).look(10) == {}
-    assert constant(diagnostics, decay_start=0.5, every_steps=1).look(10) == {}  # it has fallen to 0
+    assert constant(diagnostics, decay_start=0.5, every_steps=1).look(11) == {}  # it has fallen to 0
     balance = follow(diagnostics, feature=0.0)
     balance.start()
     assert balance.look(2) == {}
@@ -115,7 +115,8 @@ def test_a_decayed_weight_is_no_reason_to_move():
     balance = follow(Ratios(*[4.0] * 5), decay_start=0.0)
     balance.start()
     for step in (2, 4, 6, 8):
-        assert balance.look(step)["gradient_ratio"] == pytest.approx(0.5 * (1 - step / 10))
+        looked_at = balance.look(step)["gradient_ratio"]
+        assert looked_at == pytest.approx(0.5 * (1 - (step - 1) / 10))  # with the weight that the step was made with
         assert balance.weights(step).feature == pytest.approx(0.125 * (1 - step / 10))
 
 

@@ -13,7 +13,8 @@ FORMAT = "vkd-gen comparison of methods, 1"
 NUM_POINTS = 20
 """Points of a record's curves."""
 SETTINGS = (
-    *("method", "denoising_weight", "output_weight", "feature_weight", "feature_weighting", "feature_loss"),
+    *("method", "denoising_weight", "output_weight", "feature_weight", "feature_weighting"),
+    *("feature_decay_start", "feature_loss", "timestep_weighting"),
     *("projector", "projector_start", "feature_normalization", "whitening_exponent", "whitening_rank", "layers"),
     *("learning_rate", "num_training_images"),
 )

@@ -58,7 +58,7 @@ class FeatureBalance:
         self._scale: float | None = None
 
     def weights(self, step: int) -> vkd.LossWeights:
-        """The weights of the terms at a step."""
+        """The weights of the terms after so many steps."""
         return replace(self._weights, feature=self._undecayed() * self._decay(step))
 
     def start(self) -> None:
@@ -71,12 +71,12 @@ class FeatureBalance:
     def look(self, step: int) -> Mapping[str, float]:
         """After a step: the figures, when they are due, and the factor moved; else nothing."""
         is_due = self._every_steps and (step % self._every_steps == 0 or step == self._num_steps)
-        weights = self.weights(step)
+        weights = self.weights(step - 1)  # which the step was made with
         if self._diagnostics is None or not is_due or not weights.feature:
             return {}
         values = self._diagnostics(weights)
         if self._follows:
-            self._move(self._undecayed(), values["gradient_ratio"] / self._decay(step), exponent=0.5)
+            self._move(self._undecayed(), values["gradient_ratio"] / self._decay(step - 1), exponent=0.5)
         return {**values, "feature_weight": weights.feature}
 
     def _undecayed(self) -> float:

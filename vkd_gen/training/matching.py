@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "denoising_weight": 0.0,
         "feature_weighting": "gradient_ratio",
         "feature_weight": 0.3,
+        "feature_decay_start": 0.0,
         "projector": "solved",
         "feature_normalization": "none",
         "feature_loss": "mse",
@@ -43,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {"feature_weight": 0.0, "output_weight": 0.0},
 }
 """What each --method stands for. Where they are not named, the weights of denoising and output are 1, and the feature
-weight is constant."""
+weight is constant and stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,10 @@ class MatchingOptions:
     """How the student learns from the teacher. What --method decides is left empty here and can be overridden."""
 
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
-    """vkd: the teacher's output, and features by a solved orthogonal projector, their gradient kept at 0.3 of the
-    output's; no denoising loss. vkd-paper: denoising, output, and features by a learned orthogonal projector, full
-    whitening by batch statistics, smooth-L1, as published. fitnet: denoising, output, and features by a free 1x1
-    convolution. output: denoising and output. none: denoising alone."""
+    """vkd: the teacher's output, and features by a solved orthogonal projector, their gradient at first 0.3 of the
+    output's and falling to 0 over the run; no denoising loss. vkd-paper: denoising, output, and features by a learned
+    orthogonal projector, full whitening by batch statistics, smooth-L1, as published. fitnet: denoising, output, and
+    features by a free 1x1 convolution. output: denoising and output. none: denoising alone."""
     layers: PairedLayers = "all"
     """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
     self-attention layers of all stages."""
@@ -67,8 +68,9 @@ class MatchingOptions:
     """Weight of the output distillation loss; by default 1, or 0 for --method none."""
     feature_weight: float | None = None
     """Weight of the feature loss, summed over layers; by default what --method uses, see METHODS."""
-    feature_decay_start: float = 1.0
-    """Share of the run after which the feature weight falls linearly, to 0 at the end; 1 keeps it."""
+    feature_decay_start: float | None = None
+    """Share of the run after which the feature weight falls linearly, to 0 at the end; 1 keeps it. By default 1, or 0
+    for --method vkd."""
     feature_weighting: FeatureWeighting | None = None
     """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to
     that of the other terms, over the student's weights, and the weight follows. By default what --method uses."""
@@ -104,7 +106,7 @@ class MatchingOptions:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        if not 0 <= self.feature_decay_start <= 1:
+        if self.feature_decay_start is not None and not 0 <= self.feature_decay_start <= 1:
             raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
         least = {
             "diagnostics_every_steps": 0,
@@ -141,7 +143,8 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
         ValueError: for options that contradict each other.
     """
     asked = bool(options.layer_pairs or options.projector or options.feature_normalization)
-    defaults: dict[str, Any] = {"denoising_weight": 1.0, "output_weight": 1.0, "feature_weighting": "constant"}
+    defaults: dict[str, Any] = {"denoising_weight": 1.0, "output_weight": 1.0}
+    defaults |= {"feature_weighting": "constant", "feature_decay_start": 1.0}
     defaults |= METHODS[options.method]
     options = replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
     if options.feature_weight and None in (options.projector, options.feature_normalization, options.feature_loss):
@@ -291,7 +294,7 @@ def build_projected_student(
         diagnostics,
         weighting=options.feature_weighting or "constant",
         weights=options.weights,
-        decay_start=options.feature_decay_start,
+        decay_start=1.0 if options.feature_decay_start is None else options.feature_decay_start,
         num_steps=num_steps,
         every_steps=options.diagnostics_every_steps,
     )
