@@ -309,6 +309,7 @@ SECOND_CONFIRMATION = replace(
         *("denoising", "denoising-longer", "output", "output-alone", "fitnet"),
         "solved-raw-ratio-0.3-decayed-no-denoising",
     ),
+    starts=("inherited",),
     seed=200,
 )
 CONFIRMATION_LONG = replace(

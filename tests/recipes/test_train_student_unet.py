@@ -156,6 +156,7 @@ def test_looking_changes_nothing(tmp_path, run_recipe):
     stock_pipeline(tiny_unet(dropout=0.1), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
     flags = [*SHORT_STUDENT, "--teacher", tmp_path / "teacher", "--extractor", "none", "--max_train_steps", 3]
     flags += ["--student_width", 1, "--no-inherit_weights"]
+    flags += ["--feature_weighting", "constant", "--feature_decay_start", 1]
     for every in (0, 1):
         run_recipe(RECIPE, *flags, "--diagnostics_every_steps", every, "--output_dir", tmp_path / str(every))
     assert_same_weights(tmp_path / "0", tmp_path / "1")
@@ -172,7 +173,8 @@ def test_the_feature_weight_follows_and_a_resumed_run_goes_on_with_it(tmp_path, 
     stock_pipeline(tiny_unet(dropout=0.1), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
     flags = [*SHORT_STUDENT, "--teacher", tmp_path / "teacher", "--extractor", "none", "--max_train_steps", 5]
     flags += ["--projector", "least_squares", "--projector_refresh_steps", 2, "--checkpointing_steps", 3]
-    flags += ["--feature_weighting", "gradient_ratio", "--feature_weight", 0.5, "--diagnostics_every_steps", 2]
+    flags += ["--feature_weighting", "gradient_ratio", "--feature_weight", 0.5, "--feature_decay_start", 1]
+    flags += ["--diagnostics_every_steps", 2]
     flags += ["--resume_from_checkpoint", "latest"]
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "straight")
     metrics = read_metrics(tmp_path / "straight")
