@@ -58,6 +58,12 @@ def test_what_a_run_does_not_have_is_not_drawn():
     assert [label.get_text() for label in ranks.get_xticklabels()] == ["down_blocks.0", "mid_block"]
 
 
+def test_a_feature_loss_without_other_terms_has_no_gradients_to_compare():
+    alone = {name: value for name, value in look(100).items() if not name.startswith("gradient")}
+    _, gradients, _, _ = draw_diagnostics([alone]).axes
+    assert gradients.get_legend() is None
+
+
 @pytest.mark.parametrize("lines", [[], [{"step": 10, "gradient/output": 1.0}]])
 def test_nothing_to_draw(lines):
     assert draw_diagnostics(lines) is None

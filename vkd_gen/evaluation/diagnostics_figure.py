@@ -69,7 +69,8 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
             gradients.plot(steps, values, "o-", color=colour, markersize=3, label=words)
     gradients.axhline(0, color="0.2", linewidth=1)
     gradients.set(xlabel="step", title="The feature loss' gradient")
-    gradients.legend(fontsize=8)
+    if gradients.get_legend_handles_labels()[1]:  # not for a feature loss without other terms
+        gradients.legend(fontsize=8)
 
     places = range(len(layers))
     for offset, side, colour in ((-0.2, "teacher", "#BBBBBB"), (0.2, "student", COLOURS[0])):
