@@ -39,7 +39,6 @@ import vkd_gen.projectors
 from vkd_gen.data import Images
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import LiveBytes
-from vkd_gen.projectors import RunningCrossCovariance
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.students.build import unet_class
 from vkd_gen.students.specs import TEACHERS
@@ -385,15 +384,7 @@ class Bench:
             "refresh by SVD": lambda: patched(self.our_steps("svd"), vkd_gen.projectors, "procrustes", svd_procrustes),
             "refresh each step": lambda: self.our_steps("refresh", matching_changes={"projector_refresh_steps": 1}),
             "log each step": lambda: self.our_steps("log", log_every_steps=1),
-            "no statistics": lambda: patched(
-                self.our_steps("statistics"),
-                vkd.OrthogonalProjector,
-                "after_step",
-                lambda *_: None,
-                RunningCrossCovariance,
-                "accumulate",
-                lambda *_: None,
-            ),
+            "no statistics": lambda: self.our_steps("statistics", change=without_statistics),
             "no guard": lambda: self.our_steps("guard", change=unguarded),
             "no features": lambda: self.our_steps(
                 "features", matching_changes={"layer_pairs": (), "feature_weight": 0.0}
@@ -452,6 +443,13 @@ def averaged_one_by_one(run: TrainingRun) -> None:
     """The moving average as diffusers makes it where nothing is asked for."""
     run.ema.foreach = False
     run._average = lambda: run.ema.step(run.unet.parameters())
+
+
+def without_statistics(run: TrainingRun) -> None:
+    """Projectors that stay as they started."""
+    for projector in run._bare_model.projectors:
+        projector._accumulates = False
+        projector.after_step = lambda _step: None
 
 
 def unguarded(run: TrainingRun) -> None:
