@@ -37,8 +37,10 @@ class ProcessesConfig:
 
 def run(config: ProcessesConfig, num_processes: int, folder: Path) -> list[dict[str, float]]:
     """Lines of the log of a run of the digits recipe, one thread for each process, nothing scored."""
-    launch = ["--multi_gpu", "--num_processes", str(num_processes)] if num_processes > 1 else ["--num_processes", "1"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *launch, str(RECIPE)]
+    # The launcher's word for several processes on one machine, which ACCELERATE_USE_CPU turns into CPU processes.
+    launch = "--multi_gpu" if num_processes > 1 else "--cpu"
+    command = [sys.executable, "-m", "accelerate.commands.launch", launch, "--num_processes", str(num_processes)]
+    command.append(str(RECIPE))
     flags = {
         "output_dir": folder,
         "train_batch_size": config.train_batch_size // num_processes,
