@@ -27,9 +27,9 @@ class ProcessesConfig:
 
     rounds: int = 3
     """Runs of either kind."""
-    max_train_steps: int = 60
+    max_train_steps: int = 40
     """Steps of each run; the first 20, in which pools and pages are filled, are not counted."""
-    train_batch_size: int = 128
+    train_batch_size: int = 512
     """Images per step over all processes."""
     output: str = str(HERE / "results" / "processes.json")
     """File for the numbers."""
