@@ -850,6 +850,24 @@ def train_steps(projector, backbone, steps):
     return losses
 
 
+def assert_resumes_as_straight(make, widths):
+    """Saved after 4 steps and loaded into new modules, 5 more steps are those that go on without it."""
+    projector, backbone = make()
+    projector(backbone(make_rows(widths)[0]), make_rows(widths)[1])
+    projector.initialize()
+    train_steps(projector, backbone, range(1, 5))
+    file = io.BytesIO()
+    torch.save([projector.state_dict(), backbone.state_dict()], file)
+    straight = train_steps(projector, backbone, range(5, 10))
+
+    file.seek(0)
+    resumed_projector, resumed_backbone = make()
+    for module, state in zip((resumed_projector, resumed_backbone), torch.load(file), strict=True):
+        module.load_state_dict(state)
+    assert train_steps(resumed_projector, resumed_backbone, range(5, 10)) == straight
+    assert_same_state(state_of(resumed_projector), state_of(projector))
+
+
 @pytest.mark.parametrize(
     ("method", "start"),
     [
@@ -867,20 +885,7 @@ def test_resumed_run_equals_the_straight_one(method, start, widths):
         projector = OrthogonalProjector(*widths, method=method, start=start, momentum=0.8, refresh_every_steps=3)
         return projector.train(), nn.Linear(widths[0], widths[0])
 
-    projector, backbone = make()
-    projector(backbone(make_rows(widths)[0]), make_rows(widths)[1])
-    projector.initialize()
-    train_steps(projector, backbone, range(1, 5))
-    file = io.BytesIO()
-    torch.save([projector.state_dict(), backbone.state_dict()], file)
-    straight = train_steps(projector, backbone, range(5, 10))
-
-    file.seek(0)
-    resumed_projector, resumed_backbone = make()
-    for module, state in zip((resumed_projector, resumed_backbone), torch.load(file), strict=True):
-        module.load_state_dict(state)
-    assert train_steps(resumed_projector, resumed_backbone, range(5, 10)) == straight
-    assert_same_state(state_of(resumed_projector), state_of(projector))
+    assert_resumes_as_straight(make, widths)
 
 
 @LEARNED
@@ -1107,20 +1112,7 @@ def test_resumed_least_squares_equals_the_straight_one(widths):
         projector = LeastSquaresProjector(*widths, momentum=0.8, refresh_every_steps=3)
         return projector.train(), nn.Linear(widths[0], widths[0])
 
-    projector, backbone = make()
-    projector(backbone(make_rows(widths)[0]), make_rows(widths)[1])
-    projector.initialize()
-    train_steps(projector, backbone, range(1, 5))
-    file = io.BytesIO()
-    torch.save([projector.state_dict(), backbone.state_dict()], file)
-    straight = train_steps(projector, backbone, range(5, 10))
-
-    file.seek(0)
-    resumed_projector, resumed_backbone = make()
-    for module, state in zip((resumed_projector, resumed_backbone), torch.load(file), strict=True):
-        module.load_state_dict(state)
-    assert train_steps(resumed_projector, resumed_backbone, range(5, 10)) == straight
-    assert_same_state(state_of(resumed_projector), state_of(projector))
+    assert_resumes_as_straight(make, widths)
 
 
 @pytest.mark.parametrize(
