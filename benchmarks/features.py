@@ -22,11 +22,12 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import vkd_gen as vkd
-from vkd_gen.distillation import predict
+from vkd_gen.distillation import predict, projected_losses
 from vkd_gen.evaluation.cost import count_parameters
 from vkd_gen.features import copy_without_weights, to_rows
-from vkd_gen.losses import FeatureLoss, feature_loss
+from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import Normalization
+from vkd_gen.projectors import sampling_stride
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.students.build import unet_class
 from vkd_gen.students.specs import TEACHERS
@@ -104,7 +105,14 @@ def product(part: Part, rows: int, inner: int, columns: int, times: float = 1.0)
 
 
 def projector_operations(
-    kind: ProjectorKind, rows: int, student: int, target: int, *, refresh_every_steps: int = REFRESH_EVERY_STEPS
+    kind: ProjectorKind,
+    rows: int,
+    student: int,
+    target: int,
+    *,
+    sampled_rows: int | None = None,
+    is_narrow: bool = False,
+    refresh_every_steps: int = REFRESH_EVERY_STEPS,
 ) -> list[Operations]:
     """Of a projector in a step: forward, backward and `after_step`.
 
@@ -115,14 +123,17 @@ def projector_operations(
         rows: batch times positions.
         student: channels.
         target: channels, after normalisation.
+        sampled_rows: that the statistics of a solved or fixed projector see; by default all.
+        is_narrow: compared in the student's space, see `OrthogonalProjector.compare_narrow`.
         refresh_every_steps: optimizer steps between two solutions.
     """
     narrow, wide = sorted((student, target))
+    seen = rows if sampled_rows is None else sampled_rows
     map_size, every = student * target, refresh_every_steps
     forward = product("projection", rows, student, target)
     statistics = [  # sums, centring and squares of rows; then moments added, merged and, for the gain, weighed
-        product("statistics", student, rows, target),
-        Operations("statistics", 4.0 * rows * (student + target) + 13.0 * map_size),
+        product("statistics", student, seen, target),
+        Operations("statistics", 4.0 * seen * (student + target) + 13.0 * map_size),
     ]
     # Centring of the rows, gain times map.
     centred = Operations("projection", float(rows * (student + target) + map_size))
@@ -132,8 +143,8 @@ def projector_operations(
         case "linear":  # backward to the rows and to the map; bias and its gradient
             return [forward, forward, forward, Operations("projection", 2.0 * rows * target)]
         case "solved" | "fixed":
-            # A wider student stays, and no gradient reaches what is projected: the target.
-            operations = [forward, centred, *statistics] + ([] if student > target else [forward])
+            # No gradient reaches the target, where it is what is projected.
+            operations = [forward, centred, *statistics] + ([] if is_narrow or student > target else [forward])
             if kind == "solved":
                 # Gram matrix, vectors times map and back, and the Newton-Schulz step's two.
                 operations.append(product("refresh", narrow, narrow, wide, 5 / every))
@@ -189,12 +200,23 @@ def normalizer_operations(kind: Normalization, rows: int, channels: int, rank: i
     raise ValueError(f"unknown normalization {kind!r}")
 
 
-def loss_operations(kind: FeatureLoss, batch_size: int, positions: int, channels: int) -> list[Operations]:
-    """Of the feature loss of one pair: forward, and backward to the student's side."""
+def loss_operations(
+    kind: FeatureLoss, batch_size: int, positions: int, channels: int, *, outside_of: int = 0
+) -> list[Operations]:
+    """Of the feature loss of one pair: forward, and backward to the student's side.
+
+    Args:
+        kind: of loss.
+        batch_size: samples.
+        positions: of a sample.
+        channels: that are compared.
+        outside_of: channels of the target that are more than those; what lies outside is squared.
+    """
     entries = float(batch_size * positions * channels)
     match kind:
         case "mse":
-            return [Operations("loss", 5 * entries)]
+            outside = 2.0 * batch_size * positions * (channels + outside_of) if outside_of else 0.0
+            return [Operations("loss", 5 * entries + outside)]
         case "smooth_l1":
             return [Operations("loss", 8 * entries)]
         case "cka":
@@ -218,10 +240,20 @@ def pair_operations(
     target = min(student, channels) if normalization == "whiten" else channels
     positions = math.prod(pair.teacher_shape) // channels
     rows = batch_size * positions
+    is_narrow = loss == "mse" and projector in ("solved", "fixed") and student <= target
+    compared = student if is_narrow else max(student, target)
     return [
-        *projector_operations(projector, rows, student, target, refresh_every_steps=refresh_every_steps),
+        *projector_operations(
+            projector,
+            rows,
+            student,
+            target,
+            sampled_rows=batch_size * -(-positions // sampling_stride(positions)),
+            is_narrow=is_narrow,
+            refresh_every_steps=refresh_every_steps,
+        ),
         *normalizer_operations(normalization, rows, channels, target),
-        *loss_operations(loss, batch_size, positions, max(student, target)),
+        *loss_operations(loss, batch_size, positions, compared, outside_of=target if is_narrow else 0),
     ]
 
 
@@ -354,7 +386,7 @@ class FeatureParts:
             self.student, self.teacher, self.projectors, self.normalizers, strict=True
         ):
             target = normalizer(to_rows(teacher), self.timesteps)
-            losses.append(feature_loss(*projector(to_rows(student), target)))
+            losses.append(projected_losses(projector, to_rows(student), target).mean())
         torch.stack(losses).sum().backward()
         for feature in self.student:
             feature.grad = None

@@ -5,7 +5,14 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from vkd_gen.losses import feature_loss, linear_cka, prediction_loss, weighted_mean
+from vkd_gen.losses import (
+    feature_loss,
+    feature_losses,
+    linear_cka,
+    prediction_loss,
+    squared_errors,
+    weighted_mean,
+)
 from vkd_gen.projectors import random_orthonormal
 
 REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
@@ -225,6 +232,21 @@ def test_a_loss_is_a_number_in_memory_too(rows, kind):
     prediction, target, _ = (tensor.clone().requires_grad_() for tensor in rows)
     for loss in (prediction_loss(prediction, target), feature_loss(prediction, target, kind)):
         assert loss.untyped_storage().nbytes() == 4
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_losses_of_samples_are_those_of_batches_of_one(rows, kind):
+    prediction, target, weights = rows
+    found = feature_losses(prediction, target, kind)
+    alone = [feature_loss(prediction[n : n + 1], target[n : n + 1], kind) for n in range(3)]
+    torch.testing.assert_close(found, torch.stack(alone))
+    torch.testing.assert_close(feature_loss(prediction, target, kind, weights), (found * weights).mean())
+
+
+def test_squared_errors_known_values():
+    prediction = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
+    torch.testing.assert_close(squared_errors(prediction, torch.zeros(2, 2)), torch.tensor([5.0, 2.0]))
+    torch.testing.assert_close(squared_errors(prediction[0], torch.ones(2)), torch.tensor([0.0, 4.0]))
 
 
 # ---- gradient routing

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import nn
 
-from vkd_gen.losses import feature_loss
+from vkd_gen.losses import feature_loss, squared_errors
 from vkd_gen.projectors import (
     IdentityProjector,
     LeastSquaresProjector,
@@ -21,6 +21,7 @@ from vkd_gen.projectors import (
     principal_directions,
     procrustes,
     random_orthonormal,
+    sampling_stride,
 )
 
 # Student and target channels.
@@ -548,6 +549,45 @@ def test_target_similarities_are_kept_for_a_wider_student(method):
     np.testing.assert_allclose(wanted @ wanted.T, target @ target.T, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["solved", "fixed"])
+@pytest.mark.parametrize("widths", [(3, 6), (4, 4)])
+@pytest.mark.parametrize("as_map", [False, True])
+def test_the_narrow_comparison_is_the_wide_one(method, widths, as_map):
+    """Value of each sample, gradient and what the statistics take in, against `forward` and a plain mean of squares."""
+    found = []
+    for is_narrow in (True, False):
+        projector = random_projector(widths, method)
+        student, target = (rows.mT.contiguous().mT if as_map else rows for rows in make_rows(widths, seed=5))
+        student.requires_grad_()
+        target.requires_grad_()
+        if is_narrow:
+            prediction, reached, outside = projector.compare_narrow(student, target)
+            assert prediction.shape == reached.shape == (8, 16, widths[0])
+            assert outside.shape == (8,)
+            losses = squared_errors(prediction, reached) + outside
+        else:
+            projected, wanted = projector(student, target)
+            losses = (projected - wanted).square().mean((1, 2))
+        (losses * torch.arange(8)).sum().backward()
+        assert target.grad is None
+        found.append((losses, student.grad, projector.statistics.sums))
+    for narrow, wide in zip(*found, strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_outside_of_the_reach_is_known():
+    """P = [1 0]: of the target's (3, 4) it reaches 3; a student at 1 is 2 off, and 4 remain."""
+    projector = OrthogonalProjector(1, 2, method="fixed").eval()
+    prediction, reached, outside = projector.compare_narrow(torch.ones(1, 1, 1), torch.tensor([[[3.0, 4.0]]]))
+    assert squared_errors(prediction, reached).item() == pytest.approx(2**2 / 2)
+    assert outside.item() == pytest.approx(4**2 / 2)
+
+
+@pytest.mark.parametrize(("method", "widths"), [("solved", (6, 3)), ("cayley", (3, 6)), ("matrix_exp", (4, 4))])
+def test_trained_maps_and_wider_students_have_no_narrow_form(method, widths):
+    assert not OrthogonalProjector(*widths, method=method).has_narrow_form
+
+
 @METHODS
 @WIDTHS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -778,7 +818,7 @@ def test_without_rows_the_start_stays(method, start, call):
 
 
 def test_initialize_forgets_what_came_before():
-    """Rows seen up to `initialize` count as the first step of the running statistics, in full."""
+    """Rows seen since the last step count as the first one of the running statistics."""
     projector = OrthogonalProjector(3, 6, momentum=0.9).train()
     projector(*make_rows((3, 6), seed=1))
     projector.after_step(1)
@@ -786,13 +826,40 @@ def test_initialize_forgets_what_came_before():
     projector(student + 1, target)
     projector.initialize()
     reference = ReferenceStatistics(0.9)
-    reference.add((student + 1).flatten(0, 1), target.flatten(0, 1))
+    seen = slice(None, None, sampling_stride(16))  # once there are means
+    reference.add((student + 1)[:, seen].flatten(0, 1), target[:, seen].flatten(0, 1))
     assert_statistics(projector.statistics, reference.moments(), 1e-5)
     student, target = make_rows((3, 6), seed=3)
     projector(student, target)
     projector.after_step(1)
-    reference.add(student.flatten(0, 1), target.flatten(0, 1))
+    reference.add(student[:, seen].flatten(0, 1), target[:, seen].flatten(0, 1))
     assert_statistics(projector.statistics, reference.moments(), 1e-5)
+
+
+@pytest.mark.parametrize("num_positions", [1, 2, 7, 16, 49, 77, 196, 1024, 4096])
+def test_sampling_visits_every_column_of_a_map(num_positions):
+    seen = range(0, num_positions, sampling_stride(num_positions))
+    assert min(num_positions, math.sqrt(num_positions)) <= len(seen) <= 3 * math.sqrt(num_positions)
+    side = math.isqrt(num_positions)
+    if side**2 == num_positions:
+        assert {position % side for position in seen} == set(range(side))
+
+
+def test_sampled_statistics_stay_near_those_of_all_rows():
+    """Of rows without neighbours that say the same: the worst case."""
+    projector, whole = OrthogonalProjector(3, 6).train(), RunningCrossCovariance(3, 6, 0.99)
+    projector(*make_rows((3, 6), (32, 64), seed=0))
+    projector.initialize()
+    for step in range(1, 51):
+        student, target = make_rows((3, 6), (32, 64), seed=step)
+        projector(student, target)
+        projector.after_step(step)
+        whole.accumulate(student.flatten(0, 1), target.flatten(0, 1))
+        whole.merge()
+    expected = procrustes(whole.cross_covariance)
+    assert (projector.matrix() - expected).norm() < 0.05 * expected.norm()
+    gain = (expected * whole.cross_covariance).sum() / whole.student_variance
+    assert projector.gain.item() == pytest.approx(gain.item(), rel=0.03)
 
 
 def test_solved_matrix_is_refreshed_when_due_and_the_gain_at_every_step():

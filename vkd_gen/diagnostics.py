@@ -17,7 +17,7 @@ from torch import Tensor
 from vkd_gen.diffusion import TimestepWeighting, add_noise
 from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
 from vkd_gen.features import FeatureCapture, to_rows
-from vkd_gen.losses import FeatureLoss, feature_loss
+from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import timestep_bins, width_floor
 from vkd_gen.projectors import OrthogonalProjector
 
@@ -148,15 +148,11 @@ class Diagnostics:
             noisy_sample = add_noise(self._noise_scheduler, batch["sample"], batch["noise"], timesteps)
             _, teacher_features = self._teacher(noisy_sample, timesteps, conditioning)
             self._capture.start()
-            _, matched = self._projected(noisy_sample, timesteps, conditioning, teacher_features)
+            _, by_layer = self._projected(noisy_sample, timesteps, conditioning, teacher_features, self._kind)
             for layer, feature in self._capture.stop().items():
                 student_rows[layer].append(to_rows(feature).flatten(0, 1))
-            for layer, (projected, target) in matched.items():
-                # One loss per sample: each a batch of one.
-                one_by_one = [
-                    feature_loss(row[None], to[None], self._kind) for row, to in zip(projected, target, strict=True)
-                ]
-                losses[layer].append(torch.stack(one_by_one))
+            for layer, values_of_samples in by_layer.items():
+                losses[layer].append(values_of_samples)
             if not self._teacher_ranks:
                 for layer in teacher_rows:
                     teacher_rows[layer].append(to_rows(teacher_features[layer]).flatten(0, 1))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vkd_gen.diffusion import (
@@ -26,10 +27,10 @@ from vkd_gen.diffusion import (
     timestep_weights,
 )
 from vkd_gen.features import FeatureCapture, to_rows
-from vkd_gen.losses import FeatureLoss, feature_loss, prediction_loss
+from vkd_gen.losses import FeatureLoss, feature_losses, prediction_loss, squared_errors, weighted_mean
 from vkd_gen.normalization import FeatureNormalizer, width_floor
 from vkd_gen.pairing import LayerPair, pair_table
-from vkd_gen.projectors import Projector
+from vkd_gen.projectors import OrthogonalProjector, Projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,18 +183,19 @@ class ProjectedStudent(nn.Module):
         timesteps: Tensor,
         conditioning: Mapping[str, Any] | None = None,
         teacher_features: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Run the student and bring its features and the teacher's into one space.
+        feature_loss_kind: FeatureLoss = "mse",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the student and compare its features to the teacher's, each pair in one space.
 
         Args:
             noisy_sample: `[B, C, H, W]`.
             timesteps: `[B]`.
             conditioning: further arguments of the UNet.
-            teacher_features: teacher layer -> feature; None captures and projects nothing.
+            teacher_features: teacher layer -> feature; None captures and compares nothing.
+            feature_loss_kind: `mse`, `smooth_l1` or `cka`, see `feature_loss`.
 
         Returns:
-            The prediction `[B, C, H, W]`, and student layer -> (projected student rows, normalised teacher rows),
-            each `[B, N, K]`.
+            The prediction `[B, C, H, W]`, and student layer -> feature loss of each sample, `[B]`.
 
         Raises:
             RuntimeError: if a captured feature carries no gradient although the student trains, as happens inside
@@ -207,7 +209,7 @@ class ProjectedStudent(nn.Module):
         self._capture.start()
         prediction = predict(self.student, noisy_sample, timesteps, conditioning)
         features = self._capture.stop()
-        matched = {}
+        losses = {}
         for pair, projector, normalizer in zip(self.layer_pairs, self.projectors, self.normalizers, strict=True):
             feature = features[pair.student]
             if prediction.requires_grad and not feature.requires_grad:
@@ -218,8 +220,8 @@ class ProjectedStudent(nn.Module):
                 target = normalizer(to_rows(teacher_features[pair.teacher]), timesteps)
             except ValueError as error:
                 raise ValueError(f"layer {pair.teacher}: {error}") from error
-            matched[pair.student] = projector(to_rows(feature), target)
-        return prediction, matched
+            losses[pair.student] = projected_losses(projector, to_rows(feature), target, feature_loss_kind)
+        return prediction, losses
 
     def after_step(self, step: int) -> None:
         """Once per optimizer step: let solved projectors take in what they saw."""
@@ -247,6 +249,26 @@ class ProjectedStudent(nn.Module):
         for projector in self.projectors:
             if hasattr(projector, "initialize"):
                 projector.initialize()
+
+
+def projected_losses(
+    projector: Projector,
+    student: Float[Tensor, "batch positions student"],
+    target: Float[Tensor, "batch positions target"],
+    kind: FeatureLoss = "mse",
+) -> Float[Tensor, " batch"]:
+    """Each sample's feature loss between projected student rows and target rows, the cheapest way there is.
+
+    Args:
+        projector: brings both into one space.
+        student: `[B, N, Ds]`.
+        target: normalised teacher rows, `[B, N, Dt]`.
+        kind: see `feature_loss`.
+    """
+    if kind == "mse" and isinstance(projector, OrthogonalProjector) and projector.has_narrow_form:
+        prediction, reached, outside = projector.compare_narrow(student, target)
+        return squared_errors(prediction, reached) + outside
+    return feature_losses(*projector(student, target), kind)
 
 
 def matching_table(projected: ProjectedStudent, loss: FeatureLoss) -> str:
@@ -315,7 +337,7 @@ def distillation_losses(
             noisy_sample, timesteps, conditioning, with_features=weights.feature > 0
         )
         features = teacher_features if weights.feature > 0 else None
-    prediction, matched = student(noisy_sample, timesteps, conditioning, features)
+    prediction, matched = student(noisy_sample, timesteps, conditioning, features, feature_loss_kind)
 
     per_sample = timestep_weights(noise_scheduler, timesteps, timestep_weighting, prediction_type, snr_gamma)
     losses: dict[str, Tensor] = {}
@@ -328,10 +350,7 @@ def distillation_losses(
         )
         losses["output"] = prediction_loss(prediction, target, per_sample)
     if weights.feature > 0:
-        layers = {
-            f"feature/{layer}": feature_loss(projected, target, feature_loss_kind, per_sample)
-            for layer, (projected, target) in matched.items()
-        }
+        layers = {f"feature/{layer}": weighted_mean(values, per_sample) for layer, values in matched.items()}
         if not layers:
             raise ValueError("a feature loss is asked for, but the student has no layer pairs")
         losses["feature"] = torch.stack(list(layers.values())).sum()

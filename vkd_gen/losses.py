@@ -42,8 +42,20 @@ def prediction_loss(
     Raises:
         ValueError: if the shapes differ.
     """
+    return weighted_mean(squared_errors(prediction, target.detach()), weights)
+
+
+def squared_errors(
+    prediction: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
+) -> Float[Tensor, " batch"]:
+    """Each sample's mean squared error, float32.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
     _check_same_shape(prediction, target)
-    return _squared_error(prediction.float(), target.detach().float(), weights)
+    prediction, target = prediction.float(), target.float()
+    return _MeanSquares.apply(prediction - target) if prediction.ndim > 1 else (prediction - target).square()
 
 
 def feature_loss(
@@ -70,15 +82,25 @@ def feature_loss(
     Raises:
         ValueError: if the shapes differ, or for an unknown kind.
     """
+    return weighted_mean(feature_losses(prediction, target, kind, beta), weights)
+
+
+def feature_losses(
+    prediction: Float[Tensor, "batch positions channels"],
+    target: Float[Tensor, "batch positions channels"],
+    kind: FeatureLoss = "mse",
+    beta: float = 1.0,
+) -> Float[Tensor, " batch"]:
+    """`feature_loss` of each sample by itself, float32."""
     _check_same_shape(prediction, target)
     prediction, target = prediction.float(), target.float()
     match kind:
         case "mse":
-            return _squared_error(prediction, target, weights)
+            return squared_errors(prediction, target)
         case "smooth_l1":
-            return weighted_mean(F.smooth_l1_loss(prediction, target, reduction="none", beta=beta), weights)
+            return F.smooth_l1_loss(prediction, target, reduction="none", beta=beta).mean((1, 2))
         case "cka":
-            return weighted_mean(1 - linear_cka(prediction, target), weights)
+            return 1 - linear_cka(prediction, target)
     raise ValueError(f"unknown feature loss {kind!r}; choose mse, smooth_l1 or cka")
 
 
@@ -109,28 +131,23 @@ def _centred_of_size_one(rows: Float[Tensor, "batch positions channels"]) -> Flo
     return torch.where(varies, centred / size.clamp(min=resolution.tiny), 0.0)
 
 
-def _squared_error(prediction: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return _MeanSquare.apply(prediction - target) if prediction.ndim > 1 else F.mse_loss(prediction, target)
-    return weighted_mean(F.mse_loss(prediction, target, reduction="none"), weights)
-
-
-class _MeanSquare(torch.autograd.Function):
-    """Mean of squares that keeps nothing but its argument, and passes over that once."""
+class _MeanSquares(torch.autograd.Function):
+    """Each sample's mean of squares; keeps nothing but its argument, and passes over that once."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        """By way of each sample's norm, which needs no copy and is exact for any number of samples."""
+        """By way of each sample's norm, which needs no copy and is exact for any number of entries."""
         ctx.save_for_backward(values)
         norms = torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)))
-        return norms.square().sum() / values.numel()
+        return norms.square() * (len(values) / values.numel())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """2 values / n."""
         (values,) = ctx.saved_tensors
-        return values * (gradient * (2 / values.numel()))
+        share = gradient * (2 * len(values) / values.numel())
+        return values * share.view(-1, *[1] * (values.ndim - 1))
 
 
 def _check_same_shape(prediction: Tensor, target: Tensor) -> None:

@@ -60,6 +60,22 @@ def orthonormality_error(matrix: Float[Tensor, "rows columns"]) -> float:
     return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
 
 
+def sampling_stride(num_positions: int) -> int:
+    """Every how many positions of a sample statistics look at one, so that they see about 2 sqrt(N) of N.
+
+    Neighbours say nearly the same, and samples are many. The stride has no divisor in common with the number of
+    positions, so that it visits all columns of a map.
+
+    Example:
+        >>> [sampling_stride(side * side) for side in (1, 4, 8, 32, 64)]
+        [1, 3, 5, 17, 33]
+    """
+    stride = max(1, math.isqrt(num_positions) // 2)
+    while math.gcd(stride, num_positions) > 1:
+        stride += 1
+    return stride
+
+
 class RunningCrossCovariance(nn.Module):
     """Exponential moving statistics of student rows and target rows, equal on every process.
 
@@ -287,24 +303,60 @@ class OrthogonalProjector(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Student and target rows in the wider one's space, float32, both `[B, N, wide]`.
 
-        In training mode the rows also enter the running statistics. No gradient flows into the target.
+        In training mode rows also enter the running statistics: all until there are means, then some of each sample's
+        (`sampling_stride`). No gradient flows into the target.
         """
         _check_rows(self, student, target)
         with _without_autocast(student.device.type):
-            student, target = student.float(), target.detach().float()
-            accumulates, statistics = self.training and self._accumulates, self.statistics
-            if accumulates and (self.is_learned or not statistics.has_means):
-                statistics.accumulate(student.flatten(0, -2), target.flatten(0, -2))
+            student, target = self._centred(student, target)
             matrix = self.matrix()
-            if not self.is_learned:
-                student, target = student - statistics.student_mean, target - statistics.target_mean
-                if accumulates and statistics.has_means:
-                    statistics.accumulate_deviations(student, target)
             if self.is_wider:
                 student, target = self.gain * student, _map_rows(target, matrix)
             else:
                 student = _map_rows(student, self.gain * matrix)
             return student + self.bias if self.is_learned else student, target
+
+    def compare_narrow(
+        self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` does for a mean squared error, at half of the cost, where P is not trained and embeds S.
+
+        P is an isometry, so ||g S P - T||^2 = ||g S - T P^T||^2 + ||T||^2 - ||T P^T||^2, and only the first of these
+        moves the student: nothing as wide as the target has to be made, kept and differentiated.
+
+        Returns:
+            Student and target rows in the narrower one's space, float32, both `[B, N, Ds]`, scaled so that their mean
+            squared error is that of `forward`'s rows but for the third: what the target has outside of P's reach,
+            `[B]`, without gradient.
+        """
+        assert self.has_narrow_form
+        _check_rows(self, student, target)
+        with _without_autocast(student.device.type):
+            student, target = self._centred(student, target)
+            scale = math.sqrt(self.student_channels / self.target_channels)
+            reached = _map_rows(target, scale * self.matrix().T)
+            outside = _sample_squares(target) - _sample_squares(reached) / scale**2
+            outside = outside.clamp(min=0) / (target.shape[1] * target.shape[2])
+            return (scale * self.gain) * student, reached, outside
+
+    @property
+    def has_narrow_form(self) -> bool:
+        """Whether `compare_narrow` can stand for `forward`."""
+        return not self.is_learned and not self.is_wider
+
+    def _centred(self, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows in float32, about the running means where P is not trained, once the statistics have taken them in."""
+        student, target = student.float(), target.detach().float()
+        accumulates, statistics = self.training and self._accumulates, self.statistics
+        if accumulates and (self.is_learned or not statistics.has_means):
+            statistics.accumulate(student.flatten(0, -2), target.flatten(0, -2))
+        if self.is_learned:
+            return student, target
+        student, target = student - statistics.student_mean, target - statistics.target_mean
+        if accumulates and statistics.has_means:
+            stride = sampling_stride(student.shape[1])
+            statistics.accumulate_deviations(student[:, ::stride], target[:, ::stride])
+        return student, target
 
     def after_step(self, step: int) -> None:
         """Once per optimizer step, outside any compiled graph: bring statistics, gain and, when due, P up to date.
@@ -548,6 +600,11 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 def _squares(rows: Float[Tensor, "... rows channels"]) -> Float[Tensor, ""]:
     """Sum of all squares, float64. By way of norms of parts: needs no copy, and is exact for any number of rows."""
     return torch.linalg.vector_norm(rows, dim=(-2, -1) if rows.ndim == 3 else -1).square().sum(dtype=torch.float64)
+
+
+def _sample_squares(rows: Float[Tensor, "batch positions channels"]) -> Float[Tensor, " batch"]:
+    """Sum of squares of each sample."""
+    return torch.linalg.vector_norm(rows, dim=(1, 2)).square()
 
 
 def _map_rows(
