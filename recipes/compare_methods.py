@@ -49,12 +49,13 @@ def features(
     weighting: str = "constant",
     weight: float = 0.3,
     decay_start: int = 1,
+    decay_end: float = 1,
     denoising: int = 1,
 ) -> tuple[str, ...]:
     """Flags of an arm with a feature loss, said in full: what --method stands for may change."""
     flags = ["--method", method, "--projector", projector, "--feature_normalization", normalization]
     flags += ["--feature_loss", loss, "--feature_weighting", weighting, "--feature_weight", str(weight)]
-    flags += ["--feature_decay_start", str(decay_start)]
+    flags += ["--feature_decay_start", str(decay_start), "--feature_decay_end", str(decay_end)]
     return (*flags, "--output_weight", "1", "--denoising_weight", str(denoising), *more)
 
 
@@ -67,6 +68,7 @@ FREE = {"projector": "linear", "method": "fitnet"}
 CKA = {"projector": "random", "loss": "cka"}
 RATIO = {"weighting": "gradient_ratio"}
 DECAYED = {"decay_start": 0}
+EARLY = {"decay_start": 0, "decay_end": 0.3}
 
 ARMS: dict[str, Arm] = {
     # Without features: A, A+, B, and B without A.
@@ -163,6 +165,14 @@ ARMS: dict[str, Arm] = {
     "solved-raw-ratio-0.3-decayed-no-denoising": Arm(
         features("solved", **DECAYED, **RATIO, denoising=0),
         "solved, weight by gradient ratio 0.3 falling to 0 over the run, without denoising",
+    ),
+    "solved-raw-ratio-0.3-early-no-denoising": Arm(
+        features("solved", **EARLY, **RATIO, denoising=0),
+        "solved, weight by gradient ratio 0.3 falling to 0 within the first 0.3 of the run, without denoising",
+    ),
+    "solved-raw-ratio-1-early-no-denoising": Arm(
+        features("solved", **EARLY, **RATIO, weight=1, denoising=0),
+        "solved, weight by gradient ratio 1 falling to 0 within the first 0.3 of the run, without denoising",
     ),
     "solved-raw-ratio-1-decayed-no-denoising": Arm(
         features("solved", **DECAYED, **RATIO, weight=1, denoising=0),

@@ -36,6 +36,7 @@ from vkd_gen.training.matching import (
     MatchingOptions,
     SharedMatchingOptions,
     build_projected_student,
+    ends_early,
     pair_named_or_all,
     resolve_matching,
     target_channels,
@@ -197,8 +198,8 @@ def main(config: StudentConfig) -> None:
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     accelerator = make_accelerator(
         options,
-        # A loss of features alone does not reach the output layer.
-        find_unused_parameters=not (matching.denoising_weight or matching.output_weight),
+        # A loss of features alone does not reach the output layer, one without features no trained projector.
+        find_unused_parameters=not (matching.denoising_weight or matching.output_weight) or ends_early(matching),
     )
 
     teacher_unet, teacher_scheduler, schedule_origin = load_teacher(

@@ -52,18 +52,20 @@ def test_constant_weights():
 
 
 @pytest.mark.parametrize(
-    ("decay_start", "shares"),
+    ("decay_start", "decay_end", "shares"),
     [
-        (1.0, {0: 1, 5: 1, 9: 1, 10: 1}),
-        (0.6, {0: 1, 5: 1, 6: 1, 7: 0.75, 9: 0.25, 10: 0}),
-        (0.0, {0: 1, 1: 0.9, 5: 0.5, 10: 0}),
+        (1.0, 1.0, {0: 1, 5: 1, 9: 1, 10: 1}),
+        (0.6, 1.0, {0: 1, 5: 1, 6: 1, 7: 0.75, 9: 0.25, 10: 0}),
+        (0.0, 1.0, {0: 1, 1: 0.9, 5: 0.5, 10: 0}),
+        (0.0, 0.4, {0: 1, 1: 0.75, 3: 0.25, 4: 0, 5: 0, 10: 0}),
+        (0.2, 0.6, {0: 1, 2: 1, 4: 0.5, 6: 0, 9: 0}),
     ],
 )
 @pytest.mark.parametrize("weighting", ["constant", "gradient_ratio"])
-def test_decay_known_values(weighting, decay_start, shares):
+def test_decay_known_values(weighting, decay_start, decay_end, shares):
     """Linear from its start on, whatever the weight that it multiplies; the other terms stay."""
     make = constant if weighting == "constant" else follow
-    balance = make(Ratios(1.0), decay_start=decay_start)
+    balance = make(Ratios(1.0), decay_start=decay_start, decay_end=decay_end)
     balance.start()
     for step, share in shares.items():
         expected = LossWeights(denoising=1.0, output=2.0, feature=0.5)
@@ -77,6 +79,13 @@ def test_figures_are_given_when_they_are_due():
     balance.start()  # which a constant weight does not need
     assert [step for step in range(1, 11) if balance.look(step)] == [4, 8, 10]
     assert balance.look(4) == {"gradient_ratio": 1.5, "rank": 3.0, "feature_weight": 0.5}
+
+
+def test_the_last_step_with_features_is_looked_at():
+    balance = constant(Ratios(*[3.0] * 9), decay_start=0.0, decay_end=0.65, every_steps=4)
+    assert [step for step in range(1, 11) if balance.look(step)] == [4, 7]
+    assert balance.weights(6).feature > 0
+    assert balance.weights(7).feature == 0
 
 
 def test_nothing_is_looked_at_without_a_feature_weight_or_steps_between():

@@ -171,6 +171,7 @@ class ProjectedStudent(nn.Module):
         # A weight of the feature loss that follows the gradients; here, so that checkpoints hold it.
         self.register_buffer("feature_scale", torch.ones((), dtype=torch.float64))
         self._capture = FeatureCapture(student, [pair.student for pair in layer_pairs])
+        self._has_compared = False
         # Statistics are kept equal by their own reductions; DDP would overwrite them by the first process' sums.
         parts = {"projectors": self.projectors, "normalizers": self.normalizers}
         self._ddp_params_and_buffers_to_ignore = [
@@ -206,6 +207,7 @@ class ProjectedStudent(nn.Module):
         missing = [pair.teacher for pair in self.layer_pairs if pair.teacher not in teacher_features]
         if missing:
             raise ValueError(f"the teacher does not capture {', '.join(missing)}; name them in FrozenTeacher's layers")
+        self._has_compared = True
         self._capture.start()
         prediction = predict(self.student, noisy_sample, timesteps, conditioning)
         features = self._capture.stop()
@@ -224,7 +226,10 @@ class ProjectedStudent(nn.Module):
         return prediction, losses
 
     def after_step(self, step: int) -> None:
-        """Once per optimizer step: let solved projectors take in what they saw."""
+        """Once per optimizer step: let solved projectors take in what they saw, if it compared features."""
+        if not self._has_compared:
+            return
+        self._has_compared = False
         for projector in self.projectors:
             if hasattr(projector, "after_step"):
                 projector.after_step(step)

@@ -31,9 +31,10 @@ class FeatureBalance:
         diagnostics: None looks at nothing; then the weighting must be constant.
         weighting: see above.
         weights: at the start of the run; `feature` is the constant weight or the ratio.
-        decay_start: share of the run after which the feature weight falls linearly, to 0 at the end.
+        decay_start: share of the run after which the feature weight falls linearly.
+        decay_end: share of the run after which it is 0, and features are neither captured nor compared.
         num_steps: of the run.
-        every_steps: steps between two looks; the last step has one too. 0 looks at the start alone.
+        every_steps: steps between two looks; the last step with features has one too. 0 looks at the start alone.
 
     Raises:
         ValueError: for weights that are none, or a gradient ratio without diagnostics.
@@ -47,6 +48,7 @@ class FeatureBalance:
         weighting: FeatureWeighting = "constant",
         weights: vkd.LossWeights,
         decay_start: float = 1.0,
+        decay_end: float = 1.0,
         num_steps: int,
         every_steps: int = 200,
     ):
@@ -54,7 +56,8 @@ class FeatureBalance:
         if self._follows and (diagnostics is None or not weights.denoising + weights.output):
             raise ValueError("a gradient ratio needs diagnostics, and denoising or output loss to be in proportion to")
         self._projected, self._diagnostics, self._weights = projected, diagnostics, weights
-        self._decay_start, self._num_steps, self._every_steps = decay_start, num_steps, every_steps
+        self._decay_start, self._decay_end = decay_start, decay_end
+        self._num_steps, self._every_steps = num_steps, every_steps
         self._scale: float | None = None
 
     def weights(self, step: int) -> vkd.LossWeights:
@@ -70,7 +73,8 @@ class FeatureBalance:
 
     def look(self, step: int) -> Mapping[str, float]:
         """After a step: the figures, when they are due, and the factor moved; else nothing."""
-        is_due = self._every_steps and (step % self._every_steps == 0 or step == self._num_steps)
+        last = math.ceil(self._decay_end * self._num_steps)  # that features have a weight in
+        is_due = self._every_steps and (step % self._every_steps == 0 or step == last)
         weights = self.weights(step - 1)  # which the step was made with
         if self._diagnostics is None or not is_due or not weights.feature:
             return {}
@@ -88,7 +92,9 @@ class FeatureBalance:
 
     def _decay(self, step: int) -> float:
         share = step / self._num_steps
-        return 1.0 if share <= self._decay_start else (1 - share) / (1 - self._decay_start)
+        if share <= self._decay_start:
+            return 1.0
+        return max(0.0, (self._decay_end - share) / (self._decay_end - self._decay_start))
 
     def _move(self, scale: float, ratio: float, *, exponent: float) -> None:
         """From a factor and the ratio found with it to the factor that gives the ratio asked for."""

@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "feature_weighting": "gradient_ratio",
         "feature_weight": 0.3,
         "feature_decay_start": 0.0,
+        "feature_decay_end": 0.3,
         "projector": "solved",
         "feature_normalization": "none",
         "feature_loss": "mse",
@@ -53,9 +54,9 @@ class MatchingOptions:
 
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
     """vkd: the teacher's output, and features by a solved orthogonal projector, their gradient at first 0.3 of the
-    output's and falling to 0 over the run; no denoising loss. vkd-paper: denoising, output, and features by a learned
-    orthogonal projector, full whitening by batch statistics, smooth-L1, as published. fitnet: denoising, output, and
-    features by a free 1x1 convolution. output: denoising and output. none: denoising alone."""
+    output's and falling to 0 within the first 0.3 of the run; no denoising loss. vkd-paper: denoising, output, and
+    features by a learned orthogonal projector, full whitening by batch statistics, smooth-L1, as published. fitnet:
+    denoising, output, and features by a free 1x1 convolution. output: denoising and output. none: denoising alone."""
     layers: PairedLayers = "all"
     """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
     self-attention layers of all stages."""
@@ -69,8 +70,11 @@ class MatchingOptions:
     feature_weight: float | None = None
     """Weight of the feature loss, summed over layers; by default what --method uses, see METHODS."""
     feature_decay_start: float | None = None
-    """Share of the run after which the feature weight falls linearly, to 0 at the end; 1 keeps it. By default 1, or 0
-    for --method vkd."""
+    """Share of the run after which the feature weight falls linearly; 1 keeps it. By default 1, or 0 for --method
+    vkd."""
+    feature_decay_end: float | None = None
+    """Share of the run at which it has fallen to 0; from there on features cost nothing. By default 1, or 0.3 for
+    --method vkd."""
     feature_weighting: FeatureWeighting | None = None
     """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to
     that of the other terms, over the student's weights, and the weight follows. By default what --method uses."""
@@ -106,8 +110,10 @@ class MatchingOptions:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        if self.feature_decay_start is not None and not 0 <= self.feature_decay_start <= 1:
-            raise ValueError(f"--feature_decay_start must lie between 0 and 1, not {self.feature_decay_start}")
+        for name in ("feature_decay_start", "feature_decay_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"--{name} must lie between 0 and 1, not {value}")
         least = {
             "diagnostics_every_steps": 0,
             "calibration_samples": 1,
@@ -144,7 +150,7 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
     """
     asked = bool(options.layer_pairs or options.projector or options.feature_normalization)
     defaults: dict[str, Any] = {"denoising_weight": 1.0, "output_weight": 1.0}
-    defaults |= {"feature_weighting": "constant", "feature_decay_start": 1.0}
+    defaults |= {"feature_weighting": "constant", "feature_decay_start": 1.0, "feature_decay_end": 1.0}
     defaults |= METHODS[options.method]
     options = replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
     if options.feature_weight and None in (options.projector, options.feature_normalization, options.feature_loss):
@@ -153,6 +159,14 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
             "--feature_normalization and --feature_loss too, or choose --method vkd"
         )
     weights = options.weights
+    start, end = options.feature_decay_start, options.feature_decay_end
+    assert start is not None
+    assert end is not None
+    if start > end or (start == end < 1):
+        raise ValueError(
+            f"the feature weight falls from --feature_decay_start {start} to --feature_decay_end {end}: "
+            "the end must lie behind the start"
+        )
     if asked and not weights.feature:
         raise ValueError(
             "the feature weight is 0: there is no feature loss for --layer_pairs, --projector or "
@@ -169,6 +183,11 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
                 "--denoising_weight or --output_weight above 0, or --feature_weighting constant"
             )
     return options
+
+
+def ends_early(options: MatchingOptions) -> bool:
+    """Whether the run, of resolved options, goes on without a feature loss that it began with."""
+    return bool(options.feature_weight) and options.feature_decay_end != 1
 
 
 def pair_named_or_all(options: MatchingOptions, student: ModelMixin, teacher: ModelMixin) -> list[vkd.LayerPair]:
@@ -295,6 +314,7 @@ def build_projected_student(
         weighting=options.feature_weighting or "constant",
         weights=options.weights,
         decay_start=1.0 if options.feature_decay_start is None else options.feature_decay_start,
+        decay_end=1.0 if options.feature_decay_end is None else options.feature_decay_end,
         num_steps=num_steps,
         every_steps=options.diagnostics_every_steps,
     )
