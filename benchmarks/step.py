@@ -313,19 +313,23 @@ class Bench:
         *,
         matching_changes: Mapping[str, Any] = MappingProxyType({}),
         change: Callable[[TrainingRun], None] = lambda run: None,
+        memory_format: torch.memory_format = torch.contiguous_format,
         **options_changes: Any,
     ) -> Iterator[None]:
         """The loop of recipes/train_student_unet.py with `--method vkd`: one step, log lines and refreshes included.
 
         Looks at gradients are the recipe's too, once in 200 steps: no round here sees one.
         """
-        student = self.student()
+        student, teacher_unet = self.student(), self.teacher_unet
+        if memory_format != torch.contiguous_format:
+            student = student.to(memory_format=memory_format)
+            teacher_unet = copy.deepcopy(teacher_unet).to(memory_format=memory_format)
         chosen = tuple(f"{pair.student}:{pair.teacher}" for pair in self.pairs)
         given = {"layer_pairs": chosen} if chosen else {"feature_weight": 0.0}
         # Few draws: only the cost counts, and nothing here is normalised by what they say.
         matching = resolve_matching(MatchingOptions(**{"calibration_samples": 64, **given, **matching_changes}))
-        pairs = pair_named_or_all(matching, student, self.teacher_unet)
-        teacher = vkd.FrozenTeacher(self.teacher_unet, [pair.teacher for pair in pairs])
+        pairs = pair_named_or_all(matching, student, teacher_unet)
+        teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
         options = self.options(output_dir=str(self.place / name), **options_changes)
         folder = RunFolder(options.output_dir)
         accelerator = make_accelerator(options)
@@ -382,6 +386,7 @@ class Bench:
                 self.our_steps("losses"), vkd_gen.losses, "squared_errors", squared_differences
             ),
             "refresh by SVD": lambda: patched(self.our_steps("svd"), vkd_gen.projectors, "procrustes", svd_procrustes),
+            "channels last": lambda: self.our_steps("channels", memory_format=torch.channels_last),
             "refresh each step": lambda: self.our_steps("refresh", matching_changes={"projector_refresh_steps": 1}),
             "log each step": lambda: self.our_steps("log", log_every_steps=1),
             "no statistics": lambda: self.our_steps("statistics", change=without_statistics),

@@ -128,6 +128,7 @@ def test_compiled_by_the_launcher(method, precision, tmp_path, run_recipe, monke
     flags += ["--extractor", "none", "--no-score_teacher", "--max_train_steps", 4, "--projector_refresh_steps", 2]
     flags += ["--preview_every_steps", 2, "--diagnostics_every_steps", 2, "--checkpointing_steps", 2]
     flags += ["--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest"]
+    flags += ["--feature_decay_start", 0]  # features to the end: steps without them are another graph
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "plain")
 
     torch._dynamo.reset()

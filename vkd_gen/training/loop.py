@@ -232,7 +232,8 @@ class TrainingRun:
         self._unsettled: UnsettledStep | None = None
         self._skipped_in_a_row = 0
         self._sums: dict[str, Tensor] = {}  # since the last log line: sums over the steps that were made
-        self._num_summed = self._num_skipped = self._num_passes = 0
+        self._num_summed: dict[str, int] = {}  # of how many steps: not all have every loss
+        self._num_skipped = self._num_passes = 0
         self._checked_gradients = False
         if options.report_to is not None:
             plain = {name: value for name, value in config.items() if isinstance(value, int | float | str | bool)}
@@ -423,7 +424,7 @@ class TrainingRun:
         means = {f"loss/{name}": value / num_passes for name, value in step.losses.items()}
         for name, value in {**means, "gradient_norm": step.gradient_norm}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._num_summed += 1
+            self._num_summed[name] = self._num_summed.get(name, 0) + 1
 
     def _tell_of_skip(self, step: UnsettledStep) -> None:
         """Say what was not finite at the first skipped step in a row, and end the run at one too many.
@@ -506,7 +507,8 @@ class TrainingRun:
         means: list[float] = []
         if names:  # not every step was skipped
             sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64).cpu() for name in names])
-            own = (sums / self._num_summed).to(self.accelerator.device, torch.float32)
+            counts = torch.tensor([self._num_summed[name] for name in names])
+            own = (sums / counts).to(self.accelerator.device, torch.float32)
             means = self.accelerator.reduce(own, reduction="mean").tolist()
         seconds = time.perf_counter() - self._since
         num_images = self._num_passes * self.options.train_batch_size * self.accelerator.num_processes
@@ -521,7 +523,7 @@ class TrainingRun:
         self._progress.set_postfix(
             {**shown, "img/s": f"{line['images_per_second']:.0f}", **self._scores}, refresh=False
         )
-        self._sums, self._num_summed, self._num_skipped = {}, 0, 0
+        self._sums, self._num_summed, self._num_skipped = {}, {}, 0
         self._num_passes, self._since = 0, time.perf_counter()
 
     def save_checkpoint(self) -> None:

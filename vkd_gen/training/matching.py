@@ -74,7 +74,7 @@ class MatchingOptions:
     vkd."""
     feature_decay_end: float | None = None
     """Share of the run at which it has fallen to 0; from there on features cost nothing. By default 1, or 0.3 for
-    --method vkd."""
+    --method vkd with its own start."""
     feature_weighting: FeatureWeighting | None = None
     """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to
     that of the other terms, over the student's weights, and the weight follows. By default what --method uses."""
@@ -152,6 +152,8 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
     defaults: dict[str, Any] = {"denoising_weight": 1.0, "output_weight": 1.0}
     defaults |= {"feature_weighting": "constant", "feature_decay_start": 1.0, "feature_decay_end": 1.0}
     defaults |= METHODS[options.method]
+    if options.feature_decay_start is not None:
+        defaults["feature_decay_end"] = 1.0  # the method's end belongs to its start
     options = replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
     if options.feature_weight and None in (options.projector, options.feature_normalization, options.feature_loss):
         raise ValueError(
