@@ -109,8 +109,8 @@ class StudentConfig:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ValueError(f"--max_train_samples must be at least 1, not {self.max_train_samples}")
-        if self.bank_size < 0:
-            raise ValueError(f"--bank_size must be at least 0, not {self.bank_size}")
+        if not 0 <= self.bank_size < 2**32:
+            raise ValueError(f"--bank_size must be at least 0 and below 2^32, not {self.bank_size}")
         if self.bank_dir and not self.bank_size:
             raise ValueError("--bank_dir is for what --bank_size keeps; set that above 0")
 

@@ -94,6 +94,7 @@ class KeptRows:
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a file, which appears under its name once it is whole and on the disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(number)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")  # runs may share the folder
         try:
@@ -142,6 +143,9 @@ def keep_rows(
     kept = KeptRows(folder / key, num_rows, max(1, FILE_BYTES // row_bytes))
     state.print(f"{num_rows:,} {what}: {row_bytes:,} bytes each, {_size(num_rows * row_bytes)} in {kept.folder}")
 
+    check_room = partial(_check_room, kept, what=what, advice=advice)
+    # First, where nothing is there: so many files might not even be counted.
+    _together(None if kept.folder.exists() else partial(check_room, num_rows * row_bytes))
     own = range(state.process_index, kept.num_files, state.num_processes)
     parts = gather_object([{number: kept.fault(number) for number in own}])
     faults = {number: fault for part in parts for number, fault in part.items() if fault is not None}
@@ -150,22 +154,25 @@ def keep_rows(
             state.print(f"{kept.path(number)} is damaged and made again: {fault}")
     if not faults:
         return kept
-    num_missing = sum(len(kept.rows_of(number)) for number in faults)
-    _together(partial(_begin, kept, facts, num_missing * row_bytes, what, advice) if state.is_main_process else None)
+    _together(partial(check_room, sum(len(kept.rows_of(number)) for number in faults) * row_bytes))
+    _together(partial(_begin, kept, facts, what) if state.is_main_process else None)
     _together(partial(_fill, kept, compute, sorted(faults)[state.process_index :: state.num_processes], what))
     _together(partial(_look, kept))
     return kept
 
 
-def _begin(kept: KeptRows, facts: Mapping[str, Any], missing_bytes: int, what: str, advice: str) -> None:
-    """Make sure that there is room, then make the folder and write down what its name is the hash of."""
-    refuse_links(kept.folder)
+def _check_room(kept: KeptRows, num_bytes: int, *, what: str, advice: str) -> None:
     free = shutil.disk_usage(next(path for path in kept.folder.parents if path.exists())).free
-    if missing_bytes > free:
+    if num_bytes > free:
         raise ValueError(
-            f"the {what} do not fit into {kept.folder.parent}: they need {_size(missing_bytes)}, and "
+            f"the {what} do not fit into {kept.folder.parent}: they need {_size(num_bytes)}, and "
             f"{_size(free)} are free; {advice}"
         )
+
+
+def _begin(kept: KeptRows, facts: Mapping[str, Any], what: str) -> None:
+    """Make the folder, write down what its name is the hash of, and tidy up after what was killed."""
+    refuse_links(kept.folder)
 
     def begin() -> None:
         kept.folder.mkdir(parents=True, exist_ok=True)
