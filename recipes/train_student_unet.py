@@ -8,13 +8,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 import vkd_gen as vkd
-from vkd_gen.data import OnBadImage, data_facts, default_cifar10, evenly_spaced, load_images
+from vkd_gen.data import OnBadImage, TrainingDraws, data_facts, default_cifar10, evenly_spaced, load_images
 from vkd_gen.diffusion import check_convertible, prediction_type_of
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
@@ -29,8 +30,10 @@ from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_sc
 from vkd_gen.pairing import pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import hub_revision, write_json
+from vkd_gen.training.bank import open_bank
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+from vkd_gen.training.image_cache import cache_images
 from vkd_gen.training.loop import TrainingRun, compile_as_asked, fixed_batches, make_accelerator, run_facts
 from vkd_gen.training.matching import (
     MatchingOptions,
@@ -81,6 +84,11 @@ class StudentConfig:
     """Train on so many of the images, evenly spaced; scores still compare to all of them."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
+    bank_size: int = 0
+    """Train on so many draws of image, noise and timestep over and over, the teacher's predictions and features for
+    them computed once and kept on disk; 0 draws anew and asks the teacher in each step. See docs/SCALING.md."""
+    bank_dir: str = ""
+    """Folder to keep them in, which runs may share; by default bank/ in the run's folder."""
     dry_run: bool = False
     """Print the student, its cost beside the teacher's, the layer pairs and the resolved configuration, then stop.
     Needs no data and no weights: --teacher may also be a config.json, or stable-diffusion-1, stable-diffusion-2,
@@ -102,6 +110,10 @@ class StudentConfig:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ValueError(f"--max_train_samples must be at least 1, not {self.max_train_samples}")
+        if not 0 <= self.bank_size < 2**32:
+            raise ValueError(f"--bank_size must be at least 0 and below 2^32, not {self.bank_size}")
+        if self.bank_dir and not self.bank_size:
+            raise ValueError("--bank_dir is for what --bank_size keeps; set that above 0")
 
 
 DIGITS = StudentConfig(
@@ -163,7 +175,13 @@ def resolve(config: StudentConfig) -> StudentConfig:
     if not config.teacher or not config.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
     check_score_options(config.scores, config.training.score_every_steps)
-    return replace(config, matching=resolve_matching(config.matching))
+    matching = resolve_matching(config.matching)
+    if config.bank_size and not matching.output_weight and not matching.feature_weight:
+        raise ValueError(
+            f"--bank_size {config.bank_size} keeps the teacher's answers, and --method {matching.method} asks for "
+            "none: set --output_weight above 0, or leave it out"
+        )
+    return replace(config, matching=matching)
 
 
 def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin, show: Callable[[str], None]) -> None:
@@ -237,6 +255,8 @@ def main(config: StudentConfig) -> None:
         num_classes=num_classes,
     )
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    if options.image_cache:
+        images = cache_images(images, Path(options.image_cache))
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     if config.max_train_samples is not None:
@@ -275,6 +295,22 @@ def main(config: StudentConfig) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     torch.nn.Module.to(teacher_unet, accelerator.device, dtype)  # past diffusers' warning about casting
     teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs], prediction_type=prediction_type)
+    bank = None
+    if config.bank_size:
+        bank = open_bank(
+            Path(config.bank_dir or folder.path / "bank"),
+            config.bank_size,
+            TrainingDraws(
+                images,
+                seed=options.seed,
+                random_flip=options.random_flip,
+                guidance_dropout=config.guidance_dropout,
+            ),
+            teacher,
+            noise_scheduler,
+            batch_size=options.eval_batch_size,
+            device=accelerator.device,
+        )
     student.to(accelerator.device)
     calibration = folder.path / "calibration.safetensors"
     projected, balance = build_projected_student(
@@ -305,6 +341,7 @@ def main(config: StudentConfig) -> None:
         images=images,
         noise_scheduler=noise_scheduler,
         guidance_dropout=config.guidance_dropout,
+        draws=bank,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("student", unet, noise_scheduler)[0]) if scorer else None,
         diagnose=balance.look,

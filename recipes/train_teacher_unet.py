@@ -6,6 +6,7 @@ accelerate launch recipes/train_teacher_unet.py --preset digits --class_conditio
 
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import write_json
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+from vkd_gen.training.image_cache import cache_images
 from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
 from vkd_gen.training.models import check_checkpoint, check_memory, unet_without_weights
 from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
@@ -204,6 +206,8 @@ def main(config: TeacherConfig) -> None:
         return
     images, held_out = data or load_data(config)
     accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    if options.image_cache:
+        images = cache_images(images, Path(options.image_cache))
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     skipped = [*images.skipped, *held_out.skipped]

@@ -50,6 +50,7 @@ class Images:
         num_classes: how many classes there are; 0 without labels.
         skipped: what was left out because it cannot be read, a line each: which image, and why.
         revision: commit of the data set on the hub; None for another source, or where it is not known.
+        identity: gives a hash that changes with the source, without decoding it; None where there is none.
     """
 
     read: Callable[[int], Image.Image]
@@ -61,6 +62,7 @@ class Images:
     num_classes: int = 0
     skipped: tuple[str, ...] = ()
     revision: str | None = None
+    identity: Callable[[], str] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -170,7 +172,15 @@ def load_images(
         for reader in readers.values():
             reader.check_headers()
     splits = {
-        split: Images(reader.read, resolution, channels, source, np.arange(reader.num_images), revision=reader.revision)
+        split: Images(
+            reader.read,
+            resolution,
+            channels,
+            source,
+            np.arange(reader.num_images),
+            revision=reader.revision,
+            identity=reader.identity,
+        )
         for split, reader in readers.items()
     }
     if "train" not in splits:
@@ -244,6 +254,7 @@ class Reader(NamedTuple):
         labels: read when asked for.
         check_headers: raises ValueError for what can be seen to be no image without decoding it.
         revision: commit on the hub.
+        identity: see `Images`.
     """
 
     read: Callable[[int], Image.Image]
@@ -251,6 +262,7 @@ class Reader(NamedTuple):
     labels: Callable[[], Labels]
     check_headers: Callable[[], None] = lambda: None
     revision: str | None = None
+    identity: Callable[[], str] | None = None
 
 
 def _label(splits: Mapping[str, Images], labels: Mapping[str, Labels], num_classes: int | None) -> dict[str, Images]:
@@ -330,9 +342,20 @@ def _folder_readers(folder: Path) -> Mapping[str, Reader]:
             len(chosen),
             partial(_folder_labels, folder, files, chosen),
             partial(_check_headers, chosen),
+            identity=partial(_files_identity, folder, chosen),
         )
         for split, chosen in splits.items()
     }
+
+
+def _files_identity(folder: Path, files: list[Path]) -> str:
+    """Over names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for file in files:
+        facts = file.stat()
+        line = f"{file.relative_to(folder)}\n{facts.st_size} {facts.st_mtime_ns}\n"
+        digest.update(os.fsencode(line))
+    return digest.hexdigest()
 
 
 def _folder_labels(folder: Path, files: list[Path], chosen: list[Path]) -> Labels:
@@ -518,6 +541,7 @@ def _table_reader(table: Any, image_column: str | None, label_column: str | None
         len(table),
         partial(_table_labels, table, label_column, source),
         revision=_hub_commit(table),
+        identity=partial(str, undecoded._fingerprint),  # over the files' times or commit, the split and the column
     )
 
 

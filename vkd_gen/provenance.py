@@ -1,13 +1,18 @@
 """What a result came about by, and results written so that they are whole or not there."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 PACKAGES = ("vkd-gen", "torch", "diffusers", "accelerate", "datasets", "torch-fidelity", "numpy")
 
@@ -17,6 +22,17 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and values of tensors, hexadecimal, whatever their order and their device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.dim() else str(value).encode()
+        )
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, str]:

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from vkd_gen.evaluation.feature_network import load_feature_network
+from vkd_gen.provenance import hash_tensors
 
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the Inception network of Heusel et al., 2017, whose FID is `FID` without a further name."""
@@ -217,10 +218,4 @@ def _frozen(
 
 def hash_weights(network: nn.Module) -> str:
     """SHA-256 over names, shapes and values of a network's weights, hexadecimal; the file's format plays no part."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(
-            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.dim() else str(value).encode()
-        )
-    return digest.hexdigest()
+    return hash_tensors(network.state_dict())

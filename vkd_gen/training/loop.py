@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, send_to_device, set_seed
 from diffusers import SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws
@@ -123,11 +123,12 @@ def fixed_batches(
     draws = TrainingDraws(images, seed=seed + 2**32, guidance_dropout=guidance_dropout)
     for first in range(0, num_draws, batch_size):
         batch = draws[range(first, min(first + batch_size, num_draws))]
-        yield _on_device(batch, noise_scheduler, device)
+        yield on_device(batch, noise_scheduler, device)
 
 
-def _on_device(batch: dict[str, Tensor], noise_scheduler: SchedulerMixin, device: torch.device) -> dict[str, Any]:
-    moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+def on_device(batch: dict[str, Any], noise_scheduler: SchedulerMixin, device: torch.device) -> dict[str, Any]:
+    """Draws as a batch for `distillation_losses`: times as timesteps, labels as conditioning."""
+    moved: dict[str, Any] = send_to_device(batch, device, non_blocking=True)
     moved["timesteps"] = to_timesteps(noise_scheduler, moved.pop("time"))
     if "class_labels" in moved:
         moved["conditioning"] = {"class_labels": moved.pop("class_labels")}
@@ -177,6 +178,7 @@ class TrainingRun:
         images: training images; with labels for a class-conditional UNet.
         noise_scheduler: the schedule that `unet` is trained on.
         guidance_dropout: share of labels that are replaced by "no class".
+        draws: numbers of draws -> what is drawn; by default `TrainingDraws` of the images.
         config: everything the run was asked to do, for the trackers.
         score: the averaged UNet, in eval mode -> score -> value; called by all processes every `score_every_steps`.
         diagnose: step -> figure -> value, none where none are due; called by all processes after every step.
@@ -194,6 +196,7 @@ class TrainingRun:
         images: Images,
         noise_scheduler: SchedulerMixin,
         guidance_dropout: float = 0.0,
+        draws: Dataset | None = None,
         config: Mapping[str, Any],
         score: Callable[[nn.Module], Mapping[str, float]] | None = None,
         diagnose: Callable[[int], Mapping[str, float]] | None = None,
@@ -202,7 +205,7 @@ class TrainingRun:
         self._scores: dict[str, str] = {}
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
-        self.guidance_dropout = guidance_dropout
+        self.guidance_dropout, self._draws = guidance_dropout, draws
         self.step = 0
         self._bare_model = model
         optimizer = torch.optim.AdamW(parameter_groups, lr=options.learning_rate, fused=True)
@@ -294,7 +297,7 @@ class TrainingRun:
 
         Yields:
             `sample` and `noise`, `[B, C, H, W]` float32 on the device, and `timesteps`, `[B]` int64; for images with
-            labels also `conditioning`, the mapping of `class_labels` to `[B]` int64.
+            labels also `conditioning`, the mapping of `class_labels` to `[B]` int64; and whatever else `draws` draw.
         """
         options, accelerator = self.options, self.accelerator
         draws = DrawBatches(
@@ -306,7 +309,8 @@ class TrainingRun:
             num_processes=accelerator.num_processes,
         )
         loader = DataLoader(
-            TrainingDraws(
+            self._draws
+            or TrainingDraws(
                 self.images,
                 seed=options.seed,
                 random_flip=options.random_flip,
@@ -332,7 +336,7 @@ class TrainingRun:
         with self._stop:
             for batch in loader:
                 with accelerator.accumulate(self.model):
-                    moved = _on_device(batch, self.noise_scheduler, accelerator.device)
+                    moved = on_device(batch, self.noise_scheduler, accelerator.device)
                     self._timesteps.append(moved["timesteps"])
                     yield moved
                 if accelerator.sync_gradients:

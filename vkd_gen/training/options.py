@@ -47,6 +47,9 @@ class TrainingOptions:
     """Save memory by computing activations a second time during backward."""
     dataloader_num_workers: int = 0
     """Processes that read images; 0 reads them in the training process."""
+    image_cache: str = ""
+    """Folder to keep the training images in, decoded, cropped and resized, so that it is done once and not in each pass
+    through them; runs may share it. Empty for none."""
     log_every_steps: int = 20
     """Steps between lines in metrics.jsonl and the trackers."""
     preview_every_steps: int = 0
@@ -109,7 +112,7 @@ FREE_TO_CHANGE = frozenset(
     {"output_dir", "resume_from_checkpoint", "dry_run"}
     | {"dataloader_num_workers", "eval_batch_size", "log_every_steps", "preview_every_steps"}
     | {"checkpointing_steps", "checkpoints_total_limit", "checkpoints_keep_every_steps", "max_skipped_steps"}
-    | {"report_to", "push_to_hub", "hub_model_id"}
+    | {"report_to", "push_to_hub", "hub_model_id", "image_cache", "bank_dir"}
     | {"score_every_steps", "extractor", "extractor_weights", "num_score_samples", "num_inference_steps"}
     | {"kid_subset_size", "score_teacher"}
 )
