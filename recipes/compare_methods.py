@@ -316,8 +316,8 @@ SECOND_CONFIRMATION = replace(
     CONFIRMATION,
     preset="second-confirmation",
     arms=(
-        *("denoising", "denoising-longer", "output", "output-alone", "fitnet"),
-        "solved-raw-ratio-0.3-decayed-no-denoising",
+        *("denoising", "denoising-same-time", "denoising-longer", "output", "output-alone", "fitnet"),
+        *("solved-raw-ratio-0.3-decayed-no-denoising", "solved-raw-ratio-0.3-early-no-denoising"),
     ),
     starts=("inherited",),
     seed=200,
@@ -325,7 +325,7 @@ SECOND_CONFIRMATION = replace(
 CONFIRMATION_LONG = replace(
     CONFIRMATION,
     preset="confirmation-long",
-    arms=("denoising", "output", "output-alone", "fitnet", "solved-raw-ratio-0.3-decayed-no-denoising"),
+    arms=("denoising", "output", "output-alone", "fitnet", "solved-raw-ratio-0.3-early-no-denoising"),
     starts=("inherited",),
     max_train_steps=1800,
     num_seeds=3,
@@ -345,9 +345,10 @@ MNIST = replace(
     preset="mnist",
     arms=(
         *("denoising", "denoising-same-time", "output", "output-alone", "fitnet"),
-        "solved-raw-ratio-0.3-decayed-no-denoising",
+        *("solved-raw-ratio-0.3-decayed-no-denoising", "solved-raw-ratio-0.3-early-no-denoising"),
     ),
     seed=200,
+    num_seeds=5,
     max_train_steps=1000,
     num_score_samples=1000,
     extra=(
