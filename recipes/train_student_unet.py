@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
@@ -29,6 +29,7 @@ from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_sc
 from vkd_gen.pairing import pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import hub_revision, write_json
+from vkd_gen.streaming import stream_images
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.loop import TrainingRun, compile_as_asked, fixed_batches, make_accelerator, run_facts
@@ -41,7 +42,7 @@ from vkd_gen.training.matching import (
     target_channels,
 )
 from vkd_gen.training.models import check_checkpoint, load_teacher, unet_without_weights
-from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
+from vkd_gen.training.options import SharedOptions, SharedStreamOptions, StreamOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 from vkd_gen.training.students import (
     SharedStudentOptions,
@@ -78,6 +79,8 @@ class StudentConfig:
     """Height and width of the images in pixels; by default the teacher's sample size."""
     max_train_samples: int | None = None
     """Train on so many of the images, evenly spaced; scores still compare to all of them."""
+    stream: SharedStreamOptions = field(default_factory=StreamOptions)
+    """How to read data that are larger than the disk."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
     dry_run: bool = False
@@ -101,6 +104,10 @@ class StudentConfig:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ValueError(f"--max_train_samples must be at least 1, not {self.max_train_samples}")
+        if self.max_train_samples is not None and self.stream.streaming:
+            raise ValueError(
+                "--max_train_samples chooses among all images, which a stream cannot: leave one of them out"
+            )
 
 
 DIGITS = StudentConfig(
@@ -225,17 +232,23 @@ def main(config: StudentConfig) -> None:
     accelerator.print(describe_models(teacher_unet, student))
 
     num_classes = num_classes_of(student)
-    images, held_out = load_images(
-        config.dataset,
-        resolution=student.config.sample_size,
-        channels=student.config.in_channels,
-        image_column=config.image_column,
-        on_bad_image=config.on_bad_image,
-        with_labels=num_classes is not None,
-        label_column=config.label_column,
-        num_classes=num_classes,
-    )
-    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    wanted: dict[str, Any] = {
+        "resolution": student.config.sample_size,
+        "channels": student.config.in_channels,
+        "image_column": config.image_column,
+        "on_bad_image": config.on_bad_image,
+        "with_labels": num_classes is not None,
+        "label_column": config.label_column,
+        "num_classes": num_classes,
+    }
+    stream = None
+    if config.stream.streaming:
+        sizes = {"head_size": config.stream.stream_head, "buffer_size": config.stream.stream_buffer}
+        stream, images, held_out = stream_images(config.dataset, **sizes, **wanted)
+    else:
+        images, held_out = load_images(config.dataset, **wanted)
+    rest = f"; the head of a stream of {stream.num_shards:,} shards" if stream else ""
+    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out{rest}")
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     if config.max_train_samples is not None:
@@ -244,7 +257,7 @@ def main(config: StudentConfig) -> None:
     skipped = [*images.skipped, *held_out.skipped]
     if skipped:
         accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
-    facts = {**flat_config(config), **run_facts(accelerator, images), **data_facts(images, held_out)}
+    facts = {**flat_config(config), **run_facts(accelerator, images, stream), **data_facts(images, held_out)}
     revisions = {
         "teacher_revision": hub_revision(config.teacher),
         "student_revision": hub_revision(config.start.student),
@@ -304,6 +317,7 @@ def main(config: StudentConfig) -> None:
         images=images,
         noise_scheduler=noise_scheduler,
         guidance_dropout=config.guidance_dropout,
+        stream=stream,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("student", unet, noise_scheduler)[0]) if scorer else None,
         diagnose=balance.look,
