@@ -39,12 +39,11 @@ def write_shards(folder, cells, sizes=SIZES, *, labels=None, kind="parquet", spl
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    """No network, and a cache of its own, in which nothing may appear."""
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    yield
-    assert not [path for path in cache.rglob("*") if path.suffix in (".arrow", ".parquet")]
+def cache(tmp_path_factory, monkeypatch):
+    """Where datasets copies what it loads."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
 
 
 @pytest.fixture
@@ -140,6 +139,12 @@ def test_no_more_than_a_buffer_is_held(tmp_path, monkeypatch):
     images = stream.read(Position(), seed=0, reader=0, num_readers=1)
     for number, _ in enumerate(itertools.islice(images, 20), start=1):
         assert len(taken) - number <= 6
+
+
+def test_nothing_is_copied_to_the_disk(numbered, cache):
+    stream, _, _ = open_stream(numbered)
+    first_epoch(stream)
+    assert not [path for path in cache.rglob("*") if path.suffix == ".arrow"]
 
 
 # ---- going on
@@ -295,10 +300,11 @@ def test_noise_flip_and_time_are_those_of_the_draw(numbered):
     for step, batch in enumerate(streamed_batches(stream, num_steps=3, process_index=1, num_processes=2)):
         for place in range(3):
             draw = expected[(2 * step + 1) * 3 + place]
-            assert_same_draw({name: batch[name][place] for name in ("noise", "time")}, draw, names=("noise", "time"))
+            assert torch.equal(batch["noise"][place], draw["noise"])
+            assert torch.equal(batch["time"][place], draw["time"])
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
 @pytest.mark.parametrize("first_step", [1, 4])
 def test_stopped_and_gone_on_is_the_straight_run(numbered, num_workers, first_step):
     """With any number of workers, as long as it stays the same; whatever they have read ahead."""
@@ -322,7 +328,7 @@ def test_processes_and_workers_share_an_epoch(numbered, num_processes, num_worke
     for index in range(num_processes):
         loader = streamed_batches(
             stream,
-            num_steps=20,
+            num_steps=15 * max(1, num_workers),  # more than any reader has in an epoch
             batch_size=1,
             num_workers=num_workers,
             process_index=index,
@@ -393,8 +399,8 @@ def test_a_set_of_the_hub_at_its_commit(numbered, monkeypatch):
     files = sorted(map(str, numbered.iterdir()))
     builder = datasets.load_dataset_builder("parquet", data_files={"train": files})
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda source, revision: builder)
-    stream = builder.as_streaming_dataset()
-    monkeypatch.setattr(builder, "as_streaming_dataset", lambda: stream)
+    tables = builder.as_streaming_dataset()
+    monkeypatch.setattr(builder, "as_streaming_dataset", lambda: tables)
     builder.config.data_files = {"train": [f"hf://datasets/some/set@{commit}/a-{i}.parquet" for i in range(5)]}
     for source in ("some/set", f"some/set@{commit}"):
         stream, train, _ = open_stream(source, head_size=20)

@@ -220,7 +220,7 @@ def stream_images(
             for a certain commit, tag or branch. Nothing of it is copied to the disk.
         resolution: height and width to bring the images to, pixels.
         channels: 1 (grey) or 3 (RGB).
-        head_size: images of the head, fewer where there are fewer.
+        head_size: images of the head; fewer where there are fewer, or the shards are short.
         buffer_size: images that a reader holds to shuffle among, undecoded. Shards are read in another order in each
             epoch, but a shard from front to back.
         held_out_fraction: share of the head to hold out where the source has no test split of its own.
