@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
@@ -30,6 +30,7 @@ from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_sc
 from vkd_gen.pairing import pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import hub_revision, write_json
+from vkd_gen.streaming import stream_images
 from vkd_gen.training.bank import open_bank
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
@@ -45,7 +46,14 @@ from vkd_gen.training.matching import (
     target_channels,
 )
 from vkd_gen.training.models import check_checkpoint, load_teacher, unet_without_weights
-from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
+from vkd_gen.training.options import (
+    SharedOptions,
+    SharedStreamOptions,
+    StreamOptions,
+    TrainingOptions,
+    check_stream,
+    flat_config,
+)
 from vkd_gen.training.run_folder import RunFolder
 from vkd_gen.training.students import (
     SharedStudentOptions,
@@ -82,6 +90,8 @@ class StudentConfig:
     """Height and width of the images in pixels; by default the teacher's sample size."""
     max_train_samples: int | None = None
     """Train on so many of the images, evenly spaced; scores still compare to all of them."""
+    stream: SharedStreamOptions = field(default_factory=StreamOptions)
+    """How to read data that are larger than the disk."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
     bank_size: int = 0
@@ -114,6 +124,14 @@ class StudentConfig:
             raise ValueError(f"--bank_size must be at least 0 and below 2^32, not {self.bank_size}")
         if self.bank_dir and not self.bank_size:
             raise ValueError("--bank_dir is for what --bank_size keeps; set that above 0")
+        if self.stream.streaming:
+            for name, what in (
+                ("max_train_samples", "chooses among all images"),
+                ("bank_size", "keeps draws of images that are at hand"),
+            ):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} {what}, which a stream's are not: leave it or --streaming out")
+        check_stream(self.stream, self.training)
 
 
 DIGITS = StudentConfig(
@@ -244,17 +262,23 @@ def main(config: StudentConfig) -> None:
     accelerator.print(describe_models(teacher_unet, student))
 
     num_classes = num_classes_of(student)
-    images, held_out = load_images(
-        config.dataset,
-        resolution=student.config.sample_size,
-        channels=student.config.in_channels,
-        image_column=config.image_column,
-        on_bad_image=config.on_bad_image,
-        with_labels=num_classes is not None,
-        label_column=config.label_column,
-        num_classes=num_classes,
-    )
-    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    wanted: dict[str, Any] = {
+        "resolution": student.config.sample_size,
+        "channels": student.config.in_channels,
+        "image_column": config.image_column,
+        "on_bad_image": config.on_bad_image,
+        "with_labels": num_classes is not None,
+        "label_column": config.label_column,
+        "num_classes": num_classes,
+    }
+    stream = None
+    if config.stream.streaming:
+        sizes = {"head_size": config.stream.stream_head, "buffer_size": config.stream.stream_buffer}
+        stream, images, held_out = stream_images(config.dataset, **sizes, **wanted)
+    else:
+        images, held_out = load_images(config.dataset, **wanted)
+    rest = f"; the head of a stream of {stream.num_shards:,} shards" if stream else ""
+    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out{rest}")
     if options.image_cache:
         images = cache_images(images, Path(options.image_cache))
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
@@ -265,7 +289,7 @@ def main(config: StudentConfig) -> None:
     skipped = [*images.skipped, *held_out.skipped]
     if skipped:
         accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
-    facts = {**flat_config(config), **run_facts(accelerator, images), **data_facts(images, held_out)}
+    facts = {**flat_config(config), **run_facts(accelerator, images, stream), **data_facts(images, held_out)}
     revisions = {
         "teacher_revision": hub_revision(config.teacher),
         "student_revision": hub_revision(config.start.student),
@@ -342,6 +366,7 @@ def main(config: StudentConfig) -> None:
         noise_scheduler=noise_scheduler,
         guidance_dropout=config.guidance_dropout,
         draws=bank,
+        stream=stream,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("student", unet, noise_scheduler)[0]) if scorer else None,
         diagnose=balance.look,

@@ -7,7 +7,7 @@ accelerate launch recipes/train_teacher_unet.py --preset digits --class_conditio
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -23,12 +23,20 @@ from vkd_gen.losses import prediction_loss
 from vkd_gen.pictures import to_uint8
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import write_json
+from vkd_gen.streaming import ImageStream, stream_images
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.image_cache import cache_images
 from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
 from vkd_gen.training.models import check_checkpoint, check_memory, unet_without_weights
-from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
+from vkd_gen.training.options import (
+    SharedOptions,
+    SharedStreamOptions,
+    StreamOptions,
+    TrainingOptions,
+    check_stream,
+    flat_config,
+)
 from vkd_gen.training.run_folder import RunFolder
 
 
@@ -45,6 +53,8 @@ class TeacherConfig:
     on_bad_image: OnBadImage = "refuse"
     """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
     the run, leaves bad ones out and names them in skipped_images.json."""
+    stream: SharedStreamOptions = field(default_factory=StreamOptions)
+    """How to read data that are larger than the disk."""
     class_conditional: bool = False
     """Learn images of given classes: the labels come from the data, and their number decides the network's."""
     label_column: str | None = None
@@ -78,6 +88,7 @@ class TeacherConfig:
         """Check what can be checked without loading anything."""
         if not 0 <= self.guidance_dropout < 1:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
+        check_stream(self.stream, self.training)
 
 
 DIGITS = TeacherConfig(
@@ -130,17 +141,20 @@ CIFAR10 = replace(
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10)}
 
 
-def load_data(config: TeacherConfig) -> tuple[Images, Images]:
-    """Training and held-out images, with labels if they are asked for."""
-    return load_images(
-        config.dataset,
-        resolution=config.resolution,
-        channels=config.channels,
-        image_column=config.image_column,
-        on_bad_image=config.on_bad_image,
-        with_labels=config.class_conditional,
-        label_column=config.label_column,
-    )
+def load_data(config: TeacherConfig) -> tuple[ImageStream | None, Images, Images]:
+    """The stream, if there is one, training and held-out images, with labels if they are asked for."""
+    wanted: dict[str, Any] = {
+        "resolution": config.resolution,
+        "channels": config.channels,
+        "image_column": config.image_column,
+        "on_bad_image": config.on_bad_image,
+        "with_labels": config.class_conditional,
+        "label_column": config.label_column,
+    }
+    if config.stream.streaming:
+        sizes = {"head_size": config.stream.stream_head, "buffer_size": config.stream.stream_buffer}
+        return stream_images(config.dataset, **sizes, **wanted)
+    return None, *load_images(config.dataset, **wanted)
 
 
 def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
@@ -197,15 +211,16 @@ def main(config: TeacherConfig) -> None:
     accelerator = make_accelerator(options)
     # The number of classes is the data's: those come first then, in a dry run too.
     data = load_data(config) if config.class_conditional else None
-    num_classes = data[0].num_classes if data else 0
+    num_classes = data[1].num_classes if data else 0
     unet = build_unet(config, num_classes)
     classes = f", for {num_classes} classes" if num_classes else ""
     accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters{classes}")
     if config.dry_run:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
-    images, held_out = data or load_data(config)
-    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out")
+    stream, images, held_out = data or load_data(config)
+    rest = f"; the head of a stream of {stream.num_shards:,} shards" if stream else ""
+    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out{rest}")
     if options.image_cache:
         images = cache_images(images, Path(options.image_cache))
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
@@ -213,7 +228,7 @@ def main(config: TeacherConfig) -> None:
     skipped = [*images.skipped, *held_out.skipped]
     if skipped:
         accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
-    facts = {**flat_config(config), **run_facts(accelerator, images), **data_facts(images, held_out)}
+    facts = {**flat_config(config), **run_facts(accelerator, images, stream), **data_facts(images, held_out)}
     folder.check(facts, options.resume_from_checkpoint)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -234,6 +249,7 @@ def main(config: TeacherConfig) -> None:
         images=images,
         noise_scheduler=noise_scheduler,
         guidance_dropout=config.guidance_dropout,
+        stream=stream,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("teacher", unet, noise_scheduler)[0]) if scorer else None,
     )

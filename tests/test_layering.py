@@ -19,6 +19,7 @@ FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
     "data": {"provenance"},
+    "streaming": {"data"},
     "pairing": {"features", "diffusion"},
     "students": {"features", "diffusion"},
     "sampling": {"features", "diffusion", "limits", "pipelines", "provenance"},

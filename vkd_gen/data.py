@@ -166,7 +166,41 @@ def load_images(
         raise ValueError(f"on_bad_image must be refuse or skip, not {on_bad_image!r}")
     if not source:
         raise ValueError("name a data set: digits, mnist, a folder, a file or an id of the hub")
-    found = _readers(source, image_column, label_column)
+    return split_images(
+        _readers(source, image_column, label_column),
+        source,
+        resolution=resolution,
+        channels=channels,
+        held_out_fraction=held_out_fraction,
+        with_labels=with_labels,
+        num_classes=num_classes,
+        on_bad_image=on_bad_image,
+    )
+
+
+def split_images(
+    found: Mapping[str, "Reader"],
+    source: str,
+    *,
+    resolution: int,
+    channels: int,
+    held_out_fraction: float,
+    with_labels: bool,
+    num_classes: int | None,
+    on_bad_image: OnBadImage,
+) -> tuple[Images, Images]:
+    """What `load_images` gives, of a source whose splits are open.
+
+    Args:
+        found: split -> its reader.
+        source: its name.
+        resolution: see `load_images`, as all else.
+        channels: 1 or 3.
+        held_out_fraction: share to hold out.
+        with_labels: read the classes too.
+        num_classes: how many the model knows.
+        on_bad_image: `refuse` or `skip`.
+    """
     readers = {split: reader for split, reader in found.items() if reader.num_images}
     if on_bad_image == "refuse":
         for reader in readers.values():
@@ -291,17 +325,51 @@ def _readers(source: str, image_column: str | None, label_column: str | None) ->
     if source in EMBEDDED:
         pixels, labels = embedded_pixels(source)
         return {"train": Reader(partial(_read_pixels, pixels), len(pixels), lambda: (labels.astype(np.int64), 10))}
+    tables = open_tables(source)
+    if tables is None:
+        return _folder_readers(Path(source))
+    return {
+        split: table_reader(table, image_column, label_column, tables.name, tables.revision)
+        for split, table in tables.splits.items()
+    }
+
+
+class Tables(NamedTuple):
+    """The splits of a source of tables.
+
+    Attributes:
+        splits: split -> datasets' Dataset, or IterableDataset where it is streamed.
+        name: for messages.
+        revision: commit on the hub.
+    """
+
+    splits: Mapping[str, Any]
+    name: str
+    revision: str | None = None
+
+
+def open_tables(source: str, *, streaming: bool = False) -> Tables | None:
+    """The tables that a source is: a parquet or arrow file, a folder of them, or a data set of the hub.
+
+    Args:
+        source: see `load_images`.
+        streaming: open them as datasets' IterableDataset, of which nothing is copied to the disk here.
+
+    Returns:
+        The tables; None for a folder that holds none.
+
+    Raises:
+        ValueError: in one line, for a source that does not exist or cannot be read.
+    """
     path = Path(source)
     if path.exists():
         if path.is_file() and path.suffix.lower() not in TABLE_SUFFIXES:
             raise ValueError(f"{source} is neither a folder nor a parquet or arrow file")
-        tables = (
-            [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TABLE_SUFFIXES]
-        )
-        return _table_readers(path, tables, image_column, label_column) if tables else _folder_readers(path)
+        files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TABLE_SUFFIXES]
+        return _local_tables(path, files, streaming) if files else None
     if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
-    return _hub_readers(source, image_column, label_column)
+    return _hub_tables(source, streaming)
 
 
 # The readers are partials of functions, not closures: workers that are started afresh are sent them.
@@ -479,49 +547,76 @@ def _datasets():
     return datasets
 
 
-def _table_readers(
-    source: Path, files: list[Path], image_column: str | None, label_column: str | None
-) -> Mapping[str, Reader]:
+def _local_tables(source: Path, files: list[Path], streaming: bool) -> Tables:
     datasets = _datasets()
     root = source if source.is_dir() else source.parent
     splits = _by_split(files, [(*file.relative_to(root).parts[:-1], file.stem) for file in files])
     try:
         kind = TABLE_SUFFIXES[files[0].suffix.lower()]
         data_files = {split: [str(file) for file in found] for split, found in splits.items()}
-        tables = datasets.load_dataset(kind, data_files=data_files)
+        tables = datasets.load_dataset(kind, data_files=data_files, streaming=streaming)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
         raise ValueError(f"cannot read {files[0]}: {_one_line(error.__cause__ or error)}") from error
-    name = str(files[0].parent)
-    return {split: _table_reader(table, image_column, label_column, name) for split, table in tables.items()}
+    return Tables(tables, str(files[0].parent))
 
 
-def _hub_readers(source: str, image_column: str | None, label_column: str | None) -> Mapping[str, Reader]:
+def _hub_tables(source: str, streaming: bool) -> Tables:
     datasets = _datasets()
     repository, revision = split_revision(source)
     try:
-        tables = datasets.load_dataset(repository, revision=revision)
+        if streaming:
+            builder = datasets.load_dataset_builder(repository, revision=revision)
+            tables = builder.as_streaming_dataset()
+            addresses = [[*(builder.config.data_files or {}).values(), *(builder.info.download_checksums or ())]]
+        else:
+            tables = datasets.load_dataset(repository, revision=revision)
+            addresses = [table.info.download_checksums for table in tables.values()]
     except Exception as error:  # not found, offline, gated and malformed each have a class of their own
         raise ValueError(
             f"{source!r} is neither embedded ({', '.join(EMBEDDED)}) nor a folder or file here, and the Hugging Face "
             f"hub did not give it: {_one_line(error)}"
         ) from error
+    commits = {_hub_commit(found) for found in addresses}
     if revision is not None:  # where the hub does not answer, datasets takes whichever revision it has
         wanted = hub_revision(source, "dataset")
-        commits = {_hub_commit(table) for table in tables.values()}
         if commits != {wanted} or wanted is None:
             have = ", ".join(str(commit) for commit in commits)
             raise ValueError(
                 f"{source} could not be had at that revision, which is {wanted or 'not known here'}; what was loaded "
                 f"is of {have}; go online, or name a commit by all its 40 digits"
             )
-    return {
-        split: _table_reader(table, image_column, label_column, source)
-        for split, table in tables.items()
-        if split in ("train", "test")
-    }
+    splits = {split: table for split, table in tables.items() if split in ("train", "test")}
+    return Tables(splits, source, commits.pop() if len(commits) == 1 else None)
 
 
-def _table_reader(table: Any, image_column: str | None, label_column: str | None, source: str) -> Reader:
+def table_reader(
+    table: Any, image_column: str | None, label_column: str | None, source: str, revision: str | None = None
+) -> Reader:
+    """The reader of a table, of which each image is decoded when it is asked for.
+
+    Args:
+        table: datasets' Dataset.
+        image_column: see `load_images`.
+        label_column: see `load_images`.
+        source: for messages.
+        revision: commit on the hub.
+    """
+    undecoded, column = undecoded_images(table, image_column, source)
+    return Reader(
+        partial(read_cell, undecoded, column, source),
+        len(table),
+        partial(_table_labels, table, label_column, source),
+        revision=revision,
+        identity=partial(str, undecoded._fingerprint),  # over the files' times or commit, the split and the column
+    )
+
+
+def undecoded_images(table: Any, image_column: str | None, source: str) -> tuple[Any, str]:
+    """A table, or a stream of its rows, whose images are bytes or paths, and the column that holds them.
+
+    Raises:
+        ValueError: for a column that does not exist or holds no images, or several to choose from.
+    """
     datasets = _datasets()
     columns = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     if image_column is not None and image_column not in table.column_names:
@@ -533,28 +628,26 @@ def _table_reader(table: Any, image_column: str | None, label_column: str | None
         )
     column = image_column or columns[0]
     try:  # images, plain image bytes, or paths; decoded here, as files are
-        undecoded = table.cast_column(column, datasets.Image(decode=False))
+        return table.cast_column(column, datasets.Image(decode=False)), column
     except Exception as error:
         raise ValueError(f"column {column!r} of {source} does not hold images: {_one_line(error)}") from error
-    return Reader(
-        partial(_read_cell, undecoded, column, source),
-        len(table),
-        partial(_table_labels, table, label_column, source),
-        revision=_hub_commit(table),
-        identity=partial(str, undecoded._fingerprint),  # over the files' times or commit, the split and the column
-    )
 
 
-def _hub_commit(table: Any) -> str | None:
-    """The commit that a table's files were downloaded at, which datasets notes in their addresses."""
-    for address in table.info.download_checksums or ():
-        found = re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", str(address))
+def _hub_commit(addresses: Any) -> str | None:
+    """The commit that a table's files are of, which datasets notes in their addresses."""
+    for address in addresses or ():
+        found = re.search(r"hf://datasets/[^@]+@([0-9a-f]{40})/", str(address))
         if found:
             return found[1]
     return None
 
 
-def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
+def label_column_of(table: Any, label_column: str | None, source: str) -> tuple[str, int | None]:
+    """The column that holds a table's classes, and how many of them it says there are.
+
+    Raises:
+        ValueError: for a column that does not exist, or none to choose.
+    """
     datasets = _datasets()
     classes = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
     column = label_column or (classes[0] if len(classes) == 1 else "label")
@@ -565,6 +658,11 @@ def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
         raise ValueError(
             f"{source} has {missing}; name one by --label_column (its columns are {', '.join(table.column_names)})"
         )
+    return column, table.features[column].num_classes if column in classes else None
+
+
+def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
+    column, num_classes = label_column_of(table, label_column, source)
     kind = table.features[column]
     cells = table.select_columns([column])[:][column]
     if not re.match("u?int", str(getattr(kind, "dtype", ""))) or None in cells:
@@ -572,10 +670,15 @@ def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
         raise ValueError(f"the labels in column {column!r} of {source} must be whole numbers, but it holds {held}")
     if max(cells, default=0) >= 2**31:
         raise ValueError(f"the labels in column {column!r} of {source} go up to {max(cells)}; number them from 0 on")
-    return np.array(cells, dtype=np.int64), kind.num_classes if column in classes else None
+    return np.array(cells, dtype=np.int64), num_classes
 
 
-def _read_cell(table: Any, column: str, source: str, index: int) -> Image.Image:
+def read_cell(table: Any, column: str, source: str, index: int) -> Image.Image:
+    """The image in one cell; `table[index][column]` holds its bytes or its path.
+
+    Raises:
+        ValueError: naming the image, for one that cannot be read.
+    """
     name = f"image {index} of {source}"
     try:
         cell = table[index][column] or {}
@@ -635,26 +738,40 @@ class TrainingDraws(Dataset):
         return {name: values[0] for name, values in self._batch([draw]).items()}
 
     def _batch(self, draws: Sequence[int]) -> dict[str, Tensor]:
-        samples, times, labels = [], [], []
-        noise = np.empty((0,), dtype=np.float32)
-        for place, draw in enumerate(draws):
-            epoch, position = divmod(draw, len(self.images))
-            if epoch != self._epoch:
-                self._epoch, self._order = epoch, self._generator_of(epoch, 1).permutation(len(self.images))
+        indices = [self._index(draw) for draw in draws]
+        labels = None if self.images.labels is None else [self.images.label(index) for index in indices]
+        return self.around(draws, [self._sample(index) for index in indices], labels)
+
+    def around(self, draws: Sequence[int], images: Sequence[Tensor], labels: Sequence[int] | None) -> dict[str, Tensor]:
+        """What is drawn beside the image, whichever image it is.
+
+        Args:
+            draws: numbers of the draws.
+            images: one for each, `[C, H, W]` float32.
+            labels: their classes; None without labels.
+
+        Returns:
+            What `__getitem__` does for several numbers.
+        """
+        samples, times, drawn_labels = [], [], []
+        noise = np.empty((len(draws), *images[0].shape), dtype=np.float32)
+        for place, (draw, sample) in enumerate(zip(draws, images, strict=True)):
             generator = self._generator_of(draw, 0)
-            index = int(self._order[position])
-            sample = self._sample(index)
-            if place == 0:
-                noise = np.empty((len(draws), *sample.shape), dtype=np.float32)
             samples.append(sample.flip(-1) if generator.random() < 0.5 and self.random_flip else sample)
             generator.standard_normal(dtype=np.float32, out=noise[place])
             times.append(generator.random())
-            if self.images.labels is not None:  # last, so that all else is drawn as without labels
+            if labels is not None:  # last, so that all else is drawn as without labels
                 is_dropped = generator.random() < self.guidance_dropout
-                labels.append(self.images.num_classes if is_dropped else self.images.label(index))
+                drawn_labels.append(self.images.num_classes if is_dropped else labels[place])
         batch = {"sample": torch.stack(samples), "noise": torch.from_numpy(noise)}
         batch["time"] = torch.tensor(times, dtype=torch.float32)
-        return {**batch, "class_labels": torch.tensor(labels)} if labels else batch
+        return {**batch, "class_labels": torch.tensor(drawn_labels)} if labels is not None else batch
+
+    def _index(self, draw: int) -> int:
+        epoch, position = divmod(draw, len(self.images))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._generator_of(epoch, 1).permutation(len(self.images))
+        return int(self._order[position])
 
     def _generator_of(self, number: int, stream: int) -> np.random.Generator:
         """An independent generator per (seed, number, stream): Philox, Salmon et al., 2011, is made for that.
@@ -697,6 +814,9 @@ class DrawBatches(Sampler[list[int]]):
         process_index: which process this is.
         num_processes: how many there are.
 
+    Attributes:
+        passes: the numbers of the process' forward passes.
+
     Raises:
         ValueError: for a count below 1, a step below 0, or a process that there is not.
     """
@@ -720,13 +840,13 @@ class DrawBatches(Sampler[list[int]]):
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index must be 0 to {num_processes - 1}, not {process_index}")
         self.batch_size, self.process_index, self.num_processes = batch_size, process_index, num_processes
-        self._passes = range(first_step * accumulation_steps, num_steps * accumulation_steps)
+        self.passes = range(first_step * accumulation_steps, num_steps * accumulation_steps)
 
     def __len__(self) -> int:
-        return len(self._passes)
+        return len(self.passes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for forward_pass in self._passes:
+        for forward_pass in self.passes:
             first = (forward_pass * self.num_processes + self.process_index) * self.batch_size
             yield list(range(first, first + self.batch_size))
 

@@ -173,6 +173,23 @@ STUDENT_MISTAKES = {
     "EMA decay one": (lambda tmp: ["--ema_max_decay", 1], "--ema_max_decay"),
     "unknown precision": (lambda tmp: ["--mixed_precision", "fp8"], "mixed-precision"),
     "unknown tracker": (lambda tmp: ["--report_to", "paper"], "--report_to paper"),
+    "decay end above one": (lambda tmp: ["--feature_decay_end", 1.5], "--feature_decay_end must lie between 0 and 1"),
+    "decay that ends before it starts": (
+        lambda tmp: ["--feature_decay_start", 0.5, "--feature_decay_end", 0.4],
+        "falls from --feature_decay_start 0.5 to --feature_decay_end 0.4: the end must lie behind the start",
+    ),
+    "features alone that end early": (
+        lambda tmp: (
+            ["--denoising_weight", 0, "--output_weight", 0, "--feature_decay_end", 0.5]
+            + ["--feature_weighting", "constant"]
+        ),
+        "nothing is left to train on behind --feature_decay_end 0.5",
+    ),
+    "stream that is kept": (
+        lambda tmp: ["--streaming", "--image_cache", tmp],
+        "--image_cache keeps all images on the disk, which --streaming is to spare",
+    ),
+    "bank of a stream": (lambda tmp: ["--streaming", "--bank_size", 8], "--bank_size keeps draws of images"),
     "decay start above one": (lambda tmp: ["--feature_decay_start", 1.5], "--feature_decay_start"),
     "unknown feature weighting": (
         lambda tmp: ["--feature_weighting", "gradient"],

@@ -1,5 +1,6 @@
 """The main recipe, run as users run it, a few steps on a CPU."""
 
+import itertools
 import json
 import os
 import shutil
@@ -194,6 +195,23 @@ def test_the_feature_weight_follows_and_a_resumed_run_goes_on_with_it(tmp_path, 
     assert without_times(read_metrics(tmp_path / "interrupted")) == without_times(metrics)
 
 
+def test_features_that_end_early_leave_the_run_to_the_output(student_flags, tmp_path, run_recipe, run_interrupted):
+    """Lines of the log know features as long as there are any, projectors stand still behind them, resumed or not."""
+    flags = [*student_flags, "--max_train_steps", 6, "--feature_decay_end", 0.5, "--log_every_steps", 1]
+    flags += ["--diagnostics_every_steps", 100, "--projector_refresh_steps", 1, "--checkpointing_steps", 1]
+    flags += ["--checkpoints_total_limit", 9, "--resume_from_checkpoint", "latest"]
+    run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss/feature/mid_block" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "loss/output" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "diagnostics/gradient_ratio" in line] == [3]
+    states = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 7)]
+    solutions = [state["projectors.0.solution"] for state in states]
+    assert [torch.equal(*pair) for pair in itertools.pairwise(solutions)] == [False, False, True, True, True]
+    run_interrupted(RECIPE, *flags, "--output_dir", tmp_path / "interrupted")
+    assert_same_weights(tmp_path / "run", tmp_path / "interrupted")
+
+
 def test_few_images_and_a_teacher_that_is_not_scored(student_flags, tmp_path, run_recipe, capsys):
     run = tmp_path / "run"
     run_recipe(RECIPE, *student_flags, "--max_train_samples", 20, "--no-score_teacher", "--output_dir", run)
@@ -211,6 +229,7 @@ def test_few_images_and_a_teacher_that_is_not_scored(student_flags, tmp_path, ru
 
 
 def test_accumulated_passes_equal_one_large_batch(student_flags, tmp_path, run_recipe):
+    student_flags = [*student_flags, "--feature_decay_start", 0]  # features to the end
     run_recipe(RECIPE, *student_flags, "--train_batch_size", 8, "--output_dir", tmp_path / "large")
     flags = [*student_flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2]
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "accumulated")

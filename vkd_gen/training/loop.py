@@ -32,6 +32,7 @@ from vkd_gen.diffusion import to_timesteps
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.pictures import save_sample_grid
 from vkd_gen.sampling import sample_images
+from vkd_gen.streaming import ImageStream, Position, StreamedDraws
 from vkd_gen.training.checkpoints import problem_of
 from vkd_gen.training.command_line import USER_ERROR
 from vkd_gen.training.guards import Flags, Watch, check_state
@@ -86,9 +87,10 @@ def compile_as_asked(accelerator: Accelerator, teacher: FrozenTeacher) -> Frozen
     return teacher if plugin.backend == DynamoBackend.NO else teacher.compiled(**plugin.to_kwargs())
 
 
-def run_facts(accelerator: Accelerator, images: Images) -> dict[str, Any]:
+def run_facts(accelerator: Accelerator, images: Images, stream: ImageStream | None = None) -> dict[str, Any]:
     """What decides the result beside the flags: a resumed run must find the same."""
-    facts = {
+    facts: dict[str, Any] = {} if stream is None else {"num_shards": stream.num_shards}
+    facts |= {
         "num_training_images": len(images),
         "num_processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
@@ -179,6 +181,7 @@ class TrainingRun:
         noise_scheduler: the schedule that `unet` is trained on.
         guidance_dropout: share of labels that are replaced by "no class".
         draws: numbers of draws -> what is drawn; by default `TrainingDraws` of the images.
+        stream: to train on instead of `images`, which are its head then.
         config: everything the run was asked to do, for the trackers.
         score: the averaged UNet, in eval mode -> score -> value; called by all processes every `score_every_steps`.
         diagnose: step -> figure -> value, none where none are due; called by all processes after every step.
@@ -197,6 +200,7 @@ class TrainingRun:
         noise_scheduler: SchedulerMixin,
         guidance_dropout: float = 0.0,
         draws: Dataset | None = None,
+        stream: ImageStream | None = None,
         config: Mapping[str, Any],
         score: Callable[[nn.Module], Mapping[str, float]] | None = None,
         diagnose: Callable[[int], Mapping[str, float]] | None = None,
@@ -205,7 +209,8 @@ class TrainingRun:
         self._scores: dict[str, str] = {}
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
-        self.guidance_dropout, self._draws = guidance_dropout, draws
+        self.guidance_dropout, self._draws, self.stream = guidance_dropout, draws, stream
+        self._positions = torch.tensor([Position()] * max(1, options.dataloader_num_workers))  # of the stream's readers
         self.step = 0
         self._bare_model = model
         optimizer = torch.optim.AdamW(parameter_groups, lr=options.learning_rate, fused=True)
@@ -287,6 +292,8 @@ class TrainingRun:
             set_seed(self.options.seed + self.step, device_specific=True)
         states = [torch.load(checkpoint / f"process-{index}.pt", weights_only=True) for index in sources]
         self._num_summed, self._num_skipped = states[0]["num_summed"], states[0]["num_skipped"]
+        if self.stream is not None:
+            self._positions = states[0]["positions"]
         self._sums = {
             name: (sum(state["sums"][name] for state in states) / len(states)).to(accelerator.device)
             for name in states[0]["sums"]
@@ -300,7 +307,7 @@ class TrainingRun:
             labels also `conditioning`, the mapping of `class_labels` to `[B]` int64; and whatever else `draws` draw.
         """
         options, accelerator = self.options, self.accelerator
-        draws = DrawBatches(
+        batches = DrawBatches(
             first_step=self.step,
             num_steps=options.max_train_steps,
             batch_size=options.train_batch_size,
@@ -308,15 +315,15 @@ class TrainingRun:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
+        draws = self._draws or TrainingDraws(
+            self.images if self.stream is None else self.stream.images,
+            seed=options.seed,
+            random_flip=options.random_flip,
+            guidance_dropout=self.guidance_dropout,
+        )
         loader = DataLoader(
-            self._draws
-            or TrainingDraws(
-                self.images,
-                seed=options.seed,
-                random_flip=options.random_flip,
-                guidance_dropout=self.guidance_dropout,
-            ),
-            sampler=draws,  # of whole batches
+            draws if self.stream is None else StreamedDraws(self.stream, draws, batches, self._positions.clone()),
+            sampler=batches if self.stream is None else None,  # of whole batches
             batch_size=None,
             num_workers=options.dataloader_num_workers,
             worker_init_fn=outlive_sigterm,
@@ -335,6 +342,8 @@ class TrainingRun:
         self._since = time.perf_counter()
         with self._stop:
             for batch in loader:
+                if self.stream is not None:
+                    self._positions[batch.pop("reader")] = batch.pop("position")
                 with accelerator.accumulate(self.model):
                     moved = on_device(batch, self.noise_scheduler, accelerator.device)
                     self._timesteps.append(moved["timesteps"])
@@ -555,6 +564,7 @@ class TrainingRun:
             accelerator.save_state(str(temporary))
             sums = {name: value.cpu() for name, value in self._sums.items()}
             own = {"sums": sums, "num_summed": self._num_summed, "num_skipped": self._num_skipped}
+            own |= {} if self.stream is None else {"positions": self._positions}
             torch.save(own, temporary / f"process-{accelerator.process_index}.pt")
 
         def finish() -> None:

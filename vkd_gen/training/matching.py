@@ -152,8 +152,8 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
     defaults: dict[str, Any] = {"denoising_weight": 1.0, "output_weight": 1.0}
     defaults |= {"feature_weighting": "constant", "feature_decay_start": 1.0, "feature_decay_end": 1.0}
     defaults |= METHODS[options.method]
-    if options.feature_decay_start is not None:
-        defaults["feature_decay_end"] = 1.0  # the method's end belongs to its start
+    if options.feature_decay_start is not None or (options.denoising_weight == options.output_weight == 0):
+        defaults["feature_decay_end"] = 1.0  # the method's end belongs to its start, and to what is left behind it
     options = replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
     if options.feature_weight and None in (options.projector, options.feature_normalization, options.feature_loss):
         raise ValueError(
@@ -168,6 +168,11 @@ def resolve_matching(options: MatchingOptions) -> MatchingOptions:
         raise ValueError(
             f"the feature weight falls from --feature_decay_start {start} to --feature_decay_end {end}: "
             "the end must lie behind the start"
+        )
+    if weights.feature and end < 1 and not weights.denoising + weights.output:
+        raise ValueError(
+            f"nothing is left to train on behind --feature_decay_end {end}; set it to 1, or --denoising_weight or "
+            "--output_weight above 0"
         )
     if asked and not weights.feature:
         raise ValueError(

@@ -59,6 +59,12 @@ class RunFolder:
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any], point: Path) -> None:
         changed = {name: value for name, value in now.items() if name in before and before[name] != value}
+        if before.get("streaming"):
+            fixed = [f"--{name} {before[name]}" for name in (*BATCH, "dataloader_num_workers") if name in changed]
+            if fixed:
+                raise ValueError(
+                    f"{point} is of a stream, whose readers go on only as they began: go on with {' and '.join(fixed)}"
+                )
         forbidden = [name for name in changed if name not in (*FREE_TO_CHANGE, *BATCH)]
         knows_batch = all(name in before and name in now for name in BATCH)
         if knows_batch and _images_per_step(before) != _images_per_step(now):

@@ -1,0 +1,357 @@
+"""Images of a set that is read from front to back, for sets larger than the disk.
+
+The set's files are its shards. In each epoch every process, and every worker that reads for it, is a reader of its own:
+it goes through its share of the shards, shuffles within a bounded buffer, and decodes. The order is a function of seed,
+epoch and reader alone, and a reader's `Position` a few whole numbers: from there on it reads what it would have read.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from vkd_gen.data import (
+    EMBEDDED,
+    DrawBatches,
+    Images,
+    OnBadImage,
+    TrainingDraws,
+    label_column_of,
+    open_tables,
+    read_cell,
+    split_images,
+    table_reader,
+    undecoded_images,
+)
+
+logger = logging.getLogger(__name__)
+
+HEAD_SHARDS = 16
+"""The head is taken from the fronts of so many shards, if they are long enough: sets are often sorted by class."""
+ROWS_AT_A_TIME = 32
+"""Rows that are taken out of a shard at once."""
+
+
+class Position(NamedTuple):
+    """How far a reader has come.
+
+    Attributes:
+        epoch: passes through the set that are behind it.
+        place: where in the epoch's order of shards its buffer's first image lies.
+        row: of that image in its shard.
+        given: images of the buffer that are behind it.
+    """
+
+    epoch: int = 0
+    place: int = 0
+    row: int = 0
+    given: int = 0
+
+
+class Row(NamedTuple):
+    """One image, undecoded.
+
+    Attributes:
+        place: of its shard in the epoch's order.
+        shard: number of the shard.
+        number: of the row in the shard.
+        cells: column -> what it holds.
+    """
+
+    place: int
+    shard: int
+    number: int
+    cells: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """The training images of a set that is read from front to back.
+
+    Attributes:
+        table: datasets' IterableDataset of the images, undecoded, and of their classes.
+        image_column: column of the images.
+        label_column: column of the classes; None without labels.
+        images: what the images are like: size, channels, name, classes. None of them is in it.
+        held_out: shard -> rows that are held out.
+        buffer_size: images that a reader shuffles among.
+        on_bad_image: `skip` leaves out what cannot be read.
+    """
+
+    table: Any
+    image_column: str
+    label_column: str | None
+    images: Images
+    held_out: Mapping[int, frozenset[int]]
+    buffer_size: int
+    on_bad_image: OnBadImage
+
+    @property
+    def num_shards(self) -> int:
+        """How many parts the set can be read in."""
+        return self.table.n_shards
+
+    def read(
+        self, position: Position, *, seed: int, reader: int, num_readers: int
+    ) -> Iterator[tuple[Position, Tensor, int]]:
+        """One reader's images, epoch after epoch, without end.
+
+        A buffer of images is read, and given in an order of its own; while it is, the next one fills, so that at no
+        time more than `buffer_size` images are held. Going on from a position reads its buffer again.
+
+        Args:
+            position: from where on.
+            seed: of the run.
+            reader: which reader this is.
+            num_readers: how many share the set.
+
+        Yields:
+            The position behind the image; the image, `[C, H, W]` float32; its class, 0 without labels.
+
+        Raises:
+            ValueError: for an image that cannot be read, unless those are left out, and for a reader without images.
+        """
+        epoch, place, row, given = position
+        is_empty = position == Position(epoch)
+        while True:
+            rows = self._rows(epoch, place, row, seed=seed, reader=reader, num_readers=num_readers)
+            buffer = list(islice(rows, self.buffer_size))
+            while buffer:
+                start = buffer[0].place, buffer[0].number
+                order = np.random.default_rng([seed, epoch, 1 + reader, *start]).permutation(len(buffer))
+                waiting = [buffer[number] for number in reversed(order)]
+                del waiting[len(waiting) - given :]
+                buffer = list(islice(rows, given))
+                while waiting:
+                    image = self._decode(waiting.pop(), epoch)
+                    buffer.extend(islice(rows, 1))
+                    given += 1
+                    if image is not None:
+                        is_empty = False
+                        yield Position(epoch, *start, given), *image
+                given = 0
+            if is_empty:
+                raise ValueError(
+                    f"{self.images.name} has no image that can be read for reader {reader + 1} of {num_readers}: lower "
+                    "--num_processes or --dataloader_num_workers, or leave out --streaming"
+                )
+            epoch, place, row, given, is_empty = epoch + 1, 0, 0, 0, True
+
+    def _rows(self, epoch: int, place: int, row: int, *, seed: int, reader: int, num_readers: int) -> Iterator[Row]:
+        """A reader's rows of one epoch, from one row of one shard on.
+
+        As many shards as can be are dealt out whole; those left over are read by all, who take turns at their rows.
+        """
+        order = np.random.default_rng([seed, epoch]).permutation(self.num_shards).tolist()
+        num_dealt = self.num_shards // num_readers * num_readers
+        for number, shard in enumerate(order):
+            is_dealt = number < num_dealt
+            if number < place or (is_dealt and number % num_readers != reader):
+                continue
+            left_out = self.held_out.get(shard, frozenset())
+            for row_number, cells in enumerate(_read_shard(self.table, shard, self.images.name)):
+                is_own = is_dealt or row_number % num_readers == reader
+                if is_own and row_number not in left_out and (number, row_number) >= (place, row):
+                    yield Row(number, shard, row_number, cells)
+
+    def _decode(self, row: Row, epoch: int) -> tuple[Tensor, int] | None:
+        """An image and its class; None for one that is to be left out."""
+        name = f"shard {row.shard} of {self.images.name}"
+        read = partial(read_cell, {row.number: row.cells}, self.image_column, name)
+        try:
+            image = replace(self.images, read=read, indices=np.array([row.number]))[0]
+        except ValueError as error:
+            if self.on_bad_image == "refuse":
+                raise
+            if epoch == 0:
+                logger.warning("left out: %s", error)
+            return None
+        if self.label_column is None:
+            return image, 0
+        label = row.cells[self.label_column]
+        if label is None or not 0 <= label < self.images.num_classes:
+            highest = self.images.num_classes - 1
+            raise ValueError(f"image {row.number} of {name} has the label {label}; labels are 0 to {highest}")
+        return image, label
+
+
+def _read_shard(table: Any, shard: int, source: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of one shard, in order; also in a process that reads for another one, where datasets would share out."""
+    from datasets.distributed import split_dataset_by_node
+
+    part = split_dataset_by_node(table, shard, table.n_shards)
+    try:
+        for columns in part.iter(batch_size=ROWS_AT_A_TIME):
+            for cells in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, cells, strict=True))
+    except Exception as error:  # the network's, the file system's and pyarrow's
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"cannot read shard {shard} of {source}: {reason}") from error
+
+
+def stream_images(
+    source: str,
+    *,
+    resolution: int,
+    channels: int,
+    head_size: int,
+    buffer_size: int,
+    held_out_fraction: float = 1 / 6,
+    image_column: str | None = None,
+    with_labels: bool = False,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+    on_bad_image: OnBadImage = "refuse",
+) -> tuple[ImageStream, Images, Images]:
+    """Open a set as a stream, and read its head into memory, undecoded, for all that needs images at hand.
+
+    The head is split as `load_images` splits a whole set: a part is held out, unless there is a test split, whose head
+    is that part then. What is held out is never in the stream; the rest of the head is.
+
+    Args:
+        source: a parquet or arrow file or a folder of them, or a data set's id on the Hugging Face hub, `ID@REVISION`
+            for a certain commit, tag or branch. Nothing of it is copied to the disk.
+        resolution: height and width to bring the images to, pixels.
+        channels: 1 (grey) or 3 (RGB).
+        head_size: images of the head; fewer where there are fewer, or the shards are short.
+        buffer_size: images that a reader holds to shuffle among, undecoded. Shards are read in another order in each
+            epoch, but a shard from front to back.
+        held_out_fraction: share of the head to hold out where the source has no test split of its own.
+        image_column: see `load_images`.
+        with_labels: read the classes too; their number must be known, from the table or from `num_classes`.
+        label_column: see `load_images`.
+        num_classes: how many classes the model knows; by default as many as the table says.
+        on_bad_image: `refuse` makes a bad image an error when it is read. `skip` leaves it out; those of the head are
+            named in `Images.skipped`, others in a warning each, in the first epoch.
+
+    Returns:
+        The stream, and of its head the training images and the held-out ones.
+
+    Raises:
+        ValueError: in one line, for a source that cannot be streamed, and for what `load_images` refuses.
+    """
+    for name, value in (("stream_head", head_size), ("stream_buffer", buffer_size)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
+    tables = None if source in EMBEDDED else open_tables(source, streaming=True)
+    if tables is None or "train" not in tables.splits:
+        raise ValueError(
+            f"{source} is no set of parquet or arrow files, nor on the hub, with images to train on: it cannot be "
+            "streamed; leave out --streaming"
+        )
+    train = tables.splits["train"]
+    if train.features is None:
+        raise ValueError(f"{source} does not say which columns it has: it cannot be streamed; leave out --streaming")
+    if with_labels and (label_column_of(train, label_column, tables.name)[1] or num_classes) is None:
+        raise ValueError(
+            f"{source} does not say how many classes it has, which a stream cannot count; leave out --streaming"
+        )
+    chosen = {
+        split: _chosen_columns(table, image_column, label_column, with_labels, tables.name)
+        for split, table in tables.splits.items()
+    }
+    heads = {split: _read_head(table, head_size, tables.name) for split, (table, _, _) in chosen.items()}
+    images, held_out = split_images(
+        {
+            split: table_reader(_as_table(rows, chosen[split][0]), *chosen[split][1:], tables.name, tables.revision)
+            for split, rows in heads.items()
+        },
+        source,
+        resolution=resolution,
+        channels=channels,
+        held_out_fraction=held_out_fraction,
+        with_labels=with_labels,
+        num_classes=num_classes,
+        on_bad_image=on_bad_image,
+    )
+    left_out: dict[int, set[int]] = {}
+    if not heads.get("test"):
+        for number in held_out.indices.tolist():
+            row = heads["train"][number]
+            left_out.setdefault(row.shard, set()).add(row.number)
+    stream = ImageStream(
+        *chosen["train"],
+        images=replace(images, read=_no_image, indices=images.indices[:0], labels=None, skipped=()),
+        held_out={shard: frozenset(rows) for shard, rows in left_out.items()},
+        buffer_size=buffer_size,
+        on_bad_image=on_bad_image,
+    )
+    return stream, images, held_out
+
+
+def _chosen_columns(
+    table: Any, image_column: str | None, label_column: str | None, with_labels: bool, source: str
+) -> tuple[Any, str, str | None]:
+    """A table of the images, undecoded, and of their classes if asked for; the column of each."""
+    table, image_column = undecoded_images(table, image_column, source)
+    if not with_labels:
+        return table.select_columns([image_column]), image_column, None
+    label_column, _ = label_column_of(table, label_column, source)
+    return table.select_columns([image_column, label_column]), image_column, label_column
+
+
+def _read_head(table: Any, size: int, source: str) -> list[Row]:
+    """Rows from the fronts of several shards, the same in every run."""
+    each = -(-size // min(table.n_shards, HEAD_SHARDS))
+    rows: list[Row] = []
+    for shard in np.random.default_rng(0).permutation(table.n_shards).tolist():
+        front = islice(_read_shard(table, shard, source), min(each, size - len(rows)))
+        rows += [Row(0, shard, number, cells) for number, cells in enumerate(front)]
+    return rows
+
+
+def _as_table(rows: list[Row], table: Any) -> Any:
+    """Rows of a streamed table as one in memory."""
+    from datasets import Dataset
+
+    return Dataset.from_list([row.cells for row in rows], features=table.features)
+
+
+def _no_image(number: int) -> Any:
+    raise AssertionError(f"a stream has no image {number} at hand")
+
+
+class StreamedDraws(IterableDataset):
+    """What `TrainingDraws` draws, batch after batch, around images that come from a stream.
+
+    Noise, flip, time and hidden label of draw n are a function of (seed, n), as there. Which image it gets depends on
+    how many read, processes and workers: each takes the next of its own.
+
+    Args:
+        stream: of the images.
+        draws: for noise, flips, times and hidden labels, with `stream.images`.
+        batches: of this process.
+        positions: of the process' readers, one for each worker (one without workers), `[readers, 4]` int64.
+    """
+
+    def __init__(self, stream: ImageStream, draws: TrainingDraws, batches: DrawBatches, positions: Tensor):
+        self.stream, self.draws, self.batches, self.positions = stream, draws, batches, positions
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """This worker's batches.
+
+        Yields:
+            What `TrainingDraws` does, with `reader`, which of the process' readers gave the images, and `position`,
+            how far it has come.
+        """
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        assert len(self.positions) == num_workers
+        reader = (self.batches.passes.start + worker) % num_workers  # the loader's first batch is always worker 0's
+        images = self.stream.read(
+            Position(*self.positions[reader].tolist()),
+            seed=self.draws.seed,
+            reader=self.batches.process_index * num_workers + reader,
+            num_readers=self.batches.num_processes * num_workers,
+        )
+        for numbers in islice(self.batches, worker, None, num_workers):
+            positions, samples, labels = zip(*islice(images, len(numbers)), strict=True)
+            batch = self.draws.around(numbers, samples, labels if self.stream.label_column else None)
+            yield {**batch, "reader": torch.tensor(reader), "position": torch.tensor(positions[-1])}
