@@ -20,6 +20,7 @@ from vkd_gen.calibration import load_statistics
 from vkd_gen.sampling import stock_pipeline
 
 STUDENT, TEACHER, METHODS = "train_student_unet", "train_teacher_unet", "compare_methods"
+FEATURES_ALONE = ["--denoising_weight", 0, "--output_weight", 0, "--feature_weighting", "constant"]
 
 
 def save_unet(folder, unet):
@@ -179,10 +180,7 @@ STUDENT_MISTAKES = {
         "falls from --feature_decay_start 0.5 to --feature_decay_end 0.4: the end must lie behind the start",
     ),
     "features alone that end early": (
-        lambda tmp: (
-            ["--denoising_weight", 0, "--output_weight", 0, "--feature_decay_end", 0.5]
-            + ["--feature_weighting", "constant"]
-        ),
+        lambda tmp: [*FEATURES_ALONE, "--feature_decay_end", 0.5],
         "nothing is left to train on behind --feature_decay_end 0.5",
     ),
     "stream that is kept": (
