@@ -257,7 +257,7 @@ class ProjectedStudent(nn.Module):
 
 
 def projected_losses(
-    projector: Projector,
+    projector: nn.Module,
     student: Float[Tensor, "batch positions student"],
     target: Float[Tensor, "batch positions target"],
     kind: FeatureLoss = "mse",
@@ -265,7 +265,7 @@ def projected_losses(
     """Each sample's feature loss between projected student rows and target rows, the cheapest way there is.
 
     Args:
-        projector: brings both into one space.
+        projector: of `vkd_gen.projectors`; brings both into one space.
         student: `[B, N, Ds]`.
         target: normalised teacher rows, `[B, N, Dt]`.
         kind: see `feature_loss`.
@@ -273,7 +273,8 @@ def projected_losses(
     if kind == "mse" and isinstance(projector, OrthogonalProjector) and projector.has_narrow_form:
         prediction, reached, outside = projector.compare_narrow(student, target)
         return squared_errors(prediction, reached) + outside
-    return feature_losses(*projector(student, target), kind)
+    projected, wanted = projector(student, target)
+    return feature_losses(projected, wanted, kind)
 
 
 def matching_table(projected: ProjectedStudent, loss: FeatureLoss) -> str:

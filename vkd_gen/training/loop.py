@@ -315,14 +315,16 @@ class TrainingRun:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        draws = self._draws or TrainingDraws(
+        draws = TrainingDraws(
             self.images if self.stream is None else self.stream.images,
             seed=options.seed,
             random_flip=options.random_flip,
             guidance_dropout=self.guidance_dropout,
         )
         loader = DataLoader(
-            draws if self.stream is None else StreamedDraws(self.stream, draws, batches, self._positions.clone()),
+            (self._draws or draws)
+            if self.stream is None
+            else StreamedDraws(self.stream, draws, batches, self._positions.clone()),
             sampler=batches if self.stream is None else None,  # of whole batches
             batch_size=None,
             num_workers=options.dataloader_num_workers,
