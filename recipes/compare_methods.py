@@ -294,7 +294,7 @@ CROSSINGS_RANDOM = replace(
     arms=(
         *("denoising", "output", "output-alone", "fitnet", "fitnet-no-denoising", "solved-raw"),
         *("solved-raw-no-denoising", "solved-raw-ratio-0.3-no-denoising", "solved-raw-ratio-1-no-denoising"),
-        "solved-raw-ratio-0.3-decayed-no-denoising",
+        *("solved-raw-ratio-0.3-decayed-no-denoising", "solved-raw-ratio-0.3-early-no-denoising"),
         *("least-squares-raw-no-denoising", "cka-no-denoising", "cka-ratio-1-no-denoising"),
     ),
     starts=("random",),
