@@ -55,6 +55,7 @@ def test_a_smaller_bank_repeats_its_draws(student_flags, tmp_path, run_recipe):
     assert totals == pytest.approx(totals[:2] * 3, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_bank_is_resumed_to_the_same_end(student_flags, tmp_path, run_recipe, monkeypatch, capsys):
     """Also if the bank is damaged meanwhile."""
     flags = [*student_flags, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest", "--bank_size", 10]
