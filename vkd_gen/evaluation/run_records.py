@@ -14,7 +14,7 @@ NUM_POINTS = 20
 """Points of a record's curves."""
 SETTINGS = (
     *("method", "denoising_weight", "output_weight", "feature_weight", "feature_weighting"),
-    *("feature_decay_start", "feature_loss", "timestep_weighting"),
+    *("feature_decay_start", "feature_decay_end", "feature_loss", "timestep_weighting"),
     *("projector", "projector_start", "feature_normalization", "whitening_exponent", "whitening_rank", "layers"),
     *("learning_rate", "num_training_images"),
 )
