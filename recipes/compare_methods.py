@@ -221,7 +221,7 @@ class ComparisonConfig:
     """First seed: of initialisation, data order, noise and timesteps."""
     num_seeds: int = 2
     """Runs of every arm from every start."""
-    student_preset: Literal["digits", "mnist"] = "digits"
+    student_preset: Literal["digits", "mnist", "cifar10"] = "digits"
     """Preset of train_student_unet.py."""
     max_train_steps: int = 1000
     """Optimizer steps of each run, times the arm's own factor."""
@@ -330,6 +330,16 @@ CONFIRMATION_LONG = replace(
     max_train_steps=1800,
     num_seeds=3,
 )
+RANDOM_START = replace(
+    CONFIRMATION,
+    preset="random-start",
+    arms=(
+        *("denoising", "denoising-longer", "output", "output-alone", "fitnet"),
+        *("solved-raw-ratio-0.3-no-denoising", "solved-raw-ratio-0.3-early-no-denoising"),
+    ),
+    starts=("random",),
+    results="docs/results/confirmation.json",
+)
 MNIST_SHORT = replace(
     CONFIRMATION,
     preset="mnist-short",
@@ -356,6 +366,13 @@ MNIST = replace(
         "timestep_weighting min_snr",
     ),
 )
+MNIST_SAME_TIME = replace(
+    MNIST,
+    preset="mnist-same-time",
+    arms=("denoising-same-time", "solved-raw-ratio-0.3-early-no-denoising"),
+    control="solved-raw-ratio-0.3-early-no-denoising",
+    num_seeds=15,
+)
 MNIST_SCREEN = replace(
     MNIST_SHORT,
     preset="mnist-screen",
@@ -371,13 +388,36 @@ MNIST_SCREEN = replace(
     results="docs/results/mnist-screen.json",
 )
 DIGITS_TENTH = replace(
-    CONFIRMATION, preset="digits-tenth", starts=("inherited",), num_seeds=3, extra=("max_train_samples 150",)
+    CONFIRMATION,
+    preset="digits-tenth",
+    arms=(*FINALISTS, "solved-raw-ratio-0.3-early-no-denoising"),
+    starts=("inherited",),
+    num_seeds=3,
+    extra=("max_train_samples 150",),
+)
+CIFAR10 = replace(
+    CONFIRMATION,
+    preset="cifar10",
+    student_preset="cifar10",
+    arms=(
+        *("denoising", "denoising-same-time", "output", "output-alone", "fitnet"),
+        "solved-raw-ratio-0.3-early-no-denoising",
+    ),
+    starts=("inherited",),
+    seed=200,
+    num_seeds=3,
+    learning_rate=2e-3,
+    extra=(
+        *("teacher recipes/assets/cifar16-teacher", "student_width 0.5", "lr_warmup_steps 0"),
+        *("dataloader_num_workers 0", "extractor none"),
+    ),
 )
 PRESETS = {
     config.preset: config
     for config in (
         *(SCREEN, CROSSINGS, CROSSINGS_RANDOM),
-        *(CONFIRMATION, SECOND_CONFIRMATION, CONFIRMATION_LONG, MNIST_SHORT, MNIST, MNIST_SCREEN, DIGITS_TENTH),
+        *(CONFIRMATION, SECOND_CONFIRMATION, CONFIRMATION_LONG, RANDOM_START),
+        *(MNIST_SHORT, MNIST, MNIST_SAME_TIME, MNIST_SCREEN, DIGITS_TENTH, CIFAR10),
     )
 }
 
