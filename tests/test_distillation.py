@@ -257,6 +257,19 @@ def test_eval_mode_does_not_touch_the_running_statistics(models, noise_scheduler
     assert_states_equal(dict(projected.named_buffers()), before, atol=0, rtol=0)
 
 
+def test_a_look_in_eval_mode_is_nothing_to_solve_after(models, noise_scheduler, monkeypatch):
+    projected, teacher = models
+    steps = []
+    for projector in projected.projectors:
+        monkeypatch.setattr(projector, "after_step", steps.append)
+    for is_training in (False, True):
+        projected.train(is_training)
+        distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher)
+        projected.train()
+        projected.after_step(1 + is_training)
+    assert steps == [2] * len(projected.projectors)
+
+
 def test_initialize_projectors_solves_for_the_given_batches(models, noise_scheduler):
     """Against an orthogonal Procrustes problem solved by numpy on the features of both batches."""
     projected, teacher = models

@@ -207,7 +207,8 @@ class ProjectedStudent(nn.Module):
         missing = [pair.teacher for pair in self.layer_pairs if pair.teacher not in teacher_features]
         if missing:
             raise ValueError(f"the teacher does not capture {', '.join(missing)}; name them in FrozenTeacher's layers")
-        self._has_compared = True
+        if self.training:
+            self._has_compared = True
         self._capture.start()
         prediction = predict(self.student, noisy_sample, timesteps, conditioning)
         features = self._capture.stop()
