@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 import vkd_gen as vkd
-from vkd_gen.data import OnBadImage, TrainingDraws, data_facts, default_cifar10, evenly_spaced, load_images
+from vkd_gen.data import TrainingDraws, default_cifar10, evenly_spaced
 from vkd_gen.diffusion import check_convertible, prediction_type_of
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
@@ -29,13 +29,19 @@ from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
 from vkd_gen.pairing import pair_table
 from vkd_gen.pipelines import num_classes_of
-from vkd_gen.provenance import hub_revision, write_json
-from vkd_gen.streaming import stream_images
+from vkd_gen.provenance import hub_revision
 from vkd_gen.training.bank import open_bank
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
-from vkd_gen.training.image_cache import cache_images
-from vkd_gen.training.loop import TrainingRun, compile_as_asked, fixed_batches, make_accelerator, run_facts
+from vkd_gen.training.images import DataOptions, SharedDataOptions, check_data, load_data, prepare_data
+from vkd_gen.training.loop import (
+    TrainingRun,
+    compile_as_asked,
+    fixed_batches,
+    make_accelerator,
+    run_facts,
+    start_folder,
+)
 from vkd_gen.training.matching import (
     MatchingOptions,
     SharedMatchingOptions,
@@ -46,14 +52,7 @@ from vkd_gen.training.matching import (
     target_channels,
 )
 from vkd_gen.training.models import check_checkpoint, load_teacher, unet_without_weights
-from vkd_gen.training.options import (
-    SharedOptions,
-    SharedStreamOptions,
-    StreamOptions,
-    TrainingOptions,
-    check_stream,
-    flat_config,
-)
+from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 from vkd_gen.training.students import (
     SharedStudentOptions,
@@ -74,24 +73,12 @@ class StudentConfig:
     teacher: str = ""
     """Folder or hub id of a diffusers pipeline or UNet. Wherever a hub id is taken, ID@REVISION is a commit, tag or
     branch of it."""
-    dataset: str = ""
-    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
-    image_column: str | None = None
-    """Column of the images in a table; by default the only one that holds images."""
-    on_bad_image: OnBadImage = "refuse"
-    """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
-    the run, leaves bad ones out and names them in skipped_images.json."""
-    label_column: str | None = None
-    """Column of the classes in a table, for a class-conditional teacher; by default the only one of classes, else
-    `label`."""
-    guidance_dropout: float = 0.1
-    """Share of the images whose label is hidden from a class-conditional teacher and its student."""
+    data: SharedDataOptions = field(default_factory=DataOptions)
+    """Images to train on."""
     resolution: int | None = None
     """Height and width of the images in pixels; by default the teacher's sample size."""
     max_train_samples: int | None = None
     """Train on so many of the images, evenly spaced; scores still compare to all of them."""
-    stream: SharedStreamOptions = field(default_factory=StreamOptions)
-    """How to read data that are larger than the disk."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
     bank_size: int = 0
@@ -116,27 +103,25 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        if not 0 <= self.guidance_dropout < 1:
-            raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ValueError(f"--max_train_samples must be at least 1, not {self.max_train_samples}")
         if not 0 <= self.bank_size < 2**32:
             raise ValueError(f"--bank_size must be at least 0 and below 2^32, not {self.bank_size}")
         if self.bank_dir and not self.bank_size:
             raise ValueError("--bank_dir is for what --bank_size keeps; set that above 0")
-        if self.stream.streaming:
+        if self.data.streaming:
             for name, what in (
                 ("max_train_samples", "chooses among all images"),
                 ("bank_size", "keeps draws of images that are at hand"),
             ):
                 if getattr(self, name):
                     raise ValueError(f"--{name} {what}, which a stream's are not: leave it or --streaming out")
-        check_stream(self.stream, self.training)
+        check_data(self.data, self.training)
 
 
 DIGITS = StudentConfig(
     teacher="recipes/assets/digits-teacher",
-    dataset="digits",
+    data=DataOptions(dataset="digits"),
     scores=ScoreOptions(
         extractor="recipes/assets/digits-features.safetensors", kid_subset_size=250, num_inference_steps=25
     ),
@@ -148,7 +133,7 @@ MNIST = replace(
     DIGITS,
     preset="mnist",
     teacher="recipes/assets/mnist-teacher",
-    dataset="mnist",
+    data=DataOptions(dataset="mnist"),
     start=StudentOptions(student="bk-base"),
     scores=replace(DIGITS.scores, extractor="recipes/assets/mnist-features.safetensors"),
     training=replace(
@@ -164,7 +149,7 @@ CIFAR10 = replace(
     DIGITS,
     preset="cifar10",
     teacher="runs/cifar10-teacher/pipeline",
-    dataset=default_cifar10(),
+    data=DataOptions(dataset=default_cifar10()),
     scores=ScoreOptions(extractor="none"),
     training=replace(
         DIGITS.training,
@@ -182,7 +167,7 @@ CUSTOM = replace(
     CIFAR10,
     preset="custom",
     teacher="",
-    dataset="",
+    data=DataOptions(),
     training=replace(CIFAR10.training, output_dir="runs/custom", random_flip=False),
 )
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
@@ -190,7 +175,7 @@ PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
 def resolve(config: StudentConfig) -> StudentConfig:
     """Fill in what --method decides."""
-    if not config.teacher or not config.dataset:
+    if not config.teacher or not config.data.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
     check_score_options(config.scores, config.training.score_every_steps)
     matching = resolve_matching(config.matching)
@@ -262,45 +247,24 @@ def main(config: StudentConfig) -> None:
     accelerator.print(describe_models(teacher_unet, student))
 
     num_classes = num_classes_of(student)
-    wanted: dict[str, Any] = {
-        "resolution": student.config.sample_size,
-        "channels": student.config.in_channels,
-        "image_column": config.image_column,
-        "on_bad_image": config.on_bad_image,
-        "with_labels": num_classes is not None,
-        "label_column": config.label_column,
-        "num_classes": num_classes,
-    }
-    stream = None
-    if config.stream.streaming:
-        sizes = {"head_size": config.stream.stream_head, "buffer_size": config.stream.stream_buffer}
-        stream, images, held_out = stream_images(config.dataset, **sizes, **wanted)
-    else:
-        images, held_out = load_images(config.dataset, **wanted)
-    rest = f"; the head of a stream of {stream.num_shards:,} shards" if stream else ""
-    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out{rest}")
-    if options.image_cache:
-        images = cache_images(images, Path(options.image_cache))
+    loaded = load_data(
+        config.data,
+        resolution=student.config.sample_size,
+        channels=student.config.in_channels,
+        with_labels=num_classes is not None,
+        num_classes=num_classes,
+    )
+    stream, images, held_out = prepare_data(loaded, accelerator, image_cache=options.image_cache)
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     if config.max_train_samples is not None:
         images = evenly_spaced(images, config.max_train_samples)
         accelerator.print(f"training on {len(images):,} of them")
-    skipped = [*images.skipped, *held_out.skipped]
-    if skipped:
-        accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
-    facts = {**flat_config(config), **run_facts(accelerator, images, stream), **data_facts(images, held_out)}
-    revisions = {
-        "teacher_revision": hub_revision(config.teacher),
-        "student_revision": hub_revision(config.start.student),
-    }
-    facts |= {name: revision for name, revision in revisions.items() if revision is not None}
-    folder.check(facts, options.resume_from_checkpoint)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.start(facts)
-        write_json(folder.path / "skipped_images.json", skipped)
-    accelerator.wait_for_everyone()
+    facts = {**flat_config(config), **run_facts(accelerator, images, stream)}
+    for name, source in (("teacher_revision", config.teacher), ("student_revision", config.start.student)):
+        if (revision := hub_revision(source)) is not None:
+            facts[name] = revision
+    start_folder(folder, accelerator, facts, images, held_out)
     draws = partial(
         fixed_batches,
         images,
@@ -328,7 +292,7 @@ def main(config: StudentConfig) -> None:
                 images,
                 seed=options.seed,
                 random_flip=options.random_flip,
-                guidance_dropout=config.guidance_dropout,
+                guidance_dropout=config.data.guidance_dropout,
             ),
             teacher,
             noise_scheduler,
@@ -342,7 +306,7 @@ def main(config: StudentConfig) -> None:
         student,
         teacher,
         pairs,
-        partial(draws, guidance_dropout=config.guidance_dropout),
+        partial(draws, guidance_dropout=config.data.guidance_dropout),
         noise_scheduler,
         num_steps=options.max_train_steps,
         calibration=calibration,
@@ -364,7 +328,7 @@ def main(config: StudentConfig) -> None:
         parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
         images=images,
         noise_scheduler=noise_scheduler,
-        guidance_dropout=config.guidance_dropout,
+        guidance_dropout=config.data.guidance_dropout,
         draws=bank,
         stream=stream,
         config=flat_config(config),
@@ -395,7 +359,7 @@ def main(config: StudentConfig) -> None:
             student,
             noise_scheduler,
             folder.path / "pipeline",
-            model_card(title, card, "", config.dataset, num_classes=num_classes),
+            model_card(title, card, "", config.data.dataset, num_classes=num_classes),
         )
     )
     results, samples = compare_to_teacher(
@@ -411,7 +375,7 @@ def main(config: StudentConfig) -> None:
     )
     if accelerator.is_main_process:
         save_results(folder.path, results, samples)
-        text = model_card(title, card, markdown_table(results), config.dataset, num_classes=num_classes)
+        text = model_card(title, card, markdown_table(results), config.data.dataset, num_classes=num_classes)
         write_model_card(folder.path / "pipeline", text)
         print_table(results)
         print(f"student: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")

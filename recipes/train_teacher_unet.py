@@ -6,13 +6,13 @@ accelerate launch recipes/train_teacher_unet.py --preset digits --class_conditio
 
 import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from vkd_gen.data import Images, OnBadImage, data_facts, default_cifar10, load_images
+from vkd_gen.data import default_cifar10
 from vkd_gen.diffusion import add_noise, prediction_target
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
@@ -22,21 +22,12 @@ from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_sc
 from vkd_gen.losses import prediction_loss
 from vkd_gen.pictures import to_uint8
 from vkd_gen.pipelines import num_classes_of
-from vkd_gen.provenance import write_json
-from vkd_gen.streaming import ImageStream, stream_images
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
-from vkd_gen.training.image_cache import cache_images
-from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts
+from vkd_gen.training.images import DataOptions, SharedDataOptions, check_data, load_data, prepare_data
+from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts, start_folder
 from vkd_gen.training.models import check_checkpoint, check_memory, unet_without_weights
-from vkd_gen.training.options import (
-    SharedOptions,
-    SharedStreamOptions,
-    StreamOptions,
-    TrainingOptions,
-    check_stream,
-    flat_config,
-)
+from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 
 
@@ -46,21 +37,10 @@ class TeacherConfig:
 
     preset: str = "digits"
     """Which of digits, mnist and cifar10 to start from; every flag overrides a field of it."""
-    dataset: str
-    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
-    image_column: str | None = None
-    """Column of the images in a table; by default the only one that holds images."""
-    on_bad_image: OnBadImage = "refuse"
-    """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
-    the run, leaves bad ones out and names them in skipped_images.json."""
-    stream: SharedStreamOptions = field(default_factory=StreamOptions)
-    """How to read data that are larger than the disk."""
+    data: SharedDataOptions
+    """Images to train on."""
     class_conditional: bool = False
     """Learn images of given classes: the labels come from the data, and their number decides the network's."""
-    label_column: str | None = None
-    """Column of the classes in a table; by default the only one of classes, else `label`."""
-    guidance_dropout: float = 0.1
-    """With --class_conditional: share of the images whose label is hidden, for classifier-free guidance."""
     resolution: int
     """Height and width of the images in pixels."""
     channels: int = 1
@@ -86,13 +66,11 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        if not 0 <= self.guidance_dropout < 1:
-            raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
-        check_stream(self.stream, self.training)
+        check_data(self.data, self.training)
 
 
 DIGITS = TeacherConfig(
-    dataset="digits",
+    data=DataOptions(dataset="digits"),
     resolution=8,
     block_out_channels=(32, 64),
     scores=ScoreOptions(
@@ -103,7 +81,7 @@ DIGITS = TeacherConfig(
 MNIST = replace(
     DIGITS,
     preset="mnist",
-    dataset="mnist",
+    data=DataOptions(dataset="mnist"),
     resolution=28,
     block_out_channels=(16, 32, 64),
     scores=replace(DIGITS.scores, extractor="recipes/assets/mnist-features.safetensors"),
@@ -119,7 +97,7 @@ MNIST = replace(
 CIFAR10 = replace(
     DIGITS,
     preset="cifar10",
-    dataset=default_cifar10(),
+    data=DataOptions(dataset=default_cifar10()),
     resolution=32,
     channels=3,
     block_out_channels=(64, 128, 128, 128),
@@ -139,22 +117,6 @@ CIFAR10 = replace(
     ),
 )
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10)}
-
-
-def load_data(config: TeacherConfig) -> tuple[ImageStream | None, Images, Images]:
-    """The stream, if there is one, training and held-out images, with labels if they are asked for."""
-    wanted: dict[str, Any] = {
-        "resolution": config.resolution,
-        "channels": config.channels,
-        "image_column": config.image_column,
-        "on_bad_image": config.on_bad_image,
-        "with_labels": config.class_conditional,
-        "label_column": config.label_column,
-    }
-    if config.stream.streaming:
-        sizes = {"head_size": config.stream.stream_head, "buffer_size": config.stream.stream_buffer}
-        return stream_images(config.dataset, **sizes, **wanted)
-    return None, *load_images(config.dataset, **wanted)
 
 
 def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
@@ -210,31 +172,26 @@ def main(config: TeacherConfig) -> None:
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
     accelerator = make_accelerator(options)
     # The number of classes is the data's: those come first then, in a dry run too.
-    data = load_data(config) if config.class_conditional else None
-    num_classes = data[1].num_classes if data else 0
+    load = partial(
+        load_data,
+        config.data,
+        resolution=config.resolution,
+        channels=config.channels,
+        with_labels=config.class_conditional,
+    )
+    loaded = load() if config.class_conditional else None
+    num_classes = loaded.train.num_classes if loaded else 0
     unet = build_unet(config, num_classes)
     classes = f", for {num_classes} classes" if num_classes else ""
     accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters{classes}")
     if config.dry_run:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
-    stream, images, held_out = data or load_data(config)
-    rest = f"; the head of a stream of {stream.num_shards:,} shards" if stream else ""
-    accelerator.print(f"{config.dataset}: {len(images):,} images to train on, {len(held_out):,} held out{rest}")
-    if options.image_cache:
-        images = cache_images(images, Path(options.image_cache))
+    stream, images, held_out = prepare_data(loaded or load(), accelerator, image_cache=options.image_cache)
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
-    skipped = [*images.skipped, *held_out.skipped]
-    if skipped:
-        accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
-    facts = {**flat_config(config), **run_facts(accelerator, images, stream), **data_facts(images, held_out)}
-    folder.check(facts, options.resume_from_checkpoint)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.start(facts)
-        write_json(folder.path / "skipped_images.json", skipped)
-    accelerator.wait_for_everyone()
+    facts = {**flat_config(config), **run_facts(accelerator, images, stream)}
+    start_folder(folder, accelerator, facts, images, held_out)
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     noise_scheduler = DDPMScheduler(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
@@ -248,7 +205,7 @@ def main(config: TeacherConfig) -> None:
         parameter_groups=[{"params": list(unet.parameters()), "weight_decay": options.adam_weight_decay}],
         images=images,
         noise_scheduler=noise_scheduler,
-        guidance_dropout=config.guidance_dropout,
+        guidance_dropout=config.data.guidance_dropout,
         stream=stream,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("teacher", unet, noise_scheduler)[0]) if scorer else None,
@@ -265,7 +222,7 @@ def main(config: TeacherConfig) -> None:
     card |= {"seed": options.seed, "training": run.cost()}
     # Exported before it is scored, so that nothing which fails from here on can lose it.
     exported = folder.path / "pipeline"
-    text = model_card(title, card, "", config.dataset, num_classes=num_classes_of(unet))
+    text = model_card(title, card, "", config.data.dataset, num_classes=num_classes_of(unet))
     run.on_main_process(lambda: export_pipeline(unet, noise_scheduler, exported, text))
     results, samples = score_model(
         "teacher",
@@ -280,7 +237,8 @@ def main(config: TeacherConfig) -> None:
         samples["held-out images"] = to_uint8(held_out.stack(32))
         save_results(folder.path, results, samples)
         write_model_card(
-            exported, model_card(title, card, markdown_table(results), config.dataset, num_classes=num_classes_of(unet))
+            exported,
+            model_card(title, card, markdown_table(results), config.data.dataset, num_classes=num_classes_of(unet)),
         )
         print_table(results)
         print(f"teacher: {exported}\nsamples: {folder.path / 'samples.png'}")

@@ -28,7 +28,7 @@ def test_every_teacher_that_a_preset_names_has_a_preset_here():
     students, teachers = load_recipe("train_student_unet").PRESETS, load_recipe(RECIPE).PRESETS
     assert set(students) - {"custom"} == set(teachers)
     for name, preset in teachers.items():
-        assert preset.dataset == students[name].dataset
+        assert preset.data.dataset == students[name].data.dataset
 
 
 def test_the_committed_digits_teacher_is_what_its_preset_describes():

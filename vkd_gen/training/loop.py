@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from vkd_gen.data import DrawBatches, Images, TrainingDraws
+from vkd_gen.data import DrawBatches, Images, TrainingDraws, data_facts
 from vkd_gen.diffusion import to_timesteps
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.pictures import save_sample_grid
+from vkd_gen.provenance import write_json
 from vkd_gen.sampling import sample_images
 from vkd_gen.streaming import ImageStream, Position, StreamedDraws
 from vkd_gen.training.checkpoints import problem_of
@@ -96,6 +97,30 @@ def run_facts(accelerator: Accelerator, images: Images, stream: ImageStream | No
         "precision": accelerator.mixed_precision,
     }
     return facts if images.labels is None else {**facts, "num_classes": images.num_classes}
+
+
+def start_folder(
+    folder: RunFolder, accelerator: Accelerator, facts: dict[str, Any], train: Images, held_out: Images
+) -> None:
+    """Write down what a run is, or find that it is what the folder holds; called by all processes.
+
+    Args:
+        folder: of the run.
+        accelerator: of the run.
+        facts: flags, with `resume_from_checkpoint`, and `run_facts`.
+        train: images to train on.
+        held_out: images that are not.
+
+    Raises:
+        ValueError: in one line, if the folder holds another run.
+    """
+    facts = {**facts, **data_facts(train, held_out)}
+    folder.check(facts, facts["resume_from_checkpoint"])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.start(facts)
+        write_json(folder.path / "skipped_images.json", [*train.skipped, *held_out.skipped])
+    accelerator.wait_for_everyone()
 
 
 def fixed_batches(

@@ -89,26 +89,6 @@ class TrainingOptions:
             raise ValueError(f"--learning_rate must be above 0 and finite, not {self.learning_rate}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StreamOptions:
-    """How to read data that are larger than the disk."""
-
-    streaming: bool = False
-    """Read --dataset, parquet or arrow files or a data set of the hub, from front to back, epoch after epoch, instead
-    of copying it to the disk. The run goes on only with as many processes and workers: see docs/SCALING.md."""
-    stream_head: int = 6000
-    """Images that are read before the run and kept in memory, encoded: a sixth of them, or as many of the test split,
-    are held out; statistics, scores and what a student starts from are taken from the others."""
-    stream_buffer: int = 4096
-    """Images that each process, or each of its workers, shuffles among, encoded."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without loading anything."""
-        for name in ("stream_head", "stream_buffer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-
-
 MINIMA = {
     "seed": 0,
     "train_batch_size": 1,
@@ -148,19 +128,5 @@ def flat_config(config: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
-def check_stream(stream: StreamOptions, training: TrainingOptions) -> None:
-    """Check what can be checked of both without loading anything.
-
-    Raises:
-        ValueError: for a stream that is to be kept on the disk.
-    """
-    if stream.streaming and training.image_cache:
-        raise ValueError(
-            "--image_cache keeps all images on the disk, which --streaming is to spare: leave one of them out"
-        )
-
-
 SharedOptions = Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]
 """The type of a recipe's field `training`: its flags carry no prefix."""
-SharedStreamOptions = Annotated[StreamOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `stream`: its flags carry no prefix."""
