@@ -1,4 +1,4 @@
-"""Who may import whom, as DESIGN.md states it, read from the source; and what importing the library loads."""
+"""Who may import whom, in one table, read from the source; and what importing the library loads."""
 
 import ast
 import subprocess

@@ -522,6 +522,8 @@ def test_diagnostics_are_kept_as_they_were_last(tmp_path):
     record, reference = read_run(tmp_path)
     assert record["diagnostics"] == {"diagnostics/gain": 0.333333, "diagnostics/rank": 3.0}
     assert reference is None
+    (tmp_path / "config.json").write_text('{"extractor": "none"}')  # then the teacher has all that it can have
+    assert read_run(tmp_path)[1] == {"rows": {}, "protocol": {}}
     (tmp_path / "environment.json").unlink()
     with pytest.raises(ValueError, match="does not hold a whole run"):
         read_run(tmp_path)

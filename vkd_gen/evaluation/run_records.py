@@ -118,7 +118,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if last:
         record["diagnostics"] = last
     protocol = {name: value for name, value in outcome.results["protocol"].items() if name != "environment"}
-    is_scored = any(name.startswith("fid") for name in rows.get("teacher", {}))
+    is_scored = any(name.startswith("fid") for name in rows.get("teacher", {})) or config.get("extractor") == "none"
     return record, {"rows": rows, "protocol": protocol} if is_scored else None
 
 
