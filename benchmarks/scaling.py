@@ -45,8 +45,8 @@ class ScalingConfig:
     bandwidth_gb: float = 50.0
     """At which one GPU exchanges gradients with the others, 10^9 bytes a second."""
     overhead: float = 1.12
-    """Time of a step over that of the two forward passes, backward pass and optimizer. An assumption, above what step.py
-    saw on a CPU."""
+    """Time of a step over that of the two forward passes, backward pass and optimizer. An assumption, above what
+    step.py saw on a CPU."""
     global_batch_size: int = 256
     """Images per optimizer step over all GPUs."""
     steps: int = 50_000
