@@ -406,6 +406,7 @@ CIFAR10 = replace(
     starts=("inherited",),
     seed=200,
     num_seeds=3,
+    max_train_steps=300,
     learning_rate=2e-3,
     extra=(
         *("teacher recipes/assets/cifar16-teacher", "student_width 0.5", "lr_warmup_steps 0"),
