@@ -32,7 +32,7 @@ def comparison_of(preset, control):
         starts=config.starts,
         control=control,
         num_seeds=config.num_seeds,
-        reference=records.references.get(found[0]["reference"], {}),
+        reference=records.references[found[0]["reference"]],
     )
 
 

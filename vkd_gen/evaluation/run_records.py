@@ -90,7 +90,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     Returns:
         `student` (score -> value), `settings`, `curve`, `training_seconds`, `images_per_second`, `commit`, and
         `diagnostics` if there are; and `rows` and `protocol` of the teacher and the held-out images, None if the run
-        did not score its teacher.
+        did not score its teacher though it had an extractor to do it with.
 
     Raises:
         ValueError: if the folder does not hold a whole run.
