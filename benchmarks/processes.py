@@ -89,6 +89,14 @@ def main(config: ProcessesConfig) -> None:
         raise ValueError(f"--train_batch_size must be even and above 0, not {config.train_batch_size}")
     if config.max_train_steps < 3 * STEPS_PER_LINE:
         raise ValueError(f"--max_train_steps must be at least {3 * STEPS_PER_LINE}, not {config.max_train_steps}")
+    protocol = {
+        "recipe": "train_student_unet.py --preset digits",
+        "train_batch_size": config.train_batch_size,
+        "max_train_steps": config.max_train_steps,
+        "threads_per_process": 1,
+        "clock": "wall",
+        "environment": environment(),
+    }
     rates: dict[int, list[float]] = {1: [], 2: []}
     apart: list[float] = []
     ratios, difference = [], 0.0
@@ -109,17 +117,9 @@ def main(config: ProcessesConfig) -> None:
             f"{difference:.1e} at most, relative",
             flush=True,
         )
-    protocol = {
-        "recipe": "train_student_unet.py --preset digits",
-        "train_batch_size": config.train_batch_size,
-        "max_train_steps": config.max_train_steps,
-        "threads_per_process": 1,
-        "clock": "wall",
-        "environment": environment(),
-    }
-    found = {"ratios": ratios, "median_ratio": median(ratios), "largest_relative_difference_of_losses": difference}
-    found["ratios_of_two_runs_apart"] = [both / one for both, one in zip(apart, rates[1], strict=True)]
-    write_json(Path(config.output), {**found, "images_per_second": rates, "protocol": protocol})
+        found = {"ratios": ratios, "median_ratio": median(ratios), "largest_relative_difference_of_losses": difference}
+        found["ratios_of_two_runs_apart"] = [both / one for both, one in zip(apart, rates[1], strict=True)]
+        write_json(Path(config.output), {**found, "images_per_second": rates, "protocol": protocol})
     print(
         f"two processes make {median(ratios):.2f} times the images of one, two runs apart "
         f"{median(found['ratios_of_two_runs_apart']):.2f} times; written to {config.output}"

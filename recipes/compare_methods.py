@@ -371,7 +371,7 @@ MNIST_SAME_TIME = replace(
     preset="mnist-same-time",
     arms=("denoising-same-time", "solved-raw-ratio-0.3-early-no-denoising"),
     control="solved-raw-ratio-0.3-early-no-denoising",
-    num_seeds=15,
+    num_seeds=25,
 )
 MNIST_SCREEN = replace(
     MNIST_SHORT,
