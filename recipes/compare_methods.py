@@ -241,8 +241,8 @@ class ComparisonConfig:
     """Folder of the runs, and of table.md; by default runs/PRESET."""
     results: str = ""
     """File of finished runs; by default docs/results/PRESET.json."""
-    figures: str = "docs"
-    """Folder of the figures."""
+    figures: str = ""
+    """Folder of the figures; by default docs for a preset's own comparison, --output_dir where a flag changed it."""
     dry_run: bool = False
     """Print what would be run and what is done already, then stop."""
 
@@ -606,6 +606,12 @@ def show_results(config: ComparisonConfig, runs: Sequence[Run], records: RunReco
         console.print(f"written: {path}", highlight=False, markup=False)
 
 
+def is_as_preset(config: ComparisonConfig) -> bool:
+    """Whether it compares what its preset does, wherever its files and however many runs side by side."""
+    places = ("jobs", "output_dir", "results", "figures", "dry_run")
+    return config == replace(PRESETS[config.preset], **{name: getattr(config, name) for name in places})
+
+
 def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     """SIGTERM as if it were Ctrl-C."""
     raise KeyboardInterrupt(number)
@@ -619,6 +625,7 @@ def main(config: ComparisonConfig) -> None:
         output_dir=config.output_dir or f"runs/{config.preset}",
         results=config.results or f"docs/results/{config.preset}.json",
     )
+    config = replace(config, figures=config.figures or ("docs" if is_as_preset(config) else config.output_dir))
     records = RunRecords(Path(config.results))
     runs = plan(config)
     if config.dry_run:

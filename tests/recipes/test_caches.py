@@ -28,8 +28,8 @@ def kept_files(folder):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--dataloader_num_workers", 1],
-        pytest.param([], marks=pytest.mark.slow),
+        [],
+        pytest.param(["--dataloader_num_workers", 1], marks=pytest.mark.slow),
         pytest.param(["--method", "output"], marks=pytest.mark.slow),
     ],
     ids=lambda flags: " ".join(map(str, flags)),

@@ -158,6 +158,7 @@ def test_guidance_dropout_changes_the_run_and_may_not_change_within_it(teacher_f
     assert "--guidance_dropout was 0.5 and is 0.2" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(teacher_folder, tmp_path, run_recipe):
     stock_pipeline(tiny_unet(num_class_embeds=11), DDPMScheduler()).save_pretrained(teacher_folder)  # without dropout
     flags = [*SHORT_STUDENT, "--teacher", teacher_folder, "--max_train_steps", 4, "--guidance_dropout", 0.5]

@@ -475,6 +475,16 @@ def test_table_and_figures_are_of_the_runs_asked_for(compare, monkeypatch):
         assert (compare.figures / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_of_a_changed_comparison_lie_beside_its_runs(compare, monkeypatch):
+    monkeypatch.setattr(compare.module, "draw_differences", method_figures.draw_differences)
+    compare("--num_seeds", 1, "--figures", "")
+    assert (compare.output_dir / "screen.png").is_file()
+    preset = compare.module.PRESETS["mnist"]
+    assert compare.module.is_as_preset(replace(preset, jobs=1, output_dir="elsewhere", dry_run=True))
+    for change in ({"num_seeds": 6}, {"arms": preset.arms[:2]}, {"extra": ()}, {"control": "denoising"}):
+        assert not compare.module.is_as_preset(replace(preset, **change))
+
+
 def test_samples_stand_in_the_order_of_the_arms_the_teacher_on_top(tmp_path):
     images = {name: np.full((20, 8, 8, 1), value, np.uint8) for name, value in (("teacher", 1), ("student", 2))}
     for name, kept in (("a", ["student"]), ("b", ["teacher", "student"]), ("c", [])):

@@ -11,7 +11,13 @@ def first_losses(run):
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
 
 
-@pytest.mark.parametrize("flags", [["--student_width", 0.5], ["--student_width", 1, "--student_layers_per_block", 1]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--student_width", 0.5],
+        pytest.param(["--student_width", 1, "--student_layers_per_block", 1], marks=pytest.mark.slow),
+    ],
+)
 def test_a_student_that_inherits_starts_closer_to_its_teacher(flags, tmp_path, run_recipe, capsys):
     teacher = "recipes/assets/digits-teacher"
     losses = {}

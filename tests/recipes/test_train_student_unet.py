@@ -84,8 +84,18 @@ print(len(pipeline(batch_size=2, num_inference_steps=2).images), type(pipeline).
     assert not [name for name in names if "projector" in name or "normalizer" in name or name.startswith("student")]
 
 
-@pytest.mark.parametrize("method", ["vkd", "vkd-paper"])
-def test_a_run_interrupted_at_any_step_ends_as_the_straight_one(method, tmp_path, run_recipe, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        ("vkd", [3, 4]),  # between checkpoints, and in the step of one
+        pytest.param("vkd", [1, 2, 5, 6], marks=pytest.mark.slow),
+        pytest.param("vkd-paper", range(1, 7), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_interrupted_at_any_step_ends_as_the_straight_one(
+    method, steps, tmp_path, run_recipe, monkeypatch, capfd
+):
     # Dropout makes the result depend on the random state that the checkpoint must bring back.
     stock_pipeline(tiny_unet(dropout=0.1), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
     flags = [*SHORT_STUDENT, "--teacher", tmp_path / "teacher", "--method", method, "--projector_refresh_steps", 2]
@@ -94,7 +104,7 @@ def test_a_run_interrupted_at_any_step_ends_as_the_straight_one(method, tmp_path
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "straight")
 
     after_step = TrainingRun._after_step
-    for interrupted_at in range(1, 7):
+    for interrupted_at in steps:
 
         def interrupt(run, step=interrupted_at):
             after_step(run)
@@ -245,7 +255,7 @@ def test_accumulated_passes_equal_one_large_batch(student_flags, tmp_path, run_r
     "method",
     [
         ["vkd"],
-        ["vkd-paper"],
+        pytest.param(["vkd-paper"], marks=pytest.mark.slow),
         pytest.param(
             ["vkd", "--projector", "least_squares", *EVERY_LOOK, "--diagnostics_every_steps", 5], marks=pytest.mark.slow
         ),
