@@ -148,7 +148,7 @@ def test_a_signal_that_nobody_acted_on_is_raised_again(ctrl_c):
 
 
 def test_without_a_launcher_the_parent_may_die(monkeypatch):
-    monkeypatch.setattr(interruption, "PARENT", 1)
+    monkeypatch.setattr(interruption, "PARENT", -1)  # no process has it
     for name in interruption.LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert StopRequest().poll() == 0
