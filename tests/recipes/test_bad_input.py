@@ -444,7 +444,7 @@ STUDENT_MISTAKES = {
     "refresh zero": (lambda tmp: ["--projector_refresh_steps", 0], "--projector_refresh_steps must be at least 1"),
     "pair of nothing": (lambda tmp: ["--layer_pairs", ":"], "has no layer ''"),
     "resolution absurd": (lambda tmp: ["--resolution", 10**9], "could be built: sample_size is 1000000000"),
-    "a word too many": (lambda tmp: ["digits"], "Unrecognized options: digits"),
+    "a word too many": (lambda tmp: ["digits"], "error: Unrecognized options: digits"),
     "unknown choice for bad images": (lambda tmp: ["--on_bad_image", "ignore"], "invalid choice 'ignore'.*skip"),
     "empty preset": (lambda tmp: ["--preset="], "no preset ''"),
     "teacher's config empty": (

@@ -64,6 +64,7 @@ def _condense(message: str) -> str:
     text = re.sub(r"\s+", " ", " ".join(lines)).strip()
     text = re.sub(r"^(Parsing error|Required options|Value error|Missing argument|Invalid choice)\s*:?\s*", "", text)
     text = re.sub(r"^Error parsing \w+: ", "", text)
+    text = re.sub(r"^(Unrecognized options)\s*:?\s+(?=\1)", "", text)  # a title that the text repeats
     return re.split(r"For full helptext", text)[0].strip() or "the command line could not be understood; see --help"
 
 
