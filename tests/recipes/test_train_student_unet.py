@@ -257,7 +257,17 @@ def test_accumulated_passes_equal_one_large_batch(student_flags, tmp_path, run_r
         ["vkd"],
         pytest.param(["vkd-paper"], marks=pytest.mark.slow),
         pytest.param(
-            ["vkd", "--projector", "least_squares", *EVERY_LOOK, "--diagnostics_every_steps", 5], marks=pytest.mark.slow
+            [
+                "vkd",
+                "--projector",
+                "least_squares",
+                *EVERY_LOOK,
+                "--diagnostics_every_steps",
+                5,
+                "--feature_decay_end",
+                1,
+            ],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda method: " ".join(map(str, method[:3])),
