@@ -607,9 +607,9 @@ def show_results(config: ComparisonConfig, runs: Sequence[Run], records: RunReco
 
 
 def is_as_preset(config: ComparisonConfig) -> bool:
-    """Whether it compares what its preset does, wherever its files and however many runs side by side."""
-    places = ("jobs", "output_dir", "results", "figures", "dry_run")
-    return config == replace(PRESETS[config.preset], **{name: getattr(config, name) for name in places})
+    """Whether it compares what its preset does, by its records; wherever the runs, however many side by side."""
+    free = ("jobs", "output_dir", "figures", "dry_run")
+    return config == replace(PRESETS[config.preset], **{name: getattr(config, name) for name in free})
 
 
 def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
@@ -620,12 +620,13 @@ def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
 def main(config: ComparisonConfig) -> None:
     """Make the runs that are missing, then show what came of all."""
     console = Console(width=None if sys.stdout.isatty() else 150)
+    output_dir = config.output_dir or f"runs/{config.preset}"
     config = replace(
         config,
-        output_dir=config.output_dir or f"runs/{config.preset}",
+        output_dir=output_dir,
         results=config.results or f"docs/results/{config.preset}.json",
+        figures=config.figures or ("docs" if is_as_preset(config) else output_dir),
     )
-    config = replace(config, figures=config.figures or ("docs" if is_as_preset(config) else config.output_dir))
     records = RunRecords(Path(config.results))
     runs = plan(config)
     if config.dry_run:

@@ -481,7 +481,8 @@ def test_figures_of_a_changed_comparison_lie_beside_its_runs(compare, monkeypatc
     assert (compare.output_dir / "screen.png").is_file()
     preset = compare.module.PRESETS["mnist"]
     assert compare.module.is_as_preset(replace(preset, jobs=1, output_dir="elsewhere", dry_run=True))
-    for change in ({"num_seeds": 6}, {"arms": preset.arms[:3]}, {"extra": ()}, {"control": "denoising"}):
+    changes = ({"num_seeds": 6}, {"arms": preset.arms[:3]}, {"extra": ()}, {"control": "denoising"}, {"results": "x"})
+    for change in changes:
         assert not compare.module.is_as_preset(replace(preset, **change))
 
 
