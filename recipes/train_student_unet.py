@@ -8,14 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 import vkd_gen as vkd
-from vkd_gen.data import TrainingDraws, default_cifar10, evenly_spaced
+from vkd_gen.data import default_cifar10, evenly_spaced
 from vkd_gen.diffusion import check_convertible, prediction_type_of
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
@@ -30,7 +29,6 @@ from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_sc
 from vkd_gen.pairing import pair_table
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import hub_revision
-from vkd_gen.training.bank import open_bank
 from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
 from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
 from vkd_gen.training.images import DataOptions, SharedDataOptions, check_data, load_data, prepare_data
@@ -81,11 +79,6 @@ class StudentConfig:
     """Train on so many of the images, evenly spaced; scores still compare to all of them."""
     student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the student predicts; by default what the teacher does."""
-    bank_size: int = 0
-    """Train on so many draws of image, noise and timestep over and over, the teacher's predictions and features for
-    them computed once and kept on disk; 0 draws anew and asks the teacher in each step. See docs/SCALING.md."""
-    bank_dir: str = ""
-    """Folder to keep them in, which runs may share; by default bank/ in the run's folder."""
     dry_run: bool = False
     """Print the student, its cost beside the teacher's, the layer pairs and the resolved configuration, then stop.
     Needs no data and no weights: --teacher may also be a config.json, or stable-diffusion-1, stable-diffusion-2,
@@ -105,17 +98,10 @@ class StudentConfig:
         """Check what can be checked without loading anything."""
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ValueError(f"--max_train_samples must be at least 1, not {self.max_train_samples}")
-        if not 0 <= self.bank_size < 2**32:
-            raise ValueError(f"--bank_size must be at least 0 and below 2^32, not {self.bank_size}")
-        if self.bank_dir and not self.bank_size:
-            raise ValueError("--bank_dir is for what --bank_size keeps; set that above 0")
-        if self.data.streaming:
-            for name, what in (
-                ("max_train_samples", "chooses among all images"),
-                ("bank_size", "keeps draws of images that are at hand"),
-            ):
-                if getattr(self, name):
-                    raise ValueError(f"--{name} {what}, which a stream's are not: leave it or --streaming out")
+        if self.data.streaming and self.max_train_samples is not None:
+            raise ValueError(
+                "--max_train_samples chooses among all images, which a stream's are not: leave it or --streaming out"
+            )
         check_data(self.data, self.training)
 
 
@@ -178,13 +164,7 @@ def resolve(config: StudentConfig) -> StudentConfig:
     if not config.teacher or not config.data.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
     check_score_options(config.scores, config.training.score_every_steps)
-    matching = resolve_matching(config.matching)
-    if config.bank_size and not matching.output_weight and not matching.feature_weight:
-        raise ValueError(
-            f"--bank_size {config.bank_size} keeps the teacher's answers, and --method {matching.method} asks for "
-            "none: set --output_weight above 0, or leave it out"
-        )
-    return replace(config, matching=matching)
+    return replace(config, matching=resolve_matching(config.matching))
 
 
 def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin, show: Callable[[str], None]) -> None:
@@ -283,22 +263,6 @@ def main(config: StudentConfig) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     torch.nn.Module.to(teacher_unet, accelerator.device, dtype)  # past diffusers' warning about casting
     teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs], prediction_type=prediction_type)
-    bank = None
-    if config.bank_size:
-        bank = open_bank(
-            Path(config.bank_dir or folder.path / "bank"),
-            config.bank_size,
-            TrainingDraws(
-                images,
-                seed=options.seed,
-                random_flip=options.random_flip,
-                guidance_dropout=config.data.guidance_dropout,
-            ),
-            teacher,
-            noise_scheduler,
-            batch_size=options.eval_batch_size,
-            device=accelerator.device,
-        )
     student.to(accelerator.device)
     calibration = folder.path / "calibration.safetensors"
     projected, balance = build_projected_student(
@@ -329,7 +293,6 @@ def main(config: StudentConfig) -> None:
         images=images,
         noise_scheduler=noise_scheduler,
         guidance_dropout=config.data.guidance_dropout,
-        draws=bank,
         stream=stream,
         config=flat_config(config),
         score=(lambda unet: scorer.score_unet("student", unet, noise_scheduler)[0]) if scorer else None,

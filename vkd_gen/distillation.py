@@ -315,8 +315,7 @@ def distillation_losses(
     Args:
         student: a `ProjectedStudent`, bare or wrapped by DDP, compile or accelerate.
         batch: `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]`, and `conditioning`, a mapping of further
-            arguments for both UNets, where they need it. Where the teacher's answers are known, `teacher_prediction`
-            and `teacher_features`, as it returns them, are taken instead of asking it.
+            arguments for both UNets, where they need it.
         noise_scheduler: the student's; its prediction type is what the student predicts. The teacher's prediction is
             expressed in it.
         teacher: may be None where neither output nor features are asked for.
@@ -341,12 +340,9 @@ def distillation_losses(
     if needs_teacher:
         if teacher is None:
             raise ValueError("output and feature losses need a teacher; pass one or set their weights to 0")
-        if "teacher_prediction" in batch:
-            teacher_prediction, teacher_features = batch["teacher_prediction"], batch.get("teacher_features", {})
-        else:
-            teacher_prediction, teacher_features = teacher(
-                noisy_sample, timesteps, conditioning, with_features=weights.feature > 0
-            )
+        teacher_prediction, teacher_features = teacher(
+            noisy_sample, timesteps, conditioning, with_features=weights.feature > 0
+        )
         features = teacher_features if weights.feature > 0 else None
     prediction, matched = student(noisy_sample, timesteps, conditioning, features, feature_loss_kind)
 

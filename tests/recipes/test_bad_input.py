@@ -187,7 +187,6 @@ STUDENT_MISTAKES = {
         lambda tmp: ["--streaming", "--image_cache", tmp],
         "--image_cache keeps all images on the disk, which --streaming is to spare",
     ),
-    "bank of a stream": (lambda tmp: ["--streaming", "--bank_size", 8], "--bank_size keeps draws of images"),
     "decay start above one": (lambda tmp: ["--feature_decay_start", 1.5], "--feature_decay_start"),
     "unknown feature weighting": (
         lambda tmp: ["--feature_weighting", "gradient"],
@@ -563,17 +562,6 @@ STUDENT_MISTAKES = {
         lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, [0, 2**40])],
         "go up to 1099511627776; number them from 0 on",
     ),
-    "bank of less than nothing": (lambda tmp: ["--bank_size", -1], "--bank_size must be at least 0"),
-    "place for no bank": (lambda tmp: ["--bank_dir", tmp], "--bank_dir is for what --bank_size keeps"),
-    "bank that nobody asks": (
-        lambda tmp: ["--bank_size", 8, "--method", "none"],
-        "--bank_size 8 keeps the teacher's answers, and --method none asks for none",
-    ),
-    "bank larger than the disk": (
-        lambda tmp: ["--bank_size", 2**32 - 1],
-        "answers of the teacher do not fit into .*run/bank: they need .* MB, and .* are free; lower --bank_size",
-    ),
-    "bank in a file": (lambda tmp: ["--bank_size", 8, "--bank_dir", file_at(tmp)], "cannot be written to .*file"),
     "images kept in a file": (
         lambda tmp: ["--image_cache", file_at(tmp)],
         "decoded images cannot be written to .*file",

@@ -24,7 +24,7 @@ from diffusers import SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws, data_facts
@@ -205,7 +205,6 @@ class TrainingRun:
         images: training images; with labels for a class-conditional UNet.
         noise_scheduler: the schedule that `unet` is trained on.
         guidance_dropout: share of labels that are replaced by "no class".
-        draws: numbers of draws -> what is drawn; by default `TrainingDraws` of the images.
         stream: to train on instead of `images`, which are its head then.
         config: everything the run was asked to do, for the trackers.
         score: the averaged UNet, in eval mode -> score -> value; called by all processes every `score_every_steps`.
@@ -224,7 +223,6 @@ class TrainingRun:
         images: Images,
         noise_scheduler: SchedulerMixin,
         guidance_dropout: float = 0.0,
-        draws: Dataset | None = None,
         stream: ImageStream | None = None,
         config: Mapping[str, Any],
         score: Callable[[nn.Module], Mapping[str, float]] | None = None,
@@ -234,7 +232,7 @@ class TrainingRun:
         self._scores: dict[str, str] = {}
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
-        self.guidance_dropout, self._draws, self.stream = guidance_dropout, draws, stream
+        self.guidance_dropout, self.stream = guidance_dropout, stream
         self._positions = torch.tensor([Position()] * max(1, options.dataloader_num_workers))  # of the stream's readers
         self.step = 0
         self._bare_model = model
@@ -329,7 +327,7 @@ class TrainingRun:
 
         Yields:
             `sample` and `noise`, `[B, C, H, W]` float32 on the device, and `timesteps`, `[B]` int64; for images with
-            labels also `conditioning`, the mapping of `class_labels` to `[B]` int64; and whatever else `draws` draw.
+            labels also `conditioning`, the mapping of `class_labels` to `[B]` int64.
         """
         options, accelerator = self.options, self.accelerator
         batches = DrawBatches(
@@ -347,9 +345,7 @@ class TrainingRun:
             guidance_dropout=self.guidance_dropout,
         )
         loader = DataLoader(
-            (self._draws or draws)
-            if self.stream is None
-            else StreamedDraws(self.stream, draws, batches, self._positions.clone()),
+            draws if self.stream is None else StreamedDraws(self.stream, draws, batches, self._positions.clone()),
             sampler=batches if self.stream is None else None,  # of whole batches
             batch_size=None,
             num_workers=options.dataloader_num_workers,

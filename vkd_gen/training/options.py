@@ -112,7 +112,7 @@ FREE_TO_CHANGE = frozenset(
     {"output_dir", "resume_from_checkpoint", "dry_run"}
     | {"dataloader_num_workers", "eval_batch_size", "log_every_steps", "preview_every_steps"}
     | {"checkpointing_steps", "checkpoints_total_limit", "checkpoints_keep_every_steps", "max_skipped_steps"}
-    | {"report_to", "push_to_hub", "hub_model_id", "image_cache", "bank_dir"}
+    | {"report_to", "push_to_hub", "hub_model_id", "image_cache"}
     | {"score_every_steps", "extractor", "extractor_weights", "num_score_samples", "num_inference_steps"}
     | {"kid_subset_size", "score_teacher"}
 )
