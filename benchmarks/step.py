@@ -170,6 +170,7 @@ class Bench:
         self.device = self.accelerator.device
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.noise_scheduler = DDPMScheduler()
+        self.schedule = vkd.Schedule.of(self.noise_scheduler).to(self.device)
         with self.device:
             self.teacher_unet = unet_class(teacher).from_config(teacher)
         self.teacher_unet = nn.Module.to(self.teacher_unet, self.dtype).eval().requires_grad_(False)
@@ -185,7 +186,7 @@ class Bench:
         self.sample = samples.to(self.device)
         self.noise = torch.randn_like(self.sample)
         self.timesteps = torch.randint(1000, (self.batch_size,), device=self.device)
-        self.noisy = self.noise_scheduler.add_noise(self.sample, self.noise, self.timesteps)
+        self.noisy = self.schedule.noisy(self.sample, self.noise, self.timesteps)
         if config.compile:
             self.teacher_unet.compile(backend=config.compile)
 
@@ -299,7 +300,7 @@ class Bench:
     def draws(self, number: int) -> Iterator[dict[str, Any]]:
         """Batches that no step trains on, as recipes calibrate on."""
         options = {"seed": 0, "batch_size": self.batch_size, "device": self.device}
-        for batch in fixed_batches(self.images, self.noise_scheduler, number, **options):
+        for batch in fixed_batches(self.images, self.schedule, number, **options):
             yield {**batch, **self.conditioning_of(len(batch["sample"]))}
 
     def conditioning_of(self, number: int) -> dict[str, dict[str, Tensor]]:
@@ -340,7 +341,7 @@ class Bench:
             teacher,
             pairs,
             self.draws,
-            self.noise_scheduler,
+            self.schedule,
             num_steps=options.max_train_steps,
             calibration=folder.path / "calibration.safetensors",
             resumes=False,
@@ -364,7 +365,7 @@ class Bench:
             losses = vkd.distillation_losses(
                 run.model,
                 {**batch, **self.conditioning_of(len(batch["sample"]))},
-                noise_scheduler=self.noise_scheduler,
+                schedule=self.schedule,
                 teacher=teacher,
                 weights=balance.weights(run.step),
                 feature_loss_kind=matching.feature_loss or "mse",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vkd_gen.data import Images, load_images
 from vkd_gen.provenance import environment, write_json
+from vkd_gen.schedule import Schedule
 from vkd_gen.students import (
     Reduction,
     build_student,
@@ -94,18 +95,19 @@ def summary(values: list[float]) -> dict[str, Any]:
 def load(config: ComparisonConfig, folder: str, dataset: str) -> tuple[Any, Any, Any, list[dict[str, Tensor]]]:
     """A teacher, its schedule, batches to start students from by seed, and batches of other images to test on."""
     teacher, noise_scheduler, _ = load_teacher(repository_path(folder, __file__))
+    schedule = Schedule.of(noise_scheduler)
     images, held_out = load_images(dataset, resolution=teacher.config.sample_size, channels=teacher.config.in_channels)
 
     def draws(source: Images, seed: int) -> list[dict[str, Tensor]]:
         options = {"seed": seed, "num_draws": config.num_draws, "batch_size": 64, "device": torch.device("cpu")}
-        return list(fixed_batches(source, noise_scheduler, **options))
+        return list(fixed_batches(source, schedule, **options))
 
-    return teacher, noise_scheduler, partial(draws, images), draws(held_out, seed=1_000_003)
+    return teacher, schedule, partial(draws, images), draws(held_out, seed=1_000_003)
 
 
 def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, width: float) -> dict[str, Any]:
     """For each choice of channels and each rescaling the student's error before any training."""
-    teacher, noise_scheduler, train_batches, tests = load(config, folder, dataset)
+    teacher, schedule, train_batches, tests = load(config, folder, dataset)
     rows: dict[str, list[float]] = {}
     for seed in range(config.num_seeds):
         batches = train_batches(seed)
@@ -121,13 +123,13 @@ def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, 
                         channels=channels,
                         rescaling=rescaling,
                         batches=batches,
-                        noise_scheduler=noise_scheduler,
+                        schedule=schedule,
                         seed=seed,
                     )
                     name = f"{channels}, {rescaling}"
                 elif rescaling != "none":
                     continue
-                error = step0_error(student, teacher, tests, noise_scheduler)
+                error = step0_error(student, teacher, tests, schedule)
                 rows.setdefault(name, []).append(error)
         print(f"{dataset} width {width}: seed {seed} of {config.num_seeds} measured", flush=True)
     return {name: summary(values) for name, values in rows.items()}
@@ -135,10 +137,10 @@ def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, 
 
 def errors_by_layers(config: ComparisonConfig, folder: str, dataset: str) -> list[dict[str, Any]]:
     """With one layer in each block: the error before training for every choice of the teacher's layers."""
-    teacher, noise_scheduler, train_batches, tests = load(config, folder, dataset)
+    teacher, schedule, train_batches, tests = load(config, folder, dataset)
     student = build_student(teacher, Reduction(layers_per_block=1))
     options = {"test_batches": tests, "rescaling": "none"}
-    results = compare_layer_choices(student, teacher, train_batches(0), noise_scheduler, **options)
+    results = compare_layer_choices(student, teacher, train_batches(0), schedule, **options)
     default = layer_choices(student, teacher)[0]
     return [{"error": error, "layers": layers, "default": layers == default} for error, layers in results]
 

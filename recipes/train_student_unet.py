@@ -15,7 +15,6 @@ from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 import vkd_gen as vkd
 from vkd_gen.data import default_cifar10, evenly_spaced
-from vkd_gen.diffusion import check_convertible, prediction_type_of
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import (
     compare_to_teacher,
@@ -208,14 +207,14 @@ def main(config: StudentConfig) -> None:
     )
     if config.resolution is not None:
         teacher_unet.register_to_config(sample_size=config.resolution)
-    prediction_type = prediction_type_of(teacher_scheduler)
+    prediction_type = vkd.Schedule.of(teacher_scheduler).prediction_type
     noise_scheduler = DDPMScheduler.from_config(
         teacher_scheduler.config, prediction_type=config.student_prediction_type or prediction_type
     )
-    check_convertible(noise_scheduler, prediction_type, prediction_type_of(noise_scheduler))
-    schedule = noise_scheduler.config
+    schedule = vkd.Schedule.of(noise_scheduler).to(accelerator.device)
+    schedule.check_convertible(prediction_type)
     accelerator.print(
-        f"schedule: {schedule.num_train_timesteps} steps, {schedule.beta_schedule}; the teacher predicts "
+        f"schedule: {len(schedule)} steps, {noise_scheduler.config.beta_schedule}; the teacher predicts "
         f"{prediction_type}, the student {schedule.prediction_type} (from {schedule_origin})"
     )
     start = replace(config.start, student=repository_path(config.start.student, __file__))
@@ -248,7 +247,7 @@ def main(config: StudentConfig) -> None:
     draws = partial(
         fixed_batches,
         images,
-        noise_scheduler,
+        schedule,
         seed=options.seed,
         batch_size=options.eval_batch_size,
         device=accelerator.device,
@@ -257,7 +256,7 @@ def main(config: StudentConfig) -> None:
     if start.inherit_weights and not has_weights and not resumes:
         batches = list(draws(num_starting_draws(start, images.resolution)))
         student, teacher_unet = student.to(accelerator.device), teacher_unet.to(accelerator.device)
-        accelerator.print(inherit(start, student, teacher_unet, batches, noise_scheduler, seed=options.seed))
+        accelerator.print(inherit(start, student, teacher_unet, batches, schedule, seed=options.seed))
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
@@ -271,7 +270,7 @@ def main(config: StudentConfig) -> None:
         teacher,
         pairs,
         partial(draws, guidance_dropout=config.data.guidance_dropout),
-        noise_scheduler,
+        schedule,
         num_steps=options.max_train_steps,
         calibration=calibration,
         resumes=resumes,
@@ -303,7 +302,7 @@ def main(config: StudentConfig) -> None:
         losses = vkd.distillation_losses(
             run.model,
             batch,
-            noise_scheduler=noise_scheduler,
+            schedule=schedule,
             teacher=teacher_in_steps,
             weights=balance.weights(run.step),
             feature_loss_kind=matching.feature_loss or "mse",

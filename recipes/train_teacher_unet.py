@@ -13,7 +13,6 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from vkd_gen.data import default_cifar10
-from vkd_gen.diffusion import add_noise, prediction_target
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
 from vkd_gen.evaluation.cost import count_parameters
@@ -212,9 +211,9 @@ def main(config: TeacherConfig) -> None:
     )
     for batch in run.batches():
         sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
-        noisy_sample = add_noise(noise_scheduler, sample, noise, timesteps)
+        noisy_sample = run.schedule.noisy(sample, noise, timesteps)
         prediction = predict(run.model, noisy_sample, timesteps, batch.get("conditioning"))
-        target = prediction_target(noise_scheduler, sample, noise, timesteps, config.prediction_type)
+        target = run.schedule.target(sample, noise, timesteps)
         run.backward({"total": prediction_loss(prediction, target)})
 
     unet = run.finish()

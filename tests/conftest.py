@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
+from vkd_gen.schedule import Schedule
+
 torch.set_num_threads(1)
 CIFAR10 = os.environ.get("VKD_GEN_CIFAR10")
 
@@ -69,9 +71,9 @@ def make_batch(batch_size=4, *, channels=1, size=8, seed=0):
 
 
 @pytest.fixture
-def noise_scheduler():
+def schedule():
     """The DDPM schedule, epsilon."""
-    return DDPMScheduler()
+    return Schedule.of(DDPMScheduler())
 
 
 @pytest.fixture

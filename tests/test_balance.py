@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_unet
-from tests.test_diagnostics import SCHEDULER, build, probe
+from tests.test_diagnostics import SCHEDULE, build, probe
 from vkd_gen import LossWeights, ProjectedStudent, distillation_losses
 from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.training.balance import LEAST_RATIO, FeatureBalance
@@ -172,14 +172,12 @@ def test_a_feature_loss_without_a_gradient_gets_no_weight_beyond_all_bounds():
 @pytest.mark.parametrize("ratio", [0.01, 2.0])
 def test_the_ratio_found_at_the_start_is_met_when_it_is_measured(kind, ratio):
     projected, teacher = build()
-    diagnostics = Diagnostics(projected, teacher, [probe(4)], noise_scheduler=SCHEDULER, feature_loss_kind=kind)
+    diagnostics = Diagnostics(projected, teacher, [probe(4)], schedule=SCHEDULE, feature_loss_kind=kind)
     balance = follow(diagnostics, feature=ratio, projected=projected)
     balance.start()
     assert balance.weights(0).feature != pytest.approx(ratio, rel=0.01)
     assert diagnostics(balance.weights(0))["gradient_ratio"] == pytest.approx(ratio, rel=1e-5)
-    losses = distillation_losses(
-        projected.eval(), probe(4), noise_scheduler=SCHEDULER, teacher=teacher, feature_loss_kind=kind
-    )
+    losses = distillation_losses(projected.eval(), probe(4), schedule=SCHEDULE, teacher=teacher, feature_loss_kind=kind)
     assert losses["feature"] > 0
     assert balance.look(2)["gradient_ratio"] == pytest.approx(ratio, rel=1e-5)
     assert diagnostics(balance.weights(2))["gradient_ratio"] == pytest.approx(ratio, rel=1e-5)
@@ -188,7 +186,7 @@ def test_the_ratio_found_at_the_start_is_met_when_it_is_measured(kind, ratio):
 def test_a_student_that_is_its_teacher_keeps_a_weight():
     """Neither output nor features have a gradient then: 0 / 0."""
     projected, teacher = build(tiny_unet(seed=2), tiny_unet(seed=2), normalization="center")
-    diagnostics = Diagnostics(projected, teacher, [probe(4)], noise_scheduler=SCHEDULER)
+    diagnostics = Diagnostics(projected, teacher, [probe(4)], schedule=SCHEDULE)
     weights = LossWeights(denoising=0.0, output=1.0, feature=0.5)
     balance = FeatureBalance(projected, diagnostics, weighting="gradient_ratio", weights=weights, num_steps=10)
     balance.start()

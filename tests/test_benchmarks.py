@@ -169,16 +169,16 @@ def test_the_floor_is_three_forward_passes_of_the_student_and_one_of_the_teacher
     assert floor["optimizer"] == 14 * sum(parameter.numel() for parameter in student.parameters())
 
 
-def test_a_look_at_the_gradients_costs_two_floors_of_its_draws(features, noise_scheduler):
+def test_a_look_at_the_gradients_costs_two_floors_of_its_draws(features, schedule):
     student_unet, teacher_unet = tiny_unet(), tiny_unet((16, 32))
     pairs = vkd.pair_layers(student_unet, teacher_unet)
     teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
     batch = make_batch(4)
-    statistics = calibrate(teacher, [make_batch(64)], noise_scheduler, num_timestep_bins=1)
+    statistics = calibrate(teacher, [make_batch(64)], schedule, num_timestep_bins=1)
     projectors = [vkd.OrthogonalProjector(pair.student_channels, pair.teacher_channels) for pair in pairs]
     normalizers = [vkd.FeatureNormalizer("none", statistics[pair.teacher]) for pair in pairs]
     projected = vkd.ProjectedStudent(student_unet, pairs, projectors, normalizers)
-    look = Diagnostics(projected, teacher, [batch], noise_scheduler=noise_scheduler)
+    look = Diagnostics(projected, teacher, [batch], schedule=schedule)
     weights = vkd.LossWeights(denoising=0)
     look(weights)  # the first one also takes the teacher's ranks
     with FlopCounterMode(display=False) as counter:

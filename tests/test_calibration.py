@@ -6,10 +6,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from vkd_gen.calibration import calibrate, load_statistics, save_statistics
-from vkd_gen.diffusion import add_noise
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, timestep_bins
+from vkd_gen.schedule import Schedule
 
 LAYERS = ["down_blocks.0", "mid_block", "up_blocks.0.resnets.1"]
 FIELDS = ["mean", "share", "covariance", "layer_norm_covariance"]
@@ -73,13 +73,13 @@ def assert_statistics(statistics, expected, tolerance):
 
 
 @pytest.mark.parametrize("num_bins", [1, 3])
-def test_calibrate_equals_a_direct_computation(num_bins, noise_scheduler):
+def test_calibrate_equals_a_direct_computation(num_bins, schedule):
     batches = make_batches()
-    statistics = calibrate(make_teacher(), batches, noise_scheduler, num_timestep_bins=num_bins)
+    statistics = calibrate(make_teacher(), batches, schedule, num_timestep_bins=num_bins)
     assert list(statistics) == LAYERS
 
     batch = joined(batches)
-    signal = noise_scheduler.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
+    signal = DDPMScheduler().alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * batch["sample"] + (1 - signal).sqrt() * batch["noise"]
     features = {}
     unet = tiny_unet().eval()
@@ -96,7 +96,7 @@ def test_calibrate_equals_a_direct_computation(num_bins, noise_scheduler):
         assert_statistics(statistics[layer], numpy_statistics(rows, batch["timesteps"], num_bins), 1e-5)
 
 
-def test_calibrate_passes_labels_on(noise_scheduler):
+def test_calibrate_passes_labels_on(schedule):
     """The statistics of one class are those of a UNet without classes whose time embedding that class has moved."""
     conditional, moved = tiny_unet(num_class_embeds=3), tiny_unet()
     weights = conditional.state_dict()
@@ -105,18 +105,18 @@ def test_calibrate_passes_labels_on(noise_scheduler):
     moved.load_state_dict(weights)
     batches = make_batches()
     labelled = [batch | {"conditioning": {"class_labels": torch.ones_like(batch["timesteps"])}} for batch in batches]
-    found = calibrate(FrozenTeacher(conditional, LAYERS), labelled, noise_scheduler, num_timestep_bins=3)
-    expected = calibrate(FrozenTeacher(moved, LAYERS), batches, noise_scheduler, num_timestep_bins=3)
+    found = calibrate(FrozenTeacher(conditional, LAYERS), labelled, schedule, num_timestep_bins=3)
+    expected = calibrate(FrozenTeacher(moved, LAYERS), batches, schedule, num_timestep_bins=3)
     for layer in LAYERS:
         wanted = {name: value.numpy() for name, value in vars(expected[layer]).items()}
         assert_statistics(found[layer], wanted, 1e-5)
 
 
-def test_calibrate_known_values(noise_scheduler):
+def test_calibrate_known_values(schedule):
     """Two samples of two rows each. Bin 0 holds (0, 0), (2, 0): mean (1, 0); bin 1 (5, 1), (5, 3): mean (5, 2).
     Around the means: (-1, 0), (1, 0), (0, -1), (0, 1), so the covariance is the identity times a half."""
     teacher = GivenFeatures(torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[5.0, 1.0], [5.0, 3.0]]]))
-    statistics = calibrate(teacher, [given_batch([10, 999])], noise_scheduler, num_timestep_bins=2)["layer"]
+    statistics = calibrate(teacher, [given_batch([10, 999])], schedule, num_timestep_bins=2)["layer"]
     assert statistics.mean.tolist() == [[1, 0], [5, 2]]
     assert statistics.share.tolist() == [0.5, 0.5]
     assert statistics.covariance.tolist() == [[0.5, 0], [0, 0.5]]
@@ -125,48 +125,48 @@ def test_calibrate_known_values(noise_scheduler):
     np.testing.assert_allclose(statistics.layer_norm_covariance.numpy(), expected, atol=1e-4)
 
 
-def test_shares_count_rows(noise_scheduler):
+def test_shares_count_rows(schedule):
     teacher = GivenFeatures(torch.randn(4, 3, 5))
     batches = [given_batch([0, 100, 900, 350]), given_batch([700, 0])]
-    statistics = calibrate(teacher, batches, noise_scheduler, num_timestep_bins=3)["layer"]
+    statistics = calibrate(teacher, batches, schedule, num_timestep_bins=3)["layer"]
     np.testing.assert_allclose(statistics.share.numpy(), np.array([3, 1, 2]) / 6, rtol=1e-14)
 
 
-def test_calibrate_does_not_depend_on_how_samples_are_batched(noise_scheduler):
+def test_calibrate_does_not_depend_on_how_samples_are_batched(schedule):
     batches = make_batches()
-    whole = calibrate(make_teacher(), [joined(batches)], noise_scheduler, num_timestep_bins=3)
-    parts = calibrate(make_teacher(), iter(batches), noise_scheduler, num_timestep_bins=3)
+    whole = calibrate(make_teacher(), [joined(batches)], schedule, num_timestep_bins=3)
+    parts = calibrate(make_teacher(), iter(batches), schedule, num_timestep_bins=3)
     for layer in LAYERS:
         assert_statistics(parts[layer], {name: getattr(whole[layer], name).numpy() for name in FIELDS}, 1e-5)
 
 
-def test_calibrate_is_stable_far_from_zero(noise_scheduler):
+def test_calibrate_is_stable_far_from_zero(schedule):
     """Mean / standard deviation of 10 000: in float32 the sum of squares would keep no digit of the covariance."""
     rows = 0.1 * torch.randn(8, 20, 4) @ torch.randn(4, 4) + 1000
     timesteps = torch.arange(8) * 125
     teacher = GivenFeatures(rows)
-    statistics = calibrate(teacher, [given_batch(timesteps.tolist())], noise_scheduler, num_timestep_bins=2)["layer"]
+    statistics = calibrate(teacher, [given_batch(timesteps.tolist())], schedule, num_timestep_bins=2)["layer"]
     expected = numpy_statistics(rows, timesteps, 2)
     assert np.abs(expected["covariance"]).max() < 1
     np.testing.assert_allclose(statistics.covariance.numpy(), expected["covariance"], atol=1e-6)
     np.testing.assert_allclose(statistics.mean.numpy(), expected["mean"], rtol=1e-12)
 
 
-def test_total_covariance_is_that_of_all_rows(noise_scheduler):
+def test_total_covariance_is_that_of_all_rows(schedule):
     rows, timesteps = torch.randn(6, 5, 3) + torch.arange(6)[:, None, None], torch.arange(6) * 160
-    statistics = calibrate(GivenFeatures(rows), [given_batch(timesteps.tolist())], noise_scheduler, num_timestep_bins=3)
+    statistics = calibrate(GivenFeatures(rows), [given_batch(timesteps.tolist())], schedule, num_timestep_bins=3)
     expected = np.cov(rows.flatten(0, 1).double().numpy().T, bias=True)
     np.testing.assert_allclose(statistics["layer"].total_covariance.numpy(), expected, atol=1e-10)
 
 
-def test_calibrate_passes_the_conditioning(noise_scheduler):
+def test_calibrate_passes_the_conditioning(schedule):
     teacher = FrozenTeacher(tiny_condition_unet(), ["mid_block", "down_blocks.0.attentions.0.transformer_blocks.0"])
     batch = make_batch(4, channels=4)
     batch["timesteps"] = torch.tensor([0, 300, 600, 999])
 
     def mean(tokens):
         conditioned = {**batch, "conditioning": {"encoder_hidden_states": tokens}}
-        return calibrate(teacher, [conditioned], noise_scheduler, num_timestep_bins=2)
+        return calibrate(teacher, [conditioned], schedule, num_timestep_bins=2)
 
     first, second = mean(torch.zeros(4, 3, 8)), mean(torch.ones(4, 3, 8))
     assert first["mid_block"].mean.shape == (2, 16)
@@ -178,28 +178,30 @@ def test_bins_follow_the_schedule():
     """100 training timesteps: the second of two bins starts at 50."""
     teacher = GivenFeatures(torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]]))
     batch = given_batch([49, 50])
-    statistics = calibrate(teacher, [batch], DDPMScheduler(num_train_timesteps=100), num_timestep_bins=2)["layer"]
+    statistics = calibrate(teacher, [batch], Schedule.of(DDPMScheduler(num_train_timesteps=100)), num_timestep_bins=2)[
+        "layer"
+    ]
     assert statistics.mean.tolist() == [[1, 0], [3, 0]]
     with pytest.raises(ValueError, match="too few samples"):
-        calibrate(teacher, [batch], DDPMScheduler(num_train_timesteps=1000), num_timestep_bins=2)
+        calibrate(teacher, [batch], Schedule.of(DDPMScheduler(num_train_timesteps=1000)), num_timestep_bins=2)
 
 
-def test_calibrate_leaves_the_teacher_alone(noise_scheduler):
+def test_calibrate_leaves_the_teacher_alone(schedule):
     teacher = make_teacher()
     before = {name: value.clone() for name, value in teacher.unet.state_dict().items()}
-    statistics = calibrate(teacher, make_batches(), noise_scheduler, num_timestep_bins=2)
+    statistics = calibrate(teacher, make_batches(), schedule, num_timestep_bins=2)
     assert all(torch.equal(value, before[name]) for name, value in teacher.unet.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.unet.parameters())
     assert not any(getattr(entry, name).requires_grad for entry in statistics.values() for name in FIELDS)
 
 
 @pytest.mark.parametrize("kind", ["none", "layer_norm", "center", "standardize", "whiten"])
-def test_normalizer_reaches_its_target_covariance_on_the_calibration_rows(kind, noise_scheduler):
+def test_normalizer_reaches_its_target_covariance_on_the_calibration_rows(kind, schedule):
     """The two halves meet: what calibrate measures is what the normaliser applies."""
     batch = joined(make_batches((24, 24)))
     teacher = make_teacher()
-    statistics = calibrate(teacher, [batch], noise_scheduler, num_timestep_bins=4)
-    noisy = noise_scheduler.add_noise(batch["sample"], batch["noise"], batch["timesteps"])
+    statistics = calibrate(teacher, [batch], schedule, num_timestep_bins=4)
+    noisy = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
     _, features = teacher(noisy, batch["timesteps"])
     for layer in LAYERS:
         normalizer = FeatureNormalizer(kind, statistics[layer])
@@ -217,8 +219,8 @@ def test_normalizer_reaches_its_target_covariance_on_the_calibration_rows(kind, 
 # Saving
 
 
-def test_statistics_survive_a_round_trip(tmp_path, noise_scheduler):
-    statistics = calibrate(make_teacher(), make_batches(), noise_scheduler, num_timestep_bins=2)
+def test_statistics_survive_a_round_trip(tmp_path, schedule):
+    statistics = calibrate(make_teacher(), make_batches(), schedule, num_timestep_bins=2)
     save_statistics(statistics, tmp_path / "statistics.safetensors")
     loaded = load_statistics(tmp_path / "statistics.safetensors")
     assert loaded.keys() == statistics.keys()
@@ -249,38 +251,40 @@ def test_saving_takes_tensors_that_are_not_contiguous(tmp_path):
 
 
 @pytest.mark.parametrize("num_bins", [0, -3])
-def test_calibrate_needs_a_bin(num_bins, noise_scheduler):
+def test_calibrate_needs_a_bin(num_bins, schedule):
     with pytest.raises(ValueError, match=f"num_timestep_bins must be at least 1, not {num_bins}"):
-        calibrate(make_teacher(), make_batches(), noise_scheduler, num_timestep_bins=num_bins)
+        calibrate(make_teacher(), make_batches(), schedule, num_timestep_bins=num_bins)
 
 
-def test_calibrate_needs_a_sample_in_every_bin(noise_scheduler):
+def test_calibrate_needs_a_sample_in_every_bin(schedule):
     batch = {**make_batch(4), "timesteps": torch.tensor([0, 10, 500, 510])}
-    assert calibrate(make_teacher(), [batch], noise_scheduler, num_timestep_bins=2)
+    assert calibrate(make_teacher(), [batch], schedule, num_timestep_bins=2)
     with pytest.raises(ValueError, match="too few samples to calibrate on: not every one of 4"):
-        calibrate(make_teacher(), [batch], noise_scheduler, num_timestep_bins=4)
+        calibrate(make_teacher(), [batch], schedule, num_timestep_bins=4)
 
 
-def test_calibrate_needs_batches(noise_scheduler):
+def test_calibrate_needs_batches(schedule):
     with pytest.raises(ValueError, match="too few samples"):
-        calibrate(make_teacher(), [], noise_scheduler)
+        calibrate(make_teacher(), [], schedule)
 
 
-def test_calibrate_needs_layers(noise_scheduler):
+def test_calibrate_needs_layers(schedule):
     with pytest.raises(ValueError, match="layer"):
-        calibrate(make_teacher(layers=[]), make_batches(), noise_scheduler, num_timestep_bins=1)
+        calibrate(make_teacher(layers=[]), make_batches(), schedule, num_timestep_bins=1)
 
 
 def test_statistics_of_a_pooled_layer_are_those_of_its_squares(tmp_path):
     """Pooling changes a covariance: it must be in the statistics, not applied to features after them."""
     layers = ["mid_block", "mid_block/2", "up_blocks.0.attentions.0.to_q/4"]
     unet, batches = tiny_unet(attention=True), make_batches()
-    statistics = calibrate(FrozenTeacher(unet, layers), batches, DDPMScheduler(), num_timestep_bins=2)
+    statistics = calibrate(FrozenTeacher(unet, layers), batches, Schedule.of(DDPMScheduler()), num_timestep_bins=2)
     capture = FeatureCapture(unet, ["mid_block"])
     capture.start()
     whole = joined(batches)
     with torch.no_grad():
-        unet(add_noise(DDPMScheduler(), whole["sample"], whole["noise"], whole["timesteps"]), whole["timesteps"])
+        unet(
+            Schedule.of(DDPMScheduler()).noisy(whole["sample"], whole["noise"], whole["timesteps"]), whole["timesteps"]
+        )
     squares = capture.stop()["mid_block"].unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean((3, 5))
     expected = numpy_statistics(to_rows(squares), whole["timesteps"], 2)
     for field in FIELDS:

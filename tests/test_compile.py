@@ -22,6 +22,7 @@ from vkd_gen import (
     pair_layers,
 )
 from vkd_gen.normalization import whiten_batch
+from vkd_gen.schedule import Schedule
 from vkd_gen.training.guards import Watch
 
 TOLERANCE = 1e-4
@@ -62,7 +63,7 @@ def make_models(make_unet, *, match=solved, pairs=None):
     torch.manual_seed(5)  # of the linear projectors
     projected = ProjectedStudent(student, layer_pairs, *zip(*match(teacher, layer_pairs), strict=True))
     # As the recipe does: a solved projector centres once it has means, which is another graph.
-    projected.initialize_projectors(teacher, [batch_for(student, seed=0)], DDPMScheduler())
+    projected.initialize_projectors(teacher, [batch_for(student, seed=0)], Schedule.of(DDPMScheduler()))
     return projected, teacher
 
 
@@ -78,7 +79,7 @@ def batch_for(unet, seed, batch_size=4):
 
 def losses_of(model, teacher, batch, feature_loss_kind="mse"):
     return distillation_losses(
-        model, batch, noise_scheduler=DDPMScheduler(), teacher=teacher, feature_loss_kind=feature_loss_kind
+        model, batch, schedule=Schedule.of(DDPMScheduler()), teacher=teacher, feature_loss_kind=feature_loss_kind
     )
 
 
@@ -180,7 +181,7 @@ def one_stage_unet(channels, seed):
 def one_of_each(teacher, layer_pairs):
     """Every projector and every normaliser."""
     statistics = calibrate(
-        teacher, [make_batch(32, seed=1), make_batch(32, seed=2)], DDPMScheduler(), num_timestep_bins=4
+        teacher, [make_batch(32, seed=1), make_batch(32, seed=2)], Schedule.of(DDPMScheduler()), num_timestep_bins=4
     )
     orthogonal = {"refresh_every_steps": 1, "momentum": 0.9}
     matchings = [

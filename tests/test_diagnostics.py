@@ -25,10 +25,10 @@ from vkd_gen import (
     width_floor,
 )
 from vkd_gen.diagnostics import Diagnostics, effective_rank
-from vkd_gen.diffusion import add_noise
 from vkd_gen.features import FeatureCapture, to_rows
+from vkd_gen.schedule import Schedule
 
-SCHEDULER = DDPMScheduler()
+SCHEDULE = Schedule.of(DDPMScheduler())
 LAYERS = ("mid_block", "up_blocks.1")
 
 
@@ -48,14 +48,14 @@ def build(student=None, teacher_unet=None, *, method="solved", normalization="ce
     layer_pairs = pair_layers(student, teacher_unet, pairs=pairs or [(layer, layer) for layer in LAYERS])
     teacher = FrozenTeacher(teacher_unet, [pair.teacher for pair in layer_pairs])
     batch = probe(16, seed=9, labels=labels)
-    statistics = calibrate(teacher, [batch], SCHEDULER, num_timestep_bins=2)
+    statistics = calibrate(teacher, [batch], SCHEDULE, num_timestep_bins=2)
     projected = ProjectedStudent(
         student,
         layer_pairs,
         [make_projector(method, pair.student_channels, pair.teacher_channels) for pair in layer_pairs],
         [FeatureNormalizer(normalization, statistics[pair.teacher]) for pair in layer_pairs],
     )
-    projected.initialize_projectors(teacher, [batch], SCHEDULER)
+    projected.initialize_projectors(teacher, [batch], SCHEDULE)
     return projected, teacher
 
 
@@ -68,7 +68,7 @@ def probe(batch_size=4, *, seed=0, labels=None):
 
 def look(projected, teacher, batches=None, weights=LossWeights(feature=0.3), **options):
     batches = [probe(4), probe(2, seed=1)] if batches is None else batches
-    return Diagnostics(projected, teacher, batches, noise_scheduler=SCHEDULER, **options)(weights)
+    return Diagnostics(projected, teacher, batches, schedule=SCHEDULE, **options)(weights)
 
 
 # ---- effective rank
@@ -146,7 +146,7 @@ def test_gradients_known_values(feature, prediction, cosine):
         [
             sample.square().mean().item()
             for batch in batches
-            for sample in add_noise(SCHEDULER, batch["sample"], batch["noise"], batch["timesteps"])
+            for sample in SCHEDULE.noisy(batch["sample"], batch["noise"], batch["timesteps"])
         ]
     )
     assert values["gradient/output"] == pytest.approx(2.0 * 2 * abs(0.5 - prediction) * square, rel=1e-5)
@@ -163,7 +163,7 @@ def test_timestep_bins_known_values(num_bins):
     projected, teacher = one_weight(feature=2.0, prediction=1.0)
     batch = probe(6) | {"timesteps": torch.tensor([0, 999, 333, 334, 142, 998])}
     values = look(projected, teacher, [batch], num_timestep_bins=num_bins)
-    noisy = add_noise(SCHEDULER, batch["sample"], batch["noise"], batch["timesteps"])
+    noisy = SCHEDULE.noisy(batch["sample"], batch["noise"], batch["timesteps"])
     squares = (1.5**2 * noisy.square().mean((1, 2, 3))).tolist()
     first, last, third, after_third, seventh, last_but_one = squares
     expected = {
@@ -193,7 +193,7 @@ def test_gradients_equal_those_of_backward(kind, weighting):
     projected.eval()
     gradients = {}
     for term, weight in vars(weights).items():
-        losses = distillation_losses(projected, whole, noise_scheduler=SCHEDULER, teacher=teacher, **options)
+        losses = distillation_losses(projected, whole, schedule=SCHEDULE, teacher=teacher, **options)
         (weight * losses[term]).backward()
         parameters = list(projected.student.parameters())
         parts = [np.zeros(p.numel()) if p.grad is None else p.grad.double().numpy().ravel() for p in parameters]
@@ -218,7 +218,7 @@ def test_features_equal_those_found_by_hand(method, kind):
     for unet, rows in layers.values():
         capture = FeatureCapture(unet, LAYERS)
         for batch in batches:
-            noisy = add_noise(SCHEDULER, batch["sample"], batch["noise"], batch["timesteps"])
+            noisy = SCHEDULE.noisy(batch["sample"], batch["noise"], batch["timesteps"])
             capture.start()
             with torch.no_grad():
                 unet(noisy, batch["timesteps"])
@@ -226,9 +226,7 @@ def test_features_equal_those_found_by_hand(method, kind):
                 rows.setdefault(layer, []).append(to_rows(feature).flatten(0, 1))
         capture.remove()
     whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    losses = distillation_losses(
-        projected.eval(), whole, noise_scheduler=SCHEDULER, teacher=teacher, feature_loss_kind=kind
-    )
+    losses = distillation_losses(projected.eval(), whole, schedule=SCHEDULE, teacher=teacher, feature_loss_kind=kind)
     for number, layer in enumerate(LAYERS):
         assert values[f"feature/{layer}/t0-999"] == pytest.approx(losses[f"feature/{layer}"].item(), rel=1e-4)
         covariance = projected.normalizers[number].target_covariance()
@@ -270,7 +268,7 @@ def test_terms_without_a_weight_have_no_figures(weights, terms):
 
 def test_a_second_look_finds_the_same():
     projected, teacher = build()
-    diagnostics = Diagnostics(projected, teacher, [probe(4)], noise_scheduler=SCHEDULER)
+    diagnostics = Diagnostics(projected, teacher, [probe(4)], schedule=SCHEDULE)
     assert diagnostics(LossWeights()) == diagnostics(LossWeights())
 
 
@@ -290,7 +288,7 @@ def test_nothing_is_changed_by_looking(method, fails, monkeypatch):
     projected.train()
     projected.student.mid_block.eval()
     batch = probe(4, seed=5)
-    losses = distillation_losses(projected, batch, noise_scheduler=SCHEDULER, teacher=teacher)
+    losses = distillation_losses(projected, batch, schedule=SCHEDULE, teacher=teacher)
     losses["total"].backward()
     gradients = {name: p.grad.clone() for name, p in projected.named_parameters() if p.grad is not None}
     before = everything(projected)

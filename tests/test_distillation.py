@@ -13,7 +13,6 @@ import torch.multiprocessing
 from diffusers import DDPMScheduler, ModelMixin
 from torch import nn
 
-import vkd_gen.distillation
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from vkd_gen import (
     FeatureCapture,
@@ -28,10 +27,10 @@ from vkd_gen import (
     distillation_losses,
     pair_layers,
 )
-from vkd_gen.diffusion import add_noise, convert_prediction
 from vkd_gen.distillation import predict
 from vkd_gen.losses import feature_loss
 from vkd_gen.projectors import orthonormality_error, sampling_stride
+from vkd_gen.schedule import Schedule
 
 FEATURE_ONLY = LossWeights(denoising=0.0, output=0.0, feature=1.0)
 NO_FEATURES = LossWeights(denoising=1.0, output=1.0, feature=0.0)
@@ -166,7 +165,7 @@ def test_one_teacher_layer_may_serve_two_student_layers():
     projected, teacher = make_projected(
         tiny_unet((8, 16)), tiny_unet((16, 32)), pairs=[("down_blocks.1", "mid_block"), ("mid_block", "mid_block")]
     )
-    losses = distillation_losses(projected, make_batch(), noise_scheduler=DDPMScheduler(), teacher=teacher)
+    losses = distillation_losses(projected, make_batch(), schedule=Schedule.of(DDPMScheduler()), teacher=teacher)
     assert {"feature/down_blocks.1", "feature/mid_block"} <= losses.keys()
 
 
@@ -219,7 +218,9 @@ def test_widths_that_do_not_fit_are_refused(projector, channels):
 
 def test_exported_student_is_a_plain_unet(models, tmp_path):
     projected, teacher = models
-    distillation_losses(projected, make_batch(), noise_scheduler=DDPMScheduler(), teacher=teacher)["total"].backward()
+    distillation_losses(projected, make_batch(), schedule=Schedule.of(DDPMScheduler()), teacher=teacher)[
+        "total"
+    ].backward()
     plain = tiny_unet((8, 16), seed=9)
     assert projected.student.state_dict().keys() == plain.state_dict().keys()
     assert any(name.startswith("projectors.") for name in projected.state_dict())
@@ -234,50 +235,50 @@ def test_a_deep_copy_works_on_its_own(models):
     """As torch's AveragedModel makes one."""
     projected, teacher = models
     twin = copy.deepcopy(projected)
-    found = distillation_losses(twin, make_batch(), noise_scheduler=DDPMScheduler(), teacher=teacher)
-    expected = distillation_losses(projected, make_batch(), noise_scheduler=DDPMScheduler(), teacher=teacher)
+    found = distillation_losses(twin, make_batch(), schedule=Schedule.of(DDPMScheduler()), teacher=teacher)
+    expected = distillation_losses(projected, make_batch(), schedule=Schedule.of(DDPMScheduler()), teacher=teacher)
     assert_states_equal(found, expected)
 
 
-def test_after_step_leaves_projectors_without_state_alone(noise_scheduler):
+def test_after_step_leaves_projectors_without_state_alone(schedule):
     for method in ("linear", "identity"):
         projected, teacher = make_projected(tiny_unet((8, 16)), tiny_unet((8, 16), seed=1), method=method)
-        distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher)
+        distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
         before = projector_state(projected)
         projected.after_step(1)
         assert_states_equal(projector_state(projected), before, atol=0, rtol=0)
 
 
-def test_eval_mode_does_not_touch_the_running_statistics(models, noise_scheduler):
+def test_eval_mode_does_not_touch_the_running_statistics(models, schedule):
     projected, teacher = models
     projected.eval()
     before = {name: value.clone() for name, value in projected.named_buffers()}
     with torch.no_grad():
-        distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher)
+        distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
     assert_states_equal(dict(projected.named_buffers()), before, atol=0, rtol=0)
 
 
-def test_a_look_in_eval_mode_is_nothing_to_solve_after(models, noise_scheduler, monkeypatch):
+def test_a_look_in_eval_mode_is_nothing_to_solve_after(models, schedule, monkeypatch):
     projected, teacher = models
     steps = []
     for projector in projected.projectors:
         monkeypatch.setattr(projector, "after_step", steps.append)
     for is_training in (False, True):
         projected.train(is_training)
-        distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher)
+        distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
         projected.train()
         projected.after_step(1 + is_training)
     assert steps == [2] * len(projected.projectors)
 
 
-def test_initialize_projectors_solves_for_the_given_batches(models, noise_scheduler):
+def test_initialize_projectors_solves_for_the_given_batches(models, schedule):
     """Against an orthogonal Procrustes problem solved by numpy on the features of both batches."""
     projected, teacher = models
     batches = [make_batch(seed=seed) for seed in (1, 2)]
     layer = projected.layer_pairs[2]
     collected = {"student": [], "teacher": []}
     for batch in batches:
-        noisy = add_noise(noise_scheduler, batch["sample"], batch["noise"], batch["timesteps"])
+        noisy = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
         for name, unet in (("student", projected.student), ("teacher", teacher.unet)):
             capture = FeatureCapture(unet, [getattr(layer, name)])
             capture.start()
@@ -290,14 +291,14 @@ def test_initialize_projectors_solves_for_the_given_batches(models, noise_schedu
     rows, targets = rows - rows.mean(0), targets - targets.mean(0)
     left, values, right = np.linalg.svd(rows.T @ targets, full_matrices=False)
 
-    projected.initialize_projectors(teacher, batches, noise_scheduler)
+    projected.initialize_projectors(teacher, batches, schedule)
     projector = projected.projectors[2]
     np.testing.assert_allclose(projector.matrix(), left @ right, atol=1e-3)
     assert projector.gain.item() == pytest.approx(values.sum() / np.square(rows).sum(), rel=1e-3)
     losses = distillation_losses(
         projected.eval(),
         {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]},
-        noise_scheduler=noise_scheduler,
+        schedule=schedule,
         teacher=teacher,
     )
     expected = np.square(projector.gain.item() * rows @ left @ right - targets).mean()
@@ -307,12 +308,12 @@ def test_initialize_projectors_solves_for_the_given_batches(models, noise_schedu
 # ---- the losses
 
 
-def test_losses_reference(noise_scheduler):
+def test_losses_reference(schedule):
     """Every term again in numpy, from the two UNets and a hook of our own; free linear projector."""
     student, teacher_unet = tiny_unet((8, 16), seed=1), tiny_unet((16, 32), seed=2)
     projected, teacher = make_projected(student, teacher_unet, method="linear", pairs=[("mid_block", "mid_block")])
     batch = make_batch()
-    losses = distillation_losses(projected, batch, noise_scheduler=noise_scheduler, teacher=teacher)
+    losses = distillation_losses(projected, batch, schedule=schedule, teacher=teacher)
 
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[batch["timesteps"].numpy()][:, None, None, None]
     noisy = np.sqrt(alpha_bar) * batch["sample"].numpy() + np.sqrt(1 - alpha_bar) * batch["noise"].numpy()
@@ -350,12 +351,10 @@ def test_losses_reference(noise_scheduler):
         LossWeights(denoising=4.0, output=0.0, feature=0.0),
     ],
 )
-def test_total_is_the_weighted_sum_and_a_weight_of_zero_removes_exactly_its_term(models, noise_scheduler, weights):
+def test_total_is_the_weighted_sum_and_a_weight_of_zero_removes_exactly_its_term(models, schedule, weights):
     projected, teacher = models
-    everything = distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher)
-    losses = distillation_losses(
-        projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher, weights=weights
-    )
+    everything = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
+    losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=weights)
     terms = {name for name, weight in vars(weights).items() if weight}
     per_layer = {f"feature/{layer}" for layer in STAGES} if "feature" in terms else set()
     assert losses.keys() == {"total"} | terms | per_layer
@@ -367,15 +366,13 @@ def test_total_is_the_weighted_sum_and_a_weight_of_zero_removes_exactly_its_term
         torch.testing.assert_close(losses["feature"], sum(losses[name] for name in per_layer))
 
 
-def test_weights_of_the_gradient(models, noise_scheduler):
+def test_weights_of_the_gradient(models, schedule):
     """The gradient of the total is the weighted sum of the terms' gradients."""
     projected, teacher = models
     parameters = list(projected.student.parameters())
 
     def gradient(weights):
-        losses = distillation_losses(
-            projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher, weights=weights
-        )
+        losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=weights)
         found = torch.autograd.grad(losses["total"], parameters, allow_unused=True)
         return torch.cat(
             [
@@ -396,19 +393,19 @@ def test_weights_of_the_gradient(models, noise_scheduler):
 # ---- what a weight of zero costs
 
 
-def test_without_output_and_features_the_teacher_is_not_called(models, noise_scheduler):
+def test_without_output_and_features_the_teacher_is_not_called(models, schedule):
     projected, teacher = models
     calls = count_calls(teacher.unet)
     weights = LossWeights(denoising=1.0, output=0.0, feature=0.0)
-    distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher, weights=weights)
+    distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=weights)
     assert calls == [0]
-    losses = distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, weights=weights)
+    losses = distillation_losses(projected, make_batch(), schedule=schedule, weights=weights)
     assert losses.keys() == {"total", "denoising"}  # nor is one needed
-    distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher)
+    distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
     assert calls == [1]
 
 
-def test_without_a_feature_weight_nothing_is_captured_normalized_or_projected(models, noise_scheduler, monkeypatch):
+def test_without_a_feature_weight_nothing_is_captured_normalized_or_projected(models, schedule, monkeypatch):
     projected, teacher = models
     calls = count_calls(*projected.projectors, *projected.normalizers)
     before = {name: value.clone() for name, value in projected.named_buffers()}
@@ -417,27 +414,25 @@ def test_without_a_feature_weight_nothing_is_captured_normalized_or_projected(mo
         raise AssertionError("features were captured")
 
     monkeypatch.setattr(FeatureCapture, "start", captured)
-    losses = distillation_losses(
-        projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher, weights=NO_FEATURES
-    )
+    losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=NO_FEATURES)
     losses["total"].backward()
     assert calls == [0]
     assert_states_equal(dict(projected.named_buffers()), before, atol=0, rtol=0)
     with pytest.raises(AssertionError, match="captured"):
-        distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher)
+        distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
 
 
-@pytest.mark.parametrize(("weight", "function"), [("denoising", "prediction_target"), ("output", "convert_prediction")])
-def test_targets_of_absent_terms_are_not_made(models, noise_scheduler, monkeypatch, weight, function):
+@pytest.mark.parametrize(("weight", "function"), [("denoising", "target"), ("output", "convert")])
+def test_targets_of_absent_terms_are_not_made(models, schedule, monkeypatch, weight, function):
     projected, teacher = models
     calls = []
-    original = getattr(vkd_gen.distillation, function)
-    monkeypatch.setattr(vkd_gen.distillation, function, lambda *args: calls.append(1) or original(*args))
+    original = getattr(Schedule, function)
+    monkeypatch.setattr(Schedule, function, lambda *args: calls.append(1) or original(*args))
     for value, expected in ((0.0, 0), (1.0, 1)):
         distillation_losses(
             projected,
             make_batch(),
-            noise_scheduler=noise_scheduler,
+            schedule=schedule,
             teacher=teacher,
             weights=LossWeights(**{weight: value}),
         )
@@ -448,11 +443,9 @@ def test_targets_of_absent_terms_are_not_made(models, noise_scheduler, monkeypat
 
 
 @pytest.mark.parametrize("layer", STAGES)
-def test_each_paired_layer_learns_from_its_own_feature_loss(models, noise_scheduler, layer):
+def test_each_paired_layer_learns_from_its_own_feature_loss(models, schedule, layer):
     projected, teacher = models
-    losses = distillation_losses(
-        projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher, weights=FEATURE_ONLY
-    )
+    losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=FEATURE_ONLY)
     losses[f"feature/{layer}"].backward()
     own = list(projected.student.get_submodule(layer).parameters())
     assert all(parameter.grad is not None for parameter in own)
@@ -462,11 +455,9 @@ def test_each_paired_layer_learns_from_its_own_feature_loss(models, noise_schedu
     assert projected.student.conv_out.weight.grad is None
 
 
-def test_the_prediction_terms_reach_every_student_parameter(models, noise_scheduler):
+def test_the_prediction_terms_reach_every_student_parameter(models, schedule):
     projected, teacher = models
-    losses = distillation_losses(
-        projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher, weights=NO_FEATURES
-    )
+    losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=NO_FEATURES)
     losses["total"].backward()
     assert gradients(projected).keys() == dict(projected.named_parameters()).keys()
 
@@ -475,14 +466,12 @@ def test_the_prediction_terms_reach_every_student_parameter(models, noise_schedu
     ("student", "teacher"), [((8, 16), (16, 32)), ((8, 16), (8, 16)), ((16, 32), (8, 16))], ids=["<", "=", ">"]
 )
 @pytest.mark.parametrize("method", ["cayley", "matrix_exp", "linear"])
-def test_learned_projectors_learn_and_the_teacher_does_not(noise_scheduler, method, student, teacher):
+def test_learned_projectors_learn_and_the_teacher_does_not(schedule, method, student, teacher):
     """Student narrower than the teacher, as wide, and wider."""
     projected, teacher = make_projected(tiny_unet(student, seed=1), tiny_unet(teacher, seed=2), method=method)
     before = {name: value.clone() for name, value in teacher.unet.state_dict().items()}
     optimizer = torch.optim.SGD(projected.parameters(), lr=0.1)
-    losses = distillation_losses(
-        projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher, weights=FEATURE_ONLY
-    )
+    losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=FEATURE_ONLY)
     losses["total"].backward()
     for name, parameter in projected.projectors.named_parameters():
         assert parameter.grad is not None, name
@@ -519,14 +508,12 @@ def test_the_teacher_is_no_part_of_the_module_that_trains(models):
     assert not isinstance(teacher, nn.Module)
 
 
-def test_training_on_features_alone_brings_them_closer(noise_scheduler):
+def test_training_on_features_alone_brings_them_closer(schedule):
     projected, teacher = make_projected(tiny_unet((8, 16), seed=1), tiny_unet((16, 32), seed=2), method="cayley")
     optimizer = torch.optim.Adam(projected.parameters(), lr=3e-3)
     totals = []
     for _ in range(15):
-        losses = distillation_losses(
-            projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher, weights=FEATURE_ONLY
-        )
+        losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=FEATURE_ONLY)
         optimizer.zero_grad()
         losses["total"].backward()
         optimizer.step()
@@ -540,23 +527,23 @@ def test_training_on_features_alone_brings_them_closer(noise_scheduler):
 class Translated(ModelMixin):
     """The teacher's network, speaking another prediction type: a perfect student."""
 
-    def __init__(self, unet, noise_scheduler, source, target):
+    def __init__(self, unet, schedule, source):
         super().__init__()
-        self.unet, self.noise_scheduler, self.source, self.target = unet, noise_scheduler, source, target
+        self.unet, self.schedule, self.source = unet, schedule, source
 
     def forward(self, sample, timestep, return_dict=True):
         prediction = self.unet(sample, timestep, return_dict=return_dict)[0]
-        return (convert_prediction(self.noise_scheduler, prediction, sample, timestep, self.source, self.target),)
+        return (self.schedule.convert(prediction, sample, timestep, self.source),)
 
 
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("source", ["epsilon", "v_prediction", "sample"])
 def test_a_perfect_student_of_another_prediction_type_has_no_output_loss(source, target):
-    noise_scheduler = DDPMScheduler(prediction_type=target)
+    schedule = Schedule.of(DDPMScheduler(prediction_type=target))
     teacher = FrozenTeacher(tiny_unet(), prediction_type=source)
-    student = Translated(tiny_unet(), noise_scheduler, source, target)
+    student = Translated(tiny_unet(), schedule, source)
     batch = make_batch(8)
-    options = {"noise_scheduler": noise_scheduler, "weights": LossWeights(output=1.0, feature=0.0)}
+    options = {"schedule": schedule, "weights": LossWeights(output=1.0, feature=0.0)}
     losses = distillation_losses(ProjectedStudent(student), batch, teacher=teacher, **options)
     assert losses["output"].item() < 1e-8
     untranslated = distillation_losses(ProjectedStudent(tiny_unet(seed=1)), batch, teacher=teacher, **options)
@@ -564,11 +551,11 @@ def test_a_perfect_student_of_another_prediction_type_has_no_output_loss(source,
 
 
 def test_min_snr_weighs_every_term_by_the_students_prediction_type():
-    noise_scheduler = DDPMScheduler(prediction_type="v_prediction")
+    schedule = Schedule.of(DDPMScheduler(prediction_type="v_prediction"))
     projected, teacher = make_projected(tiny_unet((8, 16), seed=1), tiny_unet((16, 32), seed=2))
     projected.eval()
     batch = make_batch(4) | {"timesteps": torch.tensor([5, 50, 200, 700])}  # SNR from above gamma to below
-    options = {"noise_scheduler": noise_scheduler, "teacher": teacher}
+    options = {"schedule": schedule, "teacher": teacher}
     found = distillation_losses(projected, batch, timestep_weighting="min_snr", snr_gamma=2.0, **options)
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[batch["timesteps"].numpy()]
     snr = alpha_bar / (1 - alpha_bar)
@@ -583,7 +570,7 @@ def test_min_snr_weighs_every_term_by_the_students_prediction_type():
         assert found[name].item() == pytest.approx(expected, rel=1e-3), name
 
 
-def test_conditioning_goes_to_teacher_and_student(noise_scheduler):
+def test_conditioning_goes_to_teacher_and_student(schedule):
     student, teacher_unet = tiny_condition_unet((8, 16), seed=1), tiny_condition_unet((16, 32), seed=2)
     projected, teacher = make_projected(student, teacher_unet)
     projected.eval()
@@ -593,12 +580,12 @@ def test_conditioning_goes_to_teacher_and_student(noise_scheduler):
         distillation_losses(
             projected,
             batch | {"conditioning": {"encoder_hidden_states": text}},
-            noise_scheduler=noise_scheduler,
+            schedule=schedule,
             teacher=teacher,
         )
         for text in texts
     )
-    noisy = add_noise(noise_scheduler, batch["sample"], batch["noise"], batch["timesteps"])
+    noisy = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
     predictions = [
         unet(noisy, batch["timesteps"], encoder_hidden_states=texts[0]).sample for unet in (student, teacher_unet)
     ]
@@ -618,7 +605,7 @@ def labelled_batch(*labels):
     return make_batch(len(labels)) | {"conditioning": {"class_labels": torch.tensor(labels)}}
 
 
-def test_teacher_and_student_are_given_the_same_labels(noise_scheduler):
+def test_teacher_and_student_are_given_the_same_labels(schedule):
     student, teacher_unet, projected, teacher = class_conditional_models()
     given = []
     for unet in (teacher_unet, student):
@@ -626,20 +613,20 @@ def test_teacher_and_student_are_given_the_same_labels(noise_scheduler):
             lambda module, _, options: given.append((module, options["class_labels"].tolist())), with_kwargs=True
         )
     batch = labelled_batch(2, 0, 3, 2)
-    distillation_losses(projected, batch, noise_scheduler=noise_scheduler, teacher=teacher)
+    distillation_losses(projected, batch, schedule=schedule, teacher=teacher)
     assert given == [(teacher_unet, [2, 0, 3, 2]), (student, [2, 0, 3, 2])]
-    projected.initialize_projectors(teacher, [batch], noise_scheduler)
+    projected.initialize_projectors(teacher, [batch], schedule)
     assert given[2:] == given[:2]
 
 
-def test_losses_with_labels_reference(noise_scheduler):
+def test_losses_with_labels_reference(schedule):
     """Sample by sample, with each one's own label."""
     student, teacher_unet, projected, teacher = class_conditional_models()
     projected.eval()
     labels = [2, 0, 3, 2]
     batch = labelled_batch(*labels)
-    losses = distillation_losses(projected, batch, noise_scheduler=noise_scheduler, teacher=teacher)
-    noisy = add_noise(noise_scheduler, batch["sample"], batch["noise"], batch["timesteps"])
+    losses = distillation_losses(projected, batch, schedule=schedule, teacher=teacher)
+    noisy = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
     denoising, output = [], []
     for i, label in enumerate(labels):
         prediction, answer = (
@@ -652,41 +639,39 @@ def test_losses_with_labels_reference(noise_scheduler):
     assert losses["output"].item() == pytest.approx(np.mean(output), rel=1e-4)
 
 
-def test_every_loss_depends_on_the_labels(noise_scheduler):
+def test_every_loss_depends_on_the_labels(schedule):
     *_, projected, teacher = class_conditional_models()
     projected.eval()
     found, other = (
-        distillation_losses(projected, labelled_batch(*labels), noise_scheduler=noise_scheduler, teacher=teacher)
+        distillation_losses(projected, labelled_batch(*labels), schedule=schedule, teacher=teacher)
         for labels in ((0, 1, 2, 0), (0, 1, 3, 0))
     )
     assert all(not torch.isclose(found[name], other[name], rtol=1e-4) for name in found)
 
 
-def test_only_the_labels_of_the_batch_learn(noise_scheduler):
+def test_only_the_labels_of_the_batch_learn(schedule):
     student, teacher_unet, projected, teacher = class_conditional_models()
     losses = distillation_losses(
-        projected, labelled_batch(3, 1, 1), noise_scheduler=noise_scheduler, teacher=teacher, weights=FEATURE_ONLY
+        projected, labelled_batch(3, 1, 1), schedule=schedule, teacher=teacher, weights=FEATURE_ONLY
     )
     losses["total"].backward()
     assert student.class_embedding.weight.grad.any(1).tolist() == [False, True, False, True]
     assert teacher_unet.class_embedding.weight.grad is None
 
 
-def test_token_features_of_attention_layers(noise_scheduler):
+def test_token_features_of_attention_layers(schedule):
     """`[B, N, C]` as well as maps."""
     layer = "down_blocks.0.attentions.0.transformer_blocks.0"
     projected, teacher = make_projected(
         tiny_condition_unet((8, 16), seed=1), tiny_condition_unet((16, 32), seed=2), pairs=[(layer, layer)]
     )
     batch = make_batch(2, channels=4) | {"conditioning": {"encoder_hidden_states": torch.randn(2, 3, 8)}}
-    losses = distillation_losses(
-        projected, batch, noise_scheduler=noise_scheduler, teacher=teacher, weights=FEATURE_ONLY
-    )
+    losses = distillation_losses(projected, batch, schedule=schedule, teacher=teacher, weights=FEATURE_ONLY)
     losses["total"].backward()
     assert projected.student.get_submodule(layer).attn1.to_q.weight.grad.count_nonzero() > 0
 
 
-def test_vkd_paper_combination(noise_scheduler):
+def test_vkd_paper_combination(schedule):
     """Matrix exponential, whitening by the batch's statistics, smooth-L1: P moves and stays orthonormal."""
     projected, teacher = make_projected(
         tiny_unet((8, 16), seed=1), tiny_unet((16, 32), seed=2), method="matrix_exp", normalization="batch_whiten"
@@ -696,7 +681,7 @@ def test_vkd_paper_combination(noise_scheduler):
     features = []
     for _ in range(12):
         losses = distillation_losses(
-            projected, make_batch(8), noise_scheduler=noise_scheduler, teacher=teacher, feature_loss_kind="smooth_l1"
+            projected, make_batch(8), schedule=schedule, teacher=teacher, feature_loss_kind="smooth_l1"
         )
         optimizer.zero_grad()
         losses["total"].backward()
@@ -717,37 +702,35 @@ def test_vkd_paper_combination(noise_scheduler):
 
 
 @pytest.mark.parametrize("weights", [FEATURE_ONLY, LossWeights(denoising=1.0, output=1.0, feature=0.0)])
-def test_a_term_that_needs_a_teacher_says_so(models, noise_scheduler, weights):
+def test_a_term_that_needs_a_teacher_says_so(models, schedule, weights):
     with pytest.raises(ValueError, match="need a teacher"):
-        distillation_losses(models[0], make_batch(), noise_scheduler=noise_scheduler, weights=weights)
+        distillation_losses(models[0], make_batch(), schedule=schedule, weights=weights)
 
 
-def test_a_feature_loss_without_layer_pairs(noise_scheduler):
+def test_a_feature_loss_without_layer_pairs(schedule):
     with pytest.raises(ValueError, match="no layer pairs"):
         distillation_losses(
             ProjectedStudent(tiny_unet()),
             make_batch(),
-            noise_scheduler=noise_scheduler,
+            schedule=schedule,
             teacher=FrozenTeacher(tiny_unet()),
         )
 
 
-def test_a_teacher_that_does_not_capture_the_paired_layers(models, noise_scheduler):
+def test_a_teacher_that_does_not_capture_the_paired_layers(models, schedule):
     projected, teacher = models
     with pytest.raises(ValueError, match=r"down_blocks\.0"):
-        distillation_losses(
-            projected, make_batch(), noise_scheduler=noise_scheduler, teacher=FrozenTeacher(teacher.unet)
-        )
+        distillation_losses(projected, make_batch(), schedule=schedule, teacher=FrozenTeacher(teacher.unet))
 
 
-def test_reentrant_checkpointing_is_refused(noise_scheduler):
+def test_reentrant_checkpointing_is_refused(schedule):
     layer = "down_blocks.0.resnets.0.conv1"  # inside a checkpointed part; at its end the gradient would be whole
     projected, teacher = make_projected(tiny_unet((8, 16)), tiny_unet((16, 32)), pairs=[(layer, layer)])
     projected.student.enable_gradient_checkpointing(
         functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
     )
     with pytest.raises(RuntimeError, match=r"resnets\.0\.conv1 carries no gradient.*use_reentrant=False"):
-        distillation_losses(projected, make_batch(), noise_scheduler=noise_scheduler, teacher=teacher)
+        distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
 
 
 # ---- the same result, however it is run
@@ -765,7 +748,11 @@ def training_steps(model, projected, teacher, micro_batches, *, num_steps=2, fea
         batches = micro_batches(step)
         for batch in batches:
             losses = distillation_losses(
-                model, batch, noise_scheduler=DDPMScheduler(), teacher=teacher, feature_loss_kind=feature_loss_kind
+                model,
+                batch,
+                schedule=Schedule.of(DDPMScheduler()),
+                teacher=teacher,
+                feature_loss_kind=feature_loss_kind,
             )
             (losses["total"] / len(batches)).backward()
         found.append(gradients(projected))
@@ -837,7 +824,7 @@ def test_compiled_student_equals_the_eager_one(method, kind, request):
         model = torch.compile(projected, backend="aot_eager", fullgraph=True) if compiled else projected
         found = training_steps(model, projected, teacher, lambda step: [make_batch(seed=step)], feature_loss_kind=kind)
         losses = distillation_losses(
-            model, make_batch(seed=9), noise_scheduler=DDPMScheduler(), teacher=teacher, feature_loss_kind=kind
+            model, make_batch(seed=9), schedule=Schedule.of(DDPMScheduler()), teacher=teacher, feature_loss_kind=kind
         )
         sums = {name: projector.statistics.sums for name, projector in projected.projectors.named_children()}
         return found, losses, sums

@@ -147,8 +147,8 @@ def batches_of(unet, num=2):
     ]
 
 
-def inherit(student, teacher, noise_scheduler, **options):
-    return inherit_weights(student, teacher, batches=batches_of(teacher), noise_scheduler=noise_scheduler, **options)
+def inherit(student, teacher, schedule, **options):
+    return inherit_weights(student, teacher, batches=batches_of(teacher), schedule=schedule, **options)
 
 
 # ---- exactness
@@ -224,11 +224,11 @@ def with_dead_channels(family):
     + [(family, "magnitude", "none") for family in ("attention", "cross attention", "class concatenated")]
     + [(family, "activation", "least_squares") for family in ("attention", "cross attention")],
 )
-def test_dead_channels_are_the_ones_dropped(family, choice, rescaling, noise_scheduler):
+def test_dead_channels_are_the_ones_dropped(family, choice, rescaling, schedule):
     teacher, small = with_dead_channels(family)
     student = build_student(teacher, Reduction(width=0.5))
     assert dict(student.config)["block_out_channels"] == dict(small.config)["block_out_channels"]
-    report = inherit(student, teacher, noise_scheduler, channels=choice, rescaling=rescaling)
+    report = inherit(student, teacher, schedule, channels=choice, rescaling=rescaling)
     assert not report.random
     torch.testing.assert_close(predict(student), predict(teacher), rtol=1e-3, atol=1e-4)
     if rescaling == "none":
@@ -238,11 +238,11 @@ def test_dead_channels_are_the_ones_dropped(family, choice, rescaling, noise_sch
 
 
 @pytest.mark.parametrize("family", ["attention", "cross attention"])
-def test_living_channels_are_missed(family, noise_scheduler):
+def test_living_channels_are_missed(family, schedule):
     """The test above can fail."""
     teacher, _ = with_dead_channels(family)
     student = build_student(teacher, Reduction(width=0.5))
-    inherit(student, teacher, noise_scheduler, channels="random", rescaling="none")
+    inherit(student, teacher, schedule, channels="random", rescaling="none")
     assert (predict(student) - predict(teacher)).abs().max() > 1e-2
 
 
@@ -368,35 +368,35 @@ def test_all_choices_of_layers_that_fit():
     assert choices[0] == {f"down_blocks.{i}": (0,) for i in range(4)} | {f"up_blocks.{i}": (0, 2) for i in range(4)}
 
 
-def test_choices_of_layers_are_measured(noise_scheduler):
+def test_choices_of_layers_are_measured(schedule):
     teacher = unconditional(layers_per_block=2)
     student = build_student(teacher, Reduction(layers_per_block=1))
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    results = compare_layer_choices(student, teacher, batches_of(teacher), noise_scheduler)
+    results = compare_layer_choices(student, teacher, batches_of(teacher), schedule)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     errors = [error for error, _ in results]
     assert errors == sorted(errors)
     assert len(errors) == len(layer_choices(student, teacher)) > 1
     error, layers = results[-1]
     inherit_weights(student, teacher, layers=layers)
-    assert step0_error(student, teacher, batches_of(teacher), noise_scheduler) == pytest.approx(error)
+    assert step0_error(student, teacher, batches_of(teacher), schedule) == pytest.approx(error)
     name, chosen = next(iter(layers.items()))
     source = teacher.get_submodule(name).resnets[chosen[0]]
     assert torch.equal(student.get_submodule(name).resnets[0].conv1.weight, source.conv1.weight)
 
 
-def test_the_best_layers_are_never_worse_than_the_default(noise_scheduler):
+def test_the_best_layers_are_never_worse_than_the_default(schedule):
     plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
     teacher = unconditional(layers_per_block=2, block_out_channels=(8, 8), **plain)
     student = build_student(teacher, Reduction(layers_per_block=1))
     batches = batches_of(teacher)
-    results = compare_layer_choices(student, teacher, batches, noise_scheduler)
+    results = compare_layer_choices(student, teacher, batches, schedule)
     errors = {str(sorted(layers.items())): error for error, layers in results}
-    found = best_layers(student, teacher, batches, noise_scheduler)
+    found = best_layers(student, teacher, batches, schedule)
     best, default = (errors[str(sorted(layers.items()))] for layers in (found, layer_choices(student, teacher)[0]))
     assert best < default
     assert best <= sorted(errors.values())[len(errors) // 4]  # a search by block need not end at the very best
-    assert best_layers(build_student(teacher), teacher, batches, noise_scheduler) == {}
+    assert best_layers(build_student(teacher), teacher, batches, schedule) == {}
 
 
 REDUCED = [
@@ -415,7 +415,7 @@ REDUCED = [
     [("attention", reduction) for reduction in REDUCED] + [("cross attention", reduction) for reduction in REDUCED[:2]],
     ids=str,
 )
-def test_any_reduction_inherits_and_fitting_helps(family, reduction, noise_scheduler):
+def test_any_reduction_inherits_and_fitting_helps(family, reduction, schedule):
     widths = {"block_out_channels": (8, 16, 16), "layers_per_block": 2}
     if family == "attention":
         blocks = {"down_block_types": ("AttnDownBlock2D", *["DownBlock2D"] * 2)}
@@ -428,10 +428,10 @@ def test_any_reduction_inherits_and_fitting_helps(family, reduction, noise_sched
     for rescaling in ("none", "least_squares"):
         torch.manual_seed(1)
         student = build_student(teacher, reduction)
-        report = inherit(student, teacher, noise_scheduler, rescaling=rescaling)
+        report = inherit(student, teacher, schedule, rescaling=rescaling)
         assert report.copied or report.sliced
         assert all(parameter.isfinite().all() for parameter in student.parameters())
-        errors[rescaling] = step0_error(student, teacher, batches_of(teacher), noise_scheduler)
+        errors[rescaling] = step0_error(student, teacher, batches_of(teacher), schedule)
         assert bool(report.fitted) == (rescaling == "least_squares")
     assert errors["least_squares"] < errors["none"]
     assert errors["least_squares"] < 0.9
@@ -493,11 +493,11 @@ def test_channels_that_restore_best_against_numpy(seed):
 
 
 @pytest.mark.parametrize("channels", CHOICES)
-def test_choices_are_the_same_every_time_and_random_ones_follow_the_seed(channels, noise_scheduler):
+def test_choices_are_the_same_every_time_and_random_ones_follow_the_seed(channels, schedule):
     teacher = unconditional(2)
     students = [build_student(teacher, Reduction(width=0.5)) for _ in range(3)]
     for student, seed in zip(students, (0, 0, 1), strict=True):
-        inherit(student, teacher, noise_scheduler, channels=channels, seed=seed)
+        inherit(student, teacher, schedule, channels=channels, seed=seed)
     first, again, other = (predict(student) for student in students)
     assert torch.equal(first, again)
     assert torch.equal(first, other) == (channels != "random")
@@ -529,7 +529,7 @@ def test_fan_in():
 
 
 @pytest.mark.parametrize("layer", ["down_blocks.0.resnets.0.conv1", "time_embedding.linear_1"])
-def test_a_fitted_layer_against_numpy(layer, noise_scheduler):
+def test_a_fitted_layer_against_numpy(layer, schedule):
     """With next to no ridge: the regression of the teacher's output on what the fitted student hands the layer."""
     teacher = shaken(tiny_unet((16, 32)))
     student = build_student(teacher, Reduction(width=0.5))
@@ -537,11 +537,11 @@ def test_a_fitted_layer_against_numpy(layer, noise_scheduler):
     choose_channels(links, "first")
     link = next(link for link in links if link.student is student.get_submodule(layer))
     batches = [make_batch(96, seed=seed) for seed in range(2)]
-    fit_layers(links, student, teacher, batches, noise_scheduler, ridge=1e-9)
+    fit_layers(links, student, teacher, batches, schedule, ridge=1e-9)
     read, wanted = [], []
     student.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     teacher.get_submodule(layer).register_forward_hook(lambda _, __, output: wanted.append(output))
-    step0_error(student, teacher, batches, noise_scheduler)
+    step0_error(student, teacher, batches, schedule)
     module = student.get_submodule(layer)
     rows = torch.cat(read)
     if layer.endswith("conv1"):
@@ -557,11 +557,11 @@ def test_a_fitted_layer_against_numpy(layer, noise_scheduler):
     assert best > 1e-8
 
 
-def test_the_teacher_is_left_alone_and_shares_nothing(noise_scheduler):
+def test_the_teacher_is_left_alone_and_shares_nothing(schedule):
     teacher = unconditional(2).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     student = build_student(teacher, Reduction(width=0.5))
-    inherit(student, teacher, noise_scheduler)
+    inherit(student, teacher, schedule)
     assert teacher.training
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in (*teacher.modules(), *student.modules())
@@ -613,6 +613,6 @@ def test_a_student_of_more_stages_and_unknown_blocks_are_refused():
         inherit_weights(build_student(teacher), teacher)
 
 
-def test_nothing_to_compare(noise_scheduler):
+def test_nothing_to_compare(schedule):
     with pytest.raises(ValueError, match="nothing to compare"):
-        step0_error(tiny_unet(), tiny_unet(), [], noise_scheduler)
+        step0_error(tiny_unet(), tiny_unet(), [], schedule)

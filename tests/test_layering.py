@@ -14,20 +14,20 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "features projectors normalization losses diffusion limits pictures pipelines provenance"
+NO_SIBLING = "features projectors normalization losses schedule limits pictures pipelines provenance"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
     "data": {"provenance"},
     "streaming": {"data"},
-    "pairing": {"features", "diffusion"},
-    "students": {"features", "diffusion"},
-    "sampling": {"features", "diffusion", "limits", "pipelines", "provenance"},
-    "calibration": {"features", "diffusion", "normalization"},
+    "pairing": {"features"},
+    "students": {"features", "schedule"},
+    "sampling": {"limits", "pipelines", "provenance"},
+    "calibration": {"features", "schedule", "normalization"},
     "distillation": {
-        "features", "pairing", "projectors", "normalization", "calibration", "losses", "diffusion",
+        "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
     },
-    "diagnostics": {"distillation", "features", "projectors", "normalization", "losses", "diffusion"},
+    "diagnostics": {"distillation", "features", "projectors", "normalization", "losses", "schedule"},
 }  # fmt: skip
 ALLOWED = CORE | {"training": {*CORE, "vkd_gen"}, "evaluation": {*CORE, "vkd_gen"}, "__init__": set(CORE)}
 
@@ -123,7 +123,7 @@ def test_there_is_something_to_check():
     [
         ("losses", "from vkd_gen.features import to_rows", {"features"}),
         ("losses", "import vkd_gen.features", {"features"}),
-        ("losses", "def f():\n    from vkd_gen import diffusion", {"diffusion"}),
+        ("losses", "def f():\n    from vkd_gen import schedule", {"schedule"}),
         ("losses", "from . import features", {"."}),
         ("losses", "import vkd_gen as vkd", {"vkd_gen"}),
         ("pairing", "from vkd_gen.features import feature_shapes\nimport torch", set()),

@@ -33,6 +33,7 @@ from vkd_gen import (
 from vkd_gen.evaluation.cost import count_parameters
 from vkd_gen.features import example_inputs, split_pooling
 from vkd_gen.sampling import stock_pipeline
+from vkd_gen.schedule import Schedule
 from vkd_gen.students import TEACHERS as KNOWN
 from vkd_gen.students import kept_stages
 
@@ -156,7 +157,7 @@ def check_every_pair_learns(projected, teacher, batch, pairs):
     losses = distillation_losses(
         projected,
         batch,
-        noise_scheduler=DDPMScheduler(),
+        schedule=Schedule.of(DDPMScheduler()),
         teacher=teacher,
         weights=LossWeights(denoising=0, output=0),
     )
@@ -173,7 +174,7 @@ def check_trains(projected, teacher, batch):
     before = {name: value.clone() for name, value in projected.student.state_dict().items()}
     optimizer = torch.optim.AdamW(projected.parameters(), lr=1e-3)
     for step in (1, 2):
-        losses = distillation_losses(projected, batch, noise_scheduler=DDPMScheduler(), teacher=teacher)
+        losses = distillation_losses(projected, batch, schedule=Schedule.of(DDPMScheduler()), teacher=teacher)
         losses["total"].backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -16,6 +16,7 @@ from vkd_gen.projectors import (
     OrthogonalProjector,
     parameter_groups,
 )
+from vkd_gen.schedule import Schedule
 from vkd_gen.students import (
     REDUCTIONS,
     Inheritance,
@@ -43,6 +44,7 @@ __all__ = [
     "OrthogonalProjector",
     "ProjectedStudent",
     "Reduction",
+    "Schedule",
     "best_layers",
     "build_student",
     "calibrate",

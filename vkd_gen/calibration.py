@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import SchedulerMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vkd_gen.diffusion import add_noise
 from vkd_gen.features import to_rows
 from vkd_gen.normalization import FeatureStatistics, timestep_bins
+from vkd_gen.schedule import Schedule
 
 
 class _Moments:
@@ -62,7 +61,7 @@ class _Moments:
 def calibrate(
     teacher: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     batches: Iterable[Mapping[str, Any]],
-    noise_scheduler: SchedulerMixin,
+    schedule: Schedule,
     *,
     num_timestep_bins: int = 10,
 ) -> dict[str, FeatureStatistics]:
@@ -72,7 +71,7 @@ def calibrate(
         teacher: a `FrozenTeacher`.
         batches: each with `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]` and, if the teacher needs it,
             `conditioning`. Every process must be given the same ones. A few thousand images are plenty.
-        noise_scheduler: the schedule that the student is trained on.
+        schedule: that the student is trained on.
         num_timestep_bins: M, bins of equal width in the timestep.
 
     Returns:
@@ -83,15 +82,14 @@ def calibrate(
     """
     if num_timestep_bins < 1:
         raise ValueError(f"num_timestep_bins must be at least 1, not {num_timestep_bins}")
-    num_train_timesteps = noise_scheduler.config.num_train_timesteps
     moments: dict[str, _Moments] = {}
     for batch in batches:
         timesteps = batch["timesteps"]
-        noisy_sample = add_noise(noise_scheduler, batch["sample"], batch["noise"], timesteps)
+        noisy_sample = schedule.noisy(batch["sample"], batch["noise"], timesteps)
         _, features = teacher(noisy_sample, timesteps, batch.get("conditioning"))
         if not features:
             raise ValueError("the teacher hands over no features; name its layers when building FrozenTeacher")
-        bins = timestep_bins(timesteps, num_timestep_bins, num_train_timesteps)
+        bins = timestep_bins(timesteps, num_timestep_bins, len(schedule))
         for layer, feature in features.items():
             rows = to_rows(feature)
             if layer not in moments:

@@ -1,6 +1,6 @@
 """What the feature loss does to a student, seen on a fixed probe: figures for a log, none of them trained on.
 
-    diagnostics = Diagnostics(projected, teacher, probe, noise_scheduler=noise_scheduler)
+    diagnostics = Diagnostics(projected, teacher, probe, schedule=schedule)
     values = diagnostics(LossWeights(feature=0.3))
 
 B batch, N positions, C channels.
@@ -10,16 +10,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
-from vkd_gen.diffusion import TimestepWeighting, add_noise
 from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import timestep_bins, width_floor
 from vkd_gen.projectors import OrthogonalProjector
+from vkd_gen.schedule import Schedule, TimestepWeighting
 
 
 def effective_rank(rows: Float[Tensor, "rows channels"]) -> float:
@@ -47,7 +46,7 @@ class Diagnostics:
         projected: the student with its layer pairs.
         teacher: with the features that the pairs name.
         batches: as for `distillation_losses`, a hundred draws or so in all.
-        noise_scheduler: the student's.
+        schedule: the student's.
         feature_loss_kind: as in training.
         timestep_weighting: as in training.
         snr_gamma: of `min_snr`.
@@ -63,14 +62,14 @@ class Diagnostics:
         teacher: FrozenTeacher,
         batches: Iterable[Mapping[str, Any]],
         *,
-        noise_scheduler: SchedulerMixin,
+        schedule: Schedule,
         feature_loss_kind: FeatureLoss = "mse",
         timestep_weighting: TimestepWeighting = "uniform",
         snr_gamma: float = 5.0,
         num_timestep_bins: int = 5,
     ):
         self._projected, self._teacher, self._batches = projected, teacher, list(batches)
-        self._noise_scheduler, self._kind = noise_scheduler, feature_loss_kind
+        self._schedule, self._kind = schedule, feature_loss_kind
         self._weighting: dict[str, Any] = {"timestep_weighting": timestep_weighting, "snr_gamma": snr_gamma}
         if not self._batches:
             raise ValueError("no batches to look at")
@@ -114,7 +113,7 @@ class Diagnostics:
             losses = distillation_losses(
                 self._projected,
                 batch,
-                noise_scheduler=self._noise_scheduler,
+                schedule=self._schedule,
                 teacher=self._teacher,
                 weights=weights,
                 feature_loss_kind=self._kind,
@@ -145,7 +144,7 @@ class Diagnostics:
         all_timesteps = []
         for batch in self._batches:
             timesteps, conditioning = batch["timesteps"], batch.get("conditioning")
-            noisy_sample = add_noise(self._noise_scheduler, batch["sample"], batch["noise"], timesteps)
+            noisy_sample = self._schedule.noisy(batch["sample"], batch["noise"], timesteps)
             _, teacher_features = self._teacher(noisy_sample, timesteps, conditioning)
             self._capture.start()
             _, by_layer = self._projected(noisy_sample, timesteps, conditioning, teacher_features, self._kind)
@@ -159,9 +158,8 @@ class Diagnostics:
             all_timesteps.append(timesteps)
         if not self._teacher_ranks:
             self._teacher_ranks = {layer: effective_rank(torch.cat(rows)) for layer, rows in teacher_rows.items()}
-        num_train_timesteps = self._noise_scheduler.config.num_train_timesteps
-        bins = timestep_bins(torch.cat(all_timesteps), self._num_bins, num_train_timesteps)
-        edges = [-(-number * num_train_timesteps // self._num_bins) for number in range(self._num_bins + 1)]
+        bins = timestep_bins(torch.cat(all_timesteps), self._num_bins, len(self._schedule))
+        edges = [-(-number * len(self._schedule) // self._num_bins) for number in range(self._num_bins + 1)]
         values: dict[str, float] = {}
         modules = zip(pairs, self._projected.projectors, self._projected.normalizers, strict=True)
         for pair, projector, normalizer in modules:

@@ -1,6 +1,6 @@
 """The step that every recipe shares: a frozen teacher, a projected student, and their losses by name.
 
-    losses = distillation_losses(student, batch, noise_scheduler=noise_scheduler, teacher=teacher)
+    losses = distillation_losses(student, batch, schedule=schedule, teacher=teacher)
     losses["total"].backward()
 
 B batch, C channels, H height, W width, N positions, K channels of the compared space.
@@ -13,24 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vkd_gen.diffusion import (
-    PredictionType,
-    TimestepWeighting,
-    add_noise,
-    convert_prediction,
-    prediction_target,
-    prediction_type_of,
-    timestep_weights,
-)
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss, feature_losses, prediction_loss, squared_errors, weighted_mean
 from vkd_gen.normalization import FeatureNormalizer, width_floor
 from vkd_gen.pairing import LayerPair, pair_table
 from vkd_gen.projectors import OrthogonalProjector, Projector
+from vkd_gen.schedule import PredictionType, Schedule, TimestepWeighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,18 +229,18 @@ class ProjectedStudent(nn.Module):
 
     @torch.no_grad()
     def initialize_projectors(
-        self, teacher: FrozenTeacher, batches: Iterable[Mapping[str, Any]], noise_scheduler: SchedulerMixin
+        self, teacher: FrozenTeacher, batches: Iterable[Mapping[str, Any]], schedule: Schedule
     ) -> None:
         """Start the projectors from closed-form solutions for a few batches, before the first step.
 
         Args:
             teacher: with the features that the pairs name.
             batches: as for `distillation_losses`; the same on every process.
-            noise_scheduler: the student's.
+            schedule: the student's.
         """
         self.train()
         for batch in batches:
-            noisy_sample = add_noise(noise_scheduler, batch["sample"], batch["noise"], batch["timesteps"])
+            noisy_sample = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
             conditioning = batch.get("conditioning")
             _, features = teacher(noisy_sample, batch["timesteps"], conditioning)
             self(noisy_sample, batch["timesteps"], conditioning, features)
@@ -303,7 +295,7 @@ def distillation_losses(
     student: nn.Module,
     batch: Mapping[str, Any],
     *,
-    noise_scheduler: SchedulerMixin,
+    schedule: Schedule,
     teacher: FrozenTeacher | None = None,
     weights: LossWeights = LossWeights(),
     feature_loss_kind: FeatureLoss = "mse",
@@ -316,8 +308,8 @@ def distillation_losses(
         student: a `ProjectedStudent`, bare or wrapped by DDP, compile or accelerate.
         batch: `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]`, and `conditioning`, a mapping of further
             arguments for both UNets, where they need it.
-        noise_scheduler: the student's; its prediction type is what the student predicts. The teacher's prediction is
-            expressed in it.
+        schedule: the student's; its prediction type is what the student predicts. The teacher's prediction is expressed
+            in it.
         teacher: may be None where neither output nor features are asked for.
         weights: of the terms.
         feature_loss_kind: `mse`, `smooth_l1` or `cka`, see `feature_loss`.
@@ -333,8 +325,7 @@ def distillation_losses(
     """
     sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
     conditioning = batch.get("conditioning")
-    noisy_sample = add_noise(noise_scheduler, sample, noise, timesteps)
-    prediction_type = prediction_type_of(noise_scheduler)
+    noisy_sample = schedule.noisy(sample, noise, timesteps)
     needs_teacher = weights.output > 0 or weights.feature > 0
     features = None
     if needs_teacher:
@@ -346,15 +337,13 @@ def distillation_losses(
         features = teacher_features if weights.feature > 0 else None
     prediction, matched = student(noisy_sample, timesteps, conditioning, features, feature_loss_kind)
 
-    per_sample = timestep_weights(noise_scheduler, timesteps, timestep_weighting, prediction_type, snr_gamma)
+    per_sample = schedule.weights(timesteps, timestep_weighting, snr_gamma)
     losses: dict[str, Tensor] = {}
     if weights.denoising > 0:
-        target = prediction_target(noise_scheduler, sample, noise, timesteps, prediction_type)
+        target = schedule.target(sample, noise, timesteps)
         losses["denoising"] = prediction_loss(prediction, target, per_sample)
     if weights.output > 0:
-        target = convert_prediction(
-            noise_scheduler, teacher_prediction, noisy_sample, timesteps, teacher.prediction_type, prediction_type
-        )
+        target = schedule.convert(teacher_prediction, noisy_sample, timesteps, teacher.prediction_type)
         losses["output"] = prediction_loss(prediction, target, per_sample)
     if weights.feature > 0:
         layers = {f"feature/{layer}": weighted_mean(values, per_sample) for layer, values in matched.items()}

@@ -62,6 +62,7 @@ def train(
         folder.start(facts)
     accelerator.wait_for_everyone()
     noise_scheduler = DDPMScheduler()
+    schedule = vkd.Schedule.of(noise_scheduler)
     teacher_unet, student = tiny_unet(seed=1), tiny_unet((4, 8), dropout=dropout)
     pairs = vkd.pair_layers(student, teacher_unet)
     teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
@@ -70,9 +71,7 @@ def train(
     if saved.exists() and folder.resume_point(options.resume_from_checkpoint):
         statistics = vkd.load_statistics(saved)
     else:
-        statistics = vkd.calibrate(
-            teacher, fixed_batches(images, noise_scheduler, **draws), noise_scheduler, num_timestep_bins=2
-        )
+        statistics = vkd.calibrate(teacher, fixed_batches(images, schedule, **draws), schedule, num_timestep_bins=2)
     matchings = [
         (
             vkd.OrthogonalProjector(pair.student_channels, pair.teacher_channels, refresh_every_steps=2),
@@ -81,7 +80,7 @@ def train(
         for pair in pairs
     ]
     projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True))
-    projected.initialize_projectors(teacher, fixed_batches(images, noise_scheduler, **draws), noise_scheduler)
+    projected.initialize_projectors(teacher, fixed_batches(images, schedule, **draws), schedule)
     if accelerator.is_main_process:
         vkd.save_statistics(statistics, saved)
     run = TrainingRun(
@@ -98,7 +97,7 @@ def train(
     run._settles_late = late
     after_build(run)
     for batch in run.batches():
-        losses = vkd.distillation_losses(run.model, batch, noise_scheduler=noise_scheduler, teacher=teacher)
+        losses = vkd.distillation_losses(run.model, batch, schedule=schedule, teacher=teacher)
         before_step(run, batch, losses)
         run.backward(losses)
     raw = {f"raw/{name}": value.clone() for name, value in projected.state_dict().items()}

@@ -6,8 +6,8 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 
 from vkd_gen.data import Images, TrainingDraws
-from vkd_gen.diffusion import add_noise, convert_prediction, prediction_target, prediction_type_of, to_timesteps
 from vkd_gen.distillation import FrozenTeacher, predict
+from vkd_gen.schedule import Schedule
 
 
 @torch.no_grad()
@@ -40,23 +40,22 @@ def held_out_errors(
     for unet, _ in unets.values():
         unet.eval()
     draws = TrainingDraws(images, seed=seed)
+    schedules = {name: Schedule.of(noise_scheduler).to(device) for name, (_, noise_scheduler) in unets.items()}
     sums = {name: {"denoising_error": 0.0} | ({"teacher_distance": 0.0} if teacher else {}) for name in unets}
     for first in range(0, num_draws, batch_size):
         items = [draws[draw] for draw in range(first, min(first + batch_size, num_draws))]
         batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
         conditioning = {"class_labels": batch["class_labels"]} if "class_labels" in batch else None
-        for name, (unet, noise_scheduler) in unets.items():
-            timesteps = to_timesteps(noise_scheduler, batch["time"])
-            noisy_sample = add_noise(noise_scheduler, batch["sample"], batch["noise"], timesteps)
-            kind = prediction_type_of(noise_scheduler)
+        for name, (unet, _) in unets.items():
+            schedule = schedules[name]
+            timesteps = schedule.timesteps(batch["time"])
+            noisy_sample = schedule.noisy(batch["sample"], batch["noise"], timesteps)
             prediction = predict(unet, noisy_sample.to(unet.dtype), timesteps, conditioning).float()
-            target = prediction_target(noise_scheduler, batch["sample"], batch["noise"], timesteps, kind)
+            target = schedule.target(batch["sample"], batch["noise"], timesteps)
             sums[name]["denoising_error"] += float((prediction - target).square().mean()) * len(items)
             if teacher is not None:
                 answer, _ = teacher(noisy_sample, timesteps, conditioning, with_features=False)
-                answer = convert_prediction(
-                    noise_scheduler, answer, noisy_sample, timesteps, teacher.prediction_type, kind
-                )
+                answer = schedule.convert(answer, noisy_sample, timesteps, teacher.prediction_type)
                 sums[name]["teacher_distance"] += float((prediction - answer).square().mean()) * len(items)
     for name, (unet, _) in unets.items():
         unet.train(was_training[name])

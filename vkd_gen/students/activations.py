@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from vkd_gen.diffusion import add_noise
 from vkd_gen.features import to_rows
+from vkd_gen.schedule import Schedule
 from vkd_gen.students.streams import Layer, Link, Stream, weights_by_stream
 
 Batches = Iterable[Mapping[str, Any]]
@@ -37,10 +37,10 @@ Readings = Mapping[Stream, Sequence[Reading]]
 
 
 @torch.no_grad()
-def predict_noisy(unet: ModelMixin, batch: Mapping[str, Any], noise_scheduler: SchedulerMixin) -> Tensor:
+def predict_noisy(unet: ModelMixin, batch: Mapping[str, Any], schedule: Schedule) -> Tensor:
     """The UNet's prediction for a batch, in eval mode and in its own type, on its own device."""
     parameter = next(unet.parameters())
-    noisy_sample = add_noise(noise_scheduler, batch["sample"], batch["noise"], batch["timesteps"])
+    noisy_sample = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
     was_training = unet.training
     prediction = unet.eval()(
         noisy_sample.to(parameter), batch["timesteps"].to(parameter.device), **(batch.get("conditioning") or {})
@@ -50,7 +50,7 @@ def predict_noisy(unet: ModelMixin, batch: Mapping[str, Any], noise_scheduler: S
 
 
 @torch.no_grad()
-def step0_error(student: ModelMixin, teacher: ModelMixin, batches: Batches, noise_scheduler: SchedulerMixin) -> float:
+def step0_error(student: ModelMixin, teacher: ModelMixin, batches: Batches, schedule: Schedule) -> float:
     """Mean square difference of the two predictions, over the teacher's mean square.
 
     1 is as good as predicting nothing. For UNets of one prediction type.
@@ -60,8 +60,8 @@ def step0_error(student: ModelMixin, teacher: ModelMixin, batches: Batches, nois
     """
     difference = power = 0.0
     for batch in batches:
-        answer = predict_noisy(teacher, batch, noise_scheduler).float()
-        difference += float((predict_noisy(student, batch, noise_scheduler).float() - answer).square().sum())
+        answer = predict_noisy(teacher, batch, schedule).float()
+        difference += float((predict_noisy(student, batch, schedule).float() - answer).square().sum())
         power += float(answer.square().sum())
     if not power:
         raise ValueError("there is nothing to compare: no batches, or a teacher that predicts zeros")
@@ -92,9 +92,7 @@ class _Moments:
         return self.second() - torch.outer(self.mean(), self.mean())
 
 
-def read_channels(
-    links: Sequence[Link], teacher: ModelMixin, batches: Batches, noise_scheduler: SchedulerMixin
-) -> Readings:
+def read_channels(links: Sequence[Link], teacher: ModelMixin, batches: Batches, schedule: Schedule) -> Readings:
     """For each stream whose channels are not chosen yet what the layers after it read.
 
     Queries are read by keys, and keys by queries.
@@ -116,7 +114,7 @@ def read_channels(
     hooks += [link.teacher.register_forward_hook(recorder("out")) for link in logits]
     try:
         for batch in batches:
-            predict_noisy(teacher, batch, noise_scheduler)
+            predict_noisy(teacher, batch, schedule)
     finally:
         for handle in hooks:
             handle.remove()

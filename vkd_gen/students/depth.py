@@ -4,8 +4,9 @@ import copy
 import itertools
 from collections.abc import Sequence
 
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 
+from vkd_gen.schedule import Schedule
 from vkd_gen.students.activations import Batches, step0_error
 from vkd_gen.students.channels import ChannelChoice
 from vkd_gen.students.inherit import Rescaling, inherit_weights
@@ -59,7 +60,7 @@ def compare_layer_choices(
     student: ModelMixin,
     teacher: ModelMixin,
     batches: Batches,
-    noise_scheduler: SchedulerMixin,
+    schedule: Schedule,
     *,
     test_batches: Batches | None = None,
     rescaling: Rescaling = "none",
@@ -70,7 +71,7 @@ def compare_layer_choices(
         student: left as it is.
         teacher: left as it is.
         batches: of images and noise; what `inherit_weights` gets.
-        noise_scheduler: the teacher's.
+        schedule: the teacher's.
         test_batches: to measure the error on; by default `batches`.
         rescaling: as for `inherit_weights`.
 
@@ -82,10 +83,8 @@ def compare_layer_choices(
     results = []
     for layers in layer_choices(student, teacher):
         trial = copy.deepcopy(student)
-        inherit_weights(
-            trial, teacher, rescaling=rescaling, batches=batches, noise_scheduler=noise_scheduler, layers=layers
-        )
-        results.append((step0_error(trial, teacher, test_batches, noise_scheduler), layers))
+        inherit_weights(trial, teacher, rescaling=rescaling, batches=batches, schedule=schedule, layers=layers)
+        results.append((step0_error(trial, teacher, test_batches, schedule), layers))
     return sorted(results, key=lambda result: result[0])
 
 
@@ -93,7 +92,7 @@ def best_layers(
     student: ModelMixin,
     teacher: ModelMixin,
     batches: Batches,
-    noise_scheduler: SchedulerMixin,
+    schedule: Schedule,
     *,
     channels: ChannelChoice = "magnitude",
     rescaling: Rescaling = "none",
@@ -107,7 +106,7 @@ def best_layers(
         student: left as it is.
         teacher: left as it is.
         batches: of images and noise, to measure the error on and for `inherit_weights`.
-        noise_scheduler: the teacher's.
+        schedule: the teacher's.
         channels: as for `inherit_weights`.
         rescaling: as for `inherit_weights`.
 
@@ -119,8 +118,8 @@ def best_layers(
     def error(layers: dict[str, tuple[int, ...]]) -> float:
         trial = copy.deepcopy(student)
         settings = {"channels": channels, "rescaling": rescaling, "layers": layers}
-        inherit_weights(trial, teacher, batches=batches, noise_scheduler=noise_scheduler, **settings)  # type: ignore[arg-type]
-        return step0_error(trial, teacher, batches, noise_scheduler)
+        inherit_weights(trial, teacher, batches=batches, schedule=schedule, **settings)  # type: ignore[arg-type]
+        return step0_error(trial, teacher, batches, schedule)
 
     options = _options(student, teacher, None)
     best = {name: choices[0] for name, choices in options.items()}

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 
+from vkd_gen.schedule import Schedule
 from vkd_gen.students.activations import Batches, read_channels
 from vkd_gen.students.channels import ChannelChoice, check_choice, choose_channels, undecided
 from vkd_gen.students.links import BlockLayers, link_layers
@@ -56,7 +57,7 @@ def inherit_weights(
     channels: ChannelChoice = "activation",
     rescaling: Rescaling | None = None,
     batches: Batches | None = None,
-    noise_scheduler: SchedulerMixin | None = None,
+    schedule: Schedule | None = None,
     stages: Sequence[int] | None = None,
     layers: BlockLayers | None = None,
     seed: int = 0,
@@ -77,7 +78,7 @@ def inherit_weights(
             default `least_squares` if there are batches, else `none`.
         batches: of images and noise, as `calibrate` takes; for `activation` and `least_squares`. A few hundred small
             images are enough; they are kept in memory, with the activations of every layer.
-        noise_scheduler: the teacher's, for the same.
+        schedule: the teacher's, for the same.
         stages: the teacher's stage that each of the student's stands for; by default found from channels and kinds.
         layers: layers to copy by block of the student; by default the first of each block and the decoder's last.
         seed: of the choice `random`.
@@ -97,14 +98,15 @@ def inherit_weights(
     if rescaling is None:
         rescaling = "least_squares" if batches else "none"
     needs_data = rescaling == "least_squares" or (narrower and channels == "activation")
-    if needs_data and (not batches or noise_scheduler is None):
+    if needs_data and (not batches or schedule is None):
         raise ValueError(
-            "channels chosen by activation, and layers fitted by least squares, need batches of images and a noise "
-            "scheduler; without them choose channels='magnitude' and rescaling='none'"
+            "channels chosen by activation, and layers fitted by least squares, need batches of images and a "
+            "schedule; without them choose channels='magnitude' and rescaling='none'"
         )
     readings = None
     if narrower and channels == "activation":
-        readings = read_channels(links, teacher, batches or [], noise_scheduler)
+        assert schedule is not None  # it needs data
+        readings = read_channels(links, teacher, batches or [], schedule)
     choose_channels(links, channels, readings=readings, seed=seed)
     for link in links:
         if link.ends_branch and (link.teacher is None or link.reads is None):
@@ -113,7 +115,8 @@ def inherit_weights(
             _slice(link, fan_in=rescaling == "fan_in")
     fitted = []
     if rescaling == "least_squares":
-        fitted = fit_layers(links, student, teacher, batches or [], noise_scheduler)
+        assert schedule is not None
+        fitted = fit_layers(links, student, teacher, batches or [], schedule)
     return _report(links, fitted, student, teacher)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vkd_gen.features import to_rows
+from vkd_gen.schedule import Schedule
 from vkd_gen.students.activations import Batches, predict_noisy
 from vkd_gen.students.streams import Layer, Link, Stream
 
@@ -36,7 +37,7 @@ def fit_layers(
     student: ModelMixin,
     teacher: ModelMixin,
     batches: Batches,
-    noise_scheduler: SchedulerMixin,
+    schedule: Schedule,
     *,
     ridge: float = RIDGE,
 ) -> list[Link]:
@@ -50,7 +51,7 @@ def fit_layers(
         student: sliced; changed in place.
         teacher: left as it is.
         batches: kept in memory together, with the activations of every layer.
-        noise_scheduler: the teacher's.
+        schedule: the teacher's.
         ridge: share of the mean variance of a layer's inputs that is added to all: what the data do not decide stays
             as it was.
 
@@ -66,7 +67,7 @@ def fit_layers(
     targets: dict[Link, Tensor] = {}
     hooks = [_keep_target(link, targets) for link in fitted]
     try:
-        predict_noisy(teacher, batch, noise_scheduler)
+        predict_noisy(teacher, batch, schedule)
     finally:
         for handle in hooks:
             handle.remove()
@@ -102,7 +103,7 @@ def fit_layers(
             )
         hooks.append(link.student.register_forward_pre_hook(fit(link)))
     try:
-        predict_noisy(student, batch, noise_scheduler)
+        predict_noisy(student, batch, schedule)
     finally:
         for handle in hooks:
             handle.remove()

@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws, data_facts
-from vkd_gen.diffusion import to_timesteps
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.pictures import save_sample_grid
 from vkd_gen.provenance import write_json
 from vkd_gen.sampling import sample_images
+from vkd_gen.schedule import Schedule
 from vkd_gen.streaming import ImageStream, Position, StreamedDraws
 from vkd_gen.training.checkpoints import problem_of
 from vkd_gen.training.command_line import USER_ERROR
@@ -125,7 +125,7 @@ def start_folder(
 
 def fixed_batches(
     images: Images,
-    noise_scheduler: SchedulerMixin,
+    schedule: Schedule,
     num_draws: int,
     *,
     seed: int,
@@ -137,7 +137,7 @@ def fixed_batches(
 
     Args:
         images: training images.
-        noise_scheduler: for the range of the timesteps.
+        schedule: for the range of the timesteps.
         num_draws: draws in all.
         seed: of the run.
         batch_size: at a time.
@@ -150,13 +150,13 @@ def fixed_batches(
     draws = TrainingDraws(images, seed=seed + 2**32, guidance_dropout=guidance_dropout)
     for first in range(0, num_draws, batch_size):
         batch = draws[range(first, min(first + batch_size, num_draws))]
-        yield on_device(batch, noise_scheduler, device)
+        yield on_device(batch, schedule, device)
 
 
-def on_device(batch: dict[str, Any], noise_scheduler: SchedulerMixin, device: torch.device) -> dict[str, Any]:
+def on_device(batch: dict[str, Any], schedule: Schedule, device: torch.device) -> dict[str, Any]:
     """Draws as a batch for `distillation_losses`: times as timesteps, labels as conditioning."""
     moved: dict[str, Any] = send_to_device(batch, device, non_blocking=True)
-    moved["timesteps"] = to_timesteps(noise_scheduler, moved.pop("time"))
+    moved["timesteps"] = schedule.timesteps(moved.pop("time"))
     if "class_labels" in moved:
         moved["conditioning"] = {"class_labels": moved.pop("class_labels")}
     return moved
@@ -232,6 +232,7 @@ class TrainingRun:
         self._scores: dict[str, str] = {}
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
+        self.schedule = Schedule.of(noise_scheduler).to(accelerator.device)
         self.guidance_dropout, self.stream = guidance_dropout, stream
         self._positions = torch.tensor([Position()] * max(1, options.dataloader_num_workers))  # of the stream's readers
         self.step = 0
@@ -368,7 +369,7 @@ class TrainingRun:
                 if self.stream is not None:
                     self._positions[batch.pop("reader")] = batch.pop("position")
                 with accelerator.accumulate(self.model):
-                    moved = on_device(batch, self.noise_scheduler, accelerator.device)
+                    moved = on_device(batch, self.schedule, accelerator.device)
                     self._timesteps.append(moved["timesteps"])
                     yield moved
                 if accelerator.sync_gradients:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import ModelMixin
 
 import vkd_gen as vkd
 from vkd_gen.diagnostics import Diagnostics
@@ -16,6 +16,7 @@ from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import Normalization
 from vkd_gen.pairing import PairedLayers
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
+from vkd_gen.schedule import Schedule
 from vkd_gen.training.balance import FeatureBalance, FeatureWeighting
 
 ProjectorChoice = Literal["solved", "cayley", "matrix_exp", "random", "pca", "least_squares", "linear", "identity"]
@@ -274,7 +275,7 @@ def build_projected_student(
     teacher: vkd.FrozenTeacher,
     pairs: list[vkd.LayerPair],
     draws: Callable[[int], Iterable[Mapping[str, Any]]],
-    noise_scheduler: DDPMScheduler,
+    schedule: Schedule,
     *,
     num_steps: int,
     calibration: Path,
@@ -289,7 +290,7 @@ def build_projected_student(
         teacher: with the features that the pairs name.
         pairs: of layers; none for a student that learns from no features.
         draws: number -> batches of so many draws, the same on every process.
-        noise_scheduler: the student's.
+        schedule: the student's.
         num_steps: of the run.
         calibration: file of the teacher's statistics, which a resumed run starts from.
         resumes: whether the run goes on from a checkpoint, which holds projectors and weight.
@@ -302,15 +303,15 @@ def build_projected_student(
         statistics = vkd.load_statistics(calibration)
     else:
         batches = draws(options.calibration_samples)
-        statistics = vkd.calibrate(teacher, batches, noise_scheduler, num_timestep_bins=options.num_timestep_bins)
+        statistics = vkd.calibrate(teacher, batches, schedule, num_timestep_bins=options.num_timestep_bins)
     matchings = [build_matching(options, pair, statistics[pair.teacher]) for pair in pairs]
     projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True)).to(device)
-    projected.initialize_projectors(teacher, draws(min(512, options.calibration_samples)), noise_scheduler)
+    projected.initialize_projectors(teacher, draws(min(512, options.calibration_samples)), schedule)
     diagnostics = Diagnostics(
         projected,
         teacher,
         draws(NUM_DIAGNOSTIC_DRAWS),
-        noise_scheduler=noise_scheduler,
+        schedule=schedule,
         feature_loss_kind=options.feature_loss or "mse",
         timestep_weighting=options.timestep_weighting,
         snr_gamma=options.snr_gamma,

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from diffusers import ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 
+from vkd_gen.schedule import Schedule
 from vkd_gen.students import (
     REDUCTIONS,
     Inheritance,
@@ -115,7 +116,7 @@ def inherit(
     student: UNet2DModel,
     teacher: UNet2DModel,
     batches: Sequence[Mapping[str, Any]],
-    noise_scheduler: SchedulerMixin,
+    schedule: Schedule,
     *,
     seed: int,
 ) -> Inheritance:
@@ -127,7 +128,7 @@ def inherit(
         channels=options.inherit_channels,
         rescaling=options.inherit_rescaling,
         batches=batches,
-        noise_scheduler=noise_scheduler,
-        layers=best_layers(student, teacher, batches, noise_scheduler) if best else None,
+        schedule=schedule,
+        layers=best_layers(student, teacher, batches, schedule) if best else None,
         seed=seed,
     )

@@ -1,6 +1,7 @@
-"""Noising, prediction targets and timestep weights, against the formulas written out in numpy float64."""
+"""Schedules: noising, targets, conversions and weights, against the formulas written out in numpy float64."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,17 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from jaxtyping import TypeCheckError
 
-import vkd_gen.diffusion
-from vkd_gen.diffusion import (
-    add_noise,
-    check_convertible,
-    convert_prediction,
-    prediction_target,
-    prediction_type_of,
-    signal_to_noise_ratio,
-    timestep_weights,
-)
 from vkd_gen.losses import prediction_loss
+from vkd_gen.schedule import Schedule
 
 TYPES = ("epsilon", "v_prediction", "sample")
 PAIRS = list(itertools.product(TYPES, TYPES))
@@ -47,46 +39,51 @@ def drawn():
 @pytest.fixture
 def three_steps():
     """A schedule with alpha_bar 0.9, 0.5, 0.2, so signal-to-noise ratios 9, 1, 1/4."""
-    return DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1, 1 - 0.5 / 0.9, 1 - 0.2 / 0.5])
+    return Schedule.of(DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1, 1 - 0.5 / 0.9, 1 - 0.2 / 0.5]))
+
+
+def predicting(kind, schedule):
+    """The same noise, another prediction."""
+    return replace(schedule, prediction_type=kind)
 
 
 # ---- noising
 
 
-def test_add_noise_known_value(three_steps):
+def test_noisy_known_value(three_steps):
     # sqrt(0.5) * 2 + sqrt(0.5) * 1, by hand
-    noisy = add_noise(three_steps, torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([1]))
+    noisy = three_steps.noisy(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([1]))
     assert noisy.item() == pytest.approx(2.1213203)
 
 
-def test_add_noise_reference(noise_scheduler, drawn):
+def test_noisy_reference(schedule, drawn):
     sample, noise = drawn
     alpha, sigma = reference_alpha_sigma()
     expected = alpha * sample.double().numpy() + sigma * noise.double().numpy()
-    np.testing.assert_allclose(add_noise(noise_scheduler, sample, noise, TIMESTEPS), expected, atol=1e-5)
+    np.testing.assert_allclose(schedule.noisy(sample, noise, TIMESTEPS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_add_noise_is_computed_in_float32(noise_scheduler, drawn, dtype):
+def test_noisy_is_computed_in_float32(schedule, drawn, dtype):
     sample, noise = (tensor.to(dtype) for tensor in drawn)
-    noisy = add_noise(noise_scheduler, sample, noise, TIMESTEPS)
+    noisy = schedule.noisy(sample, noise, TIMESTEPS)
     assert noisy.dtype == torch.float32
-    assert torch.equal(noisy, add_noise(noise_scheduler, sample.float(), noise.float(), TIMESTEPS))
+    assert torch.equal(noisy, schedule.noisy(sample.float(), noise.float(), TIMESTEPS))
 
 
-def test_bfloat16_noising_would_lose_the_first_steps(noise_scheduler):
-    """What add_noise is for: alpha_bar of the first steps rounds to 1 in bfloat16."""
+def test_bfloat16_noising_would_lose_the_first_steps(schedule):
+    """Why it is float32: alpha_bar of the first steps rounds to 1 in bfloat16."""
     sample, noise = torch.zeros(4, 1, dtype=torch.bfloat16), torch.ones(4, 1, dtype=torch.bfloat16)
     timesteps = torch.arange(4)
-    assert torch.count_nonzero(noise_scheduler.add_noise(sample, noise, timesteps)) == 0
+    assert torch.count_nonzero(DDPMScheduler().add_noise(sample, noise, timesteps)) == 0
     expected = reference_alpha_sigma(timesteps)[1]
-    np.testing.assert_allclose(add_noise(noise_scheduler, sample, noise, timesteps), expected, rtol=1e-3)
+    np.testing.assert_allclose(schedule.noisy(sample, noise, timesteps), expected, rtol=1e-3)
 
 
-def test_noising_keeps_unit_variance(noise_scheduler):
+def test_noising_keeps_unit_variance(schedule):
     generator = torch.Generator().manual_seed(0)
     sample, noise = torch.randn(2, 6, 20_000, generator=generator)
-    variance = add_noise(noise_scheduler, sample, noise, TIMESTEPS).var(1)
+    variance = schedule.noisy(sample, noise, TIMESTEPS).var(1)
     np.testing.assert_allclose(variance, np.ones(6), atol=0.05)  # 5 standard errors of a variance of 20,000
 
 
@@ -96,46 +93,46 @@ def test_noising_keeps_unit_variance(noise_scheduler):
 def test_prediction_target_known_value(three_steps):
     # v = sqrt(0.9) * 1 - sqrt(0.1) * 2 (Salimans and Ho, 2022), by hand
     sample, noise, timesteps = torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([0])
-    targets = {kind: prediction_target(three_steps, sample, noise, timesteps, kind).item() for kind in TYPES}
+    targets = {kind: predicting(kind, three_steps).target(sample, noise, timesteps).item() for kind in TYPES}
     assert targets == pytest.approx({"epsilon": 1.0, "sample": 2.0, "v_prediction": 0.3162278}, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_prediction_target_reference(noise_scheduler, drawn, kind):
+def test_prediction_target_reference(schedule, drawn, kind):
     sample, noise = drawn
     alpha, sigma = reference_alpha_sigma()
     weights = reference_row(kind, alpha, sigma)
     expected = weights[0] * sample.double().numpy() + weights[1] * noise.double().numpy()
-    target = prediction_target(noise_scheduler, sample, noise, TIMESTEPS, kind)
+    target = predicting(kind, schedule).target(sample, noise, TIMESTEPS)
     np.testing.assert_allclose(target, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_prediction_target_is_float32_for_bfloat16_input(noise_scheduler, drawn, kind):
+def test_prediction_target_is_float32_for_bfloat16_input(schedule, drawn, kind):
     sample, noise = (tensor.bfloat16() for tensor in drawn)
-    target = prediction_target(noise_scheduler, sample, noise, TIMESTEPS, kind)
+    target = predicting(kind, schedule).target(sample, noise, TIMESTEPS)
     assert target.dtype == torch.float32
-    assert torch.equal(target, prediction_target(noise_scheduler, sample.float(), noise.float(), TIMESTEPS, kind))
+    assert torch.equal(target, predicting(kind, schedule).target(sample.float(), noise.float(), TIMESTEPS))
 
 
 # ---- conversions
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_perfect_predictions_convert_into_each_other(noise_scheduler, drawn, source, target):
+def test_perfect_predictions_convert_into_each_other(schedule, drawn, source, target):
     sample, noise = drawn
-    noisy = add_noise(noise_scheduler, sample, noise, TIMESTEPS)
-    prediction = prediction_target(noise_scheduler, sample, noise, TIMESTEPS, source)
-    converted = convert_prediction(noise_scheduler, prediction, noisy, TIMESTEPS, source, target)
-    expected = prediction_target(noise_scheduler, sample, noise, TIMESTEPS, target)
+    noisy = schedule.noisy(sample, noise, TIMESTEPS)
+    prediction = predicting(source, schedule).target(sample, noise, TIMESTEPS)
+    converted = predicting(target, schedule).convert(prediction, noisy, TIMESTEPS, source)
+    expected = predicting(target, schedule).target(sample, noise, TIMESTEPS)
     torch.testing.assert_close(converted, expected, atol=5e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_convert_prediction_reference(noise_scheduler, drawn, source, target):
+def test_convert_prediction_reference(schedule, drawn, source, target):
     """Any prediction, not only perfect ones: solve the two equations in (sample, noise) entry by entry."""
     noisy, prediction = drawn
-    converted = convert_prediction(noise_scheduler, prediction, noisy, TIMESTEPS, source, target)
+    converted = predicting(target, schedule).convert(prediction, noisy, TIMESTEPS, source)
     alphas, sigmas = (values[:, 0] for values in reference_alpha_sigma())
     expected = np.empty((6, 5))
     for i, j in np.ndindex(6, 5):
@@ -147,17 +144,17 @@ def test_convert_prediction_reference(noise_scheduler, drawn, source, target):
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_conversions_are_inverse_to_each_other(noise_scheduler, drawn, source, target):
+def test_conversions_are_inverse_to_each_other(schedule, drawn, source, target):
     noisy, prediction = drawn
-    there = convert_prediction(noise_scheduler, prediction, noisy, TIMESTEPS, source, target)
-    back = convert_prediction(noise_scheduler, there, noisy, TIMESTEPS, target, source)
+    there = predicting(target, schedule).convert(prediction, noisy, TIMESTEPS, source)
+    back = predicting(source, schedule).convert(there, noisy, TIMESTEPS, target)
     torch.testing.assert_close(back, prediction, atol=5e-4, rtol=5e-4)
 
 
-def test_conversion_is_float32_and_differentiable(noise_scheduler, drawn):
+def test_conversion_is_float32_and_differentiable(schedule, drawn):
     noisy, prediction = drawn
     prediction = prediction.bfloat16().requires_grad_()
-    converted = convert_prediction(noise_scheduler, prediction, noisy.bfloat16(), TIMESTEPS, "epsilon", "v_prediction")
+    converted = predicting("v_prediction", schedule).convert(prediction, noisy.bfloat16(), TIMESTEPS, "epsilon")
     assert converted.dtype == torch.float32
     converted.sum().backward()
     # v = alpha * eps - sigma * (x - sigma * eps) / alpha, so dv/deps = (alpha^2 + sigma^2) / alpha = 1 / alpha
@@ -165,14 +162,13 @@ def test_conversion_is_float32_and_differentiable(noise_scheduler, drawn):
     np.testing.assert_allclose(prediction.grad.float(), expected, rtol=1e-2)  # the gradient is bfloat16
 
 
-def test_conversion_broadcasts_over_images(noise_scheduler):
+def test_conversion_broadcasts_over_images(schedule):
     """`[B, C, H, W]`: each sample by its own timestep."""
     noisy, prediction = torch.randn(2, 6, 3, 4, 4)
-    together = convert_prediction(noise_scheduler, prediction, noisy, TIMESTEPS, "epsilon", "v_prediction")
+    schedule = predicting("v_prediction", schedule)
+    together = schedule.convert(prediction, noisy, TIMESTEPS, "epsilon")
     for i, timestep in enumerate(TIMESTEPS):
-        alone = convert_prediction(
-            noise_scheduler, prediction[i : i + 1], noisy[i : i + 1], timestep[None], "epsilon", "v_prediction"
-        )
+        alone = schedule.convert(prediction[i : i + 1], noisy[i : i + 1], timestep[None], "epsilon")
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
@@ -185,36 +181,35 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_check_convertible_allows_what_stays_finite(schedule, source, target):
+def test_check_convertible_allows_what_stays_finite(name, source, target):
     """It refuses a pair if, and only if, some timestep of the schedule converts to something infinite."""
-    scheduler = SCHEDULES[schedule]
-    timesteps = torch.arange(scheduler.config.num_train_timesteps)
+    schedule = predicting(target, Schedule.of(SCHEDULES[name]))
+    timesteps = torch.arange(len(schedule))
     ones = torch.ones(len(timesteps), 1)
-    finite = convert_prediction(scheduler, 2 * ones, ones, timesteps, source, target).isfinite().all()
-    if finite:
-        check_convertible(scheduler, source, target)
+    if schedule.convert(2 * ones, ones, timesteps, source).isfinite().all():
+        schedule.check_convertible(source)
     else:
         with pytest.raises(ValueError, match=f"cannot be expressed as {target}"):
-            check_convertible(scheduler, source, target)
+            schedule.check_convertible(source)
 
 
 def test_zero_terminal_snr_needs_the_teachers_prediction_type():
     """The case by name, so that the property above cannot hold emptily."""
-    scheduler = SCHEDULES["zero terminal SNR"]
+    schedule = Schedule.of(SCHEDULES["zero terminal SNR"])
     for target in ("v_prediction", "sample"):
         with pytest.raises(ValueError, match="zero terminal SNR"):
-            check_convertible(scheduler, "epsilon", target)
-    check_convertible(scheduler, "epsilon", "epsilon")
-    check_convertible(scheduler, "v_prediction", "epsilon")
+            predicting(target, schedule).check_convertible("epsilon")
+    schedule.check_convertible("epsilon")
+    schedule.check_convertible("v_prediction")
 
 
 # ---- timestep weights
 
 
 def test_signal_to_noise_ratio_known_value(three_steps):
-    ratio = signal_to_noise_ratio(three_steps, torch.tensor([2, 0, 1]))
+    ratio = three_steps.signal_to_noise_ratio(torch.tensor([2, 0, 1]))
     assert ratio.tolist() == pytest.approx([0.25, 9, 1], rel=1e-5)
 
 
@@ -229,30 +224,30 @@ def test_signal_to_noise_ratio_known_value(three_steps):
     ],
 )
 def test_min_snr_known_values(three_steps, kind, expected):
-    weights = timestep_weights(three_steps, torch.arange(3), "min_snr", kind)
+    weights = predicting(kind, three_steps).weights(torch.arange(3), "min_snr")
     assert weights.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0, 1e9])
 @pytest.mark.parametrize("kind", TYPES)
-def test_min_snr_reference(noise_scheduler, kind, gamma):
+def test_min_snr_reference(schedule, kind, gamma):
     alpha, sigma = (values[:, 0] for values in reference_alpha_sigma())
     snr = alpha**2 / sigma**2
     expected = np.minimum(snr, gamma) / {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[kind]
-    weights = timestep_weights(noise_scheduler, TIMESTEPS, "min_snr", kind, gamma)
+    weights = predicting(kind, schedule).weights(TIMESTEPS, "min_snr", gamma)
     np.testing.assert_allclose(weights, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_min_snr_weighs_the_error_of_the_sample(noise_scheduler, drawn, kind):
+def test_min_snr_weighs_the_error_of_the_sample(schedule, drawn, kind):
     """In every prediction type the weighted loss is min(SNR, gamma) times the error of the implied sample."""
     sample, noise = drawn
     timesteps = torch.tensor([10, 50, 100, 300, 500, 800])
-    noisy = add_noise(noise_scheduler, sample, noise, timesteps)
+    noisy = schedule.noisy(sample, noise, timesteps)
     implied_sample = sample + 0.1 * torch.randn(6, 5)
-    prediction = convert_prediction(noise_scheduler, implied_sample, noisy, timesteps, "sample", kind)
-    target = prediction_target(noise_scheduler, sample, noise, timesteps, kind)
-    weights = timestep_weights(noise_scheduler, timesteps, "min_snr", kind)
+    prediction = predicting(kind, schedule).convert(implied_sample, noisy, timesteps, "sample")
+    target = predicting(kind, schedule).target(sample, noise, timesteps)
+    weights = predicting(kind, schedule).weights(timesteps, "min_snr")
     alpha, sigma = reference_alpha_sigma(timesteps)
     errors = (implied_sample - sample).double().numpy() ** 2
     expected = np.mean(np.minimum((alpha / sigma) ** 2, 5) * errors)
@@ -261,14 +256,14 @@ def test_min_snr_weighs_the_error_of_the_sample(noise_scheduler, drawn, kind):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_min_snr_is_finite_without_signal(kind):
-    weights = timestep_weights(SCHEDULES["zero terminal SNR"], torch.arange(1000), "min_snr", kind)
+    weights = predicting(kind, Schedule.of(SCHEDULES["zero terminal SNR"])).weights(torch.arange(1000), "min_snr")
     assert weights.isfinite().all()
     # min(SNR, gamma) / SNR tends to 1; the others' weights vanish with the signal
     assert weights[-1].item() == pytest.approx(1.0 if kind == "epsilon" else 0.0)
 
 
-def test_uniform_weighting_has_no_weights(noise_scheduler):
-    assert timestep_weights(noise_scheduler, TIMESTEPS, "uniform", "epsilon") is None
+def test_uniform_weighting_has_no_weights(schedule):
+    assert predicting("epsilon", schedule).weights(TIMESTEPS, "uniform") is None
 
 
 # ---- errors
@@ -276,43 +271,38 @@ def test_uniform_weighting_has_no_weights(noise_scheduler):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_prediction_type_is_read_from_the_scheduler(kind):
-    assert prediction_type_of(DDPMScheduler(prediction_type=kind)) == kind
+    assert Schedule.of(DDPMScheduler(prediction_type=kind)).prediction_type == kind
 
 
-def test_unknown_prediction_type_of_a_scheduler():
+def test_unknown_prediction_types_and_schedulers():
+    with pytest.raises(ValueError, match="'flow' is not one of epsilon, v_prediction, sample"):
+        Schedule.of(DDPMScheduler(prediction_type="flow"))
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no betas"):
+        Schedule.of(FlowMatchEulerDiscreteScheduler())
+
+
+def test_conversion_from_an_unknown_type(schedule, drawn):
     with pytest.raises(REFUSED, match="flow"):
-        prediction_type_of(DDPMScheduler(prediction_type="flow"))
-
-
-def test_scheduler_without_a_prediction_type_is_refused_in_words():
-    with pytest.raises(ValueError, match="prediction type"):
-        prediction_type_of(FlowMatchEulerDiscreteScheduler())
-
-
-def test_prediction_target_of_an_unknown_type(noise_scheduler, drawn):
-    with pytest.raises(REFUSED, match="flow"):
-        prediction_target(noise_scheduler, *drawn, TIMESTEPS, "flow")
-
-
-@pytest.mark.parametrize(("source", "target"), [("flow", "epsilon"), ("epsilon", "flow"), ("flow", "flow")])
-def test_conversion_of_an_unknown_type(noise_scheduler, drawn, source, target):
-    with pytest.raises(REFUSED, match="flow"):
-        convert_prediction(noise_scheduler, *drawn, TIMESTEPS, source, target)
+        schedule.convert(*drawn, TIMESTEPS, "flow")
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan")])
-def test_gamma_must_be_positive(noise_scheduler, gamma):
+def test_gamma_must_be_positive(schedule, gamma):
     with pytest.raises(ValueError, match="snr_gamma"):
-        timestep_weights(noise_scheduler, TIMESTEPS, "min_snr", "epsilon", gamma)
+        schedule.weights(TIMESTEPS, "min_snr", gamma)
 
 
-def test_unknown_weighting_and_type(noise_scheduler):
+def test_unknown_weighting(schedule):
     with pytest.raises(REFUSED, match="p2"):
-        timestep_weights(noise_scheduler, TIMESTEPS, "p2", "epsilon")
-    with pytest.raises(REFUSED, match="flow"):
-        timestep_weights(noise_scheduler, TIMESTEPS, "min_snr", "flow")
+        schedule.weights(TIMESTEPS, "p2")
 
 
-def test_times_become_timesteps_of_equal_width():
+def test_times_become_timesteps_of_equal_width(schedule):
     time = torch.tensor([0.0, 0.000999, 0.001, 0.5, 0.9999999, 1.0])
-    assert vkd_gen.diffusion.to_timesteps(DDPMScheduler(), time).tolist() == [0, 0, 1, 500, 999, 999]
+    assert schedule.timesteps(time).tolist() == [0, 0, 1, 500, 999, 999]
+
+
+def test_it_moves_whole(schedule):
+    moved = schedule.to("meta")
+    assert {moved.alpha.device.type, moved.sigma.device.type} == {"meta"}
+    assert (len(moved), moved.prediction_type) == (1000, "epsilon")
