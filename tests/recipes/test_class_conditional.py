@@ -121,16 +121,16 @@ def test_teacher_and_student_are_trained_on_the_labels_of_the_draws(tmp_path, te
     assert found[first : first + 3 + len(both)] == calibration + both
 
 
-def test_conditioned_batches_of_the_calibration():
+def test_conditioned_batches_of_the_calibration(schedule):
     images, _ = load_images("digits", resolution=8, channels=1, with_labels=True)
     options = {"seed": 3, "num_draws": 40, "batch_size": 16, "device": torch.device("cpu")}
-    batches = list(fixed_batches(images, DDPMScheduler(), guidance_dropout=0.5, **options))
+    batches = list(fixed_batches(images, schedule, guidance_dropout=0.5, **options))
     draws = TrainingDraws(images, seed=3 + 2**32, guidance_dropout=0.5)
     found = torch.cat([batch["conditioning"]["class_labels"] for batch in batches])
     assert found.tolist() == [draws[number]["class_labels"].item() for number in range(40)]
     assert "class_labels" not in batches[0]
     unlabelled, _ = load_images("digits", resolution=8, channels=1)
-    assert "conditioning" not in next(fixed_batches(unlabelled, DDPMScheduler(), **options))
+    assert "conditioning" not in next(fixed_batches(unlabelled, schedule, **options))
 
 
 @pytest.mark.parametrize("recipe", [TEACHER, STUDENT])
