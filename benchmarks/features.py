@@ -32,7 +32,8 @@ from vkd_gen.provenance import environment, write_json
 from vkd_gen.students.build import unet_class
 from vkd_gen.students.specs import TEACHERS
 from vkd_gen.training.command_line import run_command
-from vkd_gen.training.matching import METHODS, NUM_DIAGNOSTIC_DRAWS, MatchingOptions
+from vkd_gen.training.matching import METHODS, NUM_DIAGNOSTIC_DRAWS
+from vkd_gen.training.options import MatchingOptions
 
 RESULTS = Path(__file__).parent / "results" / "features.json"
 STUDENTS = {"half width": vkd.Reduction(width=0.5), "bk-small": vkd.REDUCTIONS["bk-small"]}

@@ -44,8 +44,8 @@ from vkd_gen.students.build import unet_class
 from vkd_gen.students.specs import TEACHERS
 from vkd_gen.training.command_line import run_command
 from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator
-from vkd_gen.training.matching import MatchingOptions, build_projected_student, pair_named_or_all, resolve_matching
-from vkd_gen.training.options import TrainingOptions
+from vkd_gen.training.matching import build_projected_student, pair_named_or_all, resolve_matching
+from vkd_gen.training.options import MatchingOptions, TrainingOptions
 from vkd_gen.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]

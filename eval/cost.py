@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from vkd_gen.evaluation.cost import count_macs, count_parameters, forward_costs
-from vkd_gen.provenance import environment, write_json
-from vkd_gen.students import REDUCTIONS, build_student, published_cost, reduce_config
-from vkd_gen.training.command_line import refuse_linked_file, run_command
-from vkd_gen.training.models import check_memory, read_unet_config, unet_without_weights
+# What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
+from vkd_gen.reductions import REDUCTIONS
+from vkd_gen.training.command_line import announce, refuse_linked_file, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +48,9 @@ class CostConfig:
 
 def read_configs(config: CostConfig) -> dict[str, dict[str, Any]]:
     """Name -> configuration of each UNet, students of the first model behind the others."""
+    from vkd_gen.students import reduce_config
+    from vkd_gen.training.models import read_unet_config
+
     configs = {}
     for name in config.models:
         run = Path(name) / "pipeline"  # of a recipe
@@ -66,6 +65,17 @@ def main(config: CostConfig) -> None:
     """Count, measure if asked for, and print one table."""
     if config.output:
         refuse_linked_file(config.output)
+    announce(f"the cost of {', '.join((*config.models, *config.students))}")
+
+    import torch
+    from accelerate import PartialState
+
+    from vkd_gen.evaluation.cost import count_macs, count_parameters, forward_costs
+    from vkd_gen.provenance import environment, write_json
+    from vkd_gen.students import build_student, published_cost
+    from vkd_gen.training.models import check_memory, unet_without_weights
+
+    torch.set_float32_matmul_precision("high")
     configs = read_configs(config)
     rows: dict[str, dict[str, Any]] = {}
     for name, entries in configs.items():
@@ -125,5 +135,4 @@ def print_costs(rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     run_command(main, CostConfig, __doc__)

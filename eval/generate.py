@@ -8,18 +8,18 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import tyro
-from accelerate import Accelerator, PartialState
-from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
-from vkd_gen.evaluation.sources import ImageSource, blocks_of_process, from_pipeline, progress_bar, protocol_file
-from vkd_gen.provenance import hub_revision, write_json
-from vkd_gen.sampling import Precision, Sampler, load_pipeline
-from vkd_gen.training.command_line import refuse_linked_file, refuse_links, run_command
+# What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
+from vkd_gen.choices import Precision, Sampler
+from vkd_gen.training.command_line import announce, refuse_linked_file, refuse_links, run_command
+
+if TYPE_CHECKING:
+    from vkd_gen.evaluation.sources import ImageSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,12 @@ class GenerateConfig:
 FREE_TO_CHANGE = ("output", "batch_size", "num_images")
 
 
-def prepare_folder(folder: Path, config: GenerateConfig, source: ImageSource) -> None:
+def prepare_folder(folder: Path, config: GenerateConfig, source: "ImageSource") -> None:
     """Make the folder, or see that what lies there is of the same images."""
+    from accelerate import PartialState
+
+    from vkd_gen.provenance import write_json
+
     wanted = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     wanted["weights_sha256"] = source.protocol["weights_sha256"]
     note = folder / "generate.json"
@@ -87,8 +91,12 @@ def prepare_folder(folder: Path, config: GenerateConfig, source: ImageSource) ->
     PartialState().wait_for_everyone()
 
 
-def make_pngs(source: ImageSource, folder: Path, batch_size: int) -> None:
+def make_pngs(source: "ImageSource", folder: Path, batch_size: int) -> None:
     """Write image i as a PNG of its number, unless it is there."""
+    from accelerate import PartialState
+
+    from vkd_gen.evaluation.sources import blocks_of_process, progress_bar
+
     state = PartialState()
     bar = progress_bar(source.count, "images")
     for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
@@ -127,6 +135,17 @@ def main(config: GenerateConfig) -> None:
     refuse_links(folder)
     if is_array:
         refuse_linked_file(output)
+    announce(f"{config.num_images:,} images of {config.checkpoint}, to {output}")
+
+    import torch
+    from accelerate import Accelerator
+    from diffusers.utils.logging import disable_progress_bar
+
+    from vkd_gen.evaluation.sources import from_pipeline, protocol_file
+    from vkd_gen.provenance import hub_revision, write_json
+    from vkd_gen.sampling import load_pipeline
+
+    torch.set_float32_matmul_precision("high")
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
     pipeline = load_pipeline(config.checkpoint, config.sampler).to(accelerator.device)
@@ -151,5 +170,4 @@ def main(config: GenerateConfig) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     run_command(main, GenerateConfig, __doc__)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from vkd_gen.evaluation.report import write_report
-from vkd_gen.training.command_line import refuse_linked_file, run_command
+from vkd_gen.training.command_line import announce, refuse_linked_file, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,10 @@ def main(config: ReportConfig) -> None:
     if Path(config.output).is_dir():
         raise ValueError(f"--output {config.output} is a folder; name a file, such as {config.output}/report.html")
     refuse_linked_file(config.output)
+    announce(f"a report of {', '.join(config.folders)}")
+
+    from vkd_gen.evaluation.report import write_report  # loads torch, which takes seconds: flags are read before
+
     write_report([Path(folder) for folder in config.folders], Path(config.output))
     print(f"report: {config.output}")
 

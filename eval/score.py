@@ -6,29 +6,20 @@ accelerate launch eval/score.py runs/half google/ddpm-cifar10-32 --reference uof
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import tyro
-from accelerate import Accelerator, PartialState
-from diffusers import DiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
 
-from vkd_gen.data import EMBEDDED, OnBadImage, load_images
-from vkd_gen.evaluation.card import update_model_card
-from vkd_gen.evaluation.compare import print_table
-from vkd_gen.evaluation.report import save_results
-from vkd_gen.evaluation.scorer import (
-    ScoreOptions,
-    Scorer,
-    SharedScoreOptions,
-    holds_statistics,
-    load_statistics_file,
-)
-from vkd_gen.evaluation.sources import ImageSource, from_array, from_folder, from_images, from_pipeline
-from vkd_gen.provenance import environment, hub_revision
-from vkd_gen.sampling import Precision, Sampler, image_size, load_pipeline
-from vkd_gen.training.command_line import refuse_links, repository_path, run_command
+# What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
+from vkd_gen.choices import OnBadImage, Precision, Sampler
+from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
+from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_command
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from vkd_gen.evaluation.sources import ImageSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +76,11 @@ class ScoreConfig:
             raise ValueError("scores need an --extractor")
 
 
-def open_source(name: str, config: ScoreConfig) -> tuple[ImageSource, int, DiffusionPipeline | None]:
+def open_source(name: str, config: ScoreConfig) -> "tuple[ImageSource, int, DiffusionPipeline | None]":
     """What a name on the command line stands for, with the side of its images."""
+    from vkd_gen.evaluation.sources import from_array, from_folder, from_pipeline
+    from vkd_gen.sampling import image_size, load_pipeline
+
     path = Path(name)
     if path.suffix == ".npz":
         source, pipeline = from_array(name), None
@@ -114,8 +108,14 @@ def open_source(name: str, config: ScoreConfig) -> tuple[ImageSource, int, Diffu
 
 def open_reference(
     config: ScoreConfig, size: int
-) -> tuple[ImageSource | tuple[torch.Tensor, torch.Tensor], ImageSource | None]:
+) -> "tuple[ImageSource | tuple[torch.Tensor, torch.Tensor], ImageSource | None]":
     """The images (or statistics) to compare to, and held-out images where there are some."""
+    from accelerate import PartialState
+
+    from vkd_gen.data import EMBEDDED, load_images
+    from vkd_gen.evaluation.scorer import holds_statistics, load_statistics_file
+    from vkd_gen.evaluation.sources import from_array, from_images
+
     path = Path(config.reference)
     if path.suffix == ".npz":
         if not path.is_file():
@@ -156,6 +156,19 @@ def main(config: ScoreConfig) -> None:
     if (folder / "results.json").exists() and not config.overwrite:
         raise ValueError(f"{folder} already holds results; choose another --output_dir, or --overwrite")
     refuse_links(folder)
+    announce(f"scoring {', '.join(config.sources)} against {config.reference}, into {folder}")
+
+    import torch
+    from accelerate import Accelerator
+    from diffusers.utils.logging import disable_progress_bar
+
+    from vkd_gen.evaluation.card import update_model_card
+    from vkd_gen.evaluation.compare import print_table
+    from vkd_gen.evaluation.report import save_results
+    from vkd_gen.evaluation.scorer import Scorer
+    from vkd_gen.provenance import environment, hub_revision
+
+    torch.set_float32_matmul_precision("high")
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
     options = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
@@ -200,5 +213,4 @@ def main(config: ScoreConfig) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     run_command(main, ScoreConfig, __doc__)

@@ -13,27 +13,20 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from vkd_gen.data import Images, load_images
+# What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.provenance import environment, write_json
-from vkd_gen.schedule import Schedule
-from vkd_gen.students import (
-    Reduction,
-    build_student,
-    compare_layer_choices,
-    inherit_weights,
-    layer_choices,
-    step0_error,
-)
-from vkd_gen.training.command_line import repository_path, run_recipe
-from vkd_gen.training.loop import fixed_batches
-from vkd_gen.training.models import load_teacher
+from vkd_gen.reductions import Reduction
+from vkd_gen.training.command_line import announce, repository_path, run_recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vkd_gen.data import Images
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,13 +85,20 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "standard_deviation": spread, "values": values}
 
 
-def load(config: ComparisonConfig, folder: str, dataset: str) -> tuple[Any, Any, Any, list[dict[str, Tensor]]]:
+def load(config: ComparisonConfig, folder: str, dataset: str) -> "tuple[Any, Any, Any, list[dict[str, Tensor]]]":
     """A teacher, its schedule, batches to start students from by seed, and batches of other images to test on."""
+    import torch
+
+    from vkd_gen.data import load_images
+    from vkd_gen.schedule import Schedule
+    from vkd_gen.training.loop import fixed_batches
+    from vkd_gen.training.models import load_teacher
+
     teacher, noise_scheduler, _ = load_teacher(repository_path(folder, __file__))
     schedule = Schedule.of(noise_scheduler)
     images, held_out = load_images(dataset, resolution=teacher.config.sample_size, channels=teacher.config.in_channels)
 
-    def draws(source: Images, seed: int) -> list[dict[str, Tensor]]:
+    def draws(source: "Images", seed: int) -> "list[dict[str, Tensor]]":
         options = {"seed": seed, "num_draws": config.num_draws, "batch_size": 64, "device": torch.device("cpu")}
         return list(fixed_batches(source, schedule, **options))
 
@@ -107,6 +107,10 @@ def load(config: ComparisonConfig, folder: str, dataset: str) -> tuple[Any, Any,
 
 def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, width: float) -> dict[str, Any]:
     """For each choice of channels and each rescaling the student's error before any training."""
+    import torch
+
+    from vkd_gen.students import build_student, inherit_weights, step0_error
+
     teacher, schedule, train_batches, tests = load(config, folder, dataset)
     rows: dict[str, list[float]] = {}
     for seed in range(config.num_seeds):
@@ -137,6 +141,8 @@ def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, 
 
 def errors_by_layers(config: ComparisonConfig, folder: str, dataset: str) -> list[dict[str, Any]]:
     """With one layer in each block: the error before training for every choice of the teacher's layers."""
+    from vkd_gen.students import build_student, compare_layer_choices, layer_choices
+
     teacher, schedule, train_batches, tests = load(config, folder, dataset)
     student = build_student(teacher, Reduction(layers_per_block=1))
     options = {"test_batches": tests, "rescaling": "none"}
@@ -192,6 +198,7 @@ def main(config: ComparisonConfig) -> None:
     protocol = {name: getattr(config, name) for name in names}
     if known.get("protocol") != protocol:
         known = {"protocol": protocol, "before_training": {}, "layers": {}, "after_training": {}}
+    announce(f"comparing starts of students, into {config.results}")
     known["environment"] = environment()
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in config.step0_teachers:

@@ -22,8 +22,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vkd_gen.evaluation.method_figures import draw_curves, draw_differences, draw_samples
-from vkd_gen.evaluation.method_tables import Comparison, markdown_table, print_tables
 from vkd_gen.evaluation.run_records import NUM_POINTS, RunRecords, read_run
 from vkd_gen.training.command_line import run_recipe
 from vkd_gen.training.side_by_side import Job, Task, alone_in, places, remaining_seconds, run_side_by_side
@@ -579,6 +577,10 @@ def show_results(config: ComparisonConfig, runs: Sequence[Run], records: RunReco
     found = [(run, record) for run in runs if (record := records.find(run.flags)) is not None]
     if not found:
         return
+    # Here, since they take seconds to load: flags are read before.
+    from vkd_gen.evaluation.method_figures import draw_curves, draw_differences, draw_samples
+    from vkd_gen.evaluation.method_tables import Comparison, markdown_table, print_tables
+
     comparison = Comparison(
         [{**record, "arm": run.arm} for run, record in found],
         arms=config.arms,

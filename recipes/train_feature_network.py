@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from vkd_gen.data import embedded_pixels, load_images
-from vkd_gen.evaluation.feature_network import accuracy, save_feature_network, train_feature_network
-from vkd_gen.training.command_line import refuse_linked_file, run_recipe
+from vkd_gen.training.command_line import announce, refuse_linked_file, run_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +31,13 @@ def main(config: FeatureNetworkConfig) -> None:
     if config.num_epochs < 1:
         raise ValueError(f"--num_epochs must be at least 1, not {config.num_epochs}")
     refuse_linked_file(config.output)
+    announce(f"a feature network of {config.dataset}, to {config.output}")
+
+    import torch
+
+    from vkd_gen.data import embedded_pixels, load_images
+    from vkd_gen.evaluation.feature_network import accuracy, save_feature_network, train_feature_network
+
     pixels, labels = embedded_pixels(config.dataset)
     parts = load_images(config.dataset, resolution=pixels.shape[-1], channels=1)
     train, held_out = parts

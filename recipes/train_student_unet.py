@@ -8,57 +8,28 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
-
+# What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 import vkd_gen as vkd
-from vkd_gen.data import default_cifar10, evenly_spaced
-from vkd_gen.distillation import matching_table
-from vkd_gen.evaluation.compare import (
-    compare_to_teacher,
-    describe_models,
-    markdown_table,
-    print_table,
-)
-from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, read_diagnostics
-from vkd_gen.evaluation.report import save_results
-from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
-from vkd_gen.pairing import pair_table
-from vkd_gen.pipelines import num_classes_of
-from vkd_gen.provenance import hub_revision
-from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
-from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
-from vkd_gen.training.images import DataOptions, SharedDataOptions, check_data, load_data, prepare_data
-from vkd_gen.training.loop import (
-    TrainingRun,
-    compile_as_asked,
-    fixed_batches,
-    make_accelerator,
-    run_facts,
-    start_folder,
-)
-from vkd_gen.training.matching import (
+from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
+from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_recipe
+from vkd_gen.training.options import (
+    DataOptions,
     MatchingOptions,
+    SharedDataOptions,
     SharedMatchingOptions,
-    build_projected_student,
-    ends_early,
-    pair_named_or_all,
-    resolve_matching,
-    target_channels,
-)
-from vkd_gen.training.models import check_checkpoint, load_teacher, unet_without_weights
-from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
-from vkd_gen.training.run_folder import RunFolder
-from vkd_gen.training.students import (
+    SharedOptions,
     SharedStudentOptions,
     StudentOptions,
-    build_resolved_student,
-    inherit,
-    num_starting_draws,
-    resolve_student,
+    TrainingOptions,
+    check_data,
+    default_cifar10,
+    flat_config,
 )
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +131,23 @@ PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
 def resolve(config: StudentConfig) -> StudentConfig:
     """Fill in what --method decides."""
-    if not config.teacher or not config.data.dataset:
-        raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
+    from vkd_gen.evaluation.scorer import check_score_options
+    from vkd_gen.training.matching import resolve_matching
+
     check_score_options(config.scores, config.training.score_every_steps)
     return replace(config, matching=resolve_matching(config.matching))
 
 
-def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin, show: Callable[[str], None]) -> None:
+def show_plan(config: StudentConfig, start: StudentOptions, teacher: "ModelMixin", show: Callable[[str], None]) -> None:
     """What would be trained, from configurations alone."""
+    from diffusers import UNet2DModel
+
+    from vkd_gen.evaluation.compare import describe_models
+    from vkd_gen.pairing import pair_table
+    from vkd_gen.training.matching import pair_named_or_all, target_channels
+    from vkd_gen.training.models import unet_without_weights
+    from vkd_gen.training.students import resolve_student
+
     student = unet_without_weights(resolve_student(start, teacher), "the student")
     before, after = (json.loads(unet.to_json_string()) for unet in (teacher, student))
     changed = {name: value for name, value in after.items() if value != before.get(name)}
@@ -189,6 +169,38 @@ def show_plan(config: StudentConfig, start: StudentOptions, teacher: ModelMixin,
 
 def main(config: StudentConfig) -> None:
     """Distil, export, score and show one student."""
+    if not config.teacher or not config.data.dataset:
+        raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
+    aim = "what would be trained" if config.dry_run else f"into {config.training.output_dir}"
+    announce(f"distilling {config.teacher} on {config.data.dataset}, {aim}")
+
+    import torch
+    from diffusers import DDPMScheduler
+
+    from vkd_gen.data import evenly_spaced
+    from vkd_gen.distillation import matching_table
+    from vkd_gen.evaluation.compare import compare_to_teacher, describe_models, markdown_table, print_table
+    from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, read_diagnostics
+    from vkd_gen.evaluation.report import save_results
+    from vkd_gen.evaluation.scorer import make_scorer
+    from vkd_gen.pipelines import num_classes_of
+    from vkd_gen.provenance import hub_revision
+    from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+    from vkd_gen.training.images import load_data, prepare_data
+    from vkd_gen.training.loop import (
+        TrainingRun,
+        compile_as_asked,
+        fixed_batches,
+        make_accelerator,
+        run_facts,
+        start_folder,
+    )
+    from vkd_gen.training.matching import build_projected_student, ends_early, pair_named_or_all
+    from vkd_gen.training.models import check_checkpoint, load_teacher
+    from vkd_gen.training.run_folder import RunFolder
+    from vkd_gen.training.students import build_resolved_student, inherit, num_starting_draws
+
+    torch.set_float32_matmul_precision("high")
     config = resolve(config)
     options, matching = config.training, config.matching
     folder = RunFolder(options.output_dir)
@@ -352,5 +364,4 @@ def main(config: StudentConfig) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     run_recipe(main, PRESETS, __doc__, default="digits")

@@ -7,27 +7,23 @@ accelerate launch recipes/train_teacher_unet.py --preset digits --class_conditio
 import json
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from diffusers import DDPMScheduler, UNet2DModel
+# What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
+from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
+from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_recipe
+from vkd_gen.training.options import (
+    DataOptions,
+    SharedDataOptions,
+    SharedOptions,
+    TrainingOptions,
+    check_data,
+    default_cifar10,
+    flat_config,
+)
 
-from vkd_gen.data import default_cifar10
-from vkd_gen.distillation import predict
-from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
-from vkd_gen.evaluation.cost import count_parameters
-from vkd_gen.evaluation.report import save_results
-from vkd_gen.evaluation.scorer import ScoreOptions, SharedScoreOptions, check_score_options, make_scorer
-from vkd_gen.losses import prediction_loss
-from vkd_gen.pictures import to_uint8
-from vkd_gen.pipelines import num_classes_of
-from vkd_gen.training.command_line import refuse_links, repository_path, run_recipe
-from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
-from vkd_gen.training.images import DataOptions, SharedDataOptions, check_data, load_data, prepare_data
-from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts, start_folder
-from vkd_gen.training.models import check_checkpoint, check_memory, unet_without_weights
-from vkd_gen.training.options import SharedOptions, TrainingOptions, flat_config
-from vkd_gen.training.run_folder import RunFolder
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +114,12 @@ CIFAR10 = replace(
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10)}
 
 
-def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
+def build_unet(config: TeacherConfig, num_classes: int = 0) -> "UNet2DModel":
     """The UNet that the configuration describes; with classes it knows one label more, for no class."""
+    from diffusers import UNet2DModel
+
+    from vkd_gen.training.models import check_memory, unet_without_weights
+
     stages = range(len(config.block_out_channels))
     with_attention = [stage in config.attention_stages for stage in stages]
     if not with_attention:
@@ -162,6 +162,27 @@ def build_unet(config: TeacherConfig, num_classes: int = 0) -> UNet2DModel:
 
 def main(config: TeacherConfig) -> None:
     """Train, export and sample one teacher."""
+    aim = "what would be trained" if config.dry_run else f"into {config.training.output_dir}"
+    announce(f"a teacher of {config.data.dataset}, {aim}")
+
+    import torch
+    from diffusers import DDPMScheduler
+
+    from vkd_gen.distillation import predict
+    from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
+    from vkd_gen.evaluation.cost import count_parameters
+    from vkd_gen.evaluation.report import save_results
+    from vkd_gen.evaluation.scorer import check_score_options, make_scorer
+    from vkd_gen.losses import prediction_loss
+    from vkd_gen.pictures import to_uint8
+    from vkd_gen.pipelines import num_classes_of
+    from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+    from vkd_gen.training.images import load_data, prepare_data
+    from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts, start_folder
+    from vkd_gen.training.models import check_checkpoint
+    from vkd_gen.training.run_folder import RunFolder
+
+    torch.set_float32_matmul_precision("high")
     options = config.training
     folder = RunFolder(options.output_dir)
     check_score_options(config.scores, options.score_every_steps)
@@ -248,5 +269,4 @@ def main(config: TeacherConfig) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     run_recipe(main, PRESETS, __doc__, default="digits")

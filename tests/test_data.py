@@ -17,11 +17,11 @@ from vkd_gen.data import (
     DrawBatches,
     Images,
     TrainingDraws,
-    default_cifar10,
     embedded_pixels,
     evenly_spaced,
     load_images,
 )
+from vkd_gen.training.options import default_cifar10
 
 
 def load(source, *, resolution=4, channels=3, **options):

@@ -14,15 +14,17 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "features projectors normalization losses schedule limits pictures pipelines provenance"
+NO_SIBLING = "choices reductions features projectors schedule limits pictures pipelines provenance"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
-    "data": {"provenance"},
+    "losses": {"choices"},
+    "normalization": {"choices"},
+    "data": {"choices", "provenance"},
     "streaming": {"data"},
-    "pairing": {"features"},
-    "students": {"features", "schedule"},
-    "sampling": {"limits", "pipelines", "provenance"},
+    "pairing": {"choices", "features"},
+    "students": {"choices", "reductions", "features", "schedule"},
+    "sampling": {"choices", "limits", "pipelines", "provenance"},
     "calibration": {"features", "schedule", "normalization"},
     "distillation": {
         "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
@@ -159,6 +161,7 @@ def test_violations_in_commands_are_found(source, expected):
 def test_importing_the_library_loads_no_heavy_package():
     script = (
         "import sys, vkd_gen\n"
+        "assert all(hasattr(vkd_gen, name) for name in dir(vkd_gen))\n"
         "print(*(name for name in ('datasets', 'torch_fidelity', 'matplotlib', 'tyro') if name in sys.modules))\n"
         "print(*(name for name in sys.modules if name.startswith(('vkd_gen.training', 'vkd_gen.evaluation'))))"
     )
@@ -168,13 +171,20 @@ def test_importing_the_library_loads_no_heavy_package():
 
 @pytest.mark.parametrize("name", vkd_gen.__all__)
 def test_public_names_exist(name):
+    assert name in dir(vkd_gen)
     assert hasattr(vkd_gen, name)
+
+
+def test_what_is_no_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'vkd_gen' has no attribute 'nonsense'"):
+        vkd_gen.nonsense  # noqa: B018
 
 
 def test_public_names_are_those_imported():
     """`__all__` is complete: what `__init__` imports, it offers, and once."""
     assert len(set(vkd_gen.__all__)) == len(vkd_gen.__all__)
-    imported = {name.rsplit(".", 1)[1] for name in imported_names((LIBRARY / "__init__.py").read_text())}
+    names = imported_names((LIBRARY / "__init__.py").read_text())
+    imported = {name.rsplit(".", 1)[1] for name in names if name.startswith("vkd_gen.")}
     assert imported - {"__version__"} == set(vkd_gen.__all__)
 
 

@@ -2,32 +2,39 @@
 
 A library of losses and modules around models that you build: it loads no models, owns no optimizer, wraps nothing and
 keeps no registry. The recipes put it together; `distillation_losses` is the step they share.
+
+The names are loaded when they are first used, so that commands can read their flags before torch is loaded.
 """
 
-from vkd_gen.calibration import calibrate, load_statistics, save_statistics
-from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
-from vkd_gen.features import FeatureCapture
-from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
-from vkd_gen.pairing import LayerPair, pair_layers, pair_table
-from vkd_gen.projectors import (
-    IdentityProjector,
-    LeastSquaresProjector,
-    LinearProjector,
-    OrthogonalProjector,
-    parameter_groups,
-)
-from vkd_gen.schedule import Schedule
-from vkd_gen.students import (
-    REDUCTIONS,
-    Inheritance,
-    Reduction,
-    best_layers,
-    build_student,
-    inherit_weights,
-    published_cost,
-    reduce_config,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from vkd_gen.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from vkd_gen.calibration import calibrate, load_statistics, save_statistics
+    from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
+    from vkd_gen.features import FeatureCapture
+    from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
+    from vkd_gen.pairing import LayerPair, pair_layers, pair_table
+    from vkd_gen.projectors import (
+        IdentityProjector,
+        LeastSquaresProjector,
+        LinearProjector,
+        OrthogonalProjector,
+        parameter_groups,
+    )
+    from vkd_gen.schedule import Schedule
+    from vkd_gen.students import (
+        REDUCTIONS,
+        Inheritance,
+        Reduction,
+        best_layers,
+        build_student,
+        inherit_weights,
+        published_cost,
+        reduce_config,
+    )
 
 __all__ = [
     "REDUCTIONS",
@@ -59,3 +66,31 @@ __all__ = [
     "save_statistics",
     "width_floor",
 ]
+
+_MODULES = {
+    "calibration": "calibrate load_statistics save_statistics",
+    "distillation": "FrozenTeacher LossWeights ProjectedStudent distillation_losses",
+    "features": "FeatureCapture",
+    "normalization": "FeatureNormalizer FeatureStatistics width_floor",
+    "pairing": "LayerPair pair_layers pair_table",
+    "projectors": "IdentityProjector LeastSquaresProjector LinearProjector OrthogonalProjector parameter_groups",
+    "schedule": "Schedule",
+    "students": (
+        "REDUCTIONS Inheritance Reduction best_layers build_student inherit_weights published_cost reduce_config"
+    ),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module that holds some, on its first use."""
+    if name in _MODULES:
+        return import_module(f"vkd_gen.{name}")
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(f"vkd_gen.{_HOMES[name]}"), name)
+        return value
+    raise AttributeError(f"module 'vkd_gen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +23,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from vkd_gen.choices import OnBadImage
 from vkd_gen.provenance import hub_revision, split_revision
 
 EMBEDDED = ("digits", "mnist")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
-
-OnBadImage = Literal["refuse", "skip"]
-"""What becomes of an image that cannot be read: see `load_images`."""
 
 ADVICE = "repair or remove it"
 
@@ -849,8 +847,3 @@ class DrawBatches(Sampler[list[int]]):
         for forward_pass in self.passes:
             first = (forward_pass * self.num_processes + self.process_index) * self.batch_size
             yield list(range(first, first + self.batch_size))
-
-
-def default_cifar10() -> str:
-    """CIFAR-10: the folder that the environment variable VKD_GEN_CIFAR10 names, else its id on the hub."""
-    return os.environ.get("VKD_GEN_CIFAR10") or "uoft-cs/cifar10"

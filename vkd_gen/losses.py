@@ -3,7 +3,7 @@
 B batch, N positions, K channels of the space that student and teacher are compared in.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FeatureLoss = Literal["mse", "smooth_l1", "cka"]
+from vkd_gen.choices import FeatureLoss
 
 
 def weighted_mean(

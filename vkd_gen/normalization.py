@@ -6,7 +6,6 @@ where they are made and float32 where they are applied, never under autocast.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Normalization = Literal["none", "layer_norm", "center", "standardize", "whiten", "batch_whiten"]
+from vkd_gen.choices import FeatureLoss, Normalization
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ class FeatureNormalizer(nn.Module):
 def width_floor(
     target_covariance: Float[Tensor, "channels channels"],
     student_channels: int,
-    loss: Literal["mse", "smooth_l1", "cka"],
+    loss: FeatureLoss,
     beta: float = 1.0,
 ) -> float:
     """The feature loss that a student of this width cannot get below with an isometric projector.

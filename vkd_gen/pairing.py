@@ -4,14 +4,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 
+from vkd_gen.choices import PairedLayers
 from vkd_gen.features import feature_shapes, split_pooling
-
-PairedLayers = Literal["all", "mid_and_up", "last_up", "self_attention"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
@@ -26,12 +26,10 @@ from jaxtyping import UInt8
 from safetensors import safe_open
 from torch import Tensor
 
+from vkd_gen.choices import Precision, Sampler
 from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
 from vkd_gen.provenance import split_revision
-
-Sampler = Literal["ddim", "ddpm", "dpm-solver"]
-Precision = Literal["no", "fp16", "bf16"]
 
 
 def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: Sampler = "ddim") -> DiffusionPipeline:

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.recipes.conftest import load_recipe
 from vkd_gen.evaluation import method_figures
 from vkd_gen.evaluation.run_records import RunRecords, curve_of, read_run, training_speed
 from vkd_gen.training.command_line import parse_command_line
 from vkd_gen.training.side_by_side import alone_in, remaining_seconds
+
+DRAW = {name: getattr(method_figures, name) for name in ("draw_differences", "draw_curves", "draw_samples")}
 
 STAND_IN = """
 import json, os, sys, time, signal, zlib
@@ -72,8 +75,8 @@ def compare(monkeypatch, tmp_path):
         return [sys.executable, "-S", "-E", str(script), str(folder), *shlex.split(run.flags)]
 
     monkeypatch.setattr(module, "command_of", command_of)
-    for name in ("draw_differences", "draw_curves", "draw_samples"):  # they take most of the time
-        monkeypatch.setattr(module, name, lambda *_: None)
+    for name in DRAW:  # they take most of the time
+        monkeypatch.setattr(method_figures, name, lambda *_: None)
     monkeypatch.setattr("vkd_gen.evaluation.run_records.environment", dict)
     monkeypatch.setattr("vkd_gen.training.side_by_side.SECONDS_BETWEEN_LOOKS", 0.01)
     places = [
@@ -162,11 +165,11 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(side_by_side.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert [place["OMP_NUM_THREADS"] for place in side_by_side.places(None)] == ["1"] * 8
     assert [place["MKL_NUM_THREADS"] for place in side_by_side.places(3)] == ["2"] * 3
     assert side_by_side.places(20)[0]["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setattr(side_by_side.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(None)] == ["0", "1"]
     assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
@@ -462,8 +465,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(compare, capsys):
 
 def test_table_and_figures_are_of_the_runs_asked_for(compare, monkeypatch):
     compare()
-    monkeypatch.setattr(compare.module, "draw_differences", method_figures.draw_differences)
-    monkeypatch.setattr(compare.module, "draw_curves", method_figures.draw_curves)
+    monkeypatch.setattr(method_figures, "draw_differences", DRAW["draw_differences"])
+    monkeypatch.setattr(method_figures, "draw_curves", DRAW["draw_curves"])
     compare("--arms", "output", "fitnet", "--num_seeds", 1)
     table = (compare.output_dir / "table.md").read_text()
     assert "denoising |" not in table
@@ -476,7 +479,7 @@ def test_table_and_figures_are_of_the_runs_asked_for(compare, monkeypatch):
 
 
 def test_figures_of_a_changed_comparison_lie_beside_its_runs(compare, monkeypatch):
-    monkeypatch.setattr(compare.module, "draw_differences", method_figures.draw_differences)
+    monkeypatch.setattr(method_figures, "draw_differences", DRAW["draw_differences"])
     compare("--num_seeds", 1, "--figures", "")
     assert (compare.output_dir / "screen.png").is_file()
     preset = compare.module.PRESETS["mnist"]

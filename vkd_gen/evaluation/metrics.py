@@ -7,11 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity
+from vkd_gen.evaluation.options import LEAST_IMAGES
 
-ISC_SPLITS = 10
+ISC_SPLITS = LEAST_IMAGES
 PRC_NEIGHBOURS = 3
-LEAST_IMAGES = ISC_SPLITS
-"""Images that the scores need at least: one for each split of the Inception score, more than a neighbourhood."""
 
 
 def sample_scores(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vkd_gen.evaluation.report import load_outcome
 from vkd_gen.provenance import environment, write_json
 
 FORMAT = "vkd-gen comparison of methods, 1"
@@ -95,6 +94,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     Raises:
         ValueError: if the folder does not hold a whole run.
     """
+    from vkd_gen.evaluation.report import load_outcome  # here, since it loads torch, which takes seconds
+
     outcome = load_outcome(folder)
     try:
         config = json.loads((folder / "config.json").read_text())

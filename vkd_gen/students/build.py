@@ -7,10 +7,11 @@ A reduction is a rule, not a table: it reads the teacher's configuration, so one
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+
+from vkd_gen.reductions import Reduction
 
 PER_STAGE = (
     "attention_head_dim",
@@ -32,29 +33,6 @@ WITHOUT_ATTENTION = {
     "SimpleCrossAttnDownBlock2D": "ResnetDownsampleBlock2D",
     "SimpleCrossAttnUpBlock2D": "ResnetUpsampleBlock2D",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reduction:
-    """What a student has less of than its teacher.
-
-    Attributes:
-        width: factor on every stage's channels, above 0; rounded up to what group norms and attention heads need.
-        layers_per_block: residual layers of each block; one number, or (`UNet2DConditionModel` alone) one for each of
-            the stages that are kept. None keeps the teacher's.
-        transformer_layers: transformer blocks of each attention layer, `UNet2DConditionModel` alone; one number, or one
-            for each of the stages that are kept, the last of which is also the middle's. None keeps the teacher's.
-        drop_stages: stages to leave out, 0 being the one of the highest resolution and -1 the lowest.
-        drop_mid_block: leave out the middle block.
-        drop_attention: stages of the teacher to take the attention layers out of.
-    """
-
-    width: float = 1.0
-    layers_per_block: int | tuple[int, ...] | None = None
-    drop_stages: tuple[int, ...] = ()
-    drop_mid_block: bool = False
-    drop_attention: tuple[int, ...] = ()
-    transformer_layers: int | tuple[int, ...] | None = None
 
 
 def build_student(

@@ -6,15 +6,14 @@ the teacher's with fewer channels each; attention keeps whole heads, or equal co
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from vkd_gen.choices import ChannelChoice
 from vkd_gen.students.activations import Reading, Readings
 from vkd_gen.students.streams import Link, Stream, weights_by_stream
-
-ChannelChoice = Literal["activation", "magnitude", "first", "random"]
 
 TIE = 1e-3
 """Weight of what a channel is worth without any restoring; decides between channels that restore the same."""

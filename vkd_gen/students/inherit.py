@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from diffusers import ModelMixin
 
+from vkd_gen.choices import ChannelChoice, Rescaling
 from vkd_gen.schedule import Schedule
 from vkd_gen.students.activations import Batches, read_channels
-from vkd_gen.students.channels import ChannelChoice, check_choice, choose_channels, undecided
+from vkd_gen.students.channels import check_choice, choose_channels, undecided
 from vkd_gen.students.links import BlockLayers, link_layers
 from vkd_gen.students.restore import channel_index, fit_layers
 from vkd_gen.students.streams import Layer, Link, channel_axes
-
-Rescaling = Literal["none", "fan_in", "least_squares"]
 
 
 @dataclass(frozen=True)

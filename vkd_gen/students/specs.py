@@ -4,24 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vkd_gen.students.build import PER_STAGE, Reduction, complete_config, reduce_config, unet_class
-
-REDUCTIONS = {
-    # Kim et al., 2023, arXiv 2305.15798: one layer fewer in each block; no middle; no lowest stage.
-    "bk-base": Reduction(layers_per_block=1),
-    "bk-small": Reduction(layers_per_block=1, drop_mid_block=True),
-    "bk-tiny": Reduction(layers_per_block=1, drop_mid_block=True, drop_stages=(-1,)),
-    # Lee et al., 2023, arXiv 2312.04005, for Stable Diffusion XL: fewer transformer blocks in the lowest stage too. The
-    # highest stage has no attention, so that its 1, which the configuration wants, stands for the authors' 0.
-    "koala-1b": Reduction(layers_per_block=1, transformer_layers=(1, 2, 6)),
-    "koala-700m": Reduction(layers_per_block=1, transformer_layers=(1, 2, 5), drop_mid_block=True),
-    # The size of Fang et al., 2023, arXiv 2305.10924, on CIFAR-10. Theirs is a pruned module that no configuration
-    # describes. Of widths in groups of 32 the nearest to its 19.8 M parameters has 20.1 M (1.6 % more), and like it
-    # 3.4 G multiply-accumulates without attention's products, 3.5 G with them (the teacher 6.1 and 6.2).
-    "ddpm-20m": Reduction(width=0.75),
-}
-"""Students by name. They are rules: `bk-tiny` of a teacher of three stages has two. With the teachers of `PUBLISHED`
-they have the published sizes."""
+from vkd_gen.reductions import REDUCTIONS, Reduction
+from vkd_gen.students.build import PER_STAGE, complete_config, reduce_config, unet_class
 
 STABLE_DIFFUSION = {
     "_class_name": "UNet2DConditionModel",

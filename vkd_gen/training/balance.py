@@ -3,15 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.distributed
 
 import vkd_gen as vkd
 from vkd_gen.diagnostics import Diagnostics
-
-FeatureWeighting = Literal["constant", "gradient_ratio"]
+from vkd_gen.training.options import FeatureWeighting
 
 LEAST_RATIO = 1e-9
 """The weight grows no larger than for a feature loss of weight 1 whose gradient is so small beside the others'."""

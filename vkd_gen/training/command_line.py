@@ -12,6 +12,8 @@ from typing import NoReturn, TypeVar
 import tyro
 from tqdm import tqdm
 
+from vkd_gen.version import __version__
+
 Config = TypeVar("Config")
 
 TEMPORARY = (".tmp", ".tmp.npz", ".protocol.json", ".protocol.json.tmp")
@@ -75,6 +77,12 @@ def _exit(message: str) -> NoReturn:
     prefix = "error: " if rank == "0" else f"error in process {rank}: "
     print(prefix + " ".join(message.split()), file=sys.stderr)
     sys.exit(USER_ERROR)
+
+
+def announce(aim: str) -> None:
+    """Say what a command is about to do, before it loads what takes seconds; the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"vkd-gen {__version__}: {aim}", flush=True)
 
 
 @contextlib.contextmanager

@@ -1,54 +1,14 @@
 """The images of a training recipe: what its user chooses, and how they are had."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import tyro
 from accelerate import Accelerator
 
-from vkd_gen.data import Images, OnBadImage, load_images
+from vkd_gen.data import Images, load_images
 from vkd_gen.streaming import ImageStream, stream_images
 from vkd_gen.training.image_cache import cache_images
-from vkd_gen.training.options import TrainingOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Images to train on."""
-
-    dataset: str = ""
-    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
-    image_column: str | None = None
-    """Column of the images in a table; by default the only one that holds images."""
-    on_bad_image: OnBadImage = "refuse"
-    """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
-    the run, leaves bad ones out and names them in skipped_images.json."""
-    label_column: str | None = None
-    """Of a class-conditional model: column of the classes in a table; by default the only one of classes, else
-    `label`."""
-    guidance_dropout: float = 0.1
-    """Of a class-conditional model: share of the images whose label is hidden, for classifier-free guidance."""
-    streaming: bool = False
-    """Read --dataset, parquet or arrow files or a data set of the hub, from front to back, epoch after epoch, instead
-    of copying it to the disk. The run goes on only with as many processes and workers: see docs/SCALING.md."""
-    stream_head: int = 6000
-    """Images that are read before the run and kept in memory, encoded: a sixth of them, or as many of the test split,
-    are held out; statistics, scores and what a student starts from are taken from the others."""
-    stream_buffer: int = 4096
-    """Images that each process, or each of its workers, shuffles among, encoded."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without loading anything."""
-        if not 0 <= self.guidance_dropout < 1:
-            raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
-        for name in ("stream_head", "stream_buffer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-
-
-SharedDataOptions = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `data`: its flags carry no prefix."""
+from vkd_gen.training.options import DataOptions
 
 
 class Loaded(NamedTuple):
@@ -63,18 +23,6 @@ class Loaded(NamedTuple):
     stream: ImageStream | None
     train: Images
     held_out: Images
-
-
-def check_data(data: DataOptions, training: TrainingOptions) -> None:
-    """Check what can be checked of both without loading anything.
-
-    Raises:
-        ValueError: for a stream that is to be kept on the disk.
-    """
-    if data.streaming and training.image_cache:
-        raise ValueError(
-            "--image_cache keeps all images on the disk, which --streaming is to spare: leave one of them out"
-        )
 
 
 def load_data(

@@ -2,24 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from diffusers import ModelMixin
 
 import vkd_gen as vkd
 from vkd_gen.diagnostics import Diagnostics
-from vkd_gen.losses import FeatureLoss
-from vkd_gen.normalization import Normalization
-from vkd_gen.pairing import PairedLayers
 from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
 from vkd_gen.schedule import Schedule
-from vkd_gen.training.balance import FeatureBalance, FeatureWeighting
-
-ProjectorChoice = Literal["solved", "cayley", "matrix_exp", "random", "pca", "least_squares", "linear", "identity"]
+from vkd_gen.training.balance import FeatureBalance
+from vkd_gen.training.options import MatchingOptions
 
 NUM_DIAGNOSTIC_DRAWS = 64
 """Draws of training images, with noise that no step sees, that the diagnostics look at."""
@@ -47,100 +42,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What each --method stands for. Where they are not named, the weights of denoising and output are 1, and the feature
 weight is constant and stays."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchingOptions:
-    """How the student learns from the teacher. What --method decides is left empty here and can be overridden."""
-
-    method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
-    """vkd: the teacher's output, and features by a solved orthogonal projector, their gradient at first 0.3 of the
-    output's and falling to 0 within the first 0.3 of the run; no denoising loss. vkd-paper: denoising, output, and
-    features by a learned orthogonal projector, full whitening by batch statistics, smooth-L1, as published. fitnet:
-    denoising, output, and features by a free 1x1 convolution. output: denoising and output. none: denoising alone."""
-    layers: PairedLayers = "all"
-    """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
-    self-attention layers of all stages."""
-    layer_pairs: tuple[str, ...] = ()
-    """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
-    average-pooled by 2."""
-    denoising_weight: float | None = None
-    """Weight of the denoising loss; 0 removes it. By default 1, or 0 for --method vkd."""
-    output_weight: float | None = None
-    """Weight of the output distillation loss; by default 1, or 0 for --method none."""
-    feature_weight: float | None = None
-    """Weight of the feature loss, summed over layers; by default what --method uses, see METHODS."""
-    feature_decay_start: float | None = None
-    """Share of the run after which the feature weight falls linearly; 1 keeps it. By default 1, or 0 for --method
-    vkd."""
-    feature_decay_end: float | None = None
-    """Share of the run at which it has fallen to 0; from there on features cost nothing. By default 1, or 0.3 for
-    --method vkd with its own start."""
-    feature_weighting: FeatureWeighting | None = None
-    """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to
-    that of the other terms, over the student's weights, and the weight follows. By default what --method uses."""
-    diagnostics_every_steps: int = 200
-    """Steps between looks at what the feature loss does: its gradient against the others', losses by timestep and their
-    floors, ranks and gains, in metrics.jsonl under diagnostics/; --feature_weighting gradient_ratio follows at these
-    steps. 0 looks never."""
-    feature_loss: FeatureLoss | None = None
-    """Feature loss; `cka` compares relations between positions. By default what --method uses."""
-    projector: ProjectorChoice | None = None
-    """Map from the student's to the teacher's channels; by default what --method uses. solved and least_squares are
-    found in closed form, orthogonal and free; cayley and matrix_exp (orthogonal) and linear (free) are trained."""
-    projector_start: Literal["identity", "procrustes"] = "identity"
-    """Where cayley and matrix_exp start."""
-    projector_refresh_steps: int = 10
-    """Steps between two solutions of a solved or least-squares projector."""
-    feature_normalization: Normalization | None = None
-    """Normalisation of the teacher's features; by default what --method uses."""
-    whitening_rank: int | None = None
-    """Directions that `whiten` keeps; by default as many as the student's layer has channels."""
-    whitening_exponent: float = 1.0
-    """From 0, rotation only, to 1, full whitening."""
-    whitening_shrinkage: float = 1e-3
-    """Share of the mean variance mixed into what is inverted."""
-    calibration_samples: int = 2048
-    """Draws of (image, noise, timestep) that the teacher's statistics are taken from."""
-    num_timestep_bins: int = 10
-    """Bins that the teacher's features are centred in."""
-    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of the timesteps in every term."""
-    snr_gamma: float = 5.0
-    """Bound of min_snr."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without loading anything."""
-        for name in ("feature_decay_start", "feature_decay_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"--{name} must lie between 0 and 1, not {value}")
-        least = {
-            "diagnostics_every_steps": 0,
-            "calibration_samples": 1,
-            "num_timestep_bins": 1,
-            "projector_refresh_steps": 1,
-        }
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
-        if self.calibration_samples < self.num_timestep_bins:
-            raise ValueError(
-                f"too few samples to calibrate on: --num_timestep_bins {self.num_timestep_bins} need at least as many "
-                f"--calibration_samples, not {self.calibration_samples}"
-            )
-
-    @property
-    def weights(self) -> vkd.LossWeights:
-        """Of the terms at the start of the run; of resolved options."""
-        assert self.denoising_weight is not None
-        assert self.output_weight is not None
-        assert self.feature_weight is not None
-        return vkd.LossWeights(denoising=self.denoising_weight, output=self.output_weight, feature=self.feature_weight)
-
-
-SharedMatchingOptions = Annotated[MatchingOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `matching`: its flags carry no prefix."""
 
 
 def resolve_matching(options: MatchingOptions) -> MatchingOptions:

@@ -1,10 +1,17 @@
-"""What every training recipe lets its user choose."""
+"""What training recipes let their users choose. Loads nothing heavy: flags are read before torch is loaded."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
+
+import vkd_gen as vkd
+from vkd_gen.choices import ChannelChoice, FeatureLoss, Normalization, OnBadImage, PairedLayers, Rescaling
+
+FeatureWeighting = Literal["constant", "gradient_ratio"]
+ProjectorChoice = Literal["solved", "cayley", "matrix_exp", "random", "pca", "least_squares", "linear", "identity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +115,204 @@ MINIMA = {
     "checkpoints_keep_every_steps": 0,
 }
 
+SharedOptions = Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]
+"""The type of a recipe's field `training`: its flags carry no prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Images to train on."""
+
+    dataset: str = ""
+    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
+    image_column: str | None = None
+    """Column of the images in a table; by default the only one that holds images."""
+    on_bad_image: OnBadImage = "refuse"
+    """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
+    the run, leaves bad ones out and names them in skipped_images.json."""
+    label_column: str | None = None
+    """Of a class-conditional model: column of the classes in a table; by default the only one of classes, else
+    `label`."""
+    guidance_dropout: float = 0.1
+    """Of a class-conditional model: share of the images whose label is hidden, for classifier-free guidance."""
+    streaming: bool = False
+    """Read --dataset, parquet or arrow files or a data set of the hub, from front to back, epoch after epoch, instead
+    of copying it to the disk. The run goes on only with as many processes and workers: see docs/SCALING.md."""
+    stream_head: int = 6000
+    """Images that are read before the run and kept in memory, encoded: a sixth of them, or as many of the test split,
+    are held out; statistics, scores and what a student starts from are taken from the others."""
+    stream_buffer: int = 4096
+    """Images that each process, or each of its workers, shuffles among, encoded."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if not 0 <= self.guidance_dropout < 1:
+            raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
+        for name in ("stream_head", "stream_buffer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+
+SharedDataOptions = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
+"""The type of a recipe's field `data`: its flags carry no prefix."""
+
+
+def check_data(data: DataOptions, training: TrainingOptions) -> None:
+    """Check what can be checked of both without loading anything.
+
+    Raises:
+        ValueError: for a stream that is to be kept on the disk.
+    """
+    if data.streaming and training.image_cache:
+        raise ValueError(
+            "--image_cache keeps all images on the disk, which --streaming is to spare: leave one of them out"
+        )
+
+
+def default_cifar10() -> str:
+    """CIFAR-10: the folder that the environment variable VKD_GEN_CIFAR10 names, else its id on the hub."""
+    return os.environ.get("VKD_GEN_CIFAR10") or "uoft-cs/cifar10"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentOptions:
+    """Which student, and what it starts from."""
+
+    student: str = ""
+    """A published student by name (bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m), of which the flags
+    below change a trait; or a config.json; or folder or hub id of a pipeline or UNet, whose weights are the start. Left
+    empty: what the flags below make of the teacher."""
+    student_width: float | None = None
+    """Factor on the teacher's channels; by default 0.5, or what --student has."""
+    student_layers_per_block: int | tuple[int, ...] | None = None
+    """Residual layers of each block of the student, one number or one for each stage; by default the teacher's."""
+    student_transformer_layers: int | tuple[int, ...] | None = None
+    """Transformer blocks of each attention layer, likewise."""
+    student_drop_stages: tuple[int, ...] = ()
+    """Stages that the student does without; 0 has the highest resolution, -1 the lowest."""
+    student_drop_mid_block: bool = False
+    """Leave out the middle block."""
+    student_drop_attention: tuple[int, ...] = ()
+    """Stages of the teacher that lose their attention."""
+    inherit_weights: bool = True
+    """Start from the teacher's weights, if the student comes without weights of its own."""
+    inherit_channels: ChannelChoice = "activation"
+    """Which of the teacher's channels a narrower student starts from: those that best restore the others' effect, those
+    of the largest weights, the first, or random ones."""
+    inherit_rescaling: Rescaling = "least_squares"
+    """What makes up for missing channels and layers at the start: each of the student's layers fitted to what the
+    teacher's computes, weights multiplied for the smaller fan-in, or nothing."""
+    inherit_layers: Literal["best", "rule"] = "best"
+    """Which of the teacher's layers a shallower student starts from: those with which it comes closest to the teacher,
+    or as in BK-SDM the first of each block and the decoder's last."""
+    inherit_samples: int = 256
+    """Draws of (image, noise, timestep) for these, all held in memory at once with every layer's output: fewer, down to
+    4, if they have more than 2^18 pixels together."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if self.inherit_samples < 1:
+            raise ValueError(f"--inherit_samples must be at least 1, not {self.inherit_samples}")
+
+
+SharedStudentOptions = Annotated[StudentOptions, tyro.conf.OmitArgPrefixes]
+"""The type of a recipe's field `start`: its flags carry no prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingOptions:
+    """How the student learns from the teacher. What --method decides is left empty here and can be overridden."""
+
+    method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
+    """vkd: the teacher's output, and features by a solved orthogonal projector, their gradient at first 0.3 of the
+    output's and falling to 0 within the first 0.3 of the run; no denoising loss. vkd-paper: denoising, output, and
+    features by a learned orthogonal projector, full whitening by batch statistics, smooth-L1, as published. fitnet:
+    denoising, output, and features by a free 1x1 convolution. output: denoising and output. none: denoising alone."""
+    layers: PairedLayers = "all"
+    """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
+    self-attention layers of all stages."""
+    layer_pairs: tuple[str, ...] = ()
+    """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
+    average-pooled by 2."""
+    denoising_weight: float | None = None
+    """Weight of the denoising loss; 0 removes it. By default 1, or 0 for --method vkd."""
+    output_weight: float | None = None
+    """Weight of the output distillation loss; by default 1, or 0 for --method none."""
+    feature_weight: float | None = None
+    """Weight of the feature loss, summed over layers; by default what --method uses, see METHODS."""
+    feature_decay_start: float | None = None
+    """Share of the run after which the feature weight falls linearly; 1 keeps it. By default 1, or 0 for --method
+    vkd."""
+    feature_decay_end: float | None = None
+    """Share of the run at which it has fallen to 0; from there on features cost nothing. By default 1, or 0.3 for
+    --method vkd with its own start."""
+    feature_weighting: FeatureWeighting | None = None
+    """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to
+    that of the other terms, over the student's weights, and the weight follows. By default what --method uses."""
+    diagnostics_every_steps: int = 200
+    """Steps between looks at what the feature loss does: its gradient against the others', losses by timestep and their
+    floors, ranks and gains, in metrics.jsonl under diagnostics/; --feature_weighting gradient_ratio follows at these
+    steps. 0 looks never."""
+    feature_loss: FeatureLoss | None = None
+    """Feature loss; `cka` compares relations between positions. By default what --method uses."""
+    projector: ProjectorChoice | None = None
+    """Map from the student's to the teacher's channels; by default what --method uses. solved and least_squares are
+    found in closed form, orthogonal and free; cayley and matrix_exp (orthogonal) and linear (free) are trained."""
+    projector_start: Literal["identity", "procrustes"] = "identity"
+    """Where cayley and matrix_exp start."""
+    projector_refresh_steps: int = 10
+    """Steps between two solutions of a solved or least-squares projector."""
+    feature_normalization: Normalization | None = None
+    """Normalisation of the teacher's features; by default what --method uses."""
+    whitening_rank: int | None = None
+    """Directions that `whiten` keeps; by default as many as the student's layer has channels."""
+    whitening_exponent: float = 1.0
+    """From 0, rotation only, to 1, full whitening."""
+    whitening_shrinkage: float = 1e-3
+    """Share of the mean variance mixed into what is inverted."""
+    calibration_samples: int = 2048
+    """Draws of (image, noise, timestep) that the teacher's statistics are taken from."""
+    num_timestep_bins: int = 10
+    """Bins that the teacher's features are centred in."""
+    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weight of the timesteps in every term."""
+    snr_gamma: float = 5.0
+    """Bound of min_snr."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        for name in ("feature_decay_start", "feature_decay_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"--{name} must lie between 0 and 1, not {value}")
+        least = {
+            "diagnostics_every_steps": 0,
+            "calibration_samples": 1,
+            "num_timestep_bins": 1,
+            "projector_refresh_steps": 1,
+        }
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
+        if self.calibration_samples < self.num_timestep_bins:
+            raise ValueError(
+                f"too few samples to calibrate on: --num_timestep_bins {self.num_timestep_bins} need at least as many "
+                f"--calibration_samples, not {self.calibration_samples}"
+            )
+
+    @property
+    def weights(self) -> "vkd.LossWeights":
+        """Of the terms at the start of the run; of resolved options."""
+        assert self.denoising_weight is not None
+        assert self.output_weight is not None
+        assert self.feature_weight is not None
+        return vkd.LossWeights(denoising=self.denoising_weight, output=self.output_weight, feature=self.feature_weight)
+
+
+SharedMatchingOptions = Annotated[MatchingOptions, tyro.conf.OmitArgPrefixes]
+"""The type of a recipe's field `matching`: its flags carry no prefix."""
+
+
 FREE_TO_CHANGE = frozenset(
     {"output_dir", "resume_from_checkpoint", "dry_run"}
     | {"dataloader_num_workers", "eval_batch_size", "log_every_steps", "preview_every_steps"}
@@ -126,7 +331,3 @@ def flat_config(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         flat.update(flat_config(value) if dataclasses.is_dataclass(value) else {field.name: value})
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
-
-
-SharedOptions = Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `training`: its flags carry no prefix."""

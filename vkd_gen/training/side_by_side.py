@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from vkd_gen.provenance import write_json
 
 SECONDS_TO_STOP = 60.0
@@ -62,6 +60,8 @@ def places(num_jobs: int | None) -> list[dict[str, str]]:
     Args:
         num_jobs: how many; by default one per GPU, else one per core. More than GPUs share them in turn.
     """
+    import torch  # here, since it takes seconds to load
+
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     num_gpus = torch.cuda.device_count()

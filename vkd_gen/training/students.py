@@ -1,11 +1,10 @@
 """What a recipe's user says about the student, and the student that comes of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
 from diffusers import ModelMixin, UNet2DModel
 
 from vkd_gen.schedule import Schedule
@@ -18,57 +17,11 @@ from vkd_gen.students import (
     inherit_weights,
     reduce_config,
 )
-from vkd_gen.students.channels import ChannelChoice
-from vkd_gen.students.inherit import Rescaling
 from vkd_gen.training.models import check_memory, load_unet, read_student_config, unet_without_weights
+from vkd_gen.training.options import StudentOptions
 
 LARGEST_START = 2**18
 """Pixels, in all draws together, that students are fitted on: every layer's output of them is held in memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentOptions:
-    """Which student, and what it starts from."""
-
-    student: str = ""
-    """A published student by name (bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m), of which the flags
-    below change a trait; or a config.json; or folder or hub id of a pipeline or UNet, whose weights are the start. Left
-    empty: what the flags below make of the teacher."""
-    student_width: float | None = None
-    """Factor on the teacher's channels; by default 0.5, or what --student has."""
-    student_layers_per_block: int | tuple[int, ...] | None = None
-    """Residual layers of each block of the student, one number or one for each stage; by default the teacher's."""
-    student_transformer_layers: int | tuple[int, ...] | None = None
-    """Transformer blocks of each attention layer, likewise."""
-    student_drop_stages: tuple[int, ...] = ()
-    """Stages that the student does without; 0 has the highest resolution, -1 the lowest."""
-    student_drop_mid_block: bool = False
-    """Leave out the middle block."""
-    student_drop_attention: tuple[int, ...] = ()
-    """Stages of the teacher that lose their attention."""
-    inherit_weights: bool = True
-    """Start from the teacher's weights, if the student comes without weights of its own."""
-    inherit_channels: ChannelChoice = "activation"
-    """Which of the teacher's channels a narrower student starts from: those that best restore the others' effect, those
-    of the largest weights, the first, or random ones."""
-    inherit_rescaling: Rescaling = "least_squares"
-    """What makes up for missing channels and layers at the start: each of the student's layers fitted to what the
-    teacher's computes, weights multiplied for the smaller fan-in, or nothing."""
-    inherit_layers: Literal["best", "rule"] = "best"
-    """Which of the teacher's layers a shallower student starts from: those with which it comes closest to the teacher,
-    or as in BK-SDM the first of each block and the decoder's last."""
-    inherit_samples: int = 256
-    """Draws of (image, noise, timestep) for these, all held in memory at once with every layer's output: fewer, down to
-    4, if they have more than 2^18 pixels together."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without loading anything."""
-        if self.inherit_samples < 1:
-            raise ValueError(f"--inherit_samples must be at least 1, not {self.inherit_samples}")
-
-
-SharedStudentOptions = Annotated[StudentOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `start`: its flags carry no prefix."""
 
 
 def resolve_student(options: StudentOptions, teacher: ModelMixin) -> dict[str, Any]:
