@@ -110,8 +110,6 @@ def open_reference(
     config: ScoreConfig, size: int
 ) -> "tuple[ImageSource | tuple[torch.Tensor, torch.Tensor], ImageSource | None]":
     """The images (or statistics) to compare to, and held-out images where there are some."""
-    from accelerate import PartialState
-
     from vkd_gen.data import EMBEDDED, load_images
     from vkd_gen.evaluation.scorer import holds_statistics, load_statistics_file
     from vkd_gen.evaluation.sources import from_array, from_images
@@ -142,8 +140,6 @@ def open_reference(
         image_column=config.image_column,
         on_bad_image=config.on_bad_image,
     )
-    for line in (*images.skipped, *held_out.skipped):
-        PartialState().print(f"left out of the reference: {line}")
     return from_images("reference", images), from_images("held-out images", held_out) if len(held_out) else None
 
 
@@ -181,6 +177,9 @@ def main(config: ScoreConfig) -> None:
     if len(samplers) > 1:
         accelerator.print(f"note: sampled by {' and '.join(sorted(samplers))}; --sampler makes them comparable")
     reference, held_out = open_reference(config, next(iter(sizes.values())))
+    for source in (*(source for source, *_ in opened.values()), reference, held_out):
+        for line in getattr(source, "notes", ()):  # statistics have none
+            accelerator.print(f"{source.name}: {line}")
     scorer = Scorer(
         options,
         reference,

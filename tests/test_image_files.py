@@ -190,7 +190,12 @@ BAD = {
         bytes(np.random.default_rng(0).integers(0, 256, 999, dtype=np.uint8)),
         "no image format",
     ),
-    "macOS' resource fork": ("._bad.png", b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "no image format"),
+    "macOS' resource fork, renamed": ("bad.png", b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "no image format"),
+    "PostScript, which PIL would run": (
+        "bad.png",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n",
+        "no image format",
+    ),
     "header alone": ("bad.png", encoded(noise())[:20], "cannot read the image"),
     "truncated PNG": ("bad.png", encoded(noise(size=(64, 64)))[:900], "truncated"),
     "truncated JPEG": ("bad.jpg", encoded(noise(size=(64, 64)), "JPEG")[:900], "truncated"),

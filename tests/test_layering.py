@@ -14,13 +14,13 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "choices reductions features projectors schedule limits pictures pipelines provenance"
+NO_SIBLING = "choices reductions features projectors schedule limits listing pictures pipelines provenance"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
     "losses": {"choices"},
     "normalization": {"choices"},
-    "data": {"choices", "provenance"},
+    "data": {"choices", "listing", "provenance"},
     "streaming": {"data"},
     "pairing": {"choices", "features"},
     "students": {"choices", "reductions", "features", "schedule"},

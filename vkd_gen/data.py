@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from vkd_gen.choices import OnBadImage
+from vkd_gen.listing import TABLE_SUFFIXES, Listing, image_formats, list_files, shown
 from vkd_gen.provenance import hub_revision, split_revision
 
 EMBEDDED = ("digits", "mnist")
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 ADVICE = "repair or remove it"
 
@@ -47,6 +46,8 @@ class Images:
         labels: class of each image of the whole source, 0 to `num_classes` - 1; None if they were not asked for.
         num_classes: how many classes there are; 0 without labels.
         skipped: what was left out because it cannot be read, a line each: which image, and why.
+        notes: how the source was understood, a line each: what of it is no data, which names say what is held out, what
+            is unlike what was asked for. Of the training images alone.
         revision: commit of the data set on the hub; None for another source, or where it is not known.
         identity: gives a hash that changes with the source, without decoding it; None where there is none.
     """
@@ -59,6 +60,7 @@ class Images:
     labels: np.ndarray | None = None
     num_classes: int = 0
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     revision: str | None = None
     identity: Callable[[], str] | None = None
 
@@ -220,6 +222,8 @@ def split_images(
     if with_labels:
         splits = _label(splits, {split: reader.labels() for split, reader in readers.items()}, num_classes)
     train, held_out = _split(splits, held_out_fraction)
+    notes = [*dict.fromkeys(note for reader in readers.values() for note in reader.notes), *_enlargement(train)]
+    train = replace(train, notes=tuple(notes))
     if on_bad_image == "refuse" or source in EMBEDDED:
         return train, held_out
     return _without_bad(train, "train on"), _without_bad(held_out, "hold out")
@@ -238,6 +242,41 @@ def _split(splits: Mapping[str, Images], held_out_fraction: float) -> tuple[Imag
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
     train, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
     return replace(images, indices=train), replace(images, indices=held_out)
+
+
+def _enlargement(images: Images) -> list[str]:
+    """A line where images are enlarged a lot; told by the largest of three, so that one thumbnail says nothing.
+
+    Raises:
+        ValueError: where they are enlarged beyond sense.
+    """
+    sides = [0]
+    for number in (0, len(images) // 2, len(images) - 1):
+        with contextlib.suppress(ValueError):  # a bad one is told of elsewhere
+            sides.append(min(images.read(int(images.indices[number])).size))
+    factor = images.resolution / (max(sides) or images.resolution)
+    if factor <= ENLARGED:
+        return []
+    line = f"images of {max(sides)} pixels are enlarged {factor:.0f} times, to {images.resolution}"
+    if factor > MOST_ENLARGED:
+        raise ValueError(
+            f"{images.name}: {line}; more than {MOST_ENLARGED} times is refused: lower --resolution, or the model's "
+            "sample_size"
+        )
+    return [line]
+
+
+ENLARGED, MOST_ENLARGED = 4, 64
+"""Times by which images are enlarged without a word, and at all: 8 x 8 pixels as far as 512 x 512."""
+
+
+def told_of(*parts: Images) -> list[str]:
+    """What a user is to know of images: their notes, and how many cannot be read, a line each."""
+    skipped = [line for images in parts for line in images.skipped]
+    lines = [note for images in parts for note in images.notes]
+    return lines + (
+        [f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}"] if skipped else []
+    )
 
 
 def _without_bad(images: Images, purpose: str) -> Images:
@@ -287,6 +326,7 @@ class Reader(NamedTuple):
         check_headers: raises ValueError for what can be seen to be no image without decoding it.
         revision: commit on the hub.
         identity: see `Images`.
+        notes: see `Images`.
     """
 
     read: Callable[[int], Image.Image]
@@ -295,6 +335,7 @@ class Reader(NamedTuple):
     check_headers: Callable[[], None] = lambda: None
     revision: str | None = None
     identity: Callable[[], str] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _label(splits: Mapping[str, Images], labels: Mapping[str, Labels], num_classes: int | None) -> dict[str, Images]:
@@ -323,13 +364,27 @@ def _readers(source: str, image_column: str | None, label_column: str | None) ->
     if source in EMBEDDED:
         pixels, labels = embedded_pixels(source)
         return {"train": Reader(partial(_read_pixels, pixels), len(pixels), lambda: (labels.astype(np.int64), 10))}
-    tables = open_tables(source)
-    if tables is None:
-        return _folder_readers(Path(source))
-    return {
-        split: table_reader(table, image_column, label_column, tables.name, tables.revision)
-        for split, table in tables.splits.items()
-    }
+    tables = open_source(source, image_column)
+    if isinstance(tables, Listing):
+        return _folder_readers(tables)
+    return {split: table_reader(table, image_column, label_column, tables) for split, table in tables.splits.items()}
+
+
+class Whereabouts(NamedTuple):
+    """Where the images lie of which a table holds the paths. A table is data: it does not say what else to read.
+
+    Attributes:
+        folders: absolute; paths are relative to the first.
+        may_leave: paths may lead elsewhere, which `load_images` tells.
+    """
+
+    folders: tuple[Path, ...]
+    may_leave: bool = False
+
+    def find(self, path: str) -> tuple[Path, bool]:
+        """The file that a path is, and whether it lies in the folders."""
+        file = Path(os.path.normpath(self.folders[0] / path))
+        return file, any(file.is_relative_to(folder) for folder in self.folders)
 
 
 class Tables(NamedTuple):
@@ -338,33 +393,32 @@ class Tables(NamedTuple):
     Attributes:
         splits: split -> datasets' Dataset, or IterableDataset where it is streamed.
         name: for messages.
+        whereabouts: of images whose paths are in the tables.
         revision: commit on the hub.
+        notes: see `Images`.
     """
 
     splits: Mapping[str, Any]
     name: str
+    whereabouts: Whereabouts
     revision: str | None = None
+    notes: tuple[str, ...] = ()
 
 
-def open_tables(source: str, *, streaming: bool = False) -> Tables | None:
-    """The tables that a source is: a parquet or arrow file, a folder of them, or a data set of the hub.
+def open_source(source: str, image_column: str | None = None, *, streaming: bool = False) -> Tables | Listing:
+    """What a source is: tables, of a file, a folder or the hub, or the files of a folder of images.
 
     Args:
         source: see `load_images`.
-        streaming: open them as datasets' IterableDataset, of which nothing is copied to the disk here.
-
-    Returns:
-        The tables; None for a folder that holds none.
+        image_column: see `load_images`.
+        streaming: open tables as datasets' IterableDataset, of which nothing is copied to the disk here.
 
     Raises:
         ValueError: in one line, for a source that does not exist or cannot be read.
     """
-    path = Path(source)
-    if path.exists():
-        if path.is_file() and path.suffix.lower() not in TABLE_SUFFIXES:
-            raise ValueError(f"{source} is neither a folder nor a parquet or arrow file")
-        files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TABLE_SUFFIXES]
-        return _local_tables(path, files, streaming) if files else None
+    if Path(source).exists():
+        listing = list_files(source, image_column)
+        return _local_tables(listing, streaming) if listing.is_tables else listing
     if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
     return _hub_tables(source, streaming)
@@ -396,75 +450,67 @@ def embedded_pixels(name: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"the data set {name!r} comes with the package {package}: pip install {package}") from error
 
 
-def _folder_readers(folder: Path) -> Mapping[str, Reader]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
-    if not files:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    # Names of folders alone: an image that is called test.png may well be one to train on.
-    splits = _by_split(files, [file.relative_to(folder).parts[:-1] for file in files])
+def _folder_readers(listing: Listing) -> Mapping[str, Reader]:
     return {
         split: Reader(
-            partial(_read_file, chosen),
-            len(chosen),
-            partial(_folder_labels, folder, files, chosen),
-            partial(_check_headers, chosen),
-            identity=partial(_files_identity, folder, chosen),
+            partial(_read_file, files),
+            len(files),
+            partial(_folder_labels, listing, files),
+            partial(_check_headers, {_name_of(file): file for file in files}),
+            identity=partial(_files_identity, files, listing.root),
+            notes=listing.notes if split == "train" else (),
         )
-        for split, chosen in splits.items()
+        for split, files in listing.splits.items()
     }
 
 
-def _files_identity(folder: Path, files: list[Path]) -> str:
-    """Over names, sizes and times of change."""
+def _files_identity(files: list[Path], beside: str | Path) -> str:
+    """Over names, from a folder on, or beside a fingerprint; sizes and times of change."""
     digest = hashlib.sha256()
     for file in files:
         facts = file.stat()
-        line = f"{file.relative_to(folder)}\n{facts.st_size} {facts.st_mtime_ns}\n"
+        name = file.relative_to(beside) if isinstance(beside, Path) else f"{beside} {file}"
+        line = f"{name}\n{facts.st_size} {facts.st_mtime_ns}\n"
         digest.update(os.fsencode(line))
     return digest.hexdigest()
 
 
-def _folder_labels(folder: Path, files: list[Path], chosen: list[Path]) -> Labels:
-    """Classes of the chosen files, numbered in the order of the names of all files' class folders."""
-    names = sorted({_class_folder(folder, file) for file in files})
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([numbers[_class_folder(folder, file)] for file in chosen]), len(names)
-
-
-def _class_folder(folder: Path, file: Path) -> str:
-    parts = file.relative_to(folder).parts[:-1]
-    if len(parts) > 1 and re.match(r"(train|training|test|val|valid|validation)(?![a-z])", parts[0], re.IGNORECASE):
-        parts = parts[1:]
-    if not parts:
-        raise ValueError(f"{file} has no class: put each class' images into a folder of its own in {folder}")
-    return parts[0]
-
-
-def _by_split(files: list[Path], names: list[tuple[str, ...]]) -> dict[str, list[Path]]:
-    """Files by split, told from their names: test-00000-of-00001, validation, default/test/0000; all else is train."""
-    splits: dict[str, list[Path]] = {}
-    for file, parts in zip(files, names, strict=True):
-        is_test = any(re.match(r"(test|val|valid|validation)(?![a-z])", part, re.IGNORECASE) for part in parts)
-        splits.setdefault("test" if is_test else "train", []).append(file)
-    return splits if "train" in splits else {"train": files}
-
-
-def _check_headers(files: list[Path]) -> None:
-    """The headers alone: fast, and finds most of what is no image before the training starts."""
-    bad = []
+def _folder_labels(listing: Listing, files: list[Path]) -> Labels:
+    """Classes of some of a folder's files, numbered in the order of the names of all its classes."""
     for file in files:
+        if listing.classes[file.parent] is None:
+            raise ValueError(
+                f"{shown(file)} has no class: put each class' images into a folder of its own in {shown(file.parent)}"
+            )
+    names = sorted({listing.classes[file.parent] or "" for chosen in listing.splits.values() for file in chosen})
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[listing.classes[file.parent] or ""] for file in files]), len(names)
+
+
+def _check_headers(files: Mapping[str, Path]) -> None:
+    """The headers alone: fast, and finds most of what is no image before the training starts.
+
+    Args:
+        files: by the names that messages give them.
+    """
+    bad = []
+    for name, file in files.items():
         try:
             with _careful_pil(), _open(file):
                 pass
         except Exception as error:  # see _decode
-            bad.append(f"{_shown(file)}: {_reason(error)}")
+            bad.append(f"{name}: {_reason(error)}")
     if bad:
         others = f" ({len(bad)} such in all; --on_bad_image skip leaves them out)" if len(bad) > 1 else ""
-        raise ValueError(f"cannot read the image {bad[0]}{others}; {ADVICE}")
+        raise ValueError(f"cannot read {bad[0]}{others}; {ADVICE}")
 
 
 def _read_file(files: list[Path], index: int) -> Image.Image:
-    return _decode(files[index], f"the image {_shown(files[index])}")
+    return _decode(files[index], _name_of(files[index]))
+
+
+def _name_of(file: Path) -> str:
+    return f"the image {shown(file)}"
 
 
 def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
@@ -492,7 +538,7 @@ def _open(file: Path | io.BytesIO) -> Image.Image:
         raise ValueError("it is no file")
     if not size:
         raise ValueError("the file is empty")
-    return Image.open(file)
+    return Image.open(file, formats=image_formats())  # by its content a .png may be PostScript, which PIL would run
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -522,11 +568,6 @@ def _without_transparency(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _shown(path: Path | str) -> str:
-    """A path in one line, whatever its name is made of."""
-    return str(path) if str(path).isprintable() else ascii(str(path))
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "its content is of no image format that is known"
@@ -545,21 +586,31 @@ def _datasets():
     return datasets
 
 
-def _local_tables(source: Path, files: list[Path], streaming: bool) -> Tables:
+def _local_tables(listing: Listing, streaming: bool) -> Tables:
     datasets = _datasets()
-    root = source if source.is_dir() else source.parent
-    splits = _by_split(files, [(*file.relative_to(root).parts[:-1], file.stem) for file in files])
+    files = [file for chosen in listing.splits.values() for file in chosen]
+    kinds = {TABLE_SUFFIXES[file.suffix.lower()]: file for file in files}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{listing.root} holds tables of two kinds: {' and '.join(map(shown, kinds.values()))}; name one"
+        )
     try:
-        kind = TABLE_SUFFIXES[files[0].suffix.lower()]
-        data_files = {split: [str(file) for file in found] for split, found in splits.items()}
-        tables = datasets.load_dataset(kind, data_files=data_files, streaming=streaming)
+        data_files = {split: [str(file) for file in chosen] for split, chosen in listing.splits.items()}
+        tables = datasets.load_dataset(next(iter(kinds)), data_files=data_files, streaming=streaming)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
-        raise ValueError(f"cannot read {files[0]}: {_one_line(error.__cause__ or error)}") from error
-    return Tables(tables, str(files[0].parent))
+        those = f"{shown(files[0])}{f' and {len(files) - 1:,} more' if len(files) > 1 else ''}"
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"cannot read {those}: {reason}") from error
+    parents = {file.parent for file in files}
+    folder = parents.pop() if len(parents) == 1 else listing.root
+    name = shown(files[0] if len(files) == 1 else listing.root)
+    return Tables(tables, name, Whereabouts((folder.absolute(),), may_leave=not streaming), notes=listing.notes)
 
 
 def _hub_tables(source: str, streaming: bool) -> Tables:
     datasets = _datasets()
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     repository, revision = split_revision(source)
     try:
         if streaming:
@@ -584,29 +635,67 @@ def _hub_tables(source: str, streaming: bool) -> Tables:
                 f"is of {have}; go online, or name a commit by all its 40 digits"
             )
     splits = {split: table for split, table in tables.items() if split in ("train", "test")}
-    return Tables(splits, source, commits.pop() if len(commits) == 1 else None)
+    if "train" not in splits:
+        raise ValueError(f"{source} has no split called train; its splits are {', '.join(map(str, tables))}")
+    others = [f"the split {split}" for split in tables if split not in splits]
+    return Tables(
+        splits,
+        source,
+        Whereabouts((Path(datasets.config.HF_DATASETS_CACHE).absolute(), Path(HF_HUB_CACHE).absolute())),
+        commits.pop() if len(commits) == 1 else None,
+        (f"left out: {', '.join(others)}",) if others else (),
+    )
 
 
-def table_reader(
-    table: Any, image_column: str | None, label_column: str | None, source: str, revision: str | None = None
-) -> Reader:
+def table_reader(table: Any, image_column: str | None, label_column: str | None, tables: Tables) -> Reader:
     """The reader of a table, of which each image is decoded when it is asked for.
 
     Args:
         table: datasets' Dataset.
         image_column: see `load_images`.
         label_column: see `load_images`.
-        source: for messages.
-        revision: commit on the hub.
+        tables: that it is one of.
     """
-    undecoded, column = undecoded_images(table, image_column, source)
+    undecoded, column = undecoded_images(table, image_column, tables.name)
+    places = {number: tables.whereabouts.find(path) for number, path in _paths(undecoded, column).items()}
+    outside = [file for file, is_inside in places.values() if not is_inside]
+    files = {
+        f"image {number} of {tables.name}, {shown(file)}": file
+        for number, (file, is_inside) in places.items()
+        if is_inside or tables.whereabouts.may_leave
+    }
+    notes = tables.notes
+    if outside and tables.whereabouts.may_leave:
+        notes += (f"{len(outside):,} images lie outside {tables.whereabouts.folders[0]}, such as {shown(outside[0])}",)
+
     return Reader(
-        partial(read_cell, undecoded, column, source),
+        partial(read_cell, undecoded, column, tables.name, tables.whereabouts),
         len(table),
-        partial(_table_labels, table, label_column, source),
-        revision=revision,
-        identity=partial(str, undecoded._fingerprint),  # over the files' times or commit, the split and the column
+        partial(_table_labels, table, label_column, tables.name),
+        partial(_check_headers, files),
+        tables.revision,
+        # The fingerprint is over the files' times or commit, the split and the column.
+        partial(_files_identity, list(files.values()), undecoded._fingerprint)
+        if files
+        else partial(str, undecoded._fingerprint),
+        notes,
     )
+
+
+def _paths(table: Any, column: str) -> dict[int, str]:
+    """The paths of those images of a table that are not in it themselves, by number."""
+    import pyarrow.compute
+
+    paths: dict[int, str] = {}
+    first = 0
+    for cells in table.data.column(column).chunks:
+        content, path = (pyarrow.compute.struct_field(cells, name) for name in ("bytes", "path"))
+        if content.null_count:
+            is_path = pyarrow.compute.and_(content.is_null(), path.is_valid())
+            numbers = np.flatnonzero(is_path.to_numpy(zero_copy_only=False))
+            paths |= dict(zip((first + numbers).tolist(), path.filter(is_path).to_pylist(), strict=True))
+        first += len(cells)
+    return {number: path for number, path in paths.items() if path and "://" not in path}
 
 
 def undecoded_images(table: Any, image_column: str | None, source: str) -> tuple[Any, str]:
@@ -671,7 +760,7 @@ def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
     return np.array(cells, dtype=np.int64), num_classes
 
 
-def read_cell(table: Any, column: str, source: str, index: int) -> Image.Image:
+def read_cell(table: Any, column: str, source: str, whereabouts: Whereabouts, index: int) -> Image.Image:
     """The image in one cell; `table[index][column]` holds its bytes or its path.
 
     Raises:
@@ -688,8 +777,11 @@ def read_cell(table: Any, column: str, source: str, index: int) -> Image.Image:
     if not path:
         raise ValueError(f"cannot read {name}: the cell is empty; {ADVICE}")
     if "://" in path:  # a table is data: it does not say what to fetch from where
-        raise ValueError(f"cannot read {name}: it is the address {_shown(path[:200])}; download it first; {ADVICE}")
-    return _decode(Path(path), name)
+        raise ValueError(f"cannot read {name}: it is the address {shown(path[:200])}; download it first; {ADVICE}")
+    file, is_inside = whereabouts.find(path)
+    if not is_inside and not whereabouts.may_leave:
+        raise ValueError(f"cannot read {name}: it is {shown(file)}, outside {whereabouts.folders[0]}; {ADVICE}")
+    return _decode(file, f"{name}, {shown(file)}")
 
 
 def _one_line(error: BaseException) -> str:

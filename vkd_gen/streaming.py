@@ -22,9 +22,11 @@ from vkd_gen.data import (
     DrawBatches,
     Images,
     OnBadImage,
+    Tables,
     TrainingDraws,
+    Whereabouts,
     label_column_of,
-    open_tables,
+    open_source,
     read_cell,
     split_images,
     table_reader,
@@ -83,6 +85,7 @@ class ImageStream:
         held_out: shard -> rows that are held out.
         buffer_size: images that a reader shuffles among.
         on_bad_image: `skip` leaves out what cannot be read.
+        whereabouts: of images whose paths are in the table.
     """
 
     table: Any
@@ -92,6 +95,7 @@ class ImageStream:
     held_out: Mapping[int, frozenset[int]]
     buffer_size: int
     on_bad_image: OnBadImage
+    whereabouts: Whereabouts
 
     @property
     def num_shards(self) -> int:
@@ -164,7 +168,7 @@ class ImageStream:
     def _decode(self, row: Row, epoch: int) -> tuple[Tensor, int] | None:
         """An image and its class; None for one that is to be left out."""
         name = f"shard {row.shard} of {self.images.name}"
-        read = partial(read_cell, {row.number: row.cells}, self.image_column, name)
+        read = partial(read_cell, {row.number: row.cells}, self.image_column, name, self.whereabouts)
         try:
             image = replace(self.images, read=read, indices=np.array([row.number]))[0]
         except ValueError as error:
@@ -240,8 +244,8 @@ def stream_images(
     for name, value in (("stream_head", head_size), ("stream_buffer", buffer_size)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
-    tables = None if source in EMBEDDED else open_tables(source, streaming=True)
-    if tables is None or "train" not in tables.splits:
+    tables = None if source in EMBEDDED else open_source(source, image_column, streaming=True)
+    if not isinstance(tables, Tables):
         raise ValueError(
             f"{source} is no set of parquet or arrow files, nor on the hub, with images to train on: it cannot be "
             "streamed; leave out --streaming"
@@ -260,7 +264,7 @@ def stream_images(
     heads = {split: _read_head(table, head_size, tables.name) for split, (table, _, _) in chosen.items()}
     images, held_out = split_images(
         {
-            split: table_reader(_as_table(rows, chosen[split][0]), *chosen[split][1:], tables.name, tables.revision)
+            split: table_reader(_as_table(rows, chosen[split][0]), *chosen[split][1:], tables)
             for split, rows in heads.items()
         },
         source,
@@ -278,10 +282,11 @@ def stream_images(
             left_out.setdefault(row.shard, set()).add(row.number)
     stream = ImageStream(
         *chosen["train"],
-        images=replace(images, read=_no_image, indices=images.indices[:0], labels=None, skipped=()),
+        images=replace(images, read=_no_image, indices=images.indices[:0], labels=None, skipped=(), notes=()),
         held_out={shard: frozenset(rows) for shard, rows in left_out.items()},
         buffer_size=buffer_size,
         on_bad_image=on_bad_image,
+        whereabouts=tables.whereabouts,
     )
     return stream, images, held_out
 

@@ -10,7 +10,7 @@ import logging
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vkd_gen.data import Images, load_images
+from vkd_gen.data import Images, load_images, told_of
 from vkd_gen.evaluation.extractors import Extractor, hash_weights
 from vkd_gen.sampling import Precision, generate_images, num_classes
 
@@ -42,12 +42,14 @@ class ImageSource:
         count: how many there are.
         read: numbers -> uint8 images.
         protocol: how they came about, for results.json.
+        notes: what a user is to know of them, a line each: see `told_of`.
     """
 
     name: str
     count: int
     read: Callable[[Sequence[int]], UInt8[Tensor, "images channels height width"]]
     protocol: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
 
 def from_pipeline(
@@ -113,7 +115,7 @@ def hash_pipeline(pipeline: DiffusionPipeline) -> str:
 def from_images(name: str, images: Images) -> ImageSource:
     """Images of a data set or folder."""
     protocol = {"images": images.name, "num_images": len(images), "resize": f"shorter side to {images.resolution}"}
-    return ImageSource(name, len(images), images.pixels, protocol)
+    return ImageSource(name, len(images), images.pixels, protocol, told_of(images))
 
 
 def from_folder(folder: str) -> ImageSource:
@@ -122,13 +124,13 @@ def from_folder(folder: str) -> ImageSource:
     Raises:
         ValueError: for no images, or one of another size than the first.
     """
-    probe, _ = load_images(folder, resolution=1, channels=3, held_out_fraction=0)
-    first = probe.read(0)
+    images, test = load_images(folder, resolution=1, channels=3, held_out_fraction=0)
+    first = images.read(0)
     if first.width != first.height:
         raise ValueError(
             f"the images in {folder} are {first.width} x {first.height} pixels; square ones are scored here"
         )
-    images, test = load_images(folder, resolution=first.width, channels=3, held_out_fraction=0)
+    images = replace(images, resolution=first.width)
     if len(test):
         raise ValueError(f"{folder} holds a training and a test split; name the folder of one of them")
 
@@ -142,7 +144,7 @@ def from_folder(folder: str) -> ImageSource:
                 )
         return images.pixels(indices)
 
-    return ImageSource(folder, len(images), read, _read_protocol(folder, len(images)))
+    return ImageSource(folder, len(images), read, _read_protocol(folder, len(images)), told_of(images))
 
 
 def from_array(path: str) -> ImageSource:

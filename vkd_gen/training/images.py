@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
-from vkd_gen.data import Images, load_images
+from vkd_gen.data import Images, load_images, told_of
 from vkd_gen.streaming import ImageStream, stream_images
 from vkd_gen.training.image_cache import cache_images
 from vkd_gen.training.options import DataOptions
@@ -69,7 +69,6 @@ def prepare_data(loaded: Loaded, accelerator: Accelerator, *, image_cache: str =
     stream, train, held_out = loaded
     rest = f"; the head of a stream of {stream.num_shards:,} shards" if stream else ""
     accelerator.print(f"{train.name}: {len(train):,} images to train on, {len(held_out):,} held out{rest}")
-    skipped = [*train.skipped, *held_out.skipped]
-    if skipped:
-        accelerator.print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
+    for line in told_of(train, held_out):
+        accelerator.print(line)
     return loaded._replace(train=cache_images(train, Path(image_cache))) if image_cache else loaded
