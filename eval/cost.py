@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.table import Table
+
+from vkd_gen.evaluation.terminal import print_columns
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.reductions import REDUCTIONS
-from vkd_gen.training.command_line import announce, refuse_linked_file, run_command
+from vkd_gen.training.command_line import announce, refuse_linked_file, repository_path, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,9 @@ def read_configs(config: CostConfig) -> dict[str, dict[str, Any]]:
 
     configs = {}
     for name in config.models:
-        run = Path(name) / "pipeline"  # of a recipe
-        configs[name] = read_unet_config(str(run) if run.is_dir() else name, "model")
+        source = repository_path(name, __file__)
+        run = Path(source) / "pipeline"  # of a recipe
+        configs[name] = read_unet_config(str(run) if run.is_dir() else source, "model")
     teacher = next(iter(configs.values()))
     configs |= {name: reduce_config(teacher, REDUCTIONS[name]) for name in config.students}
     size = {} if config.sample_size is None else {"sample_size": config.sample_size}
@@ -116,10 +117,10 @@ def print_costs(rows: dict[str, dict[str, Any]]) -> None:
     """A line per model: each number with its share of the first model's, and what is published about it."""
     first = next(iter(rows.values()))
     columns = [name for name in TITLES if any(row.get(name) is not None for row in rows.values())]
-    table = Table("", *(TITLES[name] for name in columns))
-    for title, row in rows.items():
-        cells = []
-        for name in columns:
+    table: list[tuple[str, list[str]]] = []
+    for name in columns:
+        cells: list[str] = []
+        for row in rows.values():
             value = row.get(name)
             if value is None:
                 cells.append("-")
@@ -128,8 +129,8 @@ def print_costs(rows: dict[str, dict[str, Any]]) -> None:
             text = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
             share = "" if row is first or name.startswith("published") else f"  ({row[name] / first[name]:.1%})"
             cells.append(text + share)
-        table.add_row(title, *cells)
-    Console(width=150).print(table)
+        table.append((TITLES[name], cells))
+    print_columns(list(rows), table)
     for source in dict.fromkeys(row["published_source"] for row in rows.values() if "published_source" in row):
         print(f"published: {source}")
 

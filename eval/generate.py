@@ -16,7 +16,7 @@ from PIL import Image
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.choices import Precision, Sampler
-from vkd_gen.training.command_line import announce, refuse_linked_file, refuse_links, run_command
+from vkd_gen.training.command_line import announce, refuse_linked_file, refuse_links, repository_path, run_command
 
 if TYPE_CHECKING:
     from vkd_gen.evaluation.sources import ImageSource
@@ -148,7 +148,7 @@ def main(config: GenerateConfig) -> None:
     torch.set_float32_matmul_precision("high")
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
-    pipeline = load_pipeline(config.checkpoint, config.sampler).to(accelerator.device)
+    pipeline = load_pipeline(repository_path(config.checkpoint, __file__), config.sampler).to(accelerator.device)
     source = from_pipeline(
         config.checkpoint,
         pipeline,

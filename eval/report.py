@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from vkd_gen.training.command_line import announce, refuse_linked_file, run_command
+from vkd_gen.training.command_line import announce, refuse_linked_file, repository_path, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def main(config: ReportConfig) -> None:
 
     from vkd_gen.evaluation.report import write_report  # loads torch, which takes seconds: flags are read before
 
-    write_report([Path(folder) for folder in config.folders], Path(config.output))
+    write_report([Path(repository_path(folder, __file__)) for folder in config.folders], Path(config.output))
     print(f"report: {config.output}")
 
 

@@ -81,13 +81,13 @@ def open_source(name: str, config: ScoreConfig) -> "tuple[ImageSource, int, Diff
     from vkd_gen.evaluation.sources import from_array, from_folder, from_pipeline
     from vkd_gen.sampling import image_size, load_pipeline
 
-    path = Path(name)
+    path = Path(place := repository_path(name, __file__))
     if path.suffix == ".npz":
-        source, pipeline = from_array(name), None
+        source, pipeline = from_array(place), None
     elif path.is_dir() and not any((folder / "model_index.json").exists() for folder in (path, path / "pipeline")):
-        source, pipeline = from_folder(name), None
+        source, pipeline = from_folder(place), None
     else:
-        pipeline = load_pipeline(name, config.sampler)
+        pipeline = load_pipeline(place, config.sampler)
         source = from_pipeline(
             name,
             pipeline,
@@ -168,6 +168,7 @@ def main(config: ScoreConfig) -> None:
     accelerator = Accelerator()
     disable_progress_bar()  # of the loading of a pipeline's few parts
     options = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
+    config = replace(config, reference=repository_path(config.reference, __file__))
     opened = {name: open_source(name, config) for name in config.sources}
     sizes = {name: size for name, (_, size, _) in opened.items()}
     if len(set(sizes.values())) > 1:

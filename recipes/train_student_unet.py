@@ -239,7 +239,7 @@ def main(config: StudentConfig) -> None:
 
     num_classes = num_classes_of(student)
     loaded = load_data(
-        config.data,
+        replace(config.data, dataset=repository_path(config.data.dataset, __file__)),
         resolution=student.config.sample_size,
         channels=student.config.in_channels,
         with_labels=num_classes is not None,

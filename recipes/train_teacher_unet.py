@@ -194,7 +194,7 @@ def main(config: TeacherConfig) -> None:
     # The number of classes is the data's: those come first then, in a dry run too.
     load = partial(
         load_data,
-        config.data,
+        replace(config.data, dataset=repository_path(config.data.dataset, __file__)),
         resolution=config.resolution,
         channels=config.channels,
         with_labels=config.class_conditional,

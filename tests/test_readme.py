@@ -13,8 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_loop_in_the_readme_runs(tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # it runs from anywhere
     exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "runs/my-student/diffusion_pytorch_model.safetensors").exists()
 

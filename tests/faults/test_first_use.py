@@ -1,10 +1,16 @@
 """What someone meets who has just installed this: commands answer at once, from anywhere, and say what they do."""
 
+import io
+import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from tests.recipes.conftest import recipe_runner
+from vkd_gen.evaluation.compare import print_table
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("recipes/*.py"), *ROOT.glob("eval/*.py")))
@@ -38,3 +44,84 @@ def answers():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_flags_are_read_before_anything_heavy_is_loaded(answers, command, flag, status):
     assert answers[command, flag] == status
+
+
+# ---- from another working directory
+
+
+DIGITS = "recipes/assets/digits-teacher"
+FEATURES = ("--extractor", "recipes/assets/digits-features.safetensors")
+FEW = ("--num_score_samples", 12, "--kid_subset_size", 10, "--num_inference_steps", 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "shown"),
+    [
+        ("cost", (DIGITS, "--students", "bk-base"), "901,121"),
+        ("cost", (f"{DIGITS}/unet/config.json",), "901,121"),
+        ("score", (DIGITS, "--reference", "digits", *FEATURES, *FEW), "report: scores/report.html"),
+        ("generate", (DIGITS, "--output", "made", "--num_images", 1, "--num_inference_steps", 1), "1 images: made"),
+    ],
+)
+def test_what_the_repository_carries_is_found_from_elsewhere(
+    run_eval, command, flags, shown, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    run_eval(command, *flags)
+    assert shown in re.sub(r"[\s\u2500-\u257f]+", " ", capsys.readouterr().out)
+
+
+def test_what_lies_here_goes_before_what_the_repository_carries(run_eval, pipeline_folder, monkeypatch, capsys):
+    here = pipeline_folder.parent / DIGITS
+    here.parent.mkdir(parents=True)
+    pipeline_folder.rename(here)
+    monkeypatch.chdir(pipeline_folder.parent)
+    run_eval("cost", DIGITS)
+    assert "901,121" not in capsys.readouterr().out
+
+
+def test_a_name_that_is_nowhere_is_an_error(run_eval, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_status:
+        run_eval("cost", "recipes/assets/nonsense")
+    assert exit_status.value.code == 2
+    assert "recipes/assets/nonsense" in capsys.readouterr().err
+
+
+# ---- the first line
+
+
+def test_the_first_line_says_what_is_done(monkeypatch, tmp_path, capsys):
+    run = recipe_runner(monkeypatch, tmp_path)
+    run("train_student_unet", "--dry_run")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(
+        r"vkd-gen \S+: distilling recipes/assets/digits-teacher on digits, what would be trained", first
+    )
+    with pytest.raises(SystemExit):
+        run("train_student_unet", "--output_dir", "runs/x", "--teacher", tmp_path / "none")
+    assert f"distilling {tmp_path}/none on digits, into runs/x" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    run("train_teacher_unet", "--dry_run")
+    assert "vkd-gen" not in capsys.readouterr().out
+
+
+# ---- the table
+
+
+@pytest.mark.parametrize("width", [80, 81, 100, 120, 150, 200])
+def test_tables_have_whole_words_at_any_width(width, monkeypatch):
+    columns = "parameters macs ms_per_image fid_digits inception_score_digits kid_digits precision_digits recall_digits"
+    columns += " nearer_to_training_digits denoising_error teacher_distance"
+    row = {name: 35_746_307 if name in ("parameters", "macs") else 1234.5 for name in columns.split()}
+    names = ["teacher", "held-out images", "a/long/path/" * 20, "lr[bold]x"]
+    monkeypatch.setenv("COLUMNS", str(width))
+    with redirect_stdout(io.StringIO()) as shown:
+        print_table({"rows": dict.fromkeys(names, row)})
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    words = re.split(r"[\s\u2500-\u257f]+", shown.getvalue())
+    assert {word for name in columns.split() for word in name.split("_")} <= set(words)
+    assert {"35,746,307", "1234.50", "1234.5000", "teacher", "held-out", "images", "lr[bold]x"} <= set(words)
+    assert "…" not in shown.getvalue()
+    assert "".join(words).count("/long/path/") >= 1

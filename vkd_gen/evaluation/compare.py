@@ -5,8 +5,6 @@ from typing import Any
 
 from accelerate import PartialState
 from diffusers import ModelMixin, SchedulerMixin
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from vkd_gen.data import Images
@@ -14,6 +12,7 @@ from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.scorer import Scorer
+from vkd_gen.evaluation.terminal import print_columns
 from vkd_gen.provenance import environment
 from vkd_gen.sampling import sample_images
 
@@ -162,10 +161,10 @@ def _kind(column: str) -> str | None:
 def print_table(results: dict[str, Any]) -> None:
     """Print the rows for a person."""
     columns = [column for column in column_formats(results) if _kind(column[0]) not in TOO_WIDE]
-    table = Table("", *(column.replace("_", " ") for column, _ in columns))
-    for name, row in results["rows"].items():
-        table.add_row(name, *_cells(row, columns))
-    Console(width=150).print(table)
+    rows = results["rows"]
+    cells = zip(*(_cells(row, columns) for row in rows.values()), strict=True)
+    headings = [column.replace("_", " ") for column, _ in columns]
+    print_columns(list(rows), list(zip(headings, cells, strict=True)))
 
 
 def _cells(row: dict[str, int | float], columns: list[tuple[str, str]]) -> list[str]:

@@ -76,7 +76,9 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     if options.report_to is not None and not accelerator.log_with:
-        raise ValueError(f"--report_to {options.report_to}: that tracker is not installed")
+        raise ValueError(
+            f"--report_to {options.report_to}: that tracker is not installed; pip install {options.report_to}"
+        )
     set_seed(options.seed)  # the same on every process: they build the same models
     accelerator.wait_for_everyone()  # all have checked the run's folder before the first one writes to it
     return accelerator
@@ -269,7 +271,7 @@ class TrainingRun:
         self._checked_gradients = False
         if options.report_to is not None:
             plain = {name: value for name, value in config.items() if isinstance(value, int | float | str | bool)}
-            accelerator.init_trackers("vkd-gen", config=plain)
+            accelerator.init_trackers("vkd-gen", config=plain, init_kwargs={"wandb": {"dir": str(folder.path)}})
         self._started = time.perf_counter()
         set_seed(options.seed, device_specific=True)  # from here on for what is random inside the model, as dropout
         self._resume()

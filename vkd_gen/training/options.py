@@ -74,7 +74,8 @@ class TrainingOptions:
     the interruption. With `latest` and no checkpoint the run starts anew. SIGTERM and SIGINT (Ctrl-C) finish the step,
     save a checkpoint and exit with status 143 and 130; a second one exits at once."""
     report_to: str | None = None
-    """Experiment tracker, such as `tensorboard` or `wandb`; metrics.jsonl is always written."""
+    """Experiment tracker, such as `tensorboard` or `wandb` (the extra `wandb`), its files in the run's folder;
+    metrics.jsonl is always written."""
     push_to_hub: bool = False
     """Upload the exported pipeline to the Hugging Face hub."""
     hub_model_id: str | None = None
