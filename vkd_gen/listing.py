@@ -390,7 +390,7 @@ def _descend(keys: list[Key], depth: int, doubts: dict[str, list[str]]) -> dict[
                 reason = "is held out, as its name says; give it another name if it is there to train on"
                 doubts.setdefault(reason, []).append(path)
             last = depth  # archives may hold one folder of their own name: seg_train/seg_train
-            while {_split_of(key[last + 1])[0] if len(key) > last + 1 else None for key in inside} == {split}:
+            while {key[last + 1] if len(key) > last + 1 else "" for key in inside} == {name}:
                 last += 1
             places |= dict.fromkeys(inside, Place(split, depth, last))
     return places

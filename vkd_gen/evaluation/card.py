@@ -12,10 +12,15 @@ from vkd_gen.evaluation.compare import markdown_table
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
 
 
-def update_model_card(folder: Path, results: dict[str, Any], name: str, data: str) -> Path:
+PROTOCOL = ("num_images", "num_inference_steps", "sampler", "guidance_scale", "precision")
+"""What stands with each score in the hub's metadata: a score says little without."""
+
+
+def update_model_card(folder: Path, results: dict[str, Any], name: str, data: str) -> str:
     """Write a row of results into the card of a pipeline: as the hub's metadata, and as a table with its protocol.
 
-    An earlier table of this function is replaced; the rest of the card stays.
+    An earlier table of this function, and earlier scores against the same data, are replaced, unless they are of more
+    images, or of as many in more steps: then nothing is written. The rest of the card stays.
 
     Args:
         folder: of the pipeline, or of a run that exported it to `pipeline/`.
@@ -24,7 +29,7 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
         data: name of the reference.
 
     Returns:
-        The card's path.
+        What became of the card, in a line.
     """
     folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
     path = folder / "README.md"
@@ -33,14 +38,19 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
     protocol = {**results["protocol"], **results.get("sources", {}).get(name, {})}
     place = folder.resolve()
     title = card.data.model_name or (place.parent.name if place.name == "pipeline" else place.name)
-    others = [result for result in card.data.eval_results or [] if result.metric_type not in row]
-    metadata = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
     data = Path(data).name
+    earlier = card.data.eval_results or []
+    replaced = [result for result in earlier if result.metric_type in row and result.dataset_type == data]
+    size, largest = _size(protocol), max((_size(result.metric_args) for result in replaced), default=(0, 0))
+    if largest > size:
+        of = [f"{images:,} images in {steps} steps" for images, steps in (largest, size)]
+        return f"{path} keeps its scores of {of[0]}; these are of {of[1]}"
+    metadata = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
     card.data = ModelCardData(
         **metadata,
         model_name=title,
         eval_results=[
-            *others,
+            *(result for result in earlier if result not in replaced),
             *(
                 EvalResult(
                     task_type="unconditional-image-generation",
@@ -48,6 +58,7 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
                     dataset_name=data,
                     metric_type=metric,
                     metric_value=value,
+                    metric_args={key: protocol[key] for key in PROTOCOL if protocol.get(key) is not None},
                 )
                 for metric, value in row.items()
             ),
@@ -64,4 +75,11 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
     temporary = path.with_name(path.name + ".tmp")
     card.save(temporary)
     os.replace(temporary, path)  # a card that is a link, as in the hub's cache, is replaced and not written through
-    return path
+    return str(path)
+
+
+def _size(protocol: Any) -> tuple[int, int]:
+    """Images and steps of a score; none where the card does not say."""
+    found = protocol if isinstance(protocol, dict) else {}
+    images, steps = (found.get(key) for key in ("num_images", "num_inference_steps"))
+    return images if isinstance(images, int) else 0, steps if isinstance(steps, int) else 0

@@ -20,7 +20,9 @@ def sample_scores(
     *,
     kid_subset_size: int = 1000,
 ) -> dict[str, float]:
-    """All that torch-fidelity computes from one set of features, as its own command line does.
+    """All that torch-fidelity computes from one set of features.
+
+    Its own command line does the same with `--feature-extractor`; without, its precision and recall are of VGG16.
 
     FID (Heusel et al., 2017, arXiv 1706.08500), Inception score (Salimans et al., 2016, arXiv 1606.03498), KID
     (Binkowski et al., 2018, arXiv 1801.01401; 100 subsets), precision and recall (Kynkaanniemi et al., 2019, arXiv

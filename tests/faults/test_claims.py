@@ -1,0 +1,94 @@
+"""What README and model cards say of scores holds, and keeps what it holds for."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from vkd_gen.evaluation.card import update_model_card
+from vkd_gen.evaluation.sources import from_folder
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def write(folder, fid, *, images, steps, data="digits"):
+    """Put a score into a card, as eval/score.py does."""
+    (folder / "model_index.json").touch()
+    protocol = {"num_images": images, "num_inference_steps": steps, "sampler": "DDIMScheduler"}
+    results = {
+        "rows": {"run": {"fid": fid, "kid": fid / 100}},
+        "protocol": {"extractor": "x"},
+        "sources": {"run": protocol},
+    }
+    return update_model_card(folder, results, "run", data)
+
+
+def scores(folder, data="digits"):
+    """Of a card: value, images and steps of the FID."""
+    found = ModelCard.load(folder / "README.md").data.eval_results
+    (fid,) = [result for result in found if (result.metric_type, result.dataset_type) == ("fid", data)]
+    return fid.metric_value, fid.metric_args["num_images"], fid.metric_args["num_inference_steps"]
+
+
+@pytest.mark.parametrize(
+    ("images", "steps", "is_kept"),
+    [
+        (40, 2, True),
+        (40, 1000, True),
+        (10_000, 10, True),
+        (10_000, 50, False),
+        (10_000, 100, False),
+        (50_000, 2, False),
+    ],
+)
+def test_a_quick_look_does_not_replace_the_score_of_more_images(tmp_path, images, steps, is_kept):
+    write(tmp_path, 3.0, images=10_000, steps=50)
+    before = (tmp_path / "README.md").read_bytes()
+    told = write(tmp_path, 90.0, images=images, steps=steps)
+    if is_kept:
+        assert (tmp_path / "README.md").read_bytes() == before
+        assert f"keeps its scores of 10,000 images in 50 steps; these are of {images:,} images in {steps} steps" in told
+    assert scores(tmp_path) == ((3.0, 10_000, 50) if is_kept else (90.0, images, steps))
+
+
+def test_scores_against_other_data_stay_beside(tmp_path):
+    write(tmp_path, 3.0, images=10_000, steps=50)
+    write(tmp_path, 90.0, images=40, steps=2, data="path/to/mnist")
+    assert scores(tmp_path) == (3.0, 10_000, 50)
+    assert scores(tmp_path, "mnist") == (90.0, 40, 2)
+
+
+def test_a_score_of_an_older_card_that_does_not_say_is_replaced(tmp_path):
+    write(tmp_path, 3.0, images=10_000, steps=50)
+    text = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(re.sub(r" +args:\n(?: +\w+: .*\n)+?(?=\S| *- )", "", text))
+    assert "num_images: 10000" not in (tmp_path / "README.md").read_text().split("---")[1]
+    write(tmp_path, 5.0, images=40, steps=2)
+    assert scores(tmp_path) == (5.0, 40, 2)
+
+
+def test_readme_says_which_of_torch_fidelitys_scores_are_equal():
+    """The numbers themselves: test_a_folder_of_pngs_has_the_scores_of_torch_fidelitys_command_line."""
+    text = " ".join(README.split())
+    (sentence,) = re.findall(r"A folder of opaque PNGs gets .*? laid on white\.", text)
+    assert "`--feature-extractor inception-v3-compat`" in sentence
+    assert "precision and recall are of VGG16" in sentence
+
+
+def test_torch_fidelitys_own_precision_is_of_vgg16():
+    utils = pytest.importorskip("torch_fidelity.utils")
+    assert utils.DEFAULT_FEATURE_EXTRACTOR["prc"] == "vgg16"
+
+
+def test_transparent_pngs_are_laid_on_white_here_and_cut_there(tmp_path):
+    datasets = pytest.importorskip("torch_fidelity.datasets")
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
+    there = datasets.ImagesPathDataset([str(tmp_path / "a.png")])[0]
+    assert (there == 0).all()
+    assert (from_folder(str(tmp_path)).read([0]) == 255).all()

@@ -1,0 +1,333 @@
+"""Which files are data and which are held out: one answer for every source, and a line for all that is left out."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vkd_gen.data import load_images, told_of
+from vkd_gen.evaluation.sources import from_folder
+from vkd_gen.listing import SPLIT_WORDS, find_splits
+from vkd_gen.streaming import stream_images
+
+datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+
+
+def save(folder, count, *, start=0, end="png", side=8):
+    """Images whose grey level is their number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(start, start + count):
+        Image.new("L", (side, side), number).save(folder / f"{number:03}.{end}")
+    return folder
+
+
+def load(source, **options):
+    return load_images(str(source), **{"resolution": 8, "channels": 1, **options})
+
+
+def levels(images):
+    return sorted(round((image[0, 0, 0].item() + 1) * 127.5) for image in images)
+
+
+def table_of(numbers, column="image", **columns):
+    cells = [np.full((8, 8, 3), number, np.uint8) for number in numbers]
+    features = datasets.Features({column: datasets.Image(), **dict.fromkeys(columns, datasets.Value("int64"))})
+    return datasets.Dataset.from_dict({column: [Image.fromarray(cell) for cell in cells], **columns}, features=features)
+
+
+def paths_table(file, paths, column="image"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({column: paths}), file)
+    return file
+
+
+# ---- splits
+
+
+def test_the_words_of_datasets_are_known():
+    for split, words in datasets.data_files.SPLIT_KEYWORDS.items():
+        assert {SPLIT_WORDS[word] for word in words} == {"train" if split == "train" else "test"}
+
+
+# Folders; what each is for (train, test, - for left out) and its class; words of what is told
+LAYOUTS = {
+    "splits of classes": ("train/a Testing/a", "train a, test a", ""),
+    "three splits": ("train/a validation/a test/a", "train a, test a, test a", ""),
+    "names with more to them": ("train2017 val2017", "train, test", ""),
+    "letters behind": ("trainA trainB testA", "train, train, test", ""),
+    "one name twice": ("seg_train/seg_train/a seg_test/seg_test/a", "train a, test a", ""),
+    "a folder around": ("mnist_png/training/0 mnist_png/testing/0", "train 0, test 0", ""),
+    "a folder around called test": ("test/train/a test/test/a", "train a, test a", ""),
+    "each class by itself": ("a/train a/test b/train", "train a, test a, train b", ""),
+    "a class called train": ("bus car train", "train bus, train car, train train", "train is not taken"),
+    "a class called test-tube": ("jar test-tube", "train jar, train test-tube", "test-tube is not taken"),
+    "classes called train and test-tube": ("bus test-tube train", "train bus, train test-tube, train train", "1 more"),
+    "classes called as splits, in splits": ("train/dev train/val test/dev", "train dev, train val, test dev", ""),
+    "a class called train, and the same to test on": (
+        "bus train test/bus test/train",
+        "train bus, train train, test bus, test train",
+        "test is held out",
+    ),
+    "classes and a folder to test on": ("bus car test", "train bus, train car, test", "test is held out"),
+    "what is neither": ("train/a test/a extra/a .", "train a, test a, -, -", ""),
+    "words that hold such words": ("valley testament strain", "train valley, train testament, train strain", ""),
+    "shards": ("train-00000-of-00002 cifar10-test", "train, test", ""),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name):
+    folders, expected, words = LAYOUTS[name]
+    keys = [() if folder == "." else tuple(folder.split("/")) for folder in folders.split()]
+    places, notes = find_splits(keys)
+    found = [
+        f"{places[key].split} {places[key].class_name or ''}".strip() if places[key].split else "-" for key in keys
+    ]
+    assert ", ".join(found) == expected
+    assert words in " ".join(notes)
+    assert bool(notes) == bool(words)
+
+
+def test_what_lies_beside_splits_is_not_trained_on_and_told(tmp_path):
+    for number, part in enumerate(("train", "val", "test", "query", "")):
+        save(tmp_path / part, 3, start=10 * number)
+    train, held_out = load(tmp_path)
+    assert levels(train) == [0, 1, 2]
+    assert levels(held_out) == [10, 11, 12, 20, 21, 22]
+    assert told_of(train, held_out) == [
+        "left out: 6 images beside test and train and val (040.png, 041.png, 042.png, ...)"
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("names", [("cifar10-train", "cifar10-test"), ("Training", "Testing"), ("a/train", "a/dev")])
+def test_tables_and_streams_hold_out_the_same(tmp_path, names, streaming):
+    for name, numbers in zip(names, (range(12), range(50, 54)), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        table_of(numbers).to_parquet(tmp_path / f"{name}.parquet")
+    if streaming:
+        _, train, held_out = stream_images(
+            str(tmp_path), resolution=8, channels=1, head_size=20, buffer_size=4, image_column=None
+        )
+    else:
+        train, held_out = load(tmp_path)
+    assert (levels(train), levels(held_out)) == (list(range(12)), [50, 51, 52, 53])
+
+
+def test_an_unlabelled_folder_to_test_on_is_no_class(tmp_path):
+    for part in ("train/cat", "train/dog", "test"):
+        save(tmp_path / part, 3)
+    with pytest.raises(
+        ValueError, match=r"test/000\.png has no class: put each class' images into a folder of its own"
+    ):
+        load(tmp_path, with_labels=True)
+
+
+def test_a_folder_to_test_on_alone_is_taken_whole(tmp_path):
+    save(tmp_path / "val" / "cat", 12)
+    train, held_out = load(tmp_path)
+    assert (len(train), len(held_out)) == (10, 2)
+    assert "taken whole" in told_of(train)[0]
+
+
+# ---- what is no data
+
+
+def test_hidden_files_and_what_systems_leave_are_no_data(tmp_path):
+    for part in (
+        "cat",
+        "dog",
+        ".ipynb_checkpoints",
+        "cat/@eaDir",
+        "__MACOSX/cat",
+        ".Trash-1000/files",
+        "dog/lost+found",
+    ):
+        save(tmp_path / part, 6)
+    for name in ("._000.png", "Thumbs.db", ".DS_Store", "desktop.ini"):
+        (tmp_path / "cat" / name).write_bytes(b"\0\5\x16\7")
+    (tmp_path / "cat" / "000.txt").write_text("a cat")
+    (tmp_path / "LICENSE").write_text("free")
+    train, held_out = load(tmp_path, with_labels=True)
+    assert (train.num_classes, len(train), len(held_out)) == (2, 10, 2)
+    (line,) = told_of(train, held_out)
+    for words in ("5 hidden folders (", "4 hidden files (", "2 files of no image format (.txt, LICENSE"):
+        assert words in line
+
+
+def test_what_a_folder_holds_instead_is_told(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"x")
+    (tmp_path / "shard.tar").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds no images .*left out: 2 files of no image format \(\.heic, \.tar\)"):
+        load(tmp_path)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    elsewhere = save(tmp_path / "elsewhere", 6)
+    folder = save(tmp_path / "data" / "cat", 6, start=10).parent
+    (folder / "dog").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    (folder / "cat" / "loop").symlink_to(folder)
+    train, held_out = load(folder, with_labels=True)
+    assert levels([*train, *held_out]) == [*range(6), *range(10, 16)]
+    assert train.num_classes == 2
+    assert "2 links to a folder that is read anyway" in told_of(train)[0]
+
+
+@pytest.mark.parametrize("end", ["jfif", "jpe", "ppm", "pgm", "tga", "JPEG"])
+def test_what_pil_decodes_is_an_image(tmp_path, end):
+    assert sum(map(len, load(save(tmp_path, 6, end=end)))) == 6
+
+
+@pytest.mark.parametrize("end", ["eps", "pdf", "ps", "h5", "mpg"])
+def test_what_pil_would_hand_to_a_program_is_none(tmp_path, end):
+    save(tmp_path, 6)
+    (tmp_path / f"x.{end}").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    train, held_out = load(tmp_path)
+    assert len(train) + len(held_out) == 6
+    assert told_of(train) == [f"left out: 1 file of no image format (.{end})"]
+
+
+def test_a_folder_to_score_is_listed_the_same_way(tmp_path):
+    save(tmp_path, 6)
+    save(tmp_path / "__MACOSX", 2, side=4)
+    source = from_folder(str(tmp_path))
+    assert source.count == 6
+    assert source.notes == ["left out: 1 hidden folder (__MACOSX)"]
+
+
+# ---- tables
+
+
+def test_saved_tables_are_what_their_state_lists(tmp_path):
+    table_of(range(12)).save_to_disk(tmp_path / "a")
+    for name in ("cache-0123456789abcdef.arrow", "more.arrow"):
+        os.link(next((tmp_path / "a").glob("data-*.arrow")), tmp_path / "a" / name)
+    train, held_out = load(tmp_path / "a", channels=3)
+    assert levels([*train, *held_out]) == list(range(12))
+    assert "2 cached arrow files" in told_of(train)[0]
+    next((tmp_path / "a").glob("data-*.arrow")).unlink()
+    with pytest.raises(ValueError, match=r"state\.json lists data-00000-of-00001\.arrow, which is not there"):
+        load(tmp_path / "a")
+
+
+def test_a_plain_saved_table_has_nothing_to_tell(tmp_path):
+    table_of(range(12)).save_to_disk(tmp_path / "a")
+    assert told_of(*load(tmp_path / "a")) == []
+
+
+@pytest.mark.parametrize("stray", ["metadata.csv", "captions.jsonl", "metadata.parquet", "damaged.parquet"])
+def test_tables_beside_images_do_not_hide_them(tmp_path, stray):
+    save(tmp_path, 12)
+    if stray == "metadata.parquet":
+        paths_table(tmp_path / stray, ["000.png"], column="file_name")
+    else:
+        (tmp_path / stray).write_text("file_name,text\n000.png,a cat\n")
+    train, held_out = load(tmp_path)
+    assert len(train) + len(held_out) == 12
+    assert "left out: 1 " in told_of(train)[0]
+
+
+def test_images_beside_tables_of_images_and_tables_without(tmp_path):
+    table_of(range(6)).to_parquet(tmp_path / "a.parquet")
+    paths_table(tmp_path / "captions.parquet", ["a cat"], column="text")
+    save(tmp_path, 2, start=100)
+    train, held_out = load(tmp_path)
+    assert levels([*train, *held_out]) == list(range(6))
+    assert "1 table without images (captions.parquet), 2 images beside the tables" in told_of(train)[0]
+
+
+def test_paths_are_relative_to_their_table(tmp_path, monkeypatch):
+    save(tmp_path / "set" / "images", 12)
+    table = paths_table(tmp_path / "set" / "table.parquet", [f"images/{number:03}.png" for number in range(12)])
+    save(tmp_path / "images", 12, start=0, side=4)
+    monkeypatch.chdir(tmp_path)  # where files of the same names lie
+    train, held_out = load(table, image_column="image")
+    assert levels([*train, *held_out]) == list(range(12))
+    assert train.read(0).size == (8, 8)
+    assert told_of(train) == []
+    (tmp_path / "set/images/005.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"cannot read image 5 of .*table\.parquet, .*set/images/005\.png: No such file"
+    ):
+        load(table, image_column="image")
+
+
+@pytest.mark.parametrize("kind", ["absolute", "dots"])
+def test_paths_out_of_the_folder_are_told_and_never_streamed(tmp_path, kind):
+    save(tmp_path / "private", 12)
+    start = str(tmp_path / "private") if kind == "absolute" else "../private"
+    table = paths_table(tmp_path / "set" / "a.parquet", [f"{start}/{number:03}.png" for number in range(12)])
+    train, _ = load(table, image_column="image")
+    assert told_of(train) == [f"12 images lie outside {tmp_path / 'set'}, such as {tmp_path / 'private/000.png'}"]
+    with pytest.raises(ValueError, match=rf"it is .*private/0..\.png, outside {tmp_path / 'set'}"):
+        stream_images(str(table), resolution=8, channels=1, head_size=6, buffer_size=4, image_column="image")[1].stack()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_of_unlike_columns_are_named(tmp_path, streaming):
+    table_of(range(6)).to_parquet(tmp_path / "a.parquet")
+    table_of(range(6), height=list(range(6))).to_parquet(tmp_path / "b.parquet")
+    options = {"head_size": 6, "buffer_size": 4} if streaming else {}
+    with pytest.raises(ValueError, match=r"b\.parquet has height, which .*a\.parquet has not .its columns are image"):
+        (stream_images if streaming else load_images)(str(tmp_path), resolution=8, channels=1, **options)
+
+
+def test_tables_of_unlike_types_say_why(tmp_path):
+    for name, values in (("a", [1, 2]), ("b", ["x", "y"])):
+        table = pyarrow.table({"image": [b"1", b"2"], "label": values})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.parquet and 1 more: .*Failed to parse string"):
+        load(tmp_path, image_column="image")
+
+
+@pytest.mark.parametrize("source", ["", "a.parquet"])
+def test_a_wrong_column_names_the_file_and_its_columns(tmp_path, source):
+    table_of(range(6), column="img").to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'image'; its columns are img"):
+        load(tmp_path / source, image_column="image")
+
+
+def test_tables_of_two_kinds_are_refused(tmp_path):
+    table_of(range(6)).save_to_disk(tmp_path / "saved")
+    table_of(range(6)).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"tables of two kinds: .*a\.parquet and .*\.arrow; name one"):
+        load(tmp_path)
+
+
+def test_another_programs_state_is_none_of_datasets(tmp_path):
+    save(tmp_path, 6)
+    (tmp_path / "state.json").write_text(json.dumps({"step": 3}))
+    assert sum(map(len, load(tmp_path))) == 6
+
+
+# ---- enlarging
+
+
+@pytest.mark.parametrize(("resolution", "words"), [(32, None), (40, "images of 8 pixels are enlarged 5 times, to 40")])
+def test_enlarged_images_are_told_of(resolution, words):
+    assert told_of(*load("digits", resolution=resolution)) == ([words] if words else [])
+
+
+@pytest.mark.parametrize("resolution", [513, 16384])
+def test_images_are_not_enlarged_beyond_sense(resolution):
+    with pytest.raises(
+        ValueError, match=rf"digits: images of 8 pixels are enlarged \d+ times, to {resolution}; more than 64"
+    ):
+        load("digits", resolution=resolution)
+
+
+def test_one_thumbnail_does_not_speak_for_all(tmp_path):
+    save(tmp_path, 11, side=64)
+    Image.new("L", (1, 1)).save(tmp_path / "000.png")
+    assert told_of(*load(tmp_path, resolution=64)) == []
