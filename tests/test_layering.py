@@ -18,14 +18,15 @@ NO_SIBLING = "choices reductions features projectors schedule limits listing pic
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
+    "hub": {"limits", "provenance"},
     "losses": {"choices"},
     "normalization": {"choices"},
     "data": {"choices", "listing", "provenance"},
     "streaming": {"data"},
     "pairing": {"choices", "features"},
     "students": {"choices", "reductions", "features", "schedule"},
-    "sampling": {"choices", "limits", "pipelines", "provenance"},
-    "calibration": {"features", "schedule", "normalization"},
+    "sampling": {"choices", "hub", "pipelines", "provenance"},
+    "calibration": {"features", "hub", "schedule", "normalization"},
     "distillation": {
         "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
     },

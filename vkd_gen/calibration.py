@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vkd_gen.features import to_rows
+from vkd_gen.hub import read_tensors
 from vkd_gen.normalization import FeatureStatistics, timestep_bins
 from vkd_gen.schedule import Schedule
 
@@ -121,7 +122,7 @@ def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
     """
     grouped: dict[str, dict[str, Tensor]] = {}
     try:
-        for key, value in load_file(path).items():
+        for key, value in read_tensors(path).items():
             layer, name = key.rsplit("/", 1)
             grouped.setdefault(layer, {})[name] = value
         statistics = {layer: FeatureStatistics(**entry) for layer, entry in grouped.items()}

@@ -194,6 +194,8 @@ class ProjectedStudent(nn.Module):
             RuntimeError: if a captured feature carries no gradient although the student trains, as happens inside
                 reentrant gradient checkpointing.
         """
+        dtype = next(self.student.parameters()).dtype  # noise is added in float32 whatever the student's precision
+        noisy_sample, conditioning = noisy_sample.to(dtype), _cast(conditioning or {}, dtype)
         if teacher_features is None:
             return predict(self.student, noisy_sample, timesteps, conditioning), {}
         missing = [pair.teacher for pair in self.layer_pairs if pair.teacher not in teacher_features]

@@ -59,6 +59,20 @@ def check_layers(module: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
     return layers
 
 
+def bare(model: Any) -> Any:
+    """The model itself, once it is known to be in no wrapper.
+
+    Raises:
+        ValueError: for one in DataParallel, DistributedDataParallel, torch.compile and others that change its names.
+    """
+    for attribute in ("module", "_orig_mod"):
+        if isinstance(getattr(model, attribute, None), nn.Module):
+            raise ValueError(
+                f"the model is in a {type(model).__name__}; pass the bare one, its `.{attribute}`, and wrap afterwards"
+            )
+    return model
+
+
 class FeatureCapture:
     """Record the outputs of named submodules during chosen forward passes, through forward hooks.
 
@@ -85,7 +99,7 @@ class FeatureCapture:
     """
 
     def __init__(self, module: nn.Module, layers: Iterable[str]):
-        self.layers = check_layers(module, layers)
+        self.layers = check_layers(bare(module), layers)
         self._pooling = {layer: split_pooling(layer) for layer in self.layers}
         self._features: dict[str, Tensor] = {}
         self._recording = False
@@ -177,31 +191,60 @@ def feature_shapes(unet: ModelMixin, layers: Iterable[str]) -> dict[str, tuple[i
     Raises:
         ValueError: for an unknown layer name, or if the sample size does not fit the number of stages.
     """
-    layers = check_layers(unet, layers)
+    layers = check_layers(bare(unet), layers)
     copy = copy_without_weights(unet)
-    with torch.device("meta"):
-        capture = FeatureCapture(copy, layers)
-        capture.start()
+    capture = FeatureCapture(copy, layers)
+    capture.start()
+    run_without_weights(copy)
+    return {layer: tuple(feature.shape[1:]) for layer, feature in capture.stop().items()}
+
+
+def run_without_weights(copy: ModelMixin) -> None:
+    """One forward pass of a model from `copy_without_weights`.
+
+    Raises:
+        ValueError: in one line, if it cannot be run on a sample of its own size, or on any conditions known here.
+    """
+    with torch.device("meta"), torch.no_grad():
+        inputs = example_inputs(copy)
         try:
-            with torch.no_grad():
-                copy(**example_inputs(copy))
-        except RuntimeError as error:
-            size = unet.config.sample_size
-            raise ValueError(f"{type(unet).__name__} cannot take a sample of size {size}: {error}") from error
-        return {layer: tuple(feature.shape[1:]) for layer, feature in capture.stop().items()}
+            copy(**inputs)
+        except Exception as error:  # diffusers checks little: what does not fit may end in any kind of error
+            size, reason = copy.config.sample_size, " ".join(str(error).split())[:300]
+            raise ValueError(f"{type(copy).__name__} cannot take a sample of size {size}: {reason}") from error
 
 
 def copy_without_weights(unet: ModelMixin) -> ModelMixin:
     """The same UNet on the meta device: it has shapes, but neither weights nor memory."""
     # diffusers' private notes say, for one, which entries to reset to their defaults.
+    unet = bare(unet)
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         return type(unet).from_config(config)
 
 
+KNOWN_CONDITIONS: dict[str, tuple[Any, ...]] = {
+    "class_embed_type": (None, "timestep", "projection", "simple_projection"),
+    "addition_embed_type": (None, "text", "text_time"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "dual_cross_attention": (None, False),
+}
+"""Entries of a configuration that say what else a UNet takes, and the values whose inputs `example_inputs` knows."""
+
+
 def example_inputs(unet: ModelMixin) -> dict[str, Any]:
-    """Inputs of the right shapes for one forward pass of a diffusers UNet, batch size 1, on the default device."""
+    """Inputs of the right shapes for one forward pass of a diffusers UNet, batch size 1, on the default device.
+
+    Raises:
+        ValueError: for a UNet without a sample size, or that takes conditions which are not known here.
+    """
     config = unet.config
+    for entry, known in KNOWN_CONDITIONS.items():
+        if config.get(entry) not in known:
+            raise ValueError(
+                f"{type(unet).__name__} with {entry} {config[entry]!r} takes conditions that are not known here; known "
+                f"are {', '.join(map(str, known))}"
+            )
     size = config.sample_size
     if size is None:
         raise ValueError(f"{type(unet).__name__} names no sample_size in its config; set one to know its shapes")
@@ -210,12 +253,17 @@ def example_inputs(unet: ModelMixin) -> dict[str, Any]:
         "sample": torch.zeros(1, config.in_channels, height, width),
         "timestep": torch.zeros(1, dtype=torch.long),
     }
-    if getattr(config, "cross_attention_dim", None) is not None:
-        width = config.cross_attention_dim
-        inputs["encoder_hidden_states"] = torch.zeros(1, 8, width if isinstance(width, int) else width[0])
-    if config.num_class_embeds is not None:
+    if "cross_attention_dim" in config:
+        width = config.get("encoder_hid_dim") or config.cross_attention_dim
+        width = width[0] if isinstance(width, list | tuple) else width
+        inputs["encoder_hidden_states"] = None if width is None else torch.zeros(1, 8, width)
+    if config.class_embed_type == "timestep":
+        inputs["class_labels"] = torch.zeros(1)
+    elif config.class_embed_type is not None:
+        inputs["class_labels"] = torch.zeros(1, config.projection_class_embeddings_input_dim)
+    elif config.num_class_embeds is not None:
         inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
-    if getattr(config, "addition_embed_type", None) == "text_time":
+    if config.get("addition_embed_type") == "text_time":
         text_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, text_width), "time_ids": torch.zeros(1, 6)}
     return inputs

@@ -282,7 +282,16 @@ class OrthogonalProjector(nn.Module):
         self.register_load_state_dict_post_hook(_stop_accumulating)
 
     def matrix(self) -> Float[Tensor, "narrow wide"]:
-        """P, with orthonormal rows, float32."""
+        """P, with orthonormal rows, float32.
+
+        Raises:
+            ValueError: if the projector was put into half precision, where rows are not orthonormal.
+        """
+        stored = self.base if self.is_learned else self.solution
+        if stored.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"the projector is in {stored.dtype}: keep it in float32 (projector.float()), and train under autocast"
+            )
         if not self.is_learned:
             return self.solution
         with torch.autocast(self.tangent.device.type, enabled=False):
@@ -530,6 +539,8 @@ class LinearProjector(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Projected student rows and the target, both `[B, N, Dt]`."""
         _check_rows(self, student, target)
+        if not torch.is_autocast_enabled(student.device.type):  # which chooses the precision itself
+            student = student.to(self.linear.weight.dtype)
         return self.linear(student), target.detach()
 
 

@@ -4,13 +4,9 @@ C channels, H height, W width.
 """
 
 import inspect
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
     DDIMPipeline,
@@ -23,11 +19,10 @@ from diffusers import (
     SchedulerMixin,
 )
 from jaxtyping import UInt8
-from safetensors import safe_open
 from torch import Tensor
 
 from vkd_gen.choices import Precision, Sampler
-from vkd_gen.limits import check_sizes
+from vkd_gen.hub import hub_folder, load_parts, part_files, pipeline_class, read_json
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
 from vkd_gen.provenance import split_revision
 
@@ -74,35 +69,26 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
         ValueError: in one line, for what is not there, cannot be loaded, or needs more than labels, such as a prompt.
     """
     path = Path(source)
-    repository, revision = split_revision(source)
-    if path.is_dir():
-        found = [folder for folder in (path, path / "pipeline") if (folder / "model_index.json").is_file()]
+    repository, _ = split_revision(source)
+    is_here = path.is_dir()
+    if is_here:
+        found = [folder for folder in (path, path / "pipeline") if (folder / "model_index.json").exists()]
         if not found:
             raise ValueError(f"{source} holds no pipeline: neither model_index.json nor pipeline/model_index.json")
         path = found[0]
     elif path.exists() or path.suffix == ".npz" or source.startswith((".", "/", "~")) or repository.count("/") > 1:
         raise ValueError(f"there is no pipeline folder {source}")
     try:
-        kind = _pipeline_class(DiffusionPipeline.load_config(path if path.is_dir() else repository, revision=revision))
-        if not path.is_dir():
-            path = Path(kind.download(repository, revision=revision, use_safetensors=True))
-        _check_parts(path)
-        # Under memory saving, tensors of unlike shapes end as errors far from their cause.
-        pipeline = kind.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
-    except Exception as error:  # offline, missing, damaged and foreign each have a class of their own
-        raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:300]}") from error
-    parameters = inspect.signature(pipeline.__call__).parameters
-    needed = {
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-    }
-    makes_images = "output_type" in parameters and bool({"batch_size", "class_labels"} & set(parameters))
-    if needed - {"class_labels"} or "prompt" in parameters or not makes_images:
-        raise ValueError(
-            f"{source} is a {type(pipeline).__name__}, which needs more than noise and class labels; unconditional and "
-            "class-conditional pipelines can be sampled here"
-        )
+        path = path if is_here else hub_folder(source, ["model_index.json"])
+        kind = pipeline_class(read_json(path / "model_index.json"), [ClassConditionalDDIMPipeline])
+    except ValueError as error:
+        raise ValueError(f"cannot load the pipeline {source}: {error}") from error
+    _check_call(kind, source)
+    try:
+        path = path if is_here else hub_folder(source, part_files(kind))
+        pipeline = kind(**load_parts(kind, path))
+    except Exception as error:  # missing, damaged and foreign parts each have a class of their own
+        raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:500]}") from error
     if sampler is not None:
         if isinstance(pipeline, DDIMPipeline | DDPMPipeline | ClassConditionalDDIMPipeline):
             pipeline = stock_pipeline(pipeline.unet, pipeline.scheduler, sampler)
@@ -114,59 +100,20 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
     return pipeline
 
 
-def _pipeline_class(config: Mapping[str, Any]) -> type[DiffusionPipeline]:
-    """The class of a model_index.json that asks for no code but diffusers', transformers' and this package's."""
-    if not isinstance(config, Mapping):
-        raise ValueError("its model_index.json is no JSON object")
-    name = config.get("_class_name")
-    if name == ClassConditionalDDIMPipeline.__name__:
-        kind: Any = ClassConditionalDDIMPipeline
-    else:
-        kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
-        raise ValueError(f"its class {name!r} is not one of diffusers' pipelines; code of its own is not run")
-    for part, value in config.items():
-        if part.startswith("_") or not isinstance(value, list | tuple):
-            continue
-        library = value[0] if value else None
-        if library not in (None, "diffusers", "transformers") and not (
-            isinstance(library, str) and hasattr(diffusers.pipelines, library)
-        ):
-            raise ValueError(f"its part {part!r} is of {library!r}, not of diffusers or transformers; that is not run")
-        if Path(part).name != part:
-            raise ValueError(f"its part {part!r} lies outside of its folder")
-    return kind
-
-
-def _check_parts(folder: Path) -> None:
-    """Say what is wrong with a part of a pipeline before it is built: pickles, absurd sizes, too few weights."""
-    for part in DiffusionPipeline.load_config(folder):
-        pickles = [path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in (folder / part).glob(pattern)]
-        weights = list((folder / part).glob("*.safetensors"))
-        if pickles and not weights:
-            raise ValueError(f"{pickles[0]} is pickled and can run code when loaded; only safetensors are read here")
-        for name in ("config.json", "scheduler_config.json"):
-            path = folder / part / name
-            if path.is_file():
-                config = json.loads(path.read_text())
-                check_sizes(config, str(path), "model" if name == "config.json" else "schedule")
-                _check_weights(config, path, weights)
-
-
-def _check_weights(config: Mapping[str, Any], path: Path, weights: list[Path]) -> None:
-    """Refuse a model of diffusers that is larger than its weights, which takes no memory to find out."""
-    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    is_model = isinstance(kind, type) and issubclass(kind, ModelMixin)
-    if not weights or not is_model:
-        return
-    with torch.device("meta"):
-        needed = sum(value.numel() for value in kind.from_config(dict(config)).state_dict().values())
-    stored = 0
-    for file in weights:
-        with safe_open(file, framework="pt") as tensors:
-            stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    if needed > stored:
-        raise ValueError(f"{path} asks for {needed:,} numbers and the weights beside it hold {stored:,}")
+def _check_call(kind: type[DiffusionPipeline], source: str) -> None:
+    """Refuse a pipeline that needs more than noise and class labels, by its class alone."""
+    parameters = inspect.signature(kind.__call__).parameters
+    needed = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    makes_images = "output_type" in parameters and bool({"batch_size", "class_labels"} & set(parameters))
+    if needed - {"self", "class_labels"} or "prompt" in parameters or not makes_images:
+        raise ValueError(
+            f"{source} is a {kind.__name__}, which needs more than noise and class labels; unconditional and "
+            "class-conditional pipelines can be sampled here"
+        )
 
 
 def num_classes(pipeline: DiffusionPipeline) -> int:

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from vkd_gen.evaluation.feature_network import load_feature_network
+from vkd_gen.hub import explain_names
 from vkd_gen.provenance import hash_tensors
 
 INCEPTION = "inception-v3-compat"
@@ -155,12 +156,14 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
             raise ValueError(f"torch-fidelity downloads the weights of {name} itself; leave out --extractor_weights")
         try:  # torch-fidelity itself would run code that a pickle holds
             with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than torch's
-                torch.load(weights, map_location="cpu", weights_only=True)
+                names = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged, truncated and executable files each have a class of their own
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"the extractor weights {weights} are not a plain state dict of tensors: {reason}"
             ) from error
+        if isinstance(names, Mapping) and (reason := explain_names(map(str, names))):
+            raise ValueError(f"the extractor weights {weights} are of another module: {reason}")
     kind = registry[name]
     layers: dict[Metric, str] = {}
     metrics: tuple[Metric, ...] = ("isc", "fid", "kid", "prc")

@@ -1,15 +1,17 @@
 """A small classifier of handwritten digits, whose features score samples of digits where Inception's mean little."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vkd_gen.data import Images
+from vkd_gen.hub import check_layout, read_tensors, stored_layout
 
 
 class FeatureNetwork(nn.Module):
@@ -104,11 +106,13 @@ def load_feature_network(path: Path) -> FeatureNetwork:
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
-        weights = load_file(path)
+        layout = stored_layout([path])
+        shape, _ = layout.get("features.0.bias", ((16,), True))  # of another network whose names are told below
         with torch.device("meta"):  # a width that the other weights do not have must not be allocated
-            network = FeatureNetwork(width=len(weights["features.0.bias"]))
-        network.load_state_dict(weights, assign=True)
-    except (SafetensorError, RuntimeError, KeyError) as error:
+            network = FeatureNetwork(width=math.prod(shape))
+        check_layout(layout, network, path)
+        network.load_state_dict(read_tensors(path), assign=True)
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a feature network: {str(error).splitlines()[0]}") from error
     network.facts = {"file": path.name, **facts}
     return network.eval()

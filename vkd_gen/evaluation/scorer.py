@@ -34,6 +34,7 @@ from vkd_gen.evaluation.sources import (
     from_images,
     from_pipeline,
 )
+from vkd_gen.hub import read_tensors
 from vkd_gen.sampling import stock_pipeline
 
 logger = logging.getLogger(__name__)
@@ -309,8 +310,8 @@ def _read_cache(path: Path, key: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("key") == key:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
+                return read_tensors(path)
+    except (OSError, SafetensorError, ValueError):
         pass
     return None
 

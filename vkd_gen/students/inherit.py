@@ -8,6 +8,7 @@ import torch
 from diffusers import ModelMixin
 
 from vkd_gen.choices import ChannelChoice, Rescaling
+from vkd_gen.features import bare
 from vkd_gen.schedule import Schedule
 from vkd_gen.students.activations import Batches, read_channels
 from vkd_gen.students.channels import check_choice, choose_channels, undecided
@@ -92,7 +93,7 @@ def inherit_weights(
     if rescaling is not None and rescaling not in get_args(Rescaling):
         raise ValueError(f"unknown rescaling {rescaling!r}; choose one of {', '.join(get_args(Rescaling))}")
     batches = None if batches is None else list(batches)
-    links = link_layers(student, teacher, stages=stages, layers=layers)
+    links = link_layers(bare(student), bare(teacher), stages=stages, layers=layers)
     narrower = bool(undecided(links))
     if rescaling is None:
         rescaling = "least_squares" if batches else "none"

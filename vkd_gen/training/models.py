@@ -1,26 +1,24 @@
 """UNets from folders, files and the hub: safetensors only, no code, and sizes checked before anything is allocated."""
 
-import json
-import math
-import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import load
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
-from safetensors import safe_open
 
+from vkd_gen.hub import check_memory, hub_folder, load_model, model_files, read_json
 from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import split_revision
 from vkd_gen.students import REDUCTIONS, TEACHERS
 from vkd_gen.students.build import complete_config, unet_class
 
-WEIGHTS = "diffusion_pytorch_model"
+CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
+"""What a UNet and its schedule are known by, in a repository of the hub."""
 
 
 class LoadedTeacher(NamedTuple):
@@ -67,28 +65,14 @@ def load_unet(source: str, role: str = "student") -> UNet2DModel:
             f"{source} holds a {unet_class(config).__name__}; this recipe distils a UNet2DModel. --dry_run shows the "
             "student, its cost and its pairs; training it needs another recipe, with text and latents"
         )
-    needed = unet_without_weights(config, source)
-    check_memory(needed, source)
-    folder = Path(source)
-    if not folder.is_dir():
-        return _from_hub(source, role)
-    unet_folder = _unet_folder(folder)
-    if not list(unet_folder.glob(f"{WEIGHTS}*.safetensors*")):
-        pickles = list(unet_folder.glob("*.bin")) + list(unet_folder.glob("*.pt"))
-        if pickles:
-            raise ValueError(
-                f"{unet_folder} holds pickled weights only ({pickles[0].name}), which can run code when loaded; if you "
-                "trust them, convert them once: UNet2DModel.from_pretrained(FOLDER, use_safetensors=False)"
-                ".save_pretrained(NEW_FOLDER)"
-            )
-        raise ValueError(f"{unet_folder} holds no weights: {WEIGHTS}.safetensors is not there")
+    check_memory(unet_without_weights(config, source), source)
+    place = _place(source, role)
+    if not Path(source).exists():  # now that it is known to be a UNet that is wanted
+        _from_hub(source, role, model_files("unet/" if place.name == "unet" else ""))
     try:
-        missing = sum(value.numel() for value in needed.state_dict().values()) - _count_stored(unet_folder)
-        if missing > 0:
-            raise ValueError(f"its weights are {missing:,} numbers short of what its config.json asks for")
-        return UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, low_cpu_mem_usage=False)
+        return load_model(UNet2DModel, place)
     except Exception as error:  # damaged weights, and configurations of other models, raise all kinds of errors
-        raise ValueError(f"cannot load the UNet in {unet_folder}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"cannot load the UNet in {place}: {' '.join(str(error).split())[:500]}") from error
 
 
 def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
@@ -101,22 +85,17 @@ def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
     Raises:
         ValueError: in one line: nothing there, no JSON, no UNet.
     """
-    path = Path(source)
-    if path.is_dir():
-        path = _unet_folder(path) / "config.json"
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: {error}") from error
-        if not isinstance(config, dict) or "block_out_channels" not in config:
-            raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: no block_out_channels")
-    elif source in TEACHERS:
+    if source in TEACHERS and not Path(source).exists():
         return dict(TEACHERS[source])
-    else:
-        if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") != 1:
-            raise ValueError(f"there is no {role} folder {source}")
-        config = _from_hub(source, role, config_only=True)
+    path = Path(source)
+    if not path.is_file():
+        path = _place(source, role) / "config.json"
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: {error}") from error
+    if "block_out_channels" not in config:
+        raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: no block_out_channels")
     unet_class(config)
     return config
 
@@ -144,29 +123,24 @@ def read_student_config(source: str, teacher: ModelMixin) -> dict[str, Any]:
     return {**config, "sample_size": teacher.config.sample_size}
 
 
-def _from_hub(source: str, role: str, *, config_only: bool = False) -> Any:
-    repository, revision = split_revision(source)
-
-    def load(subfolder: str | None) -> Any:
-        if config_only:
-            return UNet2DModel.load_config(repository, subfolder=subfolder, revision=revision)
-        return UNet2DModel.from_pretrained(repository, subfolder=subfolder, revision=revision, use_safetensors=True)
-
-    try:
-        try:
-            return load("unet")
-        except OSError:  # no such subfolder: older repositories keep everything at the root
-            return load(None)
-    except Exception as error:  # offline, missing, gated and malformed each have a class of their own
-        reason = " ".join(str(error).split())
-        raise ValueError(f"there is no {role} folder {source}, and the hub did not give it: {reason[:200]}") from error
-
-
-def _unet_folder(folder: Path) -> Path:
+def _place(source: str, role: str) -> Path:
+    """The folder of a UNet's config.json, in a folder here or in the hub's cache, where it is downloaded to."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") != 1:
+            raise ValueError(f"there is no {role} folder {source}")
+        folder = _from_hub(source, role, CONFIGS)
     for path in (folder / "unet", folder):
         if (path / "config.json").is_file():
             return path
     raise ValueError(f"{folder} holds no UNet: neither unet/config.json nor config.json is there")
+
+
+def _from_hub(source: str, role: str, files: Sequence[str]) -> Path:
+    try:
+        return hub_folder(source, files)
+    except ValueError as error:
+        raise ValueError(f"there is no {role} folder {source}, and the hub did not give it: {error}") from error
 
 
 def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
@@ -204,58 +178,21 @@ def _check_kinds(config: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source} is no UNet that diffusers can build: sample_size is {str(size)[:80]}, no size")
 
 
-def check_memory(unet: ModelMixin, source: str) -> None:
-    """Refuse a UNet whose weights, in float32, are larger than this machine's memory."""
-    needed = 4 * sum(parameter.numel() for parameter in unet.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ValueError(
-            f"the weights of {source} would take {needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB"
-        )
-
-
-def _count_stored(folder: Path) -> int:
-    """Numbers in the weights of a folder, from the headers of its files alone."""
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    names = {f"{WEIGHTS}.safetensors"}
-    if index.is_file():
-        names = {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
-    count = 0
-    for name in names:
-        with safe_open(folder / name, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return count
-
-
 def _load_scheduler(source: str) -> tuple[DDPMScheduler, str]:
     path = Path(source)
-    if path.exists():
-        unet_folder = _unet_folder(path) if path.is_dir() else path.parent
-        folders = (path / "scheduler", path) if path.is_dir() else (path.parent,)
-        for folder in (*folders, unet_folder.resolve().parent / "scheduler"):
-            if (folder / "scheduler_config.json").is_file():
-                try:
-                    config = DDPMScheduler.load_config(folder)
-                except (OSError, ValueError, RecursionError) as error:
-                    raise ValueError(f"cannot read {folder / 'scheduler_config.json'}: it is no JSON") from error
-                return _scheduler(config, str(folder)), str(folder)
-    if path.exists() or source in TEACHERS:
+    if source in TEACHERS and not path.exists():
         return DDPMScheduler(), "diffusers' default; the teacher comes without one"
-    repository, revision = split_revision(source)
-    try:
-        try:
-            config = DDPMScheduler.load_config(repository, subfolder="scheduler", revision=revision)
-        except OSError:
-            config = DDPMScheduler.load_config(repository, revision=revision)
-    except Exception as error:  # as above
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the hub did not give a schedule for {source}: {reason[:200]}") from error
-    return _scheduler(config, source), source
+    place = path.parent if path.is_file() else _place(source, "teacher")
+    # Beneath a pipeline's folder, beside a UNet's, or in the same folder.
+    root = place.parent if place.name == "unet" else place
+    for folder in dict.fromkeys((root / "scheduler", root, place, place.resolve().parent / "scheduler")):
+        file = folder / "scheduler_config.json"
+        if file.exists():
+            return _scheduler(read_json(file), str(folder)), str(folder) if path.exists() else source
+    return DDPMScheduler(), "diffusers' default; the teacher comes without one"
 
 
 def _scheduler(config: Mapping[str, Any], source: str) -> DDPMScheduler:
-    if not isinstance(config, Mapping):
-        raise ValueError(f"{source} holds no schedule: its scheduler_config.json is not a JSON object")
     if "beta_schedule" not in config and "trained_betas" not in config:
         raise ValueError(
             f"{source} holds a {config.get('_class_name', 'scheduler')}, which is not a schedule of betas; this recipe "

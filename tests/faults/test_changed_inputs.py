@@ -1,0 +1,96 @@
+"""What is written over a file after it was loaded changes nothing, and cutting it kills nobody."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+
+from tests.conftest import make_batch, tiny_unet
+from vkd_gen.calibration import FeatureStatistics, load_statistics, save_statistics
+from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
+from vkd_gen.hub import read_tensors
+from vkd_gen.sampling import load_pipeline, stock_pipeline
+from vkd_gen.training.models import load_teacher, load_unet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def overwrite(file):
+    """In place, as `cp` does: the same file, other bytes."""
+    with file.open("r+b") as opened:
+        opened.seek(-2000, 2)
+        opened.write(b"\xff" * 2000)
+
+
+def cut(file):
+    with file.open("r+b") as opened:
+        opened.truncate(0)
+
+
+CHANGES = {"overwritten": overwrite, "cut": cut}  # after a cut, reading a mapped page ends the process by SIGBUS
+
+
+def unet_folder(folder):
+    tiny_unet().save_pretrained(folder)
+    return folder / WEIGHTS
+
+
+def pipeline_of(folder):
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
+    return folder / "unet" / WEIGHTS
+
+
+def sharded(folder):
+    tiny_unet().save_pretrained(folder, max_shard_size="20KB")
+    return sorted(folder.glob("*.safetensors"))[-1]
+
+
+def network_of(folder):
+    save_feature_network(FeatureNetwork(width=4), folder / "x.safetensors", {})
+    return folder / "x.safetensors"
+
+
+def statistics_of(folder):
+    entry = FeatureStatistics(
+        **{name: torch.rand(shape) for name, shape in (("mean", (2, 30)), ("share", (2,)))},
+        **{name: torch.rand(30, 30) for name in ("covariance", "layer_norm_covariance")},
+    )
+    save_statistics({"mid_block": entry}, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+def tensors_of(folder):
+    save_file({"x": torch.rand(3000)}, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+LOADED = {
+    "teacher": (unet_folder, lambda file: load_teacher(str(file.parent)).unet.state_dict()),
+    "teacher in several files": (sharded, lambda file: load_teacher(str(file.parent)).unet.state_dict()),
+    "student": (unet_folder, lambda file: load_unet(str(file.parent)).state_dict()),
+    "pipeline": (pipeline_of, lambda file: load_pipeline(str(file.parents[1])).unet.state_dict()),
+    "feature network": (network_of, lambda file: load_feature_network(file).state_dict()),
+    "statistics": (statistics_of, lambda file: vars(load_statistics(file)["mid_block"])),
+    "tensors": (tensors_of, read_tensors),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", LOADED)
+def test_a_file_that_changes_under_a_run(tmp_path, name, change):
+    prepare, load = LOADED[name]
+    file = prepare(tmp_path)
+    untouched = {key: value.clone() for key, value in load(file).items()}
+    tensors = load(file)
+    CHANGES[change](file)
+    assert tensors.keys() == untouched.keys()
+    assert all(torch.equal(value, untouched[key]) for key, value in tensors.items())
+
+
+def test_the_teachers_prediction_stays(tmp_path):
+    file = unet_folder(tmp_path)
+    unet, batch = load_teacher(str(tmp_path)).unet, make_batch()
+    with torch.no_grad():
+        before = unet(batch["sample"], batch["timesteps"]).sample
+        overwrite(file)
+        assert torch.equal(unet(batch["sample"], batch["timesteps"]).sample, before)

@@ -1,0 +1,175 @@
+"""The library with models in wrappers, in other precisions, and UNets of other conditions: right, or one line."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import vkd_gen as vkd
+from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
+from tests.recipes.conftest import recipe_runner
+from vkd_gen.evaluation.cost import count_macs
+from vkd_gen.features import feature_shapes
+
+
+class Wrapper(torch.nn.Module):
+    """As DistributedDataParallel and FSDP hold a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+WRAPPERS = {
+    "torch.compile": (lambda model: torch.compile(model, backend="eager"), "pass the bare one, its `._orig_mod`"),
+    "DataParallel": (torch.nn.DataParallel, "in a DataParallel; pass the bare one, its `.module`"),
+    "another": (Wrapper, "in a Wrapper; pass the bare one"),
+    "two": (lambda model: Wrapper(torch.compile(model, backend="eager")), "in a Wrapper; pass the bare one"),
+}
+USES = {
+    "build_student": lambda model: vkd.build_student(model, width=0.5),
+    "FrozenTeacher": vkd.FrozenTeacher,
+    "ProjectedStudent": vkd.ProjectedStudent,
+    "pair_layers, student": lambda model: vkd.pair_layers(model, tiny_unet()),
+    "pair_layers, teacher": lambda model: vkd.pair_layers(tiny_unet(), model),
+    "FeatureCapture": lambda model: vkd.FeatureCapture(model, ["mid_block"]),
+    "inherit_weights": lambda model: vkd.inherit_weights(tiny_unet(), model),
+    "count_macs": count_macs,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_model_in_a_wrapper(use, wrapper):
+    wrap, words = WRAPPERS[wrapper]
+    with pytest.raises(ValueError, match=words):
+        USES[use](wrap(tiny_unet()))
+
+
+def losses_of(student_dtype, teacher_dtype, projector=vkd.OrthogonalProjector, convert=None):
+    """README's step with a student and a teacher in other precisions."""
+    teacher_unet = torch.nn.Module.to(tiny_unet(), teacher_dtype)
+    student = torch.nn.Module.to(vkd.build_student(tiny_unet(), width=0.5), student_dtype)
+    pairs = vkd.pair_layers(student, teacher_unet)
+    model = vkd.ProjectedStudent(
+        student,
+        pairs,
+        [projector(pair.student_channels, pair.teacher_channels) for pair in pairs],
+        [vkd.FeatureNormalizer("none", channels=pair.teacher_channels) for pair in pairs],
+    )
+    if convert is not None:
+        model.to(convert)
+    teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
+    torch.set_default_dtype(torch.float32)
+    losses = vkd.distillation_losses(model, make_batch(), schedule=vkd.Schedule.of(DDPMScheduler()), teacher=teacher)
+    losses["total"].backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    return losses["total"].item()
+
+
+@pytest.fixture
+def default_dtype(request):
+    """torch.set_default_dtype, for a while."""
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+F, D, B, H = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("projector", [vkd.OrthogonalProjector, vkd.LinearProjector])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [(D, F), (D, D), (B, F), (B, B), (F, B), (F, D), (H, F), (D, B)], ids=str
+)
+def test_student_and_teacher_in_other_precisions(student, teacher, projector):
+    def total(*dtypes):
+        torch.manual_seed(0)
+        return losses_of(*dtypes, projector)
+
+    assert total(student, teacher) == pytest.approx(total(F, F), rel=1e-2 if {B, H} & {student, teacher} else 1e-5)
+
+
+@pytest.mark.parametrize("default_dtype", [D], indirect=True)
+def test_a_default_of_float64(default_dtype):
+    assert 0 < losses_of(D, D) < 10
+
+
+@pytest.mark.parametrize("default_dtype", [B, H], indirect=True)
+def test_projectors_made_in_half_precision(default_dtype):
+    with pytest.raises(ValueError, match=f"the projector is in {default_dtype}: keep it in float32"):
+        losses_of(default_dtype, default_dtype)
+
+
+@pytest.mark.parametrize("dtype", [B, H])
+def test_a_whole_student_put_into_half_precision(dtype):
+    with pytest.raises(ValueError, match="keep it in float32"):
+        losses_of(F, F, convert=dtype)
+    assert 0 < losses_of(F, F, convert=torch.float64) < 10
+
+
+SHOWN = {
+    "Stable unCLIP": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 48},
+    "simple projection": {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 48},
+    "timestep as class": {"class_embed_type": "timestep"},
+    "DeepFloyd IF": {
+        "addition_embed_type": "text", "encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 40,
+        "addition_embed_type_num_heads": 8, "out_channels": 8,
+    },
+    "text width of its own": {"encoder_hid_dim": 40},
+    "classes and text": {"num_class_embeds": 5},
+}  # fmt: skip
+REFUSED = {
+    "class_embed_type": {"class_embed_type": "identity"},
+    "addition_embed_type": {
+        "addition_embed_type": "image",
+        "encoder_hid_dim_type": "image_proj",
+        "encoder_hid_dim": 40,
+    },
+    "encoder_hid_dim_type": {"encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 40},
+    "dual_cross_attention": {"dual_cross_attention": True},
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_unets_of_other_conditions_have_shapes_and_costs(name):
+    unet = tiny_condition_unet(**SHOWN[name])
+    assert feature_shapes(unet, ["mid_block"]) == {"mid_block": (16, 4, 4)}
+    assert count_macs(unet) > 0
+
+
+@pytest.mark.parametrize("entry", REFUSED)
+def test_unets_of_conditions_that_are_not_known(entry):
+    unet = tiny_condition_unet(**REFUSED[entry])
+    for use in (count_macs, lambda unet: feature_shapes(unet, ["mid_block"])):
+        with pytest.raises(ValueError, match=f"UNet2DConditionModel with {entry} .* not known here"):
+            use(unet)
+
+
+def test_a_unet_that_fails_in_any_other_way():
+    """Whatever diffusers raises is one line."""
+    unet = tiny_condition_unet(time_cond_proj_dim=8, addition_embed_type="text_time", addition_time_embed_dim=4,
+                               projection_class_embeddings_input_dim=30)  # fmt: skip
+    unet.register_to_config(projection_class_embeddings_input_dim=40)
+    unet.register_to_config(cross_attention_dim="wide")
+    with pytest.raises(ValueError) as error:
+        feature_shapes(unet, ["mid_block"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["Stable unCLIP", "dual_cross_attention"])
+def test_a_dry_run_of_other_conditions(name, tmp_path, monkeypatch, capfd):
+    unet = tiny_condition_unet(**{**SHOWN, **REFUSED}[name])
+    (tmp_path / "config.json").write_text(unet.to_json_string())
+    assert json.loads(unet.to_json_string())["_class_name"] == "UNet2DConditionModel"
+    run = recipe_runner(monkeypatch, tmp_path)
+    flags = ["--teacher", tmp_path / "config.json", "--dry_run"]
+    if name in SHOWN:
+        run("train_student_unet", *flags)
+        assert "this recipe cannot train it" in capfd.readouterr().out
+    else:
+        with pytest.raises(SystemExit) as status:
+            run("train_student_unet", *flags)
+        assert status.value.code == 2
+        assert name in capfd.readouterr().err.splitlines()[-1]
