@@ -205,10 +205,10 @@ def run_without_weights(copy: ModelMixin) -> None:
     Raises:
         ValueError: in one line, if it cannot be run on a sample of its own size, or on any conditions known here.
     """
+    _check_conditions(copy)
     with torch.device("meta"), torch.no_grad():
-        inputs = example_inputs(copy)
         try:
-            copy(**inputs)
+            copy(**example_inputs(copy))
         except Exception as error:  # diffusers checks little: what does not fit may end in any kind of error
             size, reason = copy.config.sample_size, " ".join(str(error).split())[:300]
             raise ValueError(f"{type(copy).__name__} cannot take a sample of size {size}: {reason}") from error
@@ -238,16 +238,8 @@ def example_inputs(unet: ModelMixin) -> dict[str, Any]:
     Raises:
         ValueError: for a UNet without a sample size, or that takes conditions which are not known here.
     """
-    config = unet.config
-    for entry, known in KNOWN_CONDITIONS.items():
-        if config.get(entry) not in known:
-            raise ValueError(
-                f"{type(unet).__name__} with {entry} {config[entry]!r} takes conditions that are not known here; known "
-                f"are {', '.join(map(str, known))}"
-            )
-    size = config.sample_size
-    if size is None:
-        raise ValueError(f"{type(unet).__name__} names no sample_size in its config; set one to know its shapes")
+    _check_conditions(unet)
+    config, size = unet.config, unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     inputs: dict[str, Any] = {
         "sample": torch.zeros(1, config.in_channels, height, width),
@@ -267,3 +259,15 @@ def example_inputs(unet: ModelMixin) -> dict[str, Any]:
         text_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, text_width), "time_ids": torch.zeros(1, 6)}
     return inputs
+
+
+def _check_conditions(unet: ModelMixin) -> None:
+    config = unet.config
+    for entry, known in KNOWN_CONDITIONS.items():
+        if config.get(entry) not in known:
+            raise ValueError(
+                f"{type(unet).__name__} with {entry} {config[entry]!r} takes conditions that are not known here; known "
+                f"are {', '.join(map(str, known))}"
+            )
+    if config.sample_size is None:
+        raise ValueError(f"{type(unet).__name__} names no sample_size in its config; set one to know its shapes")

@@ -117,8 +117,8 @@ def weight_files(folder: Path) -> list[Path]:
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         if pickles and not others:
             raise ValueError(
-                f"{folder} holds pickled weights only ({pickles[0]}), which can run code when loaded; if you trust "
-                "them, convert them once: UNet2DModel.from_pretrained(FOLDER, use_safetensors=False)"
+                f"{folder} holds pickled weights only: {pickles[0]} is pickled and can run code when loaded; if you "
+                "trust it, convert it once to safetensors: UNet2DModel.from_pretrained(FOLDER, use_safetensors=False)"
                 ".save_pretrained(NEW_FOLDER)"
             )
         beside = f"; {others[0]} is read under that name alone" if others else ""
@@ -176,8 +176,8 @@ def check_layout(stored: Layout, model: nn.Module, source: str | Path) -> None:
         reason = explain_names(stored, needed)
         raise ValueError(
             f"the weights in {source} are not those of the {type(model).__name__} that its configuration asks for: "
+            + (f"{reason}; " if reason else "")
             + ", ".join(faults)
-            + (f"; {reason}" if reason else "")
         )
 
 

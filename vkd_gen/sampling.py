@@ -88,7 +88,7 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
         path = path if is_here else hub_folder(source, part_files(kind))
         pipeline = kind(**load_parts(kind, path))
     except Exception as error:  # missing, damaged and foreign parts each have a class of their own
-        raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:500]}") from error
+        raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:1000]}") from error
     if sampler is not None:
         if isinstance(pipeline, DDIMPipeline | DDPMPipeline | ClassConditionalDDIMPipeline):
             pipeline = stock_pipeline(pipeline.unet, pipeline.scheduler, sampler)

@@ -88,7 +88,7 @@ CASES = {
     "pipeline with a list as class": (index(_class_name=["pipeline", "P"]), "one of diffusers' pipelines"),
     "pipeline with prompts": (
         index(_class_name="StableDiffusionPipeline", text_encoder=["transformers", "CLIPTextModel"]),
-        "StableDiffusionPipeline, which needs more than noise",
+        "StableDiffusionPipeline, which needs more than noise|one of diffusers' pipelines",  # without transformers
     ),
 }  # fmt: skip
 

@@ -72,7 +72,7 @@ def load_unet(source: str, role: str = "student") -> UNet2DModel:
     try:
         return load_model(UNet2DModel, place)
     except Exception as error:  # damaged weights, and configurations of other models, raise all kinds of errors
-        raise ValueError(f"cannot load the UNet in {place}: {' '.join(str(error).split())[:500]}") from error
+        raise ValueError(f"cannot load the UNet in {place}: {' '.join(str(error).split())[:1000]}") from error
 
 
 def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
@@ -93,9 +93,9 @@ def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
     try:
         config = read_json(path)
     except ValueError as error:
-        raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: {error}") from error
+        raise ValueError(f"the {role} {path} is no config.json of a UNet: {error}") from error
     if "block_out_channels" not in config:
-        raise ValueError(f"the {role} {path} is a file, but no config.json of a UNet: no block_out_channels")
+        raise ValueError(f"the {role} {path} is no config.json of a UNet: no block_out_channels")
     unet_class(config)
     return config
 
@@ -131,7 +131,7 @@ def _place(source: str, role: str) -> Path:
             raise ValueError(f"there is no {role} folder {source}")
         folder = _from_hub(source, role, CONFIGS)
     for path in (folder / "unet", folder):
-        if (path / "config.json").is_file():
+        if (path / "config.json").exists():
             return path
     raise ValueError(f"{folder} holds no UNet: neither unet/config.json nor config.json is there")
 
