@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
+from vkd_gen.calibration import load_statistics
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
+from vkd_gen.evaluation.sources import from_array
 from vkd_gen.hub import check_layout, stored_layout
 from vkd_gen.sampling import load_pipeline
-from vkd_gen.training.models import load_teacher, load_unet
+from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
+from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -208,8 +211,6 @@ def test_extractor_weights_that_were_saved_in_a_wrapper(tmp_path, prefix):
 @pytest.mark.slow
 def test_a_resumed_runs_own_weights(pipeline_folder, tmp_path, monkeypatch, capfd):
     """By name too: a sealed checkpoint of weights under other names is refused, and the run's folder stays."""
-    from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
-
     run = recipe_runner(monkeypatch, tmp_path)
     flags = ["--teacher", pipeline_folder, "--output_dir", tmp_path / "run", "--extractor", "none", *SHORT_STUDENT]
     run("train_student_unet", *flags)
@@ -249,6 +250,15 @@ def test_what_is_no_file_is_refused_and_not_waited_for(pipeline_folder, name, ki
         with pytest.raises(ValueError, match=rf"{name.split('/')[1]} is no regular file") as error:
             load(str(pipeline_folder))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [from_array, load_feature_network, load_statistics, read_manifest, check_checkpoint])
+def test_a_pipe_in_place_of_any_other_file(tmp_path, load):
+    names = {read_manifest: MANIFEST, check_checkpoint: "optimizer.bin", from_array: "x.npz"}
+    path = tmp_path / names.get(load, "x.safetensors")
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"is no regular file|is missing|there is no"):
+        load(tmp_path if load in (read_manifest, check_checkpoint) else path)
 
 
 @pytest.mark.parametrize("load", [load_teacher, load_unet, load_pipeline])

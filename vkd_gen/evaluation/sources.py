@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vkd_gen.data import Images, load_images, told_of
 from vkd_gen.evaluation.extractors import Extractor, hash_weights
+from vkd_gen.hub import check_file
 from vkd_gen.sampling import Precision, generate_images, num_classes
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def from_array(path: str) -> ImageSource:
         ValueError: for a file that holds no such array.
     """
     try:
+        check_file(Path(path))
         with np.load(path, allow_pickle=False) as file:
             name = "arr_0" if "arr_0" in file.files else file.files[0]
             pixels = file[name]

@@ -37,11 +37,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is no manifest, or it is not as it was written.
     """
+    if not (folder / MANIFEST).is_file():  # a pipe would never end
+        raise ValueError(f"{MANIFEST} is missing")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         hash_then = manifest.pop("sha256")
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{MANIFEST} cannot be read") from None
     if _hash_of(manifest) != hash_then:

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import load
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
-from vkd_gen.hub import check_memory, hub_folder, load_model, model_files, read_json
+from vkd_gen.hub import check_file, check_memory, hub_folder, load_model, model_files, read_json
 from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import split_revision
@@ -263,6 +263,7 @@ def check_checkpoint(folder: Path | None) -> None:
         )
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".pth")):
         try:
+            check_file(path)
             with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than its own
                 load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # damaged, truncated and executable files each have a class of their own
