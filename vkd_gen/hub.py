@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: it is no JSON") from error
+        raise ValueError(f"cannot read {path}: it is no JSON ({str(error)[:80]})") from error
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {path}: it is not a JSON object")
     return content
