@@ -348,10 +348,10 @@ def test_tables_show_every_row_in_columns_of_the_extractors_name(capsys):
     }
     results = {"rows": rows, "protocol": {"extractor": "digits", "reference": {"images": "x", "num_images": 3}}}
     table = markdown_table(results).splitlines()
-    assert table[0] == "| | parameters | fid | fid digits |"
+    assert table[0] == "| | parameters | FID | FID (digits) |"
     assert table[2] == "| student | 1,234 | 9.00 | 1.50 |"
     assert table[3] == "| real | - | - | 0.25 |"
-    assert table[-1] == "- reference: images x; num images 3"
+    assert table[-1] == "- reference: images x; number of images 3"
     print_table(results)
     assert "1,234" in capsys.readouterr().out
 

@@ -48,16 +48,16 @@ def test_means_spreads_and_differences_by_hand():
     assert cells(scores, "output") == {
         "": "output",
         "runs": "3 of 3",
-        "teacher distance": "0.01100 ± 0.00100",
-        "fid digits": "11.00 ± 1.00",
+        "distance to the teacher": "0.01100 ± 0.00100",
+        "FID (digits)": "11.00 ± 1.00",
         "share of the gap": "40%",  # of 15 - 5, 4 are closed
         "steps": "20",
     }
-    assert cells(scores, "teacher")["fid digits"] == "5.00"
-    assert cells(scores, "held-out images")["teacher distance"] == "-"
+    assert cells(scores, "teacher")["FID (digits)"] == "5.00"
+    assert cells(scores, "held-out images")["distance to the teacher"] == "-"
     # fitnet: -1.0, -1.5, -2.0, deviation 0.5, t_2 = 4.3027: 4.3027 * 0.5 / sqrt(3) = 1.242
-    assert cells(differences, "fitnet")["fid digits"] == "-1.50 ± 1.24* (3/3)"
-    assert cells(differences, "denoising")["fid digits"] == "+4.00 ± 2.48* (0/3)"
+    assert cells(differences, "fitnet")["FID (digits)"] == "-1.50 ± 1.24* (3/3)"
+    assert cells(differences, "denoising")["FID (digits)"] == "+4.00 ± 2.48* (0/3)"
     assert [row[0] for row in differences.rows] == ["denoising", "fitnet"]
 
 
@@ -65,10 +65,10 @@ def test_what_is_missing_is_shown_as_missing():
     records = [record("output", 0), record("output", 1), record("fitnet", 1), record("denoising", 2)]
     scores, differences = tables_of(comparison(records))
     assert cells(scores, "fitnet")["runs"] == "1 of 3"
-    assert cells(scores, "fitnet")["fid digits"] == "9.50"
+    assert cells(scores, "fitnet")["FID (digits)"] == "9.50"
     assert cells(scores, "fitnet")["share of the gap"] == "-"  # no seed in common with denoising
-    assert cells(differences, "fitnet")["fid digits"] == "-1.50 (1/1)"
-    assert cells(differences, "denoising")["fid digits"] == "-"
+    assert cells(differences, "fitnet")["FID (digits)"] == "-1.50 (1/1)"
+    assert cells(differences, "denoising")["FID (digits)"] == "-"
     scores, _ = tables_of(comparison([record("output", 0)], reference={}))
     assert cells(scores, "fitnet")["steps"] == "-"
     assert len(scores.rows) == 3
@@ -124,8 +124,8 @@ def test_panels_are_sorted_by_the_distance_and_show_intervals_and_seeds():
     distance, frechet = figure.axes
     assert [label.get_text() for label in distance.get_yticklabels()] == ["fitnet", "denoising"]
     assert [axis.get_title() for axis in (distance, frechet)] == [
-        "teacher distance, inherited weights",
-        "fid digits, inherited weights",
+        "distance to the teacher, inherited weights",
+        "FID (digits), inherited weights",
     ]
     means = [line.get_xdata()[0] for line in frechet.lines if line.get_marker() == "o"]
     assert means == pytest.approx([-1.5, 4.0])

@@ -80,7 +80,7 @@ def test_runs_of_one_name_and_of_unlike_networks_are_all_on_the_page(tmp_path):
     (runs[1] / "results.json").write_text(json.dumps(results))
     write_report(runs, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    for text in ("x/run: student", "y/run: student", "<td>3.25</td>", "<td>4.75</td>", "<td>6.12</td>", "fid digits"):
+    for text in ("x/run: student", "y/run: student", "<td>3.25</td>", "<td>4.75</td>", "<td>6.12</td>", "FID (digits)"):
         assert text in page
 
 

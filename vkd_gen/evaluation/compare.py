@@ -11,6 +11,7 @@ from vkd_gen.data import Images
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
+from vkd_gen.evaluation.labels import label_of, score_kind
 from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.evaluation.terminal import print_columns
 from vkd_gen.provenance import environment
@@ -146,24 +147,18 @@ def _score_models(
 def column_formats(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The columns of a table that some row has, each with its format, in the order of `FORMATS`."""
     found = dict.fromkeys(column for row in results["rows"].values() for column in row)
-    columns = [(column, _kind(column)) for column in found]
+    columns = [(column, score_kind(column)) for column in found]
     order = list(FORMATS)
     known = sorted((order.index(kind), column, FORMATS[kind]) for column, kind in columns if kind is not None)
     return [(column, form) for _, column, form in known if form is not None]
 
 
-def _kind(column: str) -> str | None:
-    """The score that a column is of, in whatever network's features: the longest name that it begins with."""
-    kinds = [name for name in FORMATS if column == name or column.startswith(name + "_")]
-    return max(kinds, key=len, default=None)
-
-
 def print_table(results: dict[str, Any]) -> None:
     """Print the rows for a person."""
-    columns = [column for column in column_formats(results) if _kind(column[0]) not in TOO_WIDE]
+    columns = [column for column in column_formats(results) if score_kind(column[0]) not in TOO_WIDE]
     rows = results["rows"]
     cells = zip(*(_cells(row, columns) for row in rows.values()), strict=True)
-    headings = [column.replace("_", " ") for column, _ in columns]
+    headings = [label_of(column) for column, _ in columns]
     print_columns(list(rows), list(zip(headings, cells, strict=True)))
 
 
@@ -175,18 +170,18 @@ def markdown_table(results: dict[str, Any]) -> str:
     """The rows and the protocol as Markdown."""
     columns = column_formats(results)
     lines = [
-        "| | " + " | ".join(column.replace("_", " ") for column, _ in columns) + " |",
+        "| | " + " | ".join(label_of(column) for column, _ in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     lines += [f"| {name} | " + " | ".join(_cells(row, columns)) + " |" for name, row in results["rows"].items()]
-    lines += ["", *(f"- {name.replace('_', ' ')}: {describe(value)}" for name, value in results["protocol"].items())]
+    lines += ["", *(f"- {label_of(name)}: {describe(value)}" for name, value in results["protocol"].items())]
     return "\n".join(lines)
 
 
 def describe(value: Any) -> str:
     """An entry of a protocol in words."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{name.replace('_', ' ')} {describe(part)}" for name, part in value.items())
+        return "; ".join(f"{label_of(name)} {describe(part)}" for name, part in value.items())
     return str(value)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from vkd_gen.evaluation.labels import label_of
 from vkd_gen.evaluation.method_tables import Comparison
 from vkd_gen.evaluation.report import load_outcome
 from vkd_gen.pictures import sample_grid
@@ -46,12 +47,12 @@ def draw_differences(comparison: Comparison) -> Any | None:
         order = [arm for _, arm in sorted(first)]
         for axis, score in zip(line, scores, strict=True):
             _draw_forest(axis, [found.get((start, arm, score)) for arm in order])
-            axis.set_title(f"{score.replace('_', ' ')}, {start} weights", fontsize=10)
+            axis.set_title(f"{label_of(score)}, {start} weights", fontsize=10)
         line[0].set_yticks(range(len(order)), order, fontsize=9)
         line[0].set_ylim(len(order) - 0.4, -0.6)
     for axis in axes[-1]:
         axis.set_xlabel(f"difference to {comparison.control} (less is better)", fontsize=9)
-    words = "bars: 95 % t-intervals over seeds, blue (better) or red (worse) where off zero; small marks: single seeds"
+    words = "bars: 95 % t-intervals over seeds, blue (better) or orange (worse) where off zero; small marks: single seeds"
     figure.supxlabel(words, fontsize=8, color="0.35")
     return figure
 
@@ -100,8 +101,7 @@ def draw_curves(comparison: Comparison) -> Any | None:
                 points = mean_curve(comparison.runs(start, arm), name)
                 if points:
                     _draw_curve(axis, points, arm, number)
-            title = name.removeprefix("score/").removeprefix("loss/").replace("_", " ")
-            axis.set_title(f"{title}{' loss' * name.startswith('loss/')}, {start} weights", fontsize=10)
+            axis.set_title(f"{label_of(name)}, {start} weights", fontsize=10)
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             low, high = axis.get_ylim()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vkd_gen.evaluation.compare import describe
+from vkd_gen.evaluation.labels import label_of
 from vkd_gen.evaluation.paired import PairedDifference, paired_difference, share_of_gap, summarize
 
 SHOWN = re.compile("teacher_distance|denoising_error|fid(_(?!training|held_out).+)?|kid(_(?!std).+)?")
@@ -124,7 +125,7 @@ def _scores_table(comparison: Comparison, start: str) -> TextTable:
     for name, row in comparison.reference.get("rows", {}).items():
         known = [f"{row[score]:.{decimals[score]}f}" if score in row else "-" for score in scores]
         rows.append([name, "-", *known, *(["-"] if frechet else []), "-"])
-    header = ["", "runs", *(score.replace("_", " ") for score in scores)]
+    header = ["", "runs", *(label_of(score) for score in scores)]
     header += ["share of the gap"] if frechet else []
     return TextTable(f"Scores, {start} weights", [*header, "steps"], rows)
 
@@ -145,7 +146,7 @@ def _differences_table(comparison: Comparison, start: str) -> TextTable:
             found = {score: comparison.difference(start, arm, score) for score in scores}
             rows.append([arm, *(_in_words(found[score], decimals[score]) for score in scores)])
     title = f"Differences to {comparison.control}, {start} weights"
-    return TextTable(title, ["", *(score.replace("_", " ") for score in scores)], rows)
+    return TextTable(title, ["", *(label_of(score) for score in scores)], rows)
 
 
 def _in_words(difference: PairedDifference | None, decimals: int) -> str:
@@ -164,14 +165,14 @@ def notes_of(comparison: Comparison) -> list[str]:
         "in brackets stands in how many seeds the arm is better.",
     ]
     if comparison.frechet_distance and BASELINE in comparison.arms:
-        name = comparison.frechet_distance.replace("_", " ")
+        name = label_of(comparison.frechet_distance)
         notes.append(f"The share of the gap is that of {name} between {BASELINE} and the teacher.")
     threads = sorted({record["threads"] for record in comparison.records if "threads" in record})
     commits = sorted({record["commit"] for record in comparison.records if "commit" in record})
     notes += [f"threads per run: {', '.join(map(str, threads))}"] if threads else []
     notes += [f"commits: {', '.join(commits)}"] if commits else []
     protocol = comparison.reference.get("protocol", {})
-    return notes + [f"{name.replace('_', ' ')}: {describe(value)}" for name, value in protocol.items()]
+    return notes + [f"{label_of(name)}: {describe(value)}" for name, value in protocol.items()]
 
 
 def markdown_tables(comparison: Comparison) -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vkd_gen.evaluation.compare import column_formats, describe
+from vkd_gen.evaluation.labels import label_of
 from vkd_gen.evaluation.sources import save_images
 from vkd_gen.pictures import sample_grid, save_sample_grid
 from vkd_gen.provenance import write_json
@@ -191,7 +192,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """A column per model, as long as there are fewer models than scores; else a row for each."""
     columns = column_formats({"rows": rows})
     cells = [[form.format(row[column]) if column in row else "-" for column, form in columns] for row in rows.values()]
-    across, down = [column.replace("_", " ") for column, _ in columns], list(rows)
+    across, down = [label_of(column) for column, _ in columns], list(rows)
     if len(down) < len(across):
         cells, across, down = [list(line) for line in zip(*cells, strict=True)], down, across
     head = "".join(f"<th>{html.escape(title)}</th>" for title in across)
@@ -205,7 +206,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _facts(facts: Mapping[str, Any]) -> str:
     rows = (
-        f'<tr><td class="dim">{html.escape(name.replace("_", " "))}</td><td>{html.escape(describe(value))}</td></tr>'
+        f'<tr><td class="dim">{html.escape(label_of(name))}</td><td>{html.escape(describe(value))}</td></tr>'
         for name, value in facts.items()
     )
     return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
@@ -214,12 +215,10 @@ def _facts(facts: Mapping[str, Any]) -> str:
 def curve_kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     """The metrics that there are curves of, each with its title."""
     logged = {name for outcome in outcomes for line in outcome.metrics for name in line}
-    kinds = [("loss/denoising", "denoising loss"), ("loss/output", "output distillation loss")]
-    kinds += [("loss/feature", "feature loss, summed over layers")]
-    kinds += [] if "loss/denoising" in logged else [("loss/total", "loss")]
-    scores = sorted(name for name in logged if name.startswith("score/fid") and not NOT_DRAWN.match(name))
-    kinds += [(name, name.removeprefix("score/").replace("_", " ")) for name in scores]
-    return [(name, label) for name, label in kinds if name in logged]
+    kinds = ["loss/denoising", "loss/output", "loss/feature"]
+    kinds += [] if "loss/denoising" in logged else ["loss/total"]
+    kinds += sorted(name for name in logged if name.startswith("score/fid") and not NOT_DRAWN.match(name))
+    return [(name, label_of(name)) for name in kinds if name in logged]
 
 
 def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
