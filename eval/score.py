@@ -161,7 +161,7 @@ def main(config: ScoreConfig) -> None:
     from vkd_gen.evaluation.card import update_model_card
     from vkd_gen.evaluation.compare import print_table
     from vkd_gen.evaluation.report import save_results
-    from vkd_gen.evaluation.scorer import Scorer
+    from vkd_gen.evaluation.scorer import Scorer, note_foreign_features
     from vkd_gen.provenance import environment, hub_revision
 
     torch.set_float32_matmul_precision("high")
@@ -188,6 +188,7 @@ def main(config: ScoreConfig) -> None:
         batch_size=config.batch_size,
         num_samples=min(source.count for source, *_ in opened.values()),
     )
+    note_foreign_features(scorer.extractor, config.reference)
     results: dict[str, Any] = {"rows": {}, "protocol": {**scorer.protocol, "environment": environment()}, "sources": {}}
     real = scorer.scores_of_held_out()
     samples = {}

@@ -161,6 +161,7 @@ def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[s
         settings = {
             "resume_from_checkpoint": "latest",
             "max_train_steps": config.max_train_steps,
+            "lr_warmup_steps": min(50, config.max_train_steps),
             "train_batch_size": config.train_batch_size,
             "num_score_samples": config.num_score_samples,
             "num_inference_steps": 50,

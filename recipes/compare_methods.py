@@ -2,6 +2,7 @@
 
 python recipes/compare_methods.py --preset screen
 python recipes/compare_methods.py --preset confirmation
+python recipes/compare_methods.py --student_preset custom --teacher FOLDER_OR_HUB_ID --dataset IMAGES
 
 A run that the results file holds is not made again, and one that was interrupted goes on from its checkpoint.
 """
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.run_records import NUM_POINTS, RunRecords, read_run
 from vkd_gen.training.command_line import run_recipe
 from vkd_gen.training.side_by_side import Job, Task, alone_in, places, remaining_seconds, run_side_by_side
@@ -219,8 +221,12 @@ class ComparisonConfig:
     """First seed: of initialisation, data order, noise and timesteps."""
     num_seeds: int = 2
     """Runs of every arm from every start."""
-    student_preset: Literal["digits", "mnist", "cifar10"] = "digits"
+    student_preset: Literal["digits", "mnist", "cifar10", "custom"] = "digits"
     """Preset of train_student_unet.py."""
+    teacher: str = ""
+    """Folder or hub id of the teacher; by default the student preset's."""
+    dataset: str = ""
+    """Images to train on, as for train_student_unet.py; by default the student preset's."""
     max_train_steps: int = 1000
     """Optimizer steps of each run, times the arm's own factor."""
     train_batch_size: int = 32
@@ -236,9 +242,11 @@ class ComparisonConfig:
     jobs: int | None = None
     """Runs side by side; by default one per GPU, else one per core. The cores, or GPUs, are shared out."""
     output_dir: str = ""
-    """Folder of the runs, and of table.md; by default runs/PRESET."""
+    """Folder of the runs, and of table.md; by default runs/PRESET, or runs/PRESET-NAME for data or a teacher of your
+    own."""
     results: str = ""
-    """File of finished runs; by default docs/results/PRESET.json."""
+    """File of finished runs; by default the preset's in docs/results where only arms, starts and seeds differ from the
+    preset, else results.json in --output_dir."""
     figures: str = ""
     """Folder of the figures; by default docs for a preset's own comparison, --output_dir where a flag changed it."""
     dry_run: bool = False
@@ -258,6 +266,10 @@ class ComparisonConfig:
             if not name or name in OWN:
                 what = f"{name} is this command's own" if name else "there is an empty one"
                 raise ValueError(f"--extra takes flags, each with its values in one string: {what}")
+            if name in ("teacher", "dataset") and getattr(self, name):
+                raise ValueError(f"--{name} is given twice, once in --extra: leave one of them out")
+        if self.student_preset == "custom" and not (self.teacher and self.dataset):
+            raise ValueError("--student_preset custom needs --teacher and --dataset")
         for name in ("arms", "starts"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -446,6 +458,9 @@ def score_flags(config: ComparisonConfig) -> list[str]:
     """What decides the scores of the teacher and of held-out images, but for --extra."""
     subset = max(2, min(250, config.num_score_samples // 2))
     flags = ["--preset", config.student_preset, "--num_score_samples", str(config.num_score_samples)]
+    for name in ("teacher", "dataset"):
+        if value := getattr(config, name):
+            flags += [f"--{name}", value]
     return [*flags, "--kid_subset_size", str(subset)]
 
 
@@ -608,10 +623,27 @@ def show_results(config: ComparisonConfig, runs: Sequence[Run], records: RunReco
         console.print(f"written: {path}", highlight=False, markup=False)
 
 
-def is_as_preset(config: ComparisonConfig) -> bool:
+WHERE = ("jobs", "output_dir", "figures", "dry_run")
+"""Fields that say where and how fast runs are made, not which."""
+WHICH = ("arms", "control", "starts", "seed", "num_seeds")
+"""Fields that choose among the runs that a preset's results file is for."""
+
+
+def is_as_preset(config: ComparisonConfig, but_for: Sequence[str] = WHERE) -> bool:
     """Whether it compares what its preset does, by its records; wherever the runs, however many side by side."""
-    free = ("jobs", "output_dir", "figures", "dry_run")
-    return config == replace(PRESETS[config.preset], **{name: getattr(config, name) for name in free})
+    return config == replace(PRESETS[config.preset], **{name: getattr(config, name) for name in but_for})
+
+
+def with_places(config: ComparisonConfig) -> ComparisonConfig:
+    """Fill in where runs, results and figures go: the committed ones hold the presets' own comparisons alone."""
+    own = config.dataset or config.teacher
+    folder = config.output_dir or f"runs/{config.preset}{'-' + data_label(own) if own else ''}"
+    results = config.results
+    if results == PRESETS[config.preset].results:  # which the user did not choose
+        is_known = is_as_preset(config, but_for=(*WHERE, *WHICH))
+        results = (results or f"docs/results/{config.preset}.json") if is_known else f"{folder}/results.json"
+    figures = config.figures or ("docs" if is_as_preset(config) else folder)
+    return replace(config, output_dir=folder, results=results, figures=figures)
 
 
 def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
@@ -622,13 +654,7 @@ def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
 def main(config: ComparisonConfig) -> None:
     """Make the runs that are missing, then show what came of all."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    output_dir = config.output_dir or f"runs/{config.preset}"
-    config = replace(
-        config,
-        output_dir=output_dir,
-        results=config.results or f"docs/results/{config.preset}.json",
-        figures=config.figures or ("docs" if is_as_preset(config) else output_dir),
-    )
+    config = with_places(config)
     records = RunRecords(Path(config.results))
     runs = plan(config)
     if config.dry_run:

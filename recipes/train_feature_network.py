@@ -1,57 +1,101 @@
-"""Train the small classifier whose features score samples of digits and mnist.
+"""Train the small classifier whose features score samples where Inception's mean little, on images of given classes.
 
 python recipes/train_feature_network.py --dataset digits --output recipes/assets/digits-features.safetensors
+python recipes/train_feature_network.py --dataset IMAGES --output runs/my-features.safetensors
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vkd_gen.choices import OnBadImage
+from vkd_gen.evaluation.labels import data_label
 from vkd_gen.training.command_line import announce, refuse_linked_file, run_recipe
+
+SIZES = {"digits": (8, 1), "mnist": (28, 1)}
+"""Resolution and channels of the embedded sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureNetworkConfig:
-    """Train a classifier of digits."""
+    """Train a classifier of images; its features then score samples, by the recipes' --extractor."""
 
     preset: str = "default"
     """There is one preset."""
-    dataset: Literal["digits", "mnist"] = "digits"
-    """The embedded set to train on; the part of it that training recipes hold out is held out here too."""
-    output: str = "runs/digits-features.safetensors"
-    """File to write."""
+    dataset: str = "digits"
+    """`digits`, `mnist`, a folder with a folder of images for each class, parquet or arrow files, or a data set's id on
+    the hub; what training recipes hold out of it is held out here too."""
+    image_column: str | None = None
+    """Column of the images in a table; by default the only one that holds images."""
+    label_column: str | None = None
+    """Column of the classes in a table; by default the only one of classes, else `label`."""
+    on_bad_image: OnBadImage = "refuse"
+    """An image that cannot be read: `refuse` stops, `skip` leaves it out."""
+    resolution: int | None = None
+    """Height and width of the images in pixels: that of the samples to score. By default 8 for digits, 28 for mnist, 32
+    for all else."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for RGB; by default grey for digits and mnist, RGB for all else."""
+    output: str = ""
+    """File to write, .safetensors; by default runs/NAME-features.safetensors."""
     num_epochs: int = 40
     """Passes through the images."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
 
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if self.num_epochs < 1:
+            raise ValueError(f"--num_epochs must be at least 1, not {self.num_epochs}")
+        if self.output and not self.output.endswith(".safetensors"):
+            raise ValueError(f"--output {self.output} must end in .safetensors, by which --extractor knows such a file")
+
 
 def main(config: FeatureNetworkConfig) -> None:
     """Train, measure on the held-out images and save."""
-    if config.num_epochs < 1:
-        raise ValueError(f"--num_epochs must be at least 1, not {config.num_epochs}")
-    refuse_linked_file(config.output)
-    announce(f"a feature network of {config.dataset}, to {config.output}")
+    name = data_label(config.dataset)
+    output = config.output or f"runs/{name}-features.safetensors"
+    refuse_linked_file(output)
+    announce(f"a feature network of {config.dataset}, to {output}")
 
-    import torch
+    from vkd_gen.data import EMBEDDED, load_images
+    from vkd_gen.evaluation.feature_network import (
+        accuracy,
+        check_network_name,
+        save_feature_network,
+        train_feature_network,
+    )
 
-    from vkd_gen.data import embedded_pixels, load_images
-    from vkd_gen.evaluation.feature_network import accuracy, save_feature_network, train_feature_network
-
-    pixels, labels = embedded_pixels(config.dataset)
-    parts = load_images(config.dataset, resolution=pixels.shape[-1], channels=1)
-    train, held_out = parts
-    train_labels, held_out_labels = (torch.as_tensor(labels[part.indices]).long() for part in parts)
-    network = train_feature_network(train, train_labels, num_epochs=config.num_epochs, seed=config.seed)
-    share = accuracy(network, held_out, held_out_labels)
+    check_network_name(name, output)
+    resolution, channels = SIZES.get(config.dataset, (32, 3))
+    train, held_out = load_images(
+        config.dataset,
+        resolution=config.resolution or resolution,
+        channels=config.channels or channels,
+        image_column=config.image_column,
+        with_labels=True,
+        label_column=config.label_column,
+        on_bad_image=config.on_bad_image,
+    )
+    skipped = [*train.skipped, *held_out.skipped]
+    print(
+        f"{config.dataset}: {len(train):,} images of {train.num_classes} classes, {len(held_out):,} held out",
+        flush=True,
+    )
+    if skipped:
+        print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
+    network = train_feature_network(train, num_epochs=config.num_epochs, seed=config.seed)
+    share = accuracy(network, held_out)
     facts = {
-        "dataset": config.dataset,
+        "dataset": name,
         "held_out_accuracy": f"{share:.4f}",
         "num_epochs": str(config.num_epochs),
         "seed": str(config.seed),
     }
-    save_feature_network(network, Path(config.output), facts)
-    print(f"{config.output}: {share:.2%} of {len(held_out)} held-out images right")
+    if config.dataset not in EMBEDDED:
+        facts |= {"resolution": str(train.resolution), "classes": str(train.num_classes)}
+    save_feature_network(network, Path(output), facts)
+    print(f"{output}: {share:.2%} of {len(held_out)} held-out images right")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ accelerate launch recipes/train_student_unet.py --preset custom --teacher FOLDER
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 import vkd_gen as vkd
+from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
 from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_recipe
 from vkd_gen.training.options import (
@@ -26,6 +28,7 @@ from vkd_gen.training.options import (
     check_data,
     default_cifar10,
     flat_config,
+    with_warmup,
 )
 
 if TYPE_CHECKING:
@@ -78,9 +81,7 @@ class StudentConfig:
 DIGITS = StudentConfig(
     teacher="recipes/assets/digits-teacher",
     data=DataOptions(dataset="digits"),
-    scores=ScoreOptions(
-        extractor="recipes/assets/digits-features.safetensors", kid_subset_size=250, num_inference_steps=25
-    ),
+    scores=ScoreOptions(extractor="auto", kid_subset_size=250, num_inference_steps=25),
     training=TrainingOptions(
         output_dir="runs/digits", max_train_steps=1000, learning_rate=2e-3, preview_every_steps=250
     ),
@@ -91,7 +92,6 @@ MNIST = replace(
     teacher="recipes/assets/mnist-teacher",
     data=DataOptions(dataset="mnist"),
     start=StudentOptions(student="bk-base"),
-    scores=replace(DIGITS.scores, extractor="recipes/assets/mnist-features.safetensors"),
     training=replace(
         DIGITS.training,
         output_dir="runs/mnist",
@@ -112,7 +112,6 @@ CIFAR10 = replace(
         output_dir="runs/cifar10",
         max_train_steps=50_000,
         learning_rate=4e-4,
-        lr_warmup_steps=1000,
         random_flip=True,
         preview_every_steps=5000,
         checkpointing_steps=5000,
@@ -130,12 +129,14 @@ PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
 
 def resolve(config: StudentConfig) -> StudentConfig:
-    """Fill in what --method decides."""
-    from vkd_gen.evaluation.scorer import check_score_options
+    """Fill in what --method, the data and the length of the run decide."""
+    from vkd_gen.evaluation.scorer import check_score_options, choose_extractor
     from vkd_gen.training.matching import resolve_matching
 
-    check_score_options(config.scores, config.training.score_every_steps)
-    return replace(config, matching=resolve_matching(config.matching))
+    scores = choose_extractor(config.scores, config.data.dataset)
+    check_score_options(scores, config.training.score_every_steps)
+    training = with_warmup(config.training, at_most=1000 if config.preset in ("cifar10", "custom") else 50)
+    return replace(config, matching=resolve_matching(config.matching), scores=scores, training=training)
 
 
 def show_plan(config: StudentConfig, start: StudentOptions, teacher: "ModelMixin", show: Callable[[str], None]) -> None:
@@ -214,6 +215,12 @@ def main(config: StudentConfig) -> None:
         find_unused_parameters=not (matching.denoising_weight or matching.output_weight) or ends_early(matching),
     )
 
+    last = math.ceil((matching.feature_decay_end or 0) * options.max_train_steps)
+    if matching.feature_weight and last <= (options.lr_warmup_steps or 0) and options.lr_scheduler != "constant":
+        accelerator.print(
+            f"note: the feature loss ends at step {last}, before the learning rate has risen (--lr_warmup_steps "
+            f"{options.lr_warmup_steps}): features hardly train the student"
+        )
     teacher_unet, teacher_scheduler, schedule_origin = load_teacher(
         repository_path(config.teacher, __file__), without_weights=config.dry_run
     )
@@ -324,7 +331,7 @@ def main(config: StudentConfig) -> None:
         run.backward(losses)
 
     student = run.finish()
-    title = f"{folder.path.name} student"
+    title = f"{data_label(config.data.dataset)} student"
     card = {"teacher": config.teacher, "method": matching.method, "steps": run.step, "seed": options.seed}
     card |= {"training": run.cost()}
     # Exported before it is scored, so that nothing which fails from here on can lose it.

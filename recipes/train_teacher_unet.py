@@ -1,7 +1,8 @@
-"""Train the teacher that a preset of train_student_unet.py names.
+"""Train a teacher: the one that a preset of train_student_unet.py names, or one for your images.
 
 accelerate launch recipes/train_teacher_unet.py --preset digits --output_dir runs/digits-teacher
 accelerate launch recipes/train_teacher_unet.py --preset digits --class_conditional --output_dir runs/digits-by-class
+accelerate launch recipes/train_teacher_unet.py --preset custom --dataset IMAGES --resolution 32 --channels 3
 """
 
 import json
@@ -10,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
+from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
 from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_recipe
 from vkd_gen.training.options import (
@@ -20,6 +22,7 @@ from vkd_gen.training.options import (
     check_data,
     default_cifar10,
     flat_config,
+    with_warmup,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ class TeacherConfig:
     """Train a diffusion UNet from random weights."""
 
     preset: str = "digits"
-    """Which of digits, mnist and cifar10 to start from; every flag overrides a field of it."""
+    """Which of digits, mnist, cifar10 and custom to start from; every flag overrides a field of it."""
     data: SharedDataOptions
     """Images to train on."""
     class_conditional: bool = False
@@ -68,9 +71,7 @@ DIGITS = TeacherConfig(
     data=DataOptions(dataset="digits"),
     resolution=8,
     block_out_channels=(32, 64),
-    scores=ScoreOptions(
-        extractor="recipes/assets/digits-features.safetensors", kid_subset_size=250, num_inference_steps=25
-    ),
+    scores=ScoreOptions(extractor="auto", kid_subset_size=250, num_inference_steps=25),
     training=TrainingOptions(output_dir="runs/digits-teacher", max_train_steps=3500, learning_rate=2e-3),
 )
 MNIST = replace(
@@ -79,7 +80,6 @@ MNIST = replace(
     data=DataOptions(dataset="mnist"),
     resolution=28,
     block_out_channels=(16, 32, 64),
-    scores=replace(DIGITS.scores, extractor="recipes/assets/mnist-features.safetensors"),
     training=replace(
         DIGITS.training,
         output_dir="runs/mnist-teacher",
@@ -104,14 +104,29 @@ CIFAR10 = replace(
         output_dir="runs/cifar10-teacher",
         max_train_steps=100_000,
         learning_rate=4e-4,
-        lr_warmup_steps=1000,
         random_flip=True,
         preview_every_steps=5000,
         checkpointing_steps=5000,
         dataloader_num_workers=4,
     ),
 )
-PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10)}
+CUSTOM = replace(
+    CIFAR10,
+    preset="custom",
+    data=DataOptions(),
+    training=replace(CIFAR10.training, output_dir="runs/custom-teacher", random_flip=False),
+)
+PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
+
+
+def resolve(config: TeacherConfig) -> TeacherConfig:
+    """Fill in what the data and the length of the run decide."""
+    from vkd_gen.evaluation.scorer import check_score_options, choose_extractor
+
+    scores = choose_extractor(config.scores, config.data.dataset)
+    check_score_options(scores, config.training.score_every_steps)
+    training = with_warmup(config.training, at_most=1000 if config.preset in ("cifar10", "custom") else 50)
+    return replace(config, scores=scores, training=training)
 
 
 def build_unet(config: TeacherConfig, num_classes: int = 0) -> "UNet2DModel":
@@ -162,6 +177,8 @@ def build_unet(config: TeacherConfig, num_classes: int = 0) -> "UNet2DModel":
 
 def main(config: TeacherConfig) -> None:
     """Train, export and sample one teacher."""
+    if not config.data.dataset:
+        raise ValueError(f"--preset {config.preset} needs --dataset")
     aim = "what would be trained" if config.dry_run else f"into {config.training.output_dir}"
     announce(f"a teacher of {config.data.dataset}, {aim}")
 
@@ -172,7 +189,7 @@ def main(config: TeacherConfig) -> None:
     from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
     from vkd_gen.evaluation.cost import count_parameters
     from vkd_gen.evaluation.report import save_results
-    from vkd_gen.evaluation.scorer import check_score_options, make_scorer
+    from vkd_gen.evaluation.scorer import make_scorer
     from vkd_gen.losses import prediction_loss
     from vkd_gen.pictures import to_uint8
     from vkd_gen.pipelines import num_classes_of
@@ -183,9 +200,9 @@ def main(config: TeacherConfig) -> None:
     from vkd_gen.training.run_folder import RunFolder
 
     torch.set_float32_matmul_precision("high")
+    config = resolve(config)
     options = config.training
     folder = RunFolder(options.output_dir)
-    check_score_options(config.scores, options.score_every_steps)
     if not config.dry_run:  # which writes nothing, whatever the folder holds
         refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
@@ -203,7 +220,8 @@ def main(config: TeacherConfig) -> None:
     num_classes = loaded.train.num_classes if loaded else 0
     unet = build_unet(config, num_classes)
     classes = f", for {num_classes} classes" if num_classes else ""
-    accelerator.print(f"{config.preset}: a UNet of {count_parameters(unet):,} parameters{classes}")
+    data = data_label(config.data.dataset)
+    accelerator.print(f"{data}: a UNet of {count_parameters(unet):,} parameters{classes}")
     if config.dry_run:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
@@ -238,7 +256,7 @@ def main(config: TeacherConfig) -> None:
         run.backward({"total": prediction_loss(prediction, target)})
 
     unet = run.finish()
-    title, card = f"{config.preset} teacher", {"parameters": f"{count_parameters(unet):,}", "steps": run.step}
+    title, card = f"{data} teacher", {"parameters": f"{count_parameters(unet):,}", "steps": run.step}
     card |= {"seed": options.seed, "training": run.cost()}
     # Exported before it is scored, so that nothing which fails from here on can lose it.
     exported = folder.path / "pipeline"

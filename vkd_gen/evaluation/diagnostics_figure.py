@@ -2,14 +2,16 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vkd_gen.evaluation.method_figures import COLOURS
+from vkd_gen.evaluation.labels import COLOURS, label_of
 
 PREFIX = "diagnostics/"
 BIN = re.compile(r"t(\d+)-(\d+)")
+LEAST_FLOOR = 1e-3
+"""Of a layer's loss: a floor below that is none, as where a student's layer is as wide as its teacher's."""
 
 
 def read_diagnostics(path: str | Path) -> list[dict[str, float]]:
@@ -26,6 +28,18 @@ def read_diagnostics(path: str | Path) -> list[dict[str, float]]:
             line = None
         if not isinstance(line, dict):
             raise ValueError(f"line {number} of {path} is not one of metrics")
+        lines.append(line)
+    return pick_diagnostics(lines)
+
+
+def pick_diagnostics(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Those lines of metrics that hold diagnostics, without `diagnostics/` in their names.
+
+    Args:
+        metrics: lines of a metrics.jsonl, each with its step.
+    """
+    lines = []
+    for line in metrics:
         figures = {name.removeprefix(PREFIX): value for name, value in line.items() if name.startswith(PREFIX)}
         if figures:
             lines.append({"step": line["step"], **figures})
@@ -44,36 +58,44 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
     layers = [name.removeprefix("floor/") for name in (lines[-1] if lines else {}) if name.startswith("floor/")]
     if not layers:
         return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(11, 8), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
     (losses, gradients), (timesteps, ranks) = figure.subplots(2, 2)
     steps = [line["step"] for line in lines]
     last = lines[-1]
     for layer, colour in zip(layers, COLOURS * len(layers), strict=False):
         means = [_mean(_by_timestep(line, layer).values()) for line in lines]
-        losses.plot(steps, means, "o-", color=colour, markersize=3, label=layer)
-        losses.plot(steps, [line[f"floor/{layer}"] for line in lines], "--", color=colour, linewidth=1)
+        losses.plot(steps, means, "o-", color=colour, markersize=4, label=layer)
+        floors = [_visible(line.get(f"floor/{layer}"), mean) for line, mean in zip(lines, means, strict=True)]
+        losses.plot(steps, floors, "--", color=colour, linewidth=1.2, marker="_", markersize=12)
         found = _by_timestep(last, layer)
-        timesteps.plot(list(found), list(found.values()), "o-", color=colour, markersize=3, label=layer)
-    losses.set(yscale="log", xlabel="step", title="Feature loss (dashed: the least that the student's width allows)")
-    timesteps.set(yscale="log", xlabel="timestep (0: hardly any noise)", title=f"Feature loss, step {last['step']}")
-    losses.legend(fontsize=8)
+        timesteps.plot(list(found), list(found.values()), "o-", color=colour, markersize=4)
+    losses.set(xlabel="step", title="Feature loss (dashed: the least that the student's width allows)")
+    timesteps.set(xlabel="timestep (0: hardly any noise)", title=f"Feature loss by timestep, step {last['step']}")
+    for axis in (losses, timesteps):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
+    figure.legend(loc="outside lower center", ncols=min(len(layers), 5), fontsize=9, frameon=False)
 
     wanted = {"gradient_ratio": "norm, in units of the other terms' gradient"}
     for term in ("output", "denoising"):
-        wanted[f"gradient_cosine/feature-{term}"] = f"cosine with the gradient of the {term} loss"
+        wanted[f"gradient_cosine/feature-{term}"] = f"cosine with the gradient of the {label_of(f'loss/{term}')}"
     for (name, words), colour in zip(wanted.items(), COLOURS, strict=False):
         values = [line.get(name) for line in lines]
         if any(value is not None for value in values):
-            gradients.plot(steps, values, "o-", color=colour, markersize=3, label=words)
+            gradients.plot(steps, values, "o-", color=colour, markersize=4, label=words)
     gradients.axhline(0, color="0.2", linewidth=1)
     gradients.set(xlabel="step", title="The feature loss' gradient")
     if gradients.get_legend_handles_labels()[1]:  # not for a feature loss without other terms
         gradients.legend(fontsize=8)
 
     places = range(len(layers))
-    for offset, side, colour in ((-0.2, "teacher", "#BBBBBB"), (0.2, "student", COLOURS[0])):
+    for offset, side, colour in ((-0.2, "teacher", "#BBBBBB"), (0.2, "student", "#555555")):
         values = [last[f"rank/{side}/{layer}"] for layer in layers]
         ranks.bar([place + offset for place in places], values, width=0.38, color=colour, label=side)
     names = [f"{layer}\ngain {last[gain]:.2f}" if (gain := f"gain/{layer}") in last else layer for layer in layers]
@@ -84,6 +106,11 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _visible(floor: float | None, loss: float) -> float:
+    """A floor that a logarithmic axis can show beside its loss."""
+    return floor if floor is not None and floor > LEAST_FLOOR * loss else float("nan")
 
 
 def _by_timestep(line: Mapping[str, float], layer: str) -> dict[float, float]:

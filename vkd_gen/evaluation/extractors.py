@@ -14,7 +14,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from vkd_gen.evaluation.feature_network import load_feature_network
+from vkd_gen.evaluation.feature_network import check_network_name, load_feature_network
 from vkd_gen.hub import explain_names
 from vkd_gen.provenance import hash_tensors
 
@@ -114,13 +114,15 @@ def _feature_network(path: Path) -> Extractor:
     network = load_feature_network(path)
 
     def extract(images: Tensor) -> dict[str, Tensor]:
-        grey = images.float().mean(1, keepdim=True)
-        features, logits = network(grey / 127.5 - 1)
+        if network.channels == 1:
+            pixels = images.float().mean(1, keepdim=True)
+        else:
+            pixels = images.expand(-1, network.channels, -1, -1).float()
+        features, logits = network(pixels / 127.5 - 1)
         return {"features": features, "logits": logits}
 
     name = network.facts.get("dataset") or path.stem
-    if name in ("", INCEPTION) or name.startswith("inception"):
-        raise ValueError(f"{path} is named {name!r}, which is another network's name; rename it")
+    check_network_name(name, path)
     return _frozen(name, network, extract, "features", "logits", network.facts)
 
 

@@ -1,7 +1,7 @@
-"""A small classifier of handwritten digits, whose features score samples of digits where Inception's mean little."""
+"""A small classifier of images, whose features score samples of the same kind where Inception's mean little."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,16 +15,19 @@ from vkd_gen.hub import check_layout, read_tensors, stored_layout
 
 
 class FeatureNetwork(nn.Module):
-    """Convolutional classifier of grey images into ten digits.
+    """Convolutional classifier of small images.
 
     Args:
         width: channels of the first convolution; features have 4 * width.
+        channels: of the images, 1 (grey) or 3 (RGB).
+        num_classes: how many it tells apart.
     """
 
-    def __init__(self, width: int = 16):
+    def __init__(self, width: int = 16, channels: int = 1, num_classes: int = 10):
         super().__init__()
+        self.channels = channels
         self.features = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
+            nn.Conv2d(channels, width, 3, padding=1),
             nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.Conv2d(width, 2 * width, 3, padding=1),
@@ -39,16 +42,16 @@ class FeatureNetwork(nn.Module):
             nn.Linear(16 * width, 4 * width),
             nn.ReLU(),
         )
-        self.head = nn.Linear(4 * width, 10)
+        self.head = nn.Linear(4 * width, num_classes)
         self.facts: dict[str, str] = {}
 
-    def forward(self, images: Float[Tensor, "batch 1 height width"]) -> tuple[Tensor, Tensor]:
-        """Features `[batch, 4 * width]` and logits `[batch, 10]` of images in [-1, 1]."""
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, Tensor]:
+        """Features `[batch, 4 * width]` and logits `[batch, num_classes]` of images in [-1, 1]."""
         features = self.features(images)
         return features, self.head(features)
 
     @torch.no_grad()
-    def extract(self, images: UInt8[Tensor, "images 1 height width"]) -> Float[Tensor, "images features"]:
+    def extract(self, images: UInt8[Tensor, "images channels height width"]) -> Float[Tensor, "images features"]:
         """Features of uint8 images, in eval mode, on the CPU."""
         self.eval()
         device = next(self.parameters()).device
@@ -56,17 +59,17 @@ class FeatureNetwork(nn.Module):
         return torch.cat(batches)
 
 
-def train_feature_network(images: Images, labels: Tensor, *, num_epochs: int = 40, seed: int = 0) -> FeatureNetwork:
+def train_feature_network(images: Images, *, num_epochs: int = 40, seed: int = 0) -> FeatureNetwork:
     """Train a feature network, with shifts of up to one pixel as augmentation.
 
     Args:
-        images: grey digits.
-        labels: 0 to 9, `[images]`.
+        images: with labels.
         num_epochs: passes through the images.
         seed: of weights, order and shifts.
     """
     torch.manual_seed(seed)
-    network, pixels = FeatureNetwork(), images.stack()
+    network = FeatureNetwork(channels=images.channels, num_classes=images.num_classes)
+    pixels, labels = images.stack(), _labels(images)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
     num_steps = num_epochs * -(-len(pixels) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
@@ -84,15 +87,35 @@ def train_feature_network(images: Images, labels: Tensor, *, num_epochs: int = 4
 
 
 @torch.no_grad()
-def accuracy(network: FeatureNetwork, images: Images, labels: Tensor) -> float:
-    """Share of images that the network classifies rightly."""
-    return float((network(images.stack())[1].argmax(1) == labels).float().mean())
+def accuracy(network: FeatureNetwork, images: Images) -> float:
+    """Share of images, with labels, that the network classifies rightly."""
+    return float((network(images.stack())[1].argmax(1) == _labels(images)).float().mean())
+
+
+def _labels(images: Images) -> Tensor:
+    return torch.tensor([images.label(number) for number in range(len(images))])
 
 
 def save_feature_network(network: FeatureNetwork, path: Path, facts: Mapping[str, str]) -> None:
     """Write the weights as safetensors, with facts about their making as metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), path, metadata=dict(facts))
+
+
+def check_network_name(name: str, file: str | Path) -> None:
+    """Refuse a name that a reader of scores would take for Inception's.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if not name or name.startswith("inception"):
+        raise ValueError(f"{file} is named {name!r}, which is another network's name; rename what it is named after")
+
+
+def _sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
+    """Width, channels and number of classes; the usual ones of another network, whose names are told then."""
+    channels = (*shapes.get("features.0.weight", ()), 1, 1)[1]
+    return math.prod(shapes.get("features.0.bias", (16,))), channels, math.prod(shapes.get("head.bias", (10,)))
 
 
 def load_feature_network(path: Path) -> FeatureNetwork:
@@ -107,9 +130,8 @@ def load_feature_network(path: Path) -> FeatureNetwork:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
         layout = stored_layout([path])
-        shape, _ = layout.get("features.0.bias", ((16,), True))  # of another network whose names are told below
         with torch.device("meta"):  # a width that the other weights do not have must not be allocated
-            network = FeatureNetwork(width=math.prod(shape))
+            network = FeatureNetwork(*_sizes({name: shape for name, (shape, _) in layout.items()}))
         check_layout(layout, network, path)
         network.load_state_dict(read_tensors(path), assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:

@@ -1,4 +1,12 @@
-"""The words that tables, pages and figures show for a raw key of results.json, metrics.jsonl or config.json."""
+"""What tables, pages and figures say for a raw key of results.json, metrics.jsonl or config.json; and their colours."""
+
+import re
+from pathlib import Path
+
+from vkd_gen.provenance import split_revision
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe's and Ito's, which people tell apart however they see colours."""
 
 SCORES = {
     "parameters": "parameters",
@@ -57,3 +65,13 @@ def label_of(key: str) -> str:
         return LABELS.get(key, key.replace("_", " "))
     extractor = key.removeprefix(kind + "_").replace("_", "-")
     return f"{SCORES[kind]} ({extractor})"
+
+
+def data_label(source: str) -> str:
+    """What titles and scores call a data set: the last part of its path, or of its id on the hub, in plain characters.
+
+    >>> data_label("uoft-cs/cifar10@main"), data_label("photos/birds/")
+    ('cifar10', 'birds')
+    """
+    name = source if Path(source).exists() else split_revision(source)[0]
+    return re.sub(r"\W+", "-", Path(name).resolve().name).strip("-") or "images"

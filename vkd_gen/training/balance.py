@@ -11,6 +11,10 @@ import vkd_gen as vkd
 from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.training.options import FeatureWeighting
 
+NUM_LOOKS = 10
+"""Looks while features have a weight, at least, and so points of every line in the figure of a run."""
+LEAST_STEPS_BETWEEN = 5
+"""Of these, as a look takes as long as a few steps."""
 LEAST_RATIO = 1e-9
 """The weight grows no larger than for a feature loss of weight 1 whose gradient is so small beside the others'."""
 
@@ -20,7 +24,7 @@ class FeatureBalance:
 
     With `gradient_ratio` the feature weight is a ratio: that of the norm of the feature loss' gradient over the
     student's weights to that of the other terms' together, on the probe of the diagnostics. The factor that gives it is
-    found before the first step and moved half of the way, in the logarithm, at every later look. A ratio that is not
+    found before the first step and moved half of the way, in the logarithm, every `every_steps`. A ratio that is not
     finite, as where the other terms have no gradient, leaves it as it is. It lives in `ProjectedStudent.feature_scale`,
     equal on every process, so a resumed run goes on with it.
 
@@ -32,7 +36,8 @@ class FeatureBalance:
         decay_start: share of the run after which the feature weight falls linearly.
         decay_end: share of the run after which it is 0, and features are neither captured nor compared.
         num_steps: of the run.
-        every_steps: steps between two looks; the last step with features has one too. 0 looks at the start alone.
+        every_steps: steps between two moves of the factor, each with a look; the last step with features has one too.
+            Further looks in between, which move nothing, show what a short run does. 0 looks at the start alone.
 
     Raises:
         ValueError: for weights that are none, or a gradient ratio without diagnostics.
@@ -56,6 +61,8 @@ class FeatureBalance:
         self._projected, self._diagnostics, self._weights = projected, diagnostics, weights
         self._decay_start, self._decay_end = decay_start, decay_end
         self._num_steps, self._every_steps = num_steps, every_steps
+        self._last = math.ceil(decay_end * num_steps)  # step that features have a weight in
+        self._shown_every_steps = min(every_steps, max(LEAST_STEPS_BETWEEN, self._last // NUM_LOOKS))
         self._scale: float | None = None
 
     def weights(self, step: int) -> vkd.LossWeights:
@@ -70,14 +77,15 @@ class FeatureBalance:
             self._move(1.0, ratio, exponent=1.0)
 
     def look(self, step: int) -> Mapping[str, float]:
-        """After a step: the figures, when they are due, and the factor moved; else nothing."""
-        last = math.ceil(self._decay_end * self._num_steps)  # that features have a weight in
-        is_due = self._every_steps and (step % self._every_steps == 0 or step == last)
+        """After a step: the figures, when they are due, and maybe the factor moved; else nothing."""
+        if self._diagnostics is None or not self._every_steps:
+            return {}
+        moves = step % self._every_steps == 0 or step == self._last
         weights = self.weights(step - 1)  # which the step was made with
-        if self._diagnostics is None or not is_due or not weights.feature:
+        if not (moves or step % self._shown_every_steps == 0) or not weights.feature:
             return {}
         values = self._diagnostics(weights)
-        if self._follows:
+        if self._follows and moves:
             self._move(self._undecayed(), values["gradient_ratio"] / self._decay(step - 1), exponent=0.5)
         return {**values, "feature_weight": weights.feature}
 

@@ -46,6 +46,8 @@ def parse_command_line(presets: Mapping[str, Config], description: str, default:
 
 def _parse(kind: type[Config], default: Config | None, description: str, arguments: list[str]) -> Config:
     messages = io.StringIO()
+    # Only a line behind an empty one stays a line of its own in the help.
+    description = re.sub(r"\n+(?=(?:python|accelerate) )", "\n\n", description)
     try:
         with contextlib.redirect_stderr(messages):
             if default is None:

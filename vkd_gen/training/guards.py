@@ -17,13 +17,13 @@ LEAST_VARIANCE = 1e-12
 
 
 class Flags:
-    """A few numbers of the device on their way to the host, to be read later.
+    """Flags and a few other numbers of the device on their way to the host, to be read later.
 
     On a GPU they are copied right behind the work that makes them, into memory that needs no wait for the copy to
     begin: reading waits for that work alone, whatever was asked of the GPU since.
 
     Args:
-        values: `[n]`, zero for false.
+        values: `[n]`; a flag is zero for false.
     """
 
     def __init__(self, values: Tensor):
@@ -34,11 +34,11 @@ class Flags:
             self._arrival = torch.cuda.Event()
             self._arrival.record()
 
-    def read(self) -> list[bool]:
-        """Whether each of them is not zero."""
+    def read(self) -> list[float]:
+        """Their values."""
         if self._arrival is not None:
             self._arrival.synchronize()
-        return [bool(value) for value in self._values.tolist()]
+        return self._values.tolist()
 
 
 class Watch:

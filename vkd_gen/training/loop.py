@@ -38,7 +38,7 @@ from vkd_gen.training.checkpoints import problem_of
 from vkd_gen.training.command_line import USER_ERROR
 from vkd_gen.training.guards import Flags, Watch, check_state
 from vkd_gen.training.interruption import StopRequest, outlive_sigterm
-from vkd_gen.training.options import TrainingOptions
+from vkd_gen.training.options import TrainingOptions, with_warmup
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step, num_processes_of
 
 
@@ -170,7 +170,8 @@ class UnsettledStep:
 
     Attributes:
         number: of the step, from 1.
-        flags: whether some process got SIGTERM, SIGINT, and a loss or gradient that is not finite.
+        flags: whether some process got SIGTERM, SIGINT, and a loss or gradient that is not finite; and behind them the
+            losses that the progress line shows, summed over passes and processes: so they cost no wait of their own.
         losses: of the step, sums over its passes.
         timesteps: of its passes, `[B]` each.
         gradients: parameter -> norm of its gradient.
@@ -231,7 +232,7 @@ class TrainingRun:
         diagnose: Callable[[int], Mapping[str, float]] | None = None,
     ):
         self._score, self._diagnose = score, diagnose
-        self._scores: dict[str, str] = {}
+        self._shown: dict[str, str] = {}  # in the progress line, beside the losses
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
         self.schedule = Schedule.of(noise_scheduler).to(accelerator.device)
@@ -243,7 +244,7 @@ class TrainingRun:
         self.learning_rate = get_scheduler(
             options.lr_scheduler,
             optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
+            num_warmup_steps=with_warmup(options).lr_warmup_steps,
             num_training_steps=options.max_train_steps,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -417,6 +418,7 @@ class TrainingRun:
         asked = self._stop.poll()
         flags = [torch.full_like(norm, asked == number) for number in (signal.SIGTERM, signal.SIGINT)]
         flags.append((~(norm.isfinite() & self._losses["total"].isfinite())).to(norm.dtype))
+        flags += [self._losses[name].to(norm.dtype) for name in _shown(self._losses)]
         terminated_interrupted_broken = accelerator.reduce(torch.stack(flags), "sum")
         step = UnsettledStep(
             self.step + 1,
@@ -450,7 +452,7 @@ class TrainingRun:
         step, self._unsettled = self._unsettled, None
         if step is None:
             return
-        terminated, interrupted, is_skipped = step.flags.read()
+        terminated, interrupted, is_skipped, *losses = step.flags.read()
         self._asked_to_stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
         if is_skipped:
             self._tell_of_skip(step)
@@ -460,6 +462,9 @@ class TrainingRun:
         if self.ema is not None:
             self._average()
         num_passes = self.options.gradient_accumulation_steps
+        num_summed = num_passes * self.accelerator.num_processes
+        shown = {name: f"{value / num_summed:.4f}" for name, value in zip(_shown(step.losses), losses, strict=True)}
+        self._progress.set_postfix({**shown, **self._shown}, refresh=False)
         means = {f"loss/{name}": value / num_passes for name, value in step.losses.items()}
         for name, value in {**means, "gradient_norm": step.gradient_norm}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -558,10 +563,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             self.folder.append_metrics({"step": self.step, **line})
         self.accelerator.log(line, step=self.step)
-        shown = {name.removeprefix("loss/"): f"{value:.4f}" for name, value in line.items() if _is_shown(name)}
-        self._progress.set_postfix(
-            {**shown, "img/s": f"{line['images_per_second']:.0f}", **self._scores}, refresh=False
-        )
+        self._shown["img/s"] = f"{line['images_per_second']:.0f}"
         self._sums, self._num_summed, self._num_skipped = {}, {}, 0
         self._num_passes, self._since = 0, time.perf_counter()
 
@@ -659,7 +661,7 @@ class TrainingRun:
             self.folder.append_metrics({"step": self.step, **scores})
         self.accelerator.log(scores, step=self.step)
         names = [name for name in scores if name.startswith("score/fid") and "held_out" not in name]
-        self._scores = {name.removeprefix("score/"): f"{scores[name]:.2f}" for name in names}
+        self._shown |= {name.removeprefix("score/"): f"{scores[name]:.2f}" for name in names}
         self._since += time.perf_counter() - began  # the time of scoring is not the training's
 
     def finish(self) -> nn.Module:
@@ -690,5 +692,6 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
 
-def _is_shown(name: str) -> bool:
-    return name.startswith("loss/") and name.count("/") == 1
+def _shown(losses: Mapping[str, Tensor]) -> list[str]:
+    """The losses of a step that the progress line has room for: none of single layers."""
+    return sorted(name for name in losses if "/" not in name)
