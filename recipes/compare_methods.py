@@ -201,6 +201,9 @@ STARTS = {"inherited": ("--inherit_weights",), "random": ("--no-inherit_weights"
 OWN = ("preset", "output_dir", "resume_from_checkpoint", "seed", "max_train_steps", "train_batch_size", "dry_run")
 """Flags of a run that --extra must not have: this command sets them."""
 
+OWN_DATA = ("teacher", "dataset")
+"""Flags that replace the student preset's."""
+
 TEACHER_IS_KNOWN: tuple[str, ...] = ("--no-score_teacher",)
 """Flags of runs that need not score the teacher again, once the results file has its scores."""
 
@@ -266,8 +269,6 @@ class ComparisonConfig:
             if not name or name in OWN:
                 what = f"{name} is this command's own" if name else "there is an empty one"
                 raise ValueError(f"--extra takes flags, each with its values in one string: {what}")
-            if name in ("teacher", "dataset") and getattr(self, name):
-                raise ValueError(f"--{name} is given twice, once in --extra: leave one of them out")
         if self.student_preset == "custom" and not (self.teacher and self.dataset):
             raise ValueError("--student_preset custom needs --teacher and --dataset")
         for name in ("arms", "starts"):
@@ -458,16 +459,17 @@ def score_flags(config: ComparisonConfig) -> list[str]:
     """What decides the scores of the teacher and of held-out images, but for --extra."""
     subset = max(2, min(250, config.num_score_samples // 2))
     flags = ["--preset", config.student_preset, "--num_score_samples", str(config.num_score_samples)]
-    for name in ("teacher", "dataset"):
+    for name in OWN_DATA:
         if value := getattr(config, name):
             flags += [f"--{name}", value]
     return [*flags, "--kid_subset_size", str(subset)]
 
 
 def extra_flags(config: ComparisonConfig) -> list[str]:
-    """What --extra says, as words of a command line."""
-    lines = [shlex.split(text) for text in config.extra]
-    return [word for words in lines for word in ("--" + words[0].lstrip("-"), *words[1:])]
+    """What --extra says, as words of a command line; a flag of this command's own goes before one in a preset's."""
+    lines = [(words[0].lstrip("-"), *words[1:]) for words in map(shlex.split, config.extra)]
+    lines = [words for words in lines if words[0] not in OWN_DATA or not getattr(config, words[0])]
+    return [word for name, *values in lines for word in (f"--{name}", *values)]
 
 
 def plan(config: ComparisonConfig) -> list[Run]:

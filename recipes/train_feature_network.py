@@ -98,5 +98,7 @@ def main(config: FeatureNetworkConfig) -> None:
     print(f"{output}: {share:.2%} of {len(held_out)} held-out images right")
 
 
+PRESETS = {"default": FeatureNetworkConfig()}
+
 if __name__ == "__main__":
-    run_recipe(main, {"default": FeatureNetworkConfig()}, __doc__, default="default")
+    run_recipe(main, PRESETS, __doc__, default="default")

@@ -1,0 +1,334 @@
+"""Presets do what they say for other data and other lengths of a run: warm-up, extractor, names, results files."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from tests.recipes.conftest import SHORT, SHORT_STUDENT, load_recipe
+from vkd_gen.evaluation.extractors import load_extractor
+from vkd_gen.evaluation.labels import data_label
+from vkd_gen.evaluation.scorer import ScoreOptions, choose_extractor, note_foreign_features
+from vkd_gen.training.command_line import parse_command_line
+from vkd_gen.training.options import TrainingOptions, with_warmup
+
+STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
+
+
+def parse(monkeypatch, name, *flags):
+    """The configuration that a recipe works with."""
+    recipe = load_recipe(name)
+    monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, flags)])
+    config = parse_command_line(recipe.PRESETS, recipe.__doc__, "screen" if name == "compare_methods" else "digits")
+    return recipe.with_places(config) if name == "compare_methods" else recipe.resolve(config)
+
+
+def save_images(folder, count=24, *, channels=3, seed=0):
+    """Random images of 8 x 8 pixels."""
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (count, 8, 8, channels), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image.squeeze()).save(folder / f"{number:03}.png")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of grey images that are no digits."""
+    return save_images(tmp_path / "my photos", channels=1)
+
+
+# ---- the warm-up is a share of the run
+
+
+@pytest.mark.parametrize("name", [STUDENT, TEACHER])
+@pytest.mark.parametrize("preset", ["digits", "mnist", "cifar10", "custom"])
+@pytest.mark.parametrize("steps", [1, 9, 20, 300, 5000])
+def test_no_preset_warms_up_for_more_than_a_tenth_of_the_run(name, preset, steps, monkeypatch):
+    own = ["--dataset", "x/y"] + ["--teacher", "x/y"] * (name == STUDENT)
+    training = parse(monkeypatch, name, "--preset", preset, "--max_train_steps", steps, *own).training
+    assert training.lr_warmup_steps == min(1000 if preset in ("cifar10", "custom") else 50, steps // 10)
+
+
+def test_the_presets_own_runs_are_warmed_up_as_ever(monkeypatch):
+    found = {
+        (name, preset): parse(monkeypatch, name, "--preset", preset).training.lr_warmup_steps
+        for name in (STUDENT, TEACHER)
+        for preset in ("digits", "mnist", "cifar10")
+    }
+    assert found == {key: 1000 if key[1] == "cifar10" else 50 for key in found}
+    for name, config in load_recipe("compare_methods").PRESETS.items():  # whose records were made with 50 steps
+        assert config.max_train_steps >= 500 or "lr_warmup_steps 0" in config.extra, name
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "scheduler", "expected"),
+    [(0, 20, "cosine", 0), (15, 20, "linear", 15), (20, 20, "cosine", 20), (99, 20, "constant", 99)],
+)
+def test_a_warm_up_that_is_asked_for_is_kept(given, steps, scheduler, expected):
+    options = TrainingOptions(output_dir="x", lr_warmup_steps=given, max_train_steps=steps, lr_scheduler=scheduler)
+    assert with_warmup(options).lr_warmup_steps == expected
+
+
+def told(capfd):
+    """The one line on standard error."""
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(photos, tmp_path, run_recipe, capfd):
+    with pytest.raises(SystemExit) as status:
+        run_recipe(TEACHER, "--max_train_steps", 20, "--lr_warmup_steps", 21, "--output_dir", tmp_path / "run")
+    assert status.value.code == 2
+    assert "error: --lr_warmup_steps 21 is more than --max_train_steps 20" in told(capfd)
+
+
+def test_a_short_run_of_ones_own_learns_at_the_rate_that_was_asked_for(photos, pipeline_folder, tmp_path, run_recipe):
+    run = tmp_path / "run"
+    flags = [*SHORT_STUDENT, "--preset", "custom", "--teacher", pipeline_folder, "--dataset", photos]
+    run_recipe(STUDENT, *flags, "--max_train_steps", 20, "--dataloader_num_workers", 0, "--output_dir", run)
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("learning_rate", 0) for line in lines) == pytest.approx(4e-4)
+    config = json.loads((run / "config.json").read_text())
+    assert (config["lr_warmup_steps"], config["extractor"]) == (2, "none")
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "# my-photos student" in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_told"),
+    [
+        (["--feature_decay_end", 0.5, "--lr_warmup_steps", 10], True),
+        (["--feature_decay_end", 0.5, "--lr_warmup_steps", 10, "--lr_scheduler", "constant"], False),
+        (["--feature_decay_end", 0.55, "--lr_warmup_steps", 10], False),
+        (["--method", "output", "--lr_warmup_steps", 20], False),
+        ([], False),
+    ],
+)
+def test_features_that_end_within_the_warm_up_are_told(flags, is_told, pipeline_folder, run_recipe, capfd):
+    run_recipe(STUDENT, "--teacher", pipeline_folder, "--max_train_steps", 20, "--dry_run", *flags)
+    assert ("the feature loss ends at step 10, before the learning rate" in capfd.readouterr().out) == is_told
+
+
+# ---- the extractor is the data's
+
+
+@pytest.mark.parametrize("name", [STUDENT, TEACHER])
+@pytest.mark.parametrize(
+    ("flags", "extractor", "is_told"),
+    [
+        ([], "recipes/assets/digits-features.safetensors", False),
+        (["--preset", "mnist"], "recipes/assets/mnist-features.safetensors", False),
+        (["--preset", "mnist", "--dataset", "digits"], "recipes/assets/digits-features.safetensors", False),
+        (["--dataset", "mnist"], "recipes/assets/mnist-features.safetensors", False),
+        (["--dataset", "photos/digits"], "none", True),
+        (["--preset", "mnist", "--dataset", "uoft-cs/cifar10"], "none", True),
+        (["--dataset", "x/y", "--extractor", "inception"], "inception", False),
+        (["--dataset", "x/y", "--extractor", "none"], "none", False),
+        (["--preset", "cifar10"], "none", False),
+    ],
+)
+def test_the_extractor_goes_with_the_data(name, flags, extractor, is_told, monkeypatch, caplog):
+    assert parse(monkeypatch, name, *flags).scores.extractor == extractor
+    assert ("samples are not scored" in caplog.text) == is_told
+
+
+def test_scores_during_training_need_an_extractor_of_the_data(photos, tmp_path, run_recipe, capfd):
+    flags = ["--dataset", photos, "--score_every_steps", 1, "--output_dir", tmp_path / "run"]
+    with pytest.raises(SystemExit) as status:
+        run_recipe(STUDENT, *flags)
+    assert status.value.code == 2
+    assert "error: --score_every_steps needs an --extractor" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_preset_on_other_data_gives_no_scores_in_digit_features(
+    photos, pipeline_folder, tmp_path, run_recipe, caplog
+):
+    run = tmp_path / "run"
+    run_recipe(STUDENT, *SHORT_STUDENT, "--teacher", pipeline_folder, "--dataset", photos, "--output_dir", run)
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert not [name for row in rows.values() for name in row if "digits" in name or name.startswith("fid")]
+    assert f"no extractor here was trained on {photos}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("data", "is_told"), [("digits", False), ("copies/digits", False), ("mnist", True), ("uoft-cs/cifar10@main", True)]
+)
+def test_features_of_other_data_are_told(data, is_told, caplog):
+    extractor = load_extractor("recipes/assets/digits-features.safetensors")
+    note_foreign_features(extractor, data)
+    assert ("were trained on digits, not on" in caplog.text) == is_told
+
+
+def test_an_extractor_that_is_named_is_never_exchanged():
+    options = ScoreOptions(extractor="recipes/assets/digits-features.safetensors")
+    assert choose_extractor(options, "x/y") is options
+
+
+# ---- a teacher and a feature network of one's own
+
+
+def test_a_teacher_of_ones_own_bears_the_datas_name(photos, tmp_path, run_recipe, capfd):
+    run = tmp_path / "run"
+    flags = [*SHORT, "--preset", "custom", "--dataset", photos, "--resolution", 8, "--channels", 1]
+    flags += ["--block_out_channels", 8, 16, "--attention_stages", "--norm_num_groups", 4]
+    run_recipe(TEACHER, *flags, "--dataloader_num_workers", 0, "--output_dir", run)
+    shown, card = capfd.readouterr().out, (run / "pipeline" / "README.md").read_text()
+    assert "my-photos: a UNet of" in shown
+    assert "# my-photos teacher" in card
+    assert "digits" not in card.replace("--preset digits", "") + shown
+
+
+@pytest.mark.parametrize("name", [STUDENT, TEACHER])
+def test_a_custom_preset_needs_data(name, run_recipe, capfd):
+    with pytest.raises(SystemExit) as status:
+        run_recipe(name, "--preset", "custom", "--dry_run")
+    assert status.value.code == 2
+    assert "error: --preset custom needs" in told(capfd)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """A folder of colour images of three classes."""
+    for number, name in enumerate(("cat", "dog", "eel")):
+        save_images(tmp_path / "my pets" / name, 12, seed=number)
+    return tmp_path / "my pets"
+
+
+def as_table(classes, tmp_path):
+    """The same images as a parquet file whose columns have names of their own."""
+    datasets = importlib.import_module("datasets")
+    rows = [
+        (str(file), number) for number, name in enumerate(("cat", "dog", "eel")) for file in (classes / name).iterdir()
+    ]
+    features = datasets.Features({"photo": datasets.Image(), "kind": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"photo": [f for f, _ in rows], "kind": [n for _, n in rows]}, features=features)
+    table.to_parquet(tmp_path / "pets.parquet")
+    return tmp_path / "pets.parquet", "--label_column", "kind", "--image_column", "photo"
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "channels", "name"),
+    [
+        (lambda folder, _: [folder], ["--resolution", 8], 3, "my-pets"),
+        (lambda folder, _: [folder], ["--channels", 1], 1, "my-pets"),
+        (as_table, ["--resolution", 16], 3, "pets-parquet"),
+    ],
+    ids=["folder", "grey", "table"],
+)
+def test_a_feature_network_of_ones_own_classes(source, flags, channels, name, classes, tmp_path, run_recipe, capfd):
+    output = tmp_path / "pets.safetensors"
+    given = ["--preset", "default", "--dataset", *source(classes, tmp_path), "--num_epochs", 1, "--output", output]
+    run_recipe("train_feature_network", *given, *flags)
+    assert "30 images of 3 classes, 6 held out" in capfd.readouterr().out
+    extractor = load_extractor(str(output))
+    assert (extractor.name, extractor.network.channels, extractor.network.head.out_features) == (name, channels, 3)
+    assert extractor(torch.zeros(5, 3, 8, 8, dtype=torch.uint8)).keys() == {"features", "logits"}
+
+
+@pytest.mark.slow
+def test_the_digits_network_is_made_as_it_was(tmp_path, run_recipe):
+    output = tmp_path / "digits.safetensors"
+    run_recipe("train_feature_network", "--preset", "default", "--output", output)
+    facts = [safe_open(path, "pt").metadata() for path in (output, "recipes/assets/digits-features.safetensors")]
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--output", "features.pt"], "must end in .safetensors"),
+        (["--dataset", "no/where/at/all"], "there is no folder or file no/where/at/all"),
+        (["--dataset", "inception-crops"], "is another network's name"),
+        (["--num_epochs", 0], "--num_epochs must be at least 1"),
+        (["--channels", 2], "channels"),
+    ],
+)
+def test_a_feature_network_that_cannot_be(flags, words, tmp_path, monkeypatch, run_recipe, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        run_recipe("train_feature_network", "--preset", "default", *flags)
+    assert status.value.code == 2
+    assert words in told(capfd)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("digits", "digits"),
+        ("uoft-cs/cifar10@main", "cifar10"),
+        ("a b/c d/", "c-d"),
+        ("x/$\\frac$<b>", "frac-b"),
+        ("/", "images"),
+    ],
+)
+def test_names_of_data_are_plain(source, name):
+    assert data_label(source) == name
+
+
+# ---- comparisons of one's own
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder", "results", "figures"),
+    [
+        ([], "runs/screen", "docs/results/screen.json", "docs"),
+        (["--preset", "mnist-short"], "runs/mnist-short", "docs/results/mnist.json", "docs"),
+        (["--num_seeds", 5, "--seed", 9], "runs/screen", "docs/results/screen.json", "runs/screen"),
+        (["--arms", "output", "fitnet"], "runs/screen", "docs/results/screen.json", "runs/screen"),
+        (["--dataset", "my/birds"], "runs/screen-birds", "runs/screen-birds/results.json", "runs/screen-birds"),
+        (["--teacher", "a/b"], "runs/screen-b", "runs/screen-b/results.json", "runs/screen-b"),
+        (["--preset", "mnist", "--dataset", "x"], "runs/mnist-x", "runs/mnist-x/results.json", "runs/mnist-x"),
+        (["--extra", "dataset x"], "runs/screen", "runs/screen/results.json", "runs/screen"),
+        (["--max_train_steps", 20], "runs/screen", "runs/screen/results.json", "runs/screen"),
+        (["--dataset", "x", "--output_dir", "o"], "o", "o/results.json", "o"),
+        (["--dataset", "x", "--results", "r.json", "--figures", "f"], "runs/screen-x", "r.json", "f"),
+    ],
+)
+def test_committed_results_hold_the_presets_comparisons_alone(flags, folder, results, figures, monkeypatch):
+    config = parse(monkeypatch, "compare_methods", *flags)
+    assert (config.output_dir, config.results, config.figures) == (folder, results, figures)
+
+
+def test_a_comparison_hands_on_teacher_and_data(monkeypatch):
+    recipe = load_recipe("compare_methods")
+    config = parse(
+        monkeypatch, "compare_methods", "--student_preset", "custom", "--teacher", "a/b", "--dataset", "my birds"
+    )
+    for run in recipe.plan(config):
+        assert run.flags.startswith("--preset custom --num_score_samples 500 --teacher a/b --dataset 'my birds' ")
+    command = recipe.command_of(recipe.plan(config)[0], Path("folder"), knows_teacher=False)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    student = load_recipe(STUDENT)
+    parsed = student.resolve(parse_command_line(student.PRESETS, "", "digits"))
+    assert (parsed.teacher, parsed.data.dataset, parsed.scores.extractor) == ("a/b", "my birds", "none")
+
+
+def test_ones_own_teacher_goes_before_the_presets(monkeypatch):
+    recipe = load_recipe("compare_methods")
+    config = parse(monkeypatch, "compare_methods", "--preset", "mnist", "--teacher", "a/b")
+    assert {run.flags.count("--teacher") for run in recipe.plan(config)} == {1}
+    assert "--teacher a/b" in recipe.plan(config)[0].flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--student_preset", "custom"], "--student_preset custom needs --teacher and --dataset"),
+        (["--student_preset", "custom", "--dataset", "x"], "--student_preset custom needs --teacher and --dataset"),
+        (["--student_preset", "birds"], "birds"),
+    ],
+)
+def test_a_comparison_that_cannot_be(flags, words, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as status:
+        parse(monkeypatch, "compare_methods", *flags)
+    assert status.value.code == 2
+    assert words in told(capfd)

@@ -1,0 +1,283 @@
+"""What a run shows: its page, its figures and captions, its progress line, the words of tables and of --help."""
+
+import colorsys
+import importlib.util
+import json
+import re
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from tests.faults.small_run import options_of, train
+from tests.recipes.conftest import RECIPES, SHORT_STUDENT
+from tests.test_balance import Ratios
+from tests.test_diagnostics_figure import look
+from tests.test_method_tables import comparison
+from tests.test_report import make_run
+from vkd_gen import LossWeights, ProjectedStudent
+from vkd_gen.evaluation import method_figures
+from vkd_gen.evaluation.compare import FORMATS, markdown_table, print_table
+from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics
+from vkd_gen.evaluation.labels import SCORES, label_of
+from vkd_gen.evaluation.method_tables import markdown_table as comparison_table
+from vkd_gen.evaluation.report import asked_for, write_report
+from vkd_gen.training.balance import FeatureBalance
+
+EVAL = RECIPES.parent / "eval"
+
+CONFIG = {
+    "teacher": "a/teacher",
+    "dataset": "b/birds",
+    "method": "vkd",
+    "max_train_steps": 321,
+    "seed": 17,
+    "student": "",
+    "student_width": None,
+    "num_training_images": 99,
+    "train_batch_size": 8,
+    "learning_rate": 0.002,
+}
+
+
+# ---- the page
+
+
+def page_of(folder):
+    write_report([folder], folder / "report.html")
+    return (folder / "report.html").read_text()
+
+
+def test_a_page_names_data_teacher_student_method_steps_and_seed(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.json").write_text(json.dumps(CONFIG))
+    facts = dict(re.findall(r'<td class="dim">([^<]*)</td><td>([^<]*)</td>', page_of(run)))
+    expected = {"data": "b/birds", "teacher": "a/teacher", "student": "width 0.5", "method": "vkd"}
+    expected |= {"steps": "321", "seed": "17"}
+    assert expected.items() <= facts.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "student"),
+    [
+        ({"student": "bk-base"}, "bk-base"),
+        ({"student": "bk-base", "student_width": 0.25}, "bk-base, width 0.25"),
+        ({"student_width": 1, "student_layers_per_block": 1}, "width 1, layers per block 1"),
+        ({"student_drop_mid_block": True}, "width 0.5, drop mid block True"),
+    ],
+)
+def test_the_student_in_words(changes, student, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    assert asked_for(tmp_path)["student"] == student
+
+
+def test_a_page_of_a_teachers_run_and_of_several_runs(tmp_path):
+    runs = [make_run(tmp_path / name, seed=number) for number, name in enumerate(("first", "second"))]
+    (runs[0] / "config.json").write_text(json.dumps({"dataset": "x", "seed": 0, "block_out_channels": [8, 16]}))
+    (runs[1] / "config.json").write_text(json.dumps(CONFIG))
+    assert asked_for(runs[0]) == {"data": "x", "channels of the stages": [8, 16], "seed": 0}
+    write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Run: first</h2>" in page
+    assert "<h2>Run: second</h2>" in page
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"dataset": {"a": [1]}, "seed": "<b>"}']
+)
+def test_a_configuration_that_is_none_costs_no_page(content, tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.json").write_bytes(content)
+    page = page_of(run)
+    assert "<h2>Scores</h2>" in page
+    assert "<b>" not in page
+
+
+@pytest.mark.parametrize("looks", [0, 1, 3])
+def test_the_page_holds_the_diagnostics(looks, tmp_path):
+    run = make_run(tmp_path / "run")
+    before = page_of(run).count("data:image/png")
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in range(1, looks + 1):
+            line = {name if name == "step" else f"diagnostics/{name}": value for name, value in look(step).items()}
+            file.write(json.dumps(line) + "\n")
+    page = page_of(run)
+    assert page.count("data:image/png") == before + bool(looks)
+    assert ("What the feature loss does" in page) == bool(looks)
+
+
+# ---- looks at the feature loss
+
+
+def steps_looked_at(num_steps, decay_end, every_steps=200, weighting="constant"):
+    diagnostics = Ratios(*[2.0] * 2000)
+    balance = FeatureBalance(
+        ProjectedStudent(torch.nn.Identity()),
+        diagnostics,
+        weighting=weighting,
+        weights=LossWeights(denoising=1.0, output=1.0, feature=0.3),
+        decay_start=0.0,
+        decay_end=decay_end,
+        num_steps=num_steps,
+        every_steps=every_steps,
+    )
+    balance.start()
+    steps, scales = [], []
+    for step in range(1, num_steps + 1):
+        steps += [step] if balance.look(step) else []
+        scales.append(balance._undecayed())
+    return steps, scales
+
+
+@pytest.mark.parametrize(("num_steps", "decay_end"), [(300, 0.3), (100, 0.3), (1000, 0.3), (60, 1.0), (50_000, 0.3)])
+def test_features_are_looked_at_early_and_often(num_steps, decay_end):
+    steps, _ = steps_looked_at(num_steps, decay_end)
+    last = round(decay_end * num_steps)
+    assert len(steps) >= 6
+    assert steps[0] <= max(5, last / 8)
+    assert steps[-1] == last
+    assert min(np.diff(steps)) >= 3 or last < 30
+
+
+@pytest.mark.parametrize(("num_steps", "decay_end"), [(300, 0.3), (450, 1.0), (700, 0.9)])
+def test_further_looks_move_no_weight(num_steps, decay_end):
+    """The weight moves at every 200th step and the last one with features, as it would without them."""
+    _, scales = steps_looked_at(num_steps, decay_end, weighting="gradient_ratio")
+    moved = [step for step in range(2, num_steps + 1) if scales[step - 1] != scales[step - 2]]
+    last = round(decay_end * num_steps)
+    assert set(moved) <= {*range(200, last + 1, 200), last}
+
+
+def test_a_few_steps_are_looked_at_as_they_were():
+    assert steps_looked_at(5, 1.0, every_steps=2)[0] == [2, 4, 5]
+    assert steps_looked_at(300, 0.3, every_steps=0)[0] == []
+    assert steps_looked_at(300, 1.0, every_steps=1)[0] == list(range(1, 301))
+
+
+@pytest.mark.slow
+def test_further_looks_change_nothing_in_a_run(pipeline_folder, tmp_path, run_recipe, monkeypatch):
+    found = {}
+    for name, least in (("often", 1), ("seldom", 10**6)):
+        monkeypatch.setattr("vkd_gen.training.balance.LEAST_STEPS_BETWEEN", least)
+        flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--max_train_steps", 40, "--extractor", "none"]
+        run_recipe("train_student_unet", *flags, "--output_dir", tmp_path / name)
+        lines = [json.loads(text) for text in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [{key: line[key] for key in line if key.startswith("loss/")} for line in lines]
+        assert (sum("diagnostics/gradient_ratio" in line for line in lines) > 1) == (name == "often")
+    assert [line for line in found["often"] if line] == [line for line in found["seldom"] if line]
+
+
+# ---- figures
+
+
+def test_every_line_of_the_diagnostics_has_markers_and_floors_are_seen():
+    losses, gradients, timesteps, _ = draw_diagnostics([look(100)]).axes  # one look alone
+    lines = [*losses.get_lines(), *timesteps.get_lines(), *gradients.get_lines()[:-1]]
+    assert all(line.get_marker() not in ("", "None", None) for line in lines)
+    low, high = losses.get_ylim()
+    floors = [line.get_ydata()[0] for line in losses.get_lines() if line.get_linestyle() == "--"]
+    assert len(floors) == 2
+    assert all(low < floor < high for floor in floors)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-17, None])
+def test_a_floor_of_nothing_does_not_stretch_the_axis(floor):
+    lines = [look(100), look(200)]
+    for line in lines:
+        line["floor/mid_block"] = floor
+    losses = draw_diagnostics(lines).axes[0]
+    assert losses.get_ylim()[0] > 1e-3
+
+
+def hue(colour):
+    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    return colorsys.rgb_to_hsv(red, green, blue)[0] * 360
+
+
+def test_captions_call_colours_by_their_names():
+    names = {"red": (345, 15), "orange": (15, 45), "blue": (190, 250), "green": (90, 165)}
+    caption = method_figures.draw_differences(comparison()).get_supxlabel()
+    for word, colour in (("better", method_figures.BETTER), ("worse", method_figures.WORSE)):
+        (name,) = re.findall(rf"(\w+) \({word}\)", caption)
+        low, high = names[name]
+        assert (low <= hue(colour) <= high) if low < high else (hue(colour) >= low or hue(colour) <= high)
+
+
+# ---- words
+
+
+@pytest.mark.parametrize("extractor", ["", "_digits", "_efficientnet_lite0"])
+def test_every_score_has_words(extractor):
+    assert SCORES.keys() == FORMATS.keys()
+    for name in SCORES:
+        label = label_of(name + extractor)
+        assert "_" not in label
+        assert label.endswith(f"({extractor[1:].replace('_', '-')})") == bool(extractor)
+        assert not re.search(r"\b(fid|kid|macs)\b", label)
+
+
+def test_no_table_or_figure_shows_raw_keys(tmp_path, capsys):
+    row = {name + "_digits": 1.0 for name in SCORES if name not in ("parameters", "macs")} | {
+        "macs": 1,
+        "parameters": 2,
+    }
+    protocol = {"num_inference_steps": 2, "extractor_weights_sha256": "x", "reference_hash": "y"}
+    results = {"rows": {"teacher": row, "student": row}, "protocol": protocol}
+    run = make_run(tmp_path / "run")
+    (run / "results.json").write_text(json.dumps(results))
+    print_table(results)
+    shown = [page_of(run), markdown_table(results), capsys.readouterr().out, comparison_table(comparison())]
+    shown += [
+        axis.get_title()
+        for draw in (method_figures.draw_differences, method_figures.draw_curves)
+        for axis in draw(comparison()).axes
+    ]
+    for text in shown:
+        assert not re.search(r"\b(fid|kid) (digits|training)|teacher distance|\bmacs\b|num inference|\w+_digits", text)
+
+
+COMMANDS = [*RECIPES.glob("*.py"), *EVAL.glob("*.py")]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_example_commands_stand_on_lines_of_their_own(path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    if path.parent == EVAL:
+        ask = partial(module.run_command, module.main, vars(module)[f"{path.stem.title()}Config"], module.__doc__)
+    else:
+        ask = partial(module.run_recipe, module.main, module.PRESETS, module.__doc__, next(iter(module.PRESETS)))
+    with pytest.raises(SystemExit) as status:
+        ask()
+    assert status.value.code == 0
+    shown = [re.sub(r"\s+", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
+    examples = [line for line in module.__doc__.splitlines() if line.startswith(("python ", "accelerate "))]
+    assert examples
+    assert [line for line in shown if line.startswith(("python ", "accelerate "))] == examples
+
+
+# ---- the progress line
+
+
+@pytest.mark.parametrize(("late", "passes"), [(False, 1), (False, 2), (True, 1)])
+def test_the_losses_of_the_progress_line_move_with_every_step(late, passes, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    lines, totals = [], []
+
+    def note(run, _batch, losses):
+        totals.append(float(losses["total"]))
+        if not hasattr(run, "noted"):
+            run.noted = run._progress.set_postfix
+            run._progress.set_postfix = lambda values, **_: lines.append(dict(values))
+
+    options = options_of(tmp_path / "run", max_train_steps=6, log_every_steps=100, gradient_accumulation_steps=passes)
+    train(options, before_step=note, late=late)
+    means = np.reshape(totals, (6, passes)).mean(1)
+    assert [line["total"] for line in lines] == [f"{value:.4f}" for value in means]
+    assert len({line["total"] for line in lines}) > 3
+    assert all(not any("/" in name for name in line if name != "img/s") for line in lines)
