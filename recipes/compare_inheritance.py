@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
+from vkd_gen.evaluation.labels import label_of
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.reductions import Reduction
 from vkd_gen.training.command_line import announce, repository_path, run_recipe
@@ -181,7 +182,7 @@ def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[s
 def print_rows(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Rows of means and spreads."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = Table(title, *columns)
+    table = Table(title, *map(label_of, columns))
     for name, row in rows.items():
         cells = [row.get(column) for column in columns]
         table.add_row(

@@ -270,7 +270,7 @@ def test_the_losses_of_the_progress_line_move_with_every_step(late, passes, tmp_
     lines, totals = [], []
 
     def note(run, _batch, losses):
-        totals.append(float(losses["total"]))
+        totals.append(losses["total"].item())
         if not hasattr(run, "noted"):
             run.noted = run._progress.set_postfix
             run._progress.set_postfix = lambda values, **_: lines.append(dict(values))
