@@ -58,7 +58,7 @@ def main(config: FeatureNetworkConfig) -> None:
     refuse_linked_file(output)
     announce(f"a feature network of {config.dataset}, to {output}")
 
-    from vkd_gen.data import EMBEDDED, load_images
+    from vkd_gen.data import EMBEDDED, load_images, told_of
     from vkd_gen.evaluation.feature_network import (
         accuracy,
         check_network_name,
@@ -77,13 +77,12 @@ def main(config: FeatureNetworkConfig) -> None:
         label_column=config.label_column,
         on_bad_image=config.on_bad_image,
     )
-    skipped = [*train.skipped, *held_out.skipped]
     print(
         f"{config.dataset}: {len(train):,} images of {train.num_classes} classes, {len(held_out):,} held out",
         flush=True,
     )
-    if skipped:
-        print(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
+    for line in told_of(train, held_out):
+        print(line)
     network = train_feature_network(train, num_epochs=config.num_epochs, seed=config.seed)
     share = accuracy(network, held_out)
     facts = {
