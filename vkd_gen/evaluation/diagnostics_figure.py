@@ -10,6 +10,8 @@ from vkd_gen.evaluation.labels import COLOURS, label_of
 
 PREFIX = "diagnostics/"
 BIN = re.compile(r"t(\d+)-(\d+)")
+GREYS = (("o", "0.1"), ("s", "0.4"), ("^", "0.65"))
+"""Markers and colours of what belongs to no layer."""
 LEAST_FLOOR = 1e-3
 """Of a layer's loss: a floor below that is none, as where a student's layer is as wide as its teacher's."""
 
@@ -60,6 +62,7 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 8), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
@@ -78,17 +81,18 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
     for axis in (losses, timesteps):
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
-        low, high = axis.get_ylim()
-        axis.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(which="both", labelsize=9)
     figure.legend(loc="outside lower center", ncols=min(len(layers), 5), fontsize=9, frameon=False)
 
     wanted = {"gradient_ratio": "norm, in units of the other terms' gradient"}
     for term in ("output", "denoising"):
         wanted[f"gradient_cosine/feature-{term}"] = f"cosine with the gradient of the {label_of(f'loss/{term}')}"
-    for (name, words), colour in zip(wanted.items(), COLOURS, strict=False):
+    for (name, words), style in zip(wanted.items(), GREYS, strict=True):  # colours are the layers'
         values = [line.get(name) for line in lines]
         if any(value is not None for value in values):
-            gradients.plot(steps, values, "o-", color=colour, markersize=4, label=words)
+            gradients.plot(steps, values, style[0] + "-", color=style[1], markersize=5, label=words)
     gradients.axhline(0, color="0.2", linewidth=1)
     gradients.set(xlabel="step", title="The feature loss' gradient")
     if gradients.get_legend_handles_labels()[1]:  # not for a feature loss without other terms
