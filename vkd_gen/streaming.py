@@ -17,18 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vkd_gen.data import (
+from vkd_gen.data import DrawBatches, Images, OnBadImage, TrainingDraws, split_images
+from vkd_gen.tables import (
     EMBEDDED,
-    DrawBatches,
-    Images,
-    OnBadImage,
     Tables,
-    TrainingDraws,
     Whereabouts,
     label_column_of,
     open_source,
     read_cell,
-    split_images,
     table_reader,
     undecoded_images,
 )

@@ -1,0 +1,125 @@
+"""One image file, or its bytes, as an image: upright, opaque, 8 bits."""
+
+import contextlib
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vkd_gen.listing import image_formats
+
+ADVICE = "repair or remove it"
+
+
+def check_headers(files: Mapping[str, Path]) -> None:
+    """The headers alone: fast, and finds most of what is no image before the training starts.
+
+    Args:
+        files: by the names that messages give them.
+
+    Raises:
+        ValueError: naming the first that is no image.
+    """
+    bad = []
+    for name, file in files.items():
+        try:
+            with _careful_pil(), _open(file):
+                pass
+        except Exception as error:  # see decode_image
+            bad.append(f"{name}: {_reason(error)}")
+    if bad:
+        others = f" ({len(bad)} such in all; --on_bad_image skip leaves them out)" if len(bad) > 1 else ""
+        raise ValueError(f"cannot read {bad[0]}{others}; {ADVICE}")
+
+
+def decode_image(file: Path | io.BytesIO, name: str) -> Image.Image:
+    """An image as it is meant to be seen: upright, opaque, 8 bits, grey or RGB.
+
+    Args:
+        file: or its bytes.
+        name: for messages.
+
+    Raises:
+        ValueError: naming it, if it cannot be read.
+    """
+    try:
+        with _careful_pil(), _open(file) as image:
+            image.load()
+            return _without_transparency(_to_eight_bits(_upright(image)))
+    except Exception as error:  # damaged files end in all kinds of errors: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"cannot read {name}: {_reason(error)}; {ADVICE}") from error
+
+
+@contextlib.contextmanager
+def _careful_pil() -> Iterator[None]:
+    """PIL's warning of decompression bombs as an error; its others, of odd metadata, are not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _open(file: Path | io.BytesIO) -> Image.Image:
+    size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+    if isinstance(file, Path) and not file.is_file():  # reading from a pipe or a device would not end
+        raise ValueError("it is no file")
+    if not size:
+        raise ValueError("the file is empty")
+    return Image.open(file, formats=image_formats())  # by its content a .png may be PostScript, which PIL would run
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says; as it is stored where the EXIF is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata end as damaged images do
+        return image
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("it holds floating point numbers; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    numbers = np.asarray(image)  # 16 bits, which PIL would cut off at 255 instead of scaling
+    if numbers.min() < 0 or numbers.max() > 65535:
+        raise ValueError("it holds whole numbers of more than 16 bits; save it with 8 or 16")
+    return Image.fromarray((numbers / 257).round().astype(np.uint8))
+
+
+def _without_transparency(image: Image.Image) -> Image.Image:
+    """On white, where the image is transparent: what lies below its transparent parts was never meant to be seen."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is of no image format that is known"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the path
+    return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or else its name."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def files_identity(files: list[Path], beside: str | Path) -> str:
+    """Over names, from a folder on, or beside a fingerprint; sizes and times of change."""
+    digest = hashlib.sha256()
+    for file in files:
+        facts = file.stat()
+        name = file.relative_to(beside) if isinstance(beside, Path) else f"{beside} {file}"
+        line = f"{name}\n{facts.st_size} {facts.st_mtime_ns}\n"
+        digest.update(os.fsencode(line))
+    return digest.hexdigest()

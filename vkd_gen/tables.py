@@ -1,0 +1,307 @@
+"""Tables of images, of files or of the Hugging Face hub, through the package datasets."""
+
+import io
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vkd_gen.decoding import ADVICE, check_headers, decode_image, files_identity, one_line
+from vkd_gen.listing import TABLE_SUFFIXES, Listing, list_files, shown
+from vkd_gen.provenance import hub_revision, split_revision
+
+EMBEDDED = ("digits", "mnist")
+"""Sets of images that packages carry."""
+
+Labels = tuple[np.ndarray, int | None]
+"""Class of each image, int64, and how many classes the source says there are."""
+
+
+class Reader(NamedTuple):
+    """One split of a source.
+
+    Attributes:
+        read: image number -> image.
+        num_images: how many there are.
+        labels: read when asked for.
+        check_headers: raises ValueError for what can be seen to be no image without decoding it.
+        revision: commit on the hub.
+        identity: see `Images`.
+        notes: see `Images`.
+    """
+
+    read: Callable[[int], Image.Image]
+    num_images: int
+    labels: Callable[[], Labels]
+    check_headers: Callable[[], None] = lambda: None
+    revision: str | None = None
+    identity: Callable[[], str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Whereabouts(NamedTuple):
+    """Where the images lie of which a table holds the paths. A table is data: it does not say what else to read.
+
+    Attributes:
+        folders: absolute; paths are relative to the first.
+        may_leave: paths may lead elsewhere, which `load_images` tells.
+    """
+
+    folders: tuple[Path, ...]
+    may_leave: bool = False
+
+    def find(self, path: str) -> tuple[Path, bool]:
+        """The file that a path is, and whether it lies in the folders."""
+        file = Path(os.path.normpath(self.folders[0] / path))
+        return file, any(file.is_relative_to(folder) for folder in self.folders)
+
+
+class Tables(NamedTuple):
+    """The splits of a source of tables.
+
+    Attributes:
+        splits: split -> datasets' Dataset, or IterableDataset where it is streamed.
+        name: for messages.
+        whereabouts: of images whose paths are in the tables.
+        revision: commit on the hub.
+        notes: see `Images`.
+    """
+
+    splits: Mapping[str, Any]
+    name: str
+    whereabouts: Whereabouts
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_source(source: str, image_column: str | None = None, *, streaming: bool = False) -> Tables | Listing:
+    """What a source is: tables, of a file, a folder or the hub, or the files of a folder of images.
+
+    Args:
+        source: see `load_images`.
+        image_column: see `load_images`.
+        streaming: open tables as datasets' IterableDataset, of which nothing is copied to the disk here.
+
+    Raises:
+        ValueError: in one line, for a source that does not exist or cannot be read.
+    """
+    if Path(source).exists():
+        listing = list_files(source, image_column)
+        return _local_tables(listing, streaming) if listing.is_tables else listing
+    if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") > 1:
+        raise ValueError(f"there is no folder or file {source}")
+    return _hub_tables(source, streaming)
+
+
+def _datasets():
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("reading tables and hub data sets needs the package datasets: pip install datasets") from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs tracebacks; its errors are told in one line here
+    return datasets
+
+
+def _local_tables(listing: Listing, streaming: bool) -> Tables:
+    datasets = _datasets()
+    files = [file for chosen in listing.splits.values() for file in chosen]
+    kinds = {TABLE_SUFFIXES[file.suffix.lower()]: file for file in files}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{listing.root} holds tables of two kinds: {' and '.join(map(shown, kinds.values()))}; name one"
+        )
+    try:
+        data_files = {split: [str(file) for file in chosen] for split, chosen in listing.splits.items()}
+        tables = datasets.load_dataset(next(iter(kinds)), data_files=data_files, streaming=streaming)
+    except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
+        those = f"{shown(files[0])}{f' and {len(files) - 1:,} more' if len(files) > 1 else ''}"
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"cannot read {those}: {reason}") from error
+    parents = {file.parent for file in files}
+    folder = parents.pop() if len(parents) == 1 else listing.root
+    name = shown(files[0] if len(files) == 1 else listing.root)
+    return Tables(tables, name, Whereabouts((folder.absolute(),), may_leave=not streaming), notes=listing.notes)
+
+
+def _hub_tables(source: str, streaming: bool) -> Tables:
+    datasets = _datasets()
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repository, revision = split_revision(source)
+    try:
+        if streaming:
+            builder = datasets.load_dataset_builder(repository, revision=revision)
+            tables = builder.as_streaming_dataset()
+            addresses = [[*(builder.config.data_files or {}).values(), *(builder.info.download_checksums or ())]]
+        else:
+            tables = datasets.load_dataset(repository, revision=revision)
+            addresses = [table.info.download_checksums for table in tables.values()]
+    except Exception as error:  # not found, offline, gated and malformed each have a class of their own
+        raise ValueError(
+            f"{source!r} is neither embedded ({', '.join(EMBEDDED)}) nor a folder or file here, and the Hugging Face "
+            f"hub did not give it: {one_line(error)}"
+        ) from error
+    commits = {_hub_commit(found) for found in addresses}
+    if revision is not None:  # where the hub does not answer, datasets takes whichever revision it has
+        wanted = hub_revision(source, "dataset")
+        if commits != {wanted} or wanted is None:
+            have = ", ".join(str(commit) for commit in commits)
+            raise ValueError(
+                f"{source} could not be had at that revision, which is {wanted or 'not known here'}; what was loaded "
+                f"is of {have}; go online, or name a commit by all its 40 digits"
+            )
+    splits = {split: table for split, table in tables.items() if split in ("train", "test")}
+    if "train" not in splits:
+        raise ValueError(f"{source} has no split called train; its splits are {', '.join(map(str, tables))}")
+    others = [f"the split {split}" for split in tables if split not in splits]
+    return Tables(
+        splits,
+        source,
+        Whereabouts((Path(datasets.config.HF_DATASETS_CACHE).absolute(), Path(HF_HUB_CACHE).absolute())),
+        commits.pop() if len(commits) == 1 else None,
+        (f"left out: {', '.join(others)}",) if others else (),
+    )
+
+
+def table_reader(table: Any, image_column: str | None, label_column: str | None, tables: Tables) -> Reader:
+    """The reader of a table, of which each image is decoded when it is asked for.
+
+    Args:
+        table: datasets' Dataset.
+        image_column: see `load_images`.
+        label_column: see `load_images`.
+        tables: that it is one of.
+    """
+    undecoded, column = undecoded_images(table, image_column, tables.name)
+    places = {number: tables.whereabouts.find(path) for number, path in _paths(undecoded, column).items()}
+    outside = [file for file, is_inside in places.values() if not is_inside]
+    files = {
+        f"image {number} of {tables.name}, {shown(file)}": file
+        for number, (file, is_inside) in places.items()
+        if is_inside or tables.whereabouts.may_leave
+    }
+    notes = tables.notes
+    if outside and tables.whereabouts.may_leave:
+        notes += (f"{len(outside):,} images lie outside {tables.whereabouts.folders[0]}, such as {shown(outside[0])}",)
+
+    return Reader(
+        partial(read_cell, undecoded, column, tables.name, tables.whereabouts),
+        len(table),
+        partial(_table_labels, table, label_column, tables.name),
+        partial(check_headers, files),
+        tables.revision,
+        # The fingerprint is over the files' times or commit, the split and the column.
+        partial(files_identity, list(files.values()), undecoded._fingerprint)
+        if files
+        else partial(str, undecoded._fingerprint),
+        notes,
+    )
+
+
+def _paths(table: Any, column: str) -> dict[int, str]:
+    """The paths of those images of a table that are not in it themselves, by number."""
+    import pyarrow.compute
+
+    paths: dict[int, str] = {}
+    first = 0
+    for cells in table.data.column(column).chunks:
+        content, path = (pyarrow.compute.struct_field(cells, name) for name in ("bytes", "path"))
+        if content.null_count:
+            is_path = pyarrow.compute.and_(content.is_null(), path.is_valid())
+            numbers = np.flatnonzero(is_path.to_numpy(zero_copy_only=False))
+            paths |= dict(zip((first + numbers).tolist(), path.filter(is_path).to_pylist(), strict=True))
+        first += len(cells)
+    return {number: path for number, path in paths.items() if path and "://" not in path}
+
+
+def undecoded_images(table: Any, image_column: str | None, source: str) -> tuple[Any, str]:
+    """A table, or a stream of its rows, whose images are bytes or paths, and the column that holds them.
+
+    Raises:
+        ValueError: for a column that does not exist or holds no images, or several to choose from.
+    """
+    datasets = _datasets()
+    columns = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    if image_column is not None and image_column not in table.column_names:
+        raise ValueError(f"{source} has no column {image_column!r}; its columns are {', '.join(table.column_names)}")
+    if image_column is None and len(columns) != 1:
+        raise ValueError(
+            f"{source} has {len(columns)} columns of images; name one by --image_column "
+            f"(its columns are {', '.join(table.column_names)})"
+        )
+    column = image_column or columns[0]
+    try:  # images, plain image bytes, or paths; decoded here, as files are
+        return table.cast_column(column, datasets.Image(decode=False)), column
+    except Exception as error:
+        raise ValueError(f"column {column!r} of {source} does not hold images: {one_line(error)}") from error
+
+
+def _hub_commit(addresses: Any) -> str | None:
+    """The commit that a table's files are of, which datasets notes in their addresses."""
+    for address in addresses or ():
+        found = re.search(r"hf://datasets/[^@]+@([0-9a-f]{40})/", str(address))
+        if found:
+            return found[1]
+    return None
+
+
+def label_column_of(table: Any, label_column: str | None, source: str) -> tuple[str, int | None]:
+    """The column that holds a table's classes, and how many of them it says there are.
+
+    Raises:
+        ValueError: for a column that does not exist, or none to choose.
+    """
+    datasets = _datasets()
+    classes = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+    column = label_column or (classes[0] if len(classes) == 1 else "label")
+    if column not in table.column_names:
+        missing = (
+            f"no column {column!r}" if label_column else f"{len(classes)} columns of classes and none called label"
+        )
+        raise ValueError(
+            f"{source} has {missing}; name one by --label_column (its columns are {', '.join(table.column_names)})"
+        )
+    return column, table.features[column].num_classes if column in classes else None
+
+
+def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
+    column, num_classes = label_column_of(table, label_column, source)
+    kind = table.features[column]
+    cells = table.select_columns([column])[:][column]
+    if not re.match("u?int", str(getattr(kind, "dtype", ""))) or None in cells:
+        held = "empty cells" if None in cells else getattr(kind, "dtype", type(kind).__name__)
+        raise ValueError(f"the labels in column {column!r} of {source} must be whole numbers, but it holds {held}")
+    if max(cells, default=0) >= 2**31:
+        raise ValueError(f"the labels in column {column!r} of {source} go up to {max(cells)}; number them from 0 on")
+    return np.array(cells, dtype=np.int64), num_classes
+
+
+def read_cell(table: Any, column: str, source: str, whereabouts: Whereabouts, index: int) -> Image.Image:
+    """The image in one cell; `table[index][column]` holds its bytes or its path.
+
+    Raises:
+        ValueError: naming the image, for one that cannot be read.
+    """
+    name = f"image {index} of {source}"
+    try:
+        cell = table[index][column] or {}
+    except Exception as error:  # pyarrow's, for damaged pages
+        raise ValueError(f"cannot read {name}: {one_line(error)}; {ADVICE}") from error
+    content, path = cell.get("bytes"), cell.get("path")
+    if content is not None:
+        return decode_image(io.BytesIO(content), name)
+    if not path:
+        raise ValueError(f"cannot read {name}: the cell is empty; {ADVICE}")
+    if "://" in path:  # a table is data: it does not say what to fetch from where
+        raise ValueError(f"cannot read {name}: it is the address {shown(path[:200])}; download it first; {ADVICE}")
+    file, is_inside = whereabouts.find(path)
+    if not is_inside and not whereabouts.may_leave:
+        raise ValueError(f"cannot read {name}: it is {shown(file)}, outside {whereabouts.folders[0]}; {ADVICE}")
+    return decode_image(file, f"{name}, {shown(file)}")
