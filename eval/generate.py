@@ -4,11 +4,12 @@ python eval/generate.py runs/digits --output samples --num_images 1000
 accelerate launch eval/generate.py HUB_ID --output samples.npz --num_images 50000 --mixed_precision bf16
 """
 
+import contextlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import tyro
@@ -16,6 +17,7 @@ from PIL import Image
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.choices import Precision, Sampler
+from vkd_gen.files import LOCK, hold_folder, remove_leftovers, whole_file
 from vkd_gen.training.command_line import announce, refuse_linked_file, refuse_links, repository_path, run_command
 
 if TYPE_CHECKING:
@@ -60,6 +62,16 @@ class GenerateConfig:
 FREE_TO_CHANGE = ("output", "batch_size", "num_images")
 
 
+def open_folder(folder: Path) -> IO[str] | None:
+    """Hold the folder, so that no other call writes to it, and tidy up after one that was killed."""
+    is_foreign = folder.exists() and not (folder / "generate.json").exists()
+    if is_foreign and (not folder.is_dir() or any(file.name != LOCK for file in folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not of this command; choose another --output")
+    lock = hold_folder(folder)
+    remove_leftovers(folder)
+    return lock
+
+
 def prepare_folder(folder: Path, config: GenerateConfig, source: "ImageSource") -> None:
     """Make the folder, or see that what lies there is of the same images."""
     from accelerate import PartialState
@@ -68,6 +80,7 @@ def prepare_folder(folder: Path, config: GenerateConfig, source: "ImageSource") 
 
     wanted = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     wanted["weights_sha256"] = source.protocol["weights_sha256"]
+    wanted["model"] = {name: source.protocol[name] for name in ("pipeline", "sampler", "scheduler")}
     note = folder / "generate.json"
     if note.exists():
         try:
@@ -76,17 +89,16 @@ def prepare_folder(folder: Path, config: GenerateConfig, source: "ImageSource") 
             raise ValueError(
                 f"{note} is damaged, so nobody knows what lies beside it; choose another --output"
             ) from error
+        # Where the pipeline lies does not matter, but where an older version noted no more than that.
+        skipped = "checkpoint" if "model" in before else "model"
         changed = [f"--{name} was {before.get(name)!r} and is {value!r}" for name, value in wanted.items()
-                   if before.get(name) != value]  # fmt: skip
+                   if before.get(name) != value and name != skipped]  # fmt: skip
         if changed:
             raise ValueError(f"{folder} holds other images: {'; '.join(changed)}; choose another --output")
         if len(list(folder.glob("*.png"))) > config.num_images:
             raise ValueError(f"{folder} holds more than {config.num_images} images; raise --num_images")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not of this command; choose another --output")
     PartialState().wait_for_everyone()  # all have looked before the first one writes
     if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(note, wanted)
     PartialState().wait_for_everyone()
 
@@ -104,9 +116,8 @@ def make_pngs(source: "ImageSource", folder: Path, batch_size: int) -> None:
         if not all(file.exists() for file in files):
             for file, image in zip(files, source.read(block), strict=True):
                 pixels = image.permute(1, 2, 0).numpy()
-                temporary = file.with_suffix(".tmp")
-                Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary, "png")
-                temporary.replace(file)
+                with whole_file(file) as temporary:
+                    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary)
         bar.update(min(len(block) * state.num_processes, source.count - bar.n))
     bar.close()
     state.wait_for_everyone()
@@ -116,10 +127,12 @@ def pack(folder: Path, count: int, path: Path) -> None:
     """Put PNGs into one array `arr_0`, uint8, `[images, H, W, C]`, as evaluators of other projects read it."""
     pixels = [np.asarray(Image.open(folder / f"{number:06d}.png")) for number in range(count)]
     stacked = np.stack(pixels)
-    temporary = path.with_name(path.name + ".tmp.npz")
-    np.savez(temporary, arr_0=stacked if stacked.ndim == 4 else stacked[..., None])
-    temporary.replace(path)
-    shutil.rmtree(folder)
+    with whole_file(path) as temporary:
+        np.savez(temporary, arr_0=stacked if stacked.ndim == 4 else stacked[..., None])
+    for file in (*(folder / f"{number:06d}.png" for number in range(count)), folder / "generate.json", folder / LOCK):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # whatever else lies there is somebody's
+        folder.rmdir()
 
 
 def main(config: GenerateConfig) -> None:
@@ -144,9 +157,11 @@ def main(config: GenerateConfig) -> None:
     from vkd_gen.evaluation.sources import from_pipeline, protocol_file
     from vkd_gen.provenance import hub_revision, write_json
     from vkd_gen.sampling import load_pipeline
+    from vkd_gen.training.accelerator import check_processes, on_main_process
 
     torch.set_float32_matmul_precision("high")
     accelerator = Accelerator()
+    check_processes(accelerator)
     disable_progress_bar()  # of the loading of a pipeline's few parts
     pipeline = load_pipeline(repository_path(config.checkpoint, __file__), config.sampler).to(accelerator.device)
     source = from_pipeline(
@@ -158,6 +173,7 @@ def main(config: GenerateConfig) -> None:
         guidance_scale=config.guidance_scale,
         precision=config.mixed_precision,
     )
+    lock = on_main_process(partial(open_folder, folder))
     prepare_folder(folder, config, source)
     make_pngs(source, folder, config.batch_size)
     if accelerator.is_main_process:
@@ -167,6 +183,9 @@ def main(config: GenerateConfig) -> None:
         if is_array:
             pack(folder, config.num_images, output)
         print(f"{config.num_images} images: {output}")
+    if lock is not None:  # the folder is done, and holds nothing but images and what made them
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.close()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ accelerate launch eval/score.py runs/half google/ddpm-cifar10-32 --reference uof
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ import tyro
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.choices import OnBadImage, Precision, Sampler
 from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
+from vkd_gen.files import hold_folder
+from vkd_gen.provenance import RESULT_FILES
 from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_command
 
 if TYPE_CHECKING:
@@ -54,7 +57,9 @@ class ScoreConfig:
     batch_size: int = 64
     """Images at a time, per process."""
     update_cards: bool = True
-    """Write the scores into the model cards of pipelines in local folders."""
+    """Write the scores into the model cards of pipelines that runs exported, in the runs' own folders."""
+    update_foreign_cards: bool = False
+    """Also into those of other pipelines in local folders."""
     scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(num_score_samples=10_000))
     """What images are scored by."""
 
@@ -144,14 +149,25 @@ def open_reference(
     return from_images("reference", images), from_images("held-out images", held_out) if len(held_out) else None
 
 
+def is_of_run(folder: Path) -> bool:
+    """Whether a run of the recipes made this folder, or exported this pipeline."""
+    from vkd_gen.training.run_folder import RunFolder
+
+    folder = folder.resolve()
+    return RunFolder(str(folder.parent if folder.name == "pipeline" else folder)).is_own()
+
+
 def main(config: ScoreConfig) -> None:
     """Score every source against one reference, and write one table."""
     folder = Path(config.output_dir)
     for parent in (folder, *folder.parents):
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"--output_dir {folder} cannot be a folder: {parent} is a file")
-    if (folder / "results.json").exists() and not config.overwrite:
-        raise ValueError(f"{folder} already holds results; choose another --output_dir, or --overwrite")
+    for path in (folder / name for name in RESULT_FILES):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file, and results are written there; choose another --output_dir")
+        if path.exists() and not config.overwrite:
+            raise ValueError(f"{path}: this folder already holds results; choose another --output_dir, or --overwrite")
     refuse_links(folder)
     announce(f"scoring {', '.join(config.sources)} against {config.reference}, into {folder}")
 
@@ -164,9 +180,11 @@ def main(config: ScoreConfig) -> None:
     from vkd_gen.evaluation.report import save_results
     from vkd_gen.evaluation.scorer import Scorer, note_foreign_features
     from vkd_gen.provenance import environment, hub_revision
+    from vkd_gen.training.accelerator import check_processes, on_main_process
 
     torch.set_float32_matmul_precision("high")
     accelerator = Accelerator()
+    check_processes(accelerator)
     disable_progress_bar()  # of the loading of a pipeline's few parts
     options = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     config = replace(config, reference=repository_path(config.reference, __file__))
@@ -190,6 +208,7 @@ def main(config: ScoreConfig) -> None:
         num_samples=min(source.count for source, *_ in opened.values()),
     )
     note_foreign_features(scorer.extractor, config.reference)
+    lock = on_main_process(partial(hold_folder, folder))
     results: dict[str, Any] = {"rows": {}, "protocol": {**scorer.protocol, "environment": environment()}, "sources": {}}
     real = scorer.scores_of_held_out()
     samples = {}
@@ -208,10 +227,15 @@ def main(config: ScoreConfig) -> None:
         if accelerator.is_main_process:  # after each source, so that a later one cannot lose it
             save_results(folder, results, samples)
             if pipeline is not None and config.update_cards and Path(name).is_dir():
-                print(f"model card: {update_model_card(Path(name), results, name, config.reference)}")
+                if config.update_foreign_cards or is_of_run(Path(name)):
+                    print(f"model card: {update_model_card(Path(name), results, name, config.reference)}")
+                else:
+                    print(f"{name}: no run's own pipeline, its card stays as it is; see --update_foreign_cards")
     if accelerator.is_main_process:
         print_table(results)
         print(f"results: {folder / 'results.json'}\nreport: {folder / 'report.html'}")
+    if lock is not None:
+        lock.close()
 
 
 if __name__ == "__main__":

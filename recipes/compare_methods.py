@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.run_records import NUM_POINTS, RunRecords, read_run
+from vkd_gen.files import whole_file
 from vkd_gen.training.command_line import run_recipe
 from vkd_gen.training.side_by_side import Job, Task, alone_in, places, remaining_seconds, run_side_by_side
 
@@ -608,19 +609,22 @@ def show_results(config: ComparisonConfig, runs: Sequence[Run], records: RunReco
     )
     print_tables(comparison, console)
     table = Path(config.output_dir) / "table.md"
-    table.write_text(markdown_table(comparison))
+    with whole_file(table) as temporary:
+        temporary.write_text(markdown_table(comparison))
     figures = Path(config.figures)
     figures.mkdir(parents=True, exist_ok=True)
     written = [table, records.path]
     for suffix, draw in (("", draw_differences), ("-curves", draw_curves)):
         if (figure := draw(comparison)) is not None:
             written.append(figures / f"{config.preset}{suffix}.png")
-            figure.savefig(written[-1], bbox_inches="tight")
+            with whole_file(written[-1]) as temporary:
+                figure.savefig(temporary, bbox_inches="tight")
     first = [run for run in runs if run.seed == config.seed]
     sheet = draw_samples({f"{run.arm}, {run.start} weights": run.folder(config.output_dir) for run in first})
     if sheet is not None:
         written.append(figures / f"{config.preset}-samples.png")
-        sheet.save(written[-1])
+        with whole_file(written[-1]) as temporary:
+            sheet.save(temporary)
     for path in written:
         console.print(f"written: {path}", highlight=False, markup=False)
 

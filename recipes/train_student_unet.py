@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import vkd_gen as vkd
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
+from vkd_gen.files import whole_file
+from vkd_gen.reductions import REDUCTIONS
 from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_recipe
 from vkd_gen.training.options import (
     DataOptions,
@@ -186,16 +188,11 @@ def main(config: StudentConfig) -> None:
     from vkd_gen.evaluation.scorer import make_scorer
     from vkd_gen.pipelines import num_classes_of
     from vkd_gen.provenance import hub_revision
+    from vkd_gen.training.accelerator import compile_as_asked, make_accelerator
     from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+    from vkd_gen.training.facts import hash_model, run_facts, start_folder
     from vkd_gen.training.images import load_data, prepare_data
-    from vkd_gen.training.loop import (
-        TrainingRun,
-        compile_as_asked,
-        fixed_batches,
-        make_accelerator,
-        run_facts,
-        start_folder,
-    )
+    from vkd_gen.training.loop import TrainingRun, fixed_batches
     from vkd_gen.training.matching import build_projected_student, ends_early, pair_named_or_all
     from vkd_gen.training.models import check_checkpoint, load_teacher
     from vkd_gen.training.run_folder import RunFolder
@@ -262,6 +259,9 @@ def main(config: StudentConfig) -> None:
     for name, source in (("teacher_revision", config.teacher), ("student_revision", config.start.student)):
         if (revision := hub_revision(source)) is not None:
             facts[name] = revision
+    facts["teacher_sha256"] = hash_model(teacher_unet.state_dict(), teacher_unet, teacher_scheduler)
+    if config.start.student not in ("", *REDUCTIONS):
+        facts["student_sha256"] = hash_model(student.state_dict() if has_weights else {}, student)
     start_folder(folder, accelerator, facts, images, held_out)
     draws = partial(
         fixed_batches,
@@ -363,7 +363,8 @@ def main(config: StudentConfig) -> None:
         print(f"report: {folder.path / 'report.html'}")
         figure = draw_diagnostics(read_diagnostics(folder.path / "metrics.jsonl"))
         if figure is not None:
-            figure.savefig(folder.path / "diagnostics.png")
+            with whole_file(folder.path / "diagnostics.png") as temporary:
+                figure.savefig(temporary)
             print(f"diagnostics: {folder.path / 'diagnostics.png'}")
         if options.push_to_hub:
             print(f"uploaded: {upload(folder.path / 'pipeline', options.hub_model_id)}")

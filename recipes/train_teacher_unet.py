@@ -193,9 +193,11 @@ def main(config: TeacherConfig) -> None:
     from vkd_gen.losses import prediction_loss
     from vkd_gen.pictures import to_uint8
     from vkd_gen.pipelines import num_classes_of
+    from vkd_gen.training.accelerator import make_accelerator
     from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+    from vkd_gen.training.facts import run_facts, start_folder
     from vkd_gen.training.images import load_data, prepare_data
-    from vkd_gen.training.loop import TrainingRun, make_accelerator, run_facts, start_folder
+    from vkd_gen.training.loop import TrainingRun
     from vkd_gen.training.models import check_checkpoint
     from vkd_gen.training.run_folder import RunFolder
 

@@ -14,12 +14,14 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "choices reductions features projectors schedule limits listing pictures pipelines provenance"
+NO_SIBLING = "choices reductions features projectors schedule limits listing pipelines files"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
     "hub": {"limits", "provenance"},
     "losses": {"choices"},
+    "pictures": {"files"},
+    "provenance": {"files"},
     "normalization": {"choices"},
     "decoding": {"listing"},
     "tables": {"decoding", "listing", "provenance"},
@@ -28,7 +30,7 @@ CORE = FOUNDATIONS | {
     "pairing": {"choices", "features"},
     "students": {"choices", "reductions", "features", "schedule"},
     "sampling": {"choices", "hub", "pipelines", "provenance"},
-    "calibration": {"features", "hub", "schedule", "normalization"},
+    "calibration": {"features", "files", "hub", "schedule", "normalization"},
     "distillation": {
         "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
     },

@@ -4,7 +4,6 @@ The teacher does not change, so neither do its statistics: no running averages, 
 B batch, N positions, C channels, M timestep bins.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vkd_gen.features import to_rows
+from vkd_gen.files import whole_file
 from vkd_gen.hub import read_tensors
 from vkd_gen.normalization import FeatureStatistics, timestep_bins
 from vkd_gen.schedule import Schedule
@@ -109,9 +109,8 @@ def save_statistics(statistics: Mapping[str, FeatureStatistics], path: Path) -> 
         for layer, entry in statistics.items()
         for name, value in vars(entry).items()
     }
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_statistics(path: Path) -> dict[str, FeatureStatistics]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from vkd_gen.choices import OnBadImage
-from vkd_gen.decoding import ADVICE, check_headers, decode_image, files_identity
+from vkd_gen.decoding import ADVICE, check_headers, decode_image, files_contents, files_identity
 from vkd_gen.listing import Listing, shown
 from vkd_gen.tables import EMBEDDED, Labels, Reader, open_source, table_reader
 
@@ -42,6 +42,7 @@ class Images:
             is unlike what was asked for. Of the training images alone.
         revision: commit of the data set on the hub; None for another source, or where it is not known.
         identity: gives a hash that changes with the source, without decoding it; None where there is none.
+        contents: gives a hash of what the source holds, wherever it lies; None where its name or commit says that.
     """
 
     read: Callable[[int], Image.Image]
@@ -55,6 +56,7 @@ class Images:
     notes: tuple[str, ...] = ()
     revision: str | None = None
     identity: Callable[[], str] | None = None
+    contents: Callable[[], str] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -206,6 +208,7 @@ def split_images(
             np.arange(reader.num_images),
             revision=reader.revision,
             identity=reader.identity,
+            contents=reader.contents,
         )
         for split, reader in readers.items()
     }
@@ -291,8 +294,9 @@ def data_facts(train: Images, held_out: Images) -> dict[str, Any]:
     """What a run's configuration keeps of its data; a resumed run must find the same.
 
     Returns:
-        `num_skipped_images`; `image_numbers_sha256`, over which images are trained on and which are held out; and
-        `dataset_revision`, the commit on the hub, where it is known.
+        `num_skipped_images`; `image_numbers_sha256`, over which images are trained on and which are held out;
+        `dataset_sha256`, over what files and tables here hold, with the classes; and `dataset_revision`, the commit on
+        the hub, where it is known.
     """
     digest = hashlib.sha256()
     for images in (train, held_out):
@@ -301,7 +305,15 @@ def data_facts(train: Images, held_out: Images) -> dict[str, Any]:
         "num_skipped_images": len(train.skipped) + len(held_out.skipped),
         "image_numbers_sha256": digest.hexdigest(),
     }
-    return facts if train.revision is None else {**facts, "dataset_revision": train.revision}
+    if train.revision is not None:
+        return {**facts, "dataset_revision": train.revision}
+    if train.contents is None or held_out.contents is None:
+        return facts
+    is_one = train.contents is held_out.contents  # of which a part is held out
+    digest = hashlib.sha256(f"{train.contents()} {'' if is_one else held_out.contents()}".encode())
+    for images in (train, held_out):
+        digest.update(b"" if images.labels is None else images.labels.astype("<i8").tobytes())
+    return {**facts, "dataset_sha256": digest.hexdigest()}
 
 
 def _label(splits: Mapping[str, Images], labels: Mapping[str, Labels], num_classes: int | None) -> dict[str, Images]:
@@ -371,6 +383,7 @@ def _folder_readers(listing: Listing) -> Mapping[str, Reader]:
             partial(check_headers, {_name_of(file): file for file in files}),
             identity=partial(files_identity, files, listing.root),
             notes=listing.notes if split == "train" else (),
+            contents=partial(files_contents, files, listing.root),
         )
         for split, files in listing.splits.items()
     }

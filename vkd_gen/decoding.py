@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vkd_gen.listing import image_formats
 
 ADVICE = "repair or remove it"
+HASHED_BYTES = 2**33
+"""Of a set of files up to this size all is hashed to know it again, of a larger one each image's first bytes."""
+FIRST_BYTES = 2**12
+"""How many those are."""
 
 
 def check_headers(files: Mapping[str, Path]) -> None:
@@ -122,4 +127,21 @@ def files_identity(files: list[Path], beside: str | Path) -> str:
         name = file.relative_to(beside) if isinstance(beside, Path) else f"{beside} {file}"
         line = f"{name}\n{facts.st_size} {facts.st_mtime_ns}\n"
         digest.update(os.fsencode(line))
+    return digest.hexdigest()
+
+
+def files_contents(files: list[Path], root: Path | None) -> str:
+    """Over bytes and, with `root`, names below it; of a set larger than `HASHED_BYTES` over sizes and first bytes."""
+    sizes = [file.stat().st_size for file in files]
+    count = -1 if sum(sizes) <= HASHED_BYTES else FIRST_BYTES
+
+    def describe(file: Path) -> bytes:
+        with file.open("rb") as opened:
+            return hashlib.sha256(opened.read(count)).digest()
+
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(max_workers=4) as pool:  # reading and hashing leave Python's lock to others
+        for file, size, content in zip(files, sizes, pool.map(describe, files), strict=True):
+            name = "" if root is None else file.relative_to(root)
+            digest.update(os.fsencode(f"{name}\n{size} ") + content)
     return digest.hexdigest()

@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from vkd_gen.files import whole_file
+
 
 def sample_grid(rows: Mapping[str, Tensor], columns: int = 16, least_side: int = 48) -> Image.Image:
     """Images on one sheet: a titled band per entry, small images enlarged without smoothing.
@@ -41,8 +43,9 @@ def sample_grid(rows: Mapping[str, Tensor], columns: int = 16, least_side: int =
 
 def save_sample_grid(rows: Mapping[str, Tensor], path: Path) -> None:
     """Save a `sample_grid` as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sample_grid(rows).save(path)
+    with whole_file(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sample_grid(rows).save(temporary)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
@@ -14,14 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+from vkd_gen.files import whole_file
+
+RESULT_FILES = ("results.json", "samples.npz", "samples.png", "report.html")
+"""What is written into a folder of scores."""
 PACKAGES = ("vkd-gen", "torch", "diffusers", "accelerate", "datasets", "torch-fidelity", "numpy")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON through a temporary file, so that the file is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def hash_tensors(tensors: "Mapping[str, Tensor]") -> str:

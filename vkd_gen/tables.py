@@ -1,5 +1,6 @@
 """Tables of images, of files or of the Hugging Face hub, through the package datasets."""
 
+import hashlib
 import io
 import logging
 import os
@@ -12,7 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vkd_gen.decoding import ADVICE, check_headers, decode_image, files_identity, one_line
+from vkd_gen.decoding import (
+    ADVICE,
+    FIRST_BYTES,
+    HASHED_BYTES,
+    check_headers,
+    decode_image,
+    files_contents,
+    files_identity,
+    one_line,
+)
 from vkd_gen.listing import TABLE_SUFFIXES, Listing, list_files, shown
 from vkd_gen.provenance import hub_revision, split_revision
 
@@ -34,6 +44,7 @@ class Reader(NamedTuple):
         revision: commit on the hub.
         identity: see `Images`.
         notes: see `Images`.
+        contents: see `Images`.
     """
 
     read: Callable[[int], Image.Image]
@@ -43,6 +54,7 @@ class Reader(NamedTuple):
     revision: str | None = None
     identity: Callable[[], str] | None = None
     notes: tuple[str, ...] = ()
+    contents: Callable[[], str] | None = None
 
 
 class Whereabouts(NamedTuple):
@@ -202,7 +214,19 @@ def table_reader(table: Any, image_column: str | None, label_column: str | None,
         if files
         else partial(str, undecoded._fingerprint),
         notes,
+        None if tables.revision else partial(_cells_contents, undecoded, column, list(files.values())),
     )
+
+
+def _cells_contents(table: Any, column: str, files: list[Path]) -> str:
+    """Over the images' bytes in a table and in the files that its paths name; of a large set as `files_contents`."""
+    count = None if table.data.nbytes <= HASHED_BYTES else FIRST_BYTES
+    digest = hashlib.sha256(files_contents(files, None).encode())
+    for cells in table.select_columns([column]).iter(batch_size=256):
+        for cell in cells[column]:
+            content = (cell or {}).get("bytes") or b""
+            digest.update(len(content).to_bytes(8, "little") + hashlib.sha256(content[:count]).digest())
+    return digest.hexdigest()
 
 
 def _paths(table: Any, column: str) -> dict[int, str]:

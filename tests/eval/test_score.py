@@ -140,7 +140,7 @@ def test_several_sources_make_one_table_and_the_protocol_says_what_was_done(
     flags = ["--extractor", feature_network, "--num_score_samples", 12, "--kid_subset_size", 10]
     run_eval(
         "score", first, checkpoint, "--reference", second, "--held_out_fraction", 0.4, *flags,
-        "--num_inference_steps", 2,
+        "--num_inference_steps", 2, "--update_foreign_cards",
         "--output_dir", tmp_path / "scores",
     )  # fmt: skip
     results = json.loads((tmp_path / "scores/results.json").read_text())
@@ -159,7 +159,7 @@ def test_several_sources_make_one_table_and_the_protocol_says_what_was_done(
     assert {result.metric_type for result in card.data.eval_results} == set(results["rows"][str(checkpoint)])
     run_eval(
         "score", checkpoint, "--reference", second, *flags, "--num_inference_steps", 1, "--output_dir",
-        tmp_path / "scores", "--overwrite",
+        tmp_path / "scores", "--overwrite", "--update_foreign_cards",
     )  # fmt: skip
     again = ModelCard.load(checkpoint / "README.md")
     assert again.text.count("## Scores") == 1
@@ -267,7 +267,16 @@ def test_other_peoples_results_in_a_model_card_stay(tmp_path, checkpoint, folder
     ModelCard(f"---\n{data.to_yaml()}\n---\n# Mine\n\nSome words.\n").save(folder / "README.md")
     flags = ["--extractor", feature_network, "--num_score_samples", 12, "--kid_subset_size", 10]
     run_eval(
-        "score", folder, "--reference", folders[0], *flags, "--num_inference_steps", 1, "--output_dir", tmp_path / "s"
+        "score",
+        folder,
+        "--reference",
+        folders[0],
+        *flags,
+        "--num_inference_steps",
+        1,
+        "--output_dir",
+        tmp_path / "s",
+        "--update_foreign_cards",
     )
     card = ModelCard.load(folder / "README.md")
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.eval.conftest import run_eval  # noqa: F401
+from tests.eval.conftest import checkpoint, feature_network, folders, run_eval  # noqa: F401
 from tests.faults.small_run import end_of, options_of, run_to_end, start_processes, train
 from tests.recipes.conftest import run_recipe  # noqa: F401
 

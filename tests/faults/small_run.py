@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 import vkd_gen as vkd
 from tests.conftest import tiny_unet
 from vkd_gen.data import Images
+from vkd_gen.training.accelerator import make_accelerator
 from vkd_gen.training.command_line import one_line_errors
-from vkd_gen.training.loop import TrainingRun, fixed_batches, make_accelerator, run_facts
+from vkd_gen.training.facts import run_facts, start_folder
+from vkd_gen.training.loop import TrainingRun, fixed_batches
 from vkd_gen.training.options import TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 
@@ -56,11 +58,7 @@ def train(
     pixels = np.random.default_rng(0).integers(0, 255, (32, 8, 8), dtype=np.uint8)
     images = Images(lambda index: Image.fromarray(pixels[index]), 8, 1, "noise", np.arange(32))
     facts = {**flat_config(options), **run_facts(accelerator, images)}
-    folder.check(facts, options.resume_from_checkpoint)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.start(facts)
-    accelerator.wait_for_everyone()
+    start_folder(folder, accelerator, facts, images, images)
     noise_scheduler = DDPMScheduler()
     schedule = vkd.Schedule.of(noise_scheduler)
     teacher_unet, student = tiny_unet(seed=1), tiny_unet((4, 8), dropout=dropout)
@@ -134,12 +132,12 @@ def run_to_end(function, *arguments, output, within=120, **environment):
     return process.exitcode, Path(output).read_text()
 
 
-def start_processes(count, function, *arguments, output):
+def start_processes(count, function, *arguments, output, **environment):
     """As many connected processes, as a launcher would start them; process 0 prints to `output`, n to `output`n."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = environment | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         start(
             function,

@@ -25,8 +25,8 @@ from tests.faults.small_run import (
     start_processes,
     train,
 )
+from vkd_gen.training.accelerator import make_accelerator
 from vkd_gen.training.checkpoints import find_fault, read_manifest, seal
-from vkd_gen.training.loop import make_accelerator
 from vkd_gen.training.options import flat_config
 from vkd_gen.training.run_folder import RunFolder
 
@@ -268,8 +268,8 @@ def test_what_is_whole_but_something_else_is_told_in_one_line(file, straight, tm
 def test_checkpoints_are_kept(keep, every, kept, tmp_path):
     folder = RunFolder(tmp_path)
     for step in range(2, 13, 2):
-        (tmp_path / f".checkpoint-{step}").mkdir()
-        folder.finish_checkpoint(tmp_path / f".checkpoint-{step}", {"step": step})
+        (tmp_path / f".vkd-gen.checkpoint-{step}").mkdir()
+        folder.finish_checkpoint(tmp_path / f".vkd-gen.checkpoint-{step}", {"step": step})
         folder.remove_old_checkpoints(keep, every)
     assert [path.name for path in folder.checkpoints()] == [f"checkpoint-{step}" for step in kept]
     assert not list(tmp_path.glob(".*"))
@@ -284,7 +284,7 @@ def train_on_a_disk_that_fills(options, number):
 
     def hook(event, arguments):
         nonlocal seen
-        if event not in ("open", "os.mkdir", "os.rename") or "/.checkpoint-6" not in str(arguments[0]):
+        if event not in ("open", "os.mkdir", "os.rename") or "/.vkd-gen.checkpoint-6" not in str(arguments[0]):
             return
         if event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax")):
             return
@@ -303,7 +303,7 @@ def check_failed_write(status, output, run, straight, tmp_path):
     assert len(errors) == 1, output
     assert "checkpoint-3 is kept, and --resume_from_checkpoint latest goes on from it" in errors[0]
     assert [path.name for path in run.glob("*checkpoint*")] == ["checkpoint-3"]
-    assert not list(run.glob(".checkpoint*"))
+    assert not list(run.glob(".*"))
     assert find_fault(run / "checkpoint-3") is None
     status, output = run_to_end(train, options_of(run), output=tmp_path / "output")
     assert status == 0, output

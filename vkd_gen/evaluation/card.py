@@ -1,6 +1,5 @@
 """Scores in a pipeline's model card, where the hub and a reader look for them."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vkd_gen.evaluation.compare import markdown_table
+from vkd_gen.files import whole_file
 
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
 
@@ -72,9 +72,8 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
     else:
         text = f"{text.rstrip()}\n\n{section}\n"
     card.text = text
-    temporary = path.with_name(path.name + ".tmp")
-    card.save(temporary)
-    os.replace(temporary, path)  # a card that is a link, as in the hub's cache, is replaced and not written through
+    with whole_file(path) as temporary:  # a link, as in the hub's cache, is replaced and not written through
+        card.save(temporary)
     return str(path)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vkd_gen.data import Images
+from vkd_gen.files import whole_file
 from vkd_gen.hub import check_layout, read_tensors, stored_layout
 
 
@@ -99,7 +100,8 @@ def _labels(images: Images) -> Tensor:
 def save_feature_network(network: FeatureNetwork, path: Path, facts: Mapping[str, str]) -> None:
     """Write the weights as safetensors, with facts about their making as metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), path, metadata=dict(facts))
+    with whole_file(path) as temporary:
+        save_file(network.state_dict(), temporary, metadata=dict(facts))
 
 
 def check_network_name(name: str, file: str | Path) -> None:

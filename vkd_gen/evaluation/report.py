@@ -19,6 +19,7 @@ from vkd_gen.evaluation.compare import column_formats, describe
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, pick_diagnostics
 from vkd_gen.evaluation.labels import label_of
 from vkd_gen.evaluation.sources import save_images
+from vkd_gen.files import whole_file
 from vkd_gen.pictures import sample_grid, save_sample_grid
 from vkd_gen.provenance import write_json
 
@@ -152,9 +153,8 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("." + path.name)
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 ASKED = {

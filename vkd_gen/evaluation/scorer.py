@@ -316,7 +316,7 @@ def load_statistics_file(path: str) -> tuple[Tensor, Tensor]:
 def cache_folder() -> Path:
     """Where features of references are kept: VKD_GEN_CACHE, else vkd_gen in the user's cache folder."""
     if "VKD_GEN_CACHE" in os.environ:
-        return Path(os.environ["VKD_GEN_CACHE"]) / "references"
+        return Path(os.environ["VKD_GEN_CACHE"]).expanduser() / "references"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vkd_gen" / "references"
 
 

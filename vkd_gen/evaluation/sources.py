@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vkd_gen.data import Images, load_images, told_of
 from vkd_gen.evaluation.extractors import Extractor, hash_weights
+from vkd_gen.files import whole_file
 from vkd_gen.hub import check_file
 from vkd_gen.sampling import Precision, generate_images, num_classes
 
@@ -192,12 +193,10 @@ def from_tensor(name: str, images: UInt8[Tensor, "images channels height width"]
 
 def save_images(images: Mapping[str, UInt8[Tensor, "images channels height width"]], path: Path) -> None:
     """Write named sets of images as an .npz, an array `[images, H, W, C]` each."""
-    temporary = path.with_name("." + path.name)
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, value in images.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, value.permute(0, 2, 3, 1).contiguous().numpy())
-    temporary.replace(path)
 
 
 @dataclass(frozen=True)

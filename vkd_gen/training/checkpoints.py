@@ -1,15 +1,15 @@
 """Checkpoint folders that are whole, or known not to be: files forced to disk, and a manifest of sizes and hashes."""
 
-import errno
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from vkd_gen.files import reason_of
 
 MANIFEST = "manifest.json"
 
@@ -85,19 +85,11 @@ def find_fault(folder: Path, *, hash_up_to: float = math.inf) -> str | None:
 
 
 def problem_of(action: Callable[[], None], folder: Path) -> str | None:
-    """Run what writes to a folder; what went wrong in a few words, None if nothing did.
-
-    torch and safetensors tell of a full disk each in an exception of their own, some without the reason.
-    """
+    """Run what writes to a folder; what went wrong in a few words, None if nothing did."""
     try:
         action()
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        try:
-            is_full = shutil.disk_usage(folder).free < 2**20
-        except OSError:
-            is_full = False
-        return os.strerror(errno.ENOSPC) if is_full or os.strerror(errno.ENOSPC) in str(error) else reason
+        return reason_of(error, folder) or str(error).splitlines()[0]
     return None
 
 

@@ -1,23 +1,23 @@
 """From a recipe's dataclass to its command line, and from a user's mistake to one line."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from tqdm import tqdm
 
+from vkd_gen.files import CannotWriteError, own_name
 from vkd_gen.version import __version__
 
 Config = TypeVar("Config")
 
-TEMPORARY = (".tmp", ".tmp.npz", ".protocol.json", ".protocol.json.tmp")
-"""Ends of the names of what is written beside a file, before it or with it."""
 USER_ERROR = 2
 """Exit status for a mistake in the command line, the configuration, the data or the models."""
 
@@ -51,14 +51,37 @@ def _parse(kind: type[Config], default: Config | None, description: str, argumen
     try:
         with contextlib.redirect_stderr(messages):
             if default is None:
-                return tyro.cli(kind, description=description, args=arguments)
-            return tyro.cli(kind, default=default, description=description, args=arguments)
+                return _expand_home(tyro.cli(kind, description=description, args=arguments))
+            return _expand_home(tyro.cli(kind, default=default, description=description, args=arguments))
     except SystemExit as error:
         if error.code in (0, None):
             raise
         _exit(_condense(messages.getvalue()))
     except ValueError as error:  # from a dataclass' own checks
         _exit(str(error))
+
+
+def _expand_home(value: Any) -> Any:
+    """Texts that begin with ~ as paths in a home folder, wherever they stand in a configuration.
+
+    A shell does that to a word alone, not behind the = of --output_dir=~/runs. No text of a flag that is not a path
+    begins so.
+
+    Raises:
+        ValueError: for the home of a user that there is not.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        expanded = {name: _expand_home(old) for name, old in fields.items()}
+        return dataclasses.replace(value, **expanded) if expanded != fields else value
+    if isinstance(value, tuple | list):
+        return type(value)(map(_expand_home, value))
+    if not isinstance(value, str | Path) or not str(value).startswith("~"):
+        return value
+    expanded_path = os.path.expanduser(value)
+    if str(expanded_path).startswith("~"):
+        raise ValueError(f"{value}: there is no such home folder; write ./{value} for a folder of that name")
+    return type(value)(expanded_path)
 
 
 def _condense(message: str) -> str:
@@ -104,6 +127,8 @@ def one_line_errors(hint: str) -> Iterator[None]:
     except BrokenPipeError:  # the reader of standard output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except CannotWriteError as error:
+        _exit(f"{error}; what was there before is kept: once it can be written, {hint}")
     except (ValueError, OSError) as error:
         # A worker that reads images hands over its whole traceback as text.
         text = str(error)
@@ -169,7 +194,8 @@ def refuse_linked_file(file: str | Path) -> None:
         ValueError: in one line, naming the link and where it leads.
     """
     file = Path(file)
-    for path in (file, file.with_name("." + file.name), *(file.with_name(file.name + end) for end in TEMPORARY)):
+    beside = file.with_name(file.name + ".protocol.json")  # what made the images in an .npz
+    for path in (file, beside, own_name(file), own_name(beside)):
         if path.is_symlink():
             raise ValueError(
                 f"{path} is a link, to {os.path.realpath(path)}; nothing is written through links: remove it, or "

@@ -1,8 +1,6 @@
 """The end of a run: a stock diffusers pipeline folder with a model card, and its upload."""
 
-import os
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from vkd_gen.files import whole_file, whole_folder
 from vkd_gen.provenance import environment
 from vkd_gen.sampling import stock_pipeline
 
@@ -21,19 +20,15 @@ def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: P
     `DiffusionPipeline.from_pretrained` loads it without this package; a class-conditional one is loaded by
     `ClassConditionalDDIMPipeline.from_pretrained`, and its UNet alone by diffusers' own `UNet2DModel`.
     """
-    temporary = folder.with_name("." + folder.name)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    stock_pipeline(unet, noise_scheduler).save_pretrained(temporary, safe_serialization=True)
-    write_model_card(temporary, card)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    with whole_folder(folder) as temporary:
+        stock_pipeline(unet, noise_scheduler).save_pretrained(temporary, safe_serialization=True)
+        write_model_card(temporary, card)
 
 
 def write_model_card(folder: Path, card: str) -> None:
     """Write (or replace) the card of an exported pipeline."""
-    ModelCard(card).save(folder / "README.md")
+    with whole_file(folder / "README.md") as temporary:
+        ModelCard(card).save(temporary)
 
 
 UNCONDITIONAL_USE = """from diffusers import DiffusionPipeline

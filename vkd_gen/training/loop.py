@@ -7,7 +7,6 @@ A recipe keeps what is its own, the loss:
 """
 
 import contextlib
-import os
 import shutil
 import signal
 import sys
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, send_to_device, set_seed
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from diffusers import SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -27,102 +26,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from vkd_gen.data import DrawBatches, Images, TrainingDraws, data_facts
-from vkd_gen.distillation import FrozenTeacher
+from vkd_gen.data import DrawBatches, Images, TrainingDraws
+from vkd_gen.files import own_name
 from vkd_gen.pictures import save_sample_grid
-from vkd_gen.provenance import write_json
 from vkd_gen.sampling import sample_images
 from vkd_gen.schedule import Schedule
 from vkd_gen.streaming import ImageStream, Position, StreamedDraws
+from vkd_gen.training.accelerator import on_main_process
 from vkd_gen.training.checkpoints import problem_of
 from vkd_gen.training.command_line import USER_ERROR
 from vkd_gen.training.guards import Flags, Watch, check_state
 from vkd_gen.training.interruption import StopRequest, outlive_sigterm
 from vkd_gen.training.options import TrainingOptions, with_warmup
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step, num_processes_of
-
-
-def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool = False) -> Accelerator:
-    """The Accelerator that a recipe runs on, seeded.
-
-    Args:
-        options: of the run.
-        find_unused_parameters: some steps leave trainable parameters without a gradient.
-
-    Raises:
-        ValueError: for a precision or a tracker that is not available here, and for FSDP and DeepSpeed.
-    """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # what `accelerate launch` says to the processes that it starts
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
-            raise ValueError(
-                f"these recipes do not train under {name}: they check gradients, average weights and write checkpoints "
-                "of whole models; launch with --multi_gpu"
-            )
-    uses_mps = torch.backends.mps.is_available() and not torch.cuda.is_available()
-    if uses_mps:
-        print("running on the CPU: Apple's GPUs have no float64, which the statistics are taken in")
-    try:
-        accelerator = Accelerator(
-            cpu=uses_mps,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            mixed_precision=options.mixed_precision,
-            log_with=options.report_to,
-            project_dir=options.output_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
-        )
-    except (ImportError, ValueError) as error:
-        reason = str(error) if options.report_to is None else f"--report_to {options.report_to}: {error}"
-        raise ValueError(reason) from error
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
-    if options.report_to is not None and not accelerator.log_with:
-        raise ValueError(
-            f"--report_to {options.report_to}: that tracker is not installed; pip install {options.report_to}"
-        )
-    set_seed(options.seed)  # the same on every process: they build the same models
-    accelerator.wait_for_everyone()  # all have checked the run's folder before the first one writes to it
-    return accelerator
-
-
-def compile_as_asked(accelerator: Accelerator, teacher: FrozenTeacher) -> FrozenTeacher:
-    """The teacher for the training steps: compiled if `accelerate launch` was asked to compile what trains."""
-    plugin = accelerator.state.dynamo_plugin
-    return teacher if plugin.backend == DynamoBackend.NO else teacher.compiled(**plugin.to_kwargs())
-
-
-def run_facts(accelerator: Accelerator, images: Images, stream: ImageStream | None = None) -> dict[str, Any]:
-    """What decides the result beside the flags: a resumed run must find the same."""
-    facts: dict[str, Any] = {} if stream is None else {"num_shards": stream.num_shards}
-    facts |= {
-        "num_training_images": len(images),
-        "num_processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
-    }
-    return facts if images.labels is None else {**facts, "num_classes": images.num_classes}
-
-
-def start_folder(
-    folder: RunFolder, accelerator: Accelerator, facts: dict[str, Any], train: Images, held_out: Images
-) -> None:
-    """Write down what a run is, or find that it is what the folder holds; called by all processes.
-
-    Args:
-        folder: of the run.
-        accelerator: of the run.
-        facts: flags, with `resume_from_checkpoint`, and `run_facts`.
-        train: images to train on.
-        held_out: images that are not.
-
-    Raises:
-        ValueError: in one line, if the folder holds another run.
-    """
-    facts = {**facts, **data_facts(train, held_out)}
-    folder.check(facts, facts["resume_from_checkpoint"])
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.start(facts)
-        write_json(folder.path / "skipped_images.json", [*train.skipped, *held_out.skipped])
-    accelerator.wait_for_everyone()
 
 
 def fixed_batches(
@@ -578,7 +494,7 @@ class TrainingRun:
         if self._step_of_checkpoint == self.step:
             return
         accelerator, folder = self.accelerator, self.folder
-        temporary = folder.path / f".checkpoint-{self.step}"
+        temporary = own_name(folder.path / f"checkpoint-{self.step}")
         fault = check_state(self._bare_model, self._parameters)
         if fault is not None:
             self._end_with(f"stopped at step {self.step}: {fault}; {folder.last_checkpoint_in_words()}")
@@ -675,6 +591,7 @@ class TrainingRun:
         """End the trackers and the processes' connection: the last call of a recipe."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        self.folder.release()
 
     def cost(self) -> str:
         """What the steps made since this process started took, for the model card."""
@@ -687,8 +604,7 @@ class TrainingRun:
 
     def on_main_process(self, action: Callable[[], Any]) -> None:
         """Run `action` on the main process while the others wait."""
-        if self.accelerator.is_main_process:
-            action()
+        on_main_process(action)
         self.accelerator.wait_for_everyone()
 
 

@@ -193,7 +193,7 @@ def check_data(data: DataOptions, training: TrainingOptions) -> None:
 
 def default_cifar10() -> str:
     """CIFAR-10: the folder that the environment variable VKD_GEN_CIFAR10 names, else its id on the hub."""
-    return os.environ.get("VKD_GEN_CIFAR10") or "uoft-cs/cifar10"
+    return os.path.expanduser(os.environ.get("VKD_GEN_CIFAR10") or "uoft-cs/cifar10")
 
 
 @dataclass(frozen=True, kw_only=True)

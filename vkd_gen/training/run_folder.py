@@ -7,17 +7,24 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from vkd_gen.provenance import environment, write_json
-from vkd_gen.training.checkpoints import find_fault, force_to_disk, read_manifest, seal
-from vkd_gen.training.options import FREE_TO_CHANGE
+from vkd_gen.files import hold_folder, own_name, remove_leftovers, whole_file
+from vkd_gen.provenance import RESULT_FILES, environment, write_json
+from vkd_gen.training.checkpoints import MANIFEST, find_fault, force_to_disk, read_manifest, seal
+from vkd_gen.training.facts import BATCH, compare_facts
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 CARRIED = ("config.json", "calibration.safetensors")
 """Files of the run's folder that every checkpoint holds a copy of."""
-BATCH = ("train_batch_size", "num_processes", "gradient_accumulation_steps")
-"""What may change as long as its product does not."""
+FILES = (
+    *("config.json", "environment.json", "metrics.jsonl", "calibration.safetensors", "skipped_images.json"),
+    *RESULT_FILES,
+    "diagnostics.png",
+)
+"""Files that a run writes into its folder."""
+FOLDERS = ("previews", "pipeline")
+"""Folders that it makes there, beside the checkpoints."""
 
 
 class RunFolder:
@@ -32,6 +39,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self._faults: dict[Path, str | None] = {}
         self._told: set[str] = set()
+        self._lock: IO[str] | None = None
         self._is_first_process = os.environ.get("RANK", "0") == "0"  # asked before there is an Accelerator
 
     def check(self, config: dict[str, Any], resume: str | None) -> None:
@@ -42,58 +50,63 @@ class RunFolder:
             resume: `--resume_from_checkpoint`.
 
         Raises:
-            ValueError: if the folder holds a run that would be overwritten, or the checkpoint is damaged or of another
-                run.
+            ValueError: if the folder holds a run, or somebody's files, that would be overwritten, or the checkpoint is
+                damaged or of another run.
         """
         for parent in (self.path, *self.path.parents):
             if parent.exists() and not parent.is_dir():
                 raise ValueError(f"--output_dir {self.path} cannot be a folder: {parent} is a file")
+        for names, is_right, kind in ((FILES, Path.is_file, "a file"), (FOLDERS, Path.is_dir, "a folder")):
+            for path in (self.path / name for name in names):
+                if path.exists() and not is_right(path):
+                    raise ValueError(
+                        f"{path} is not {kind}, as a run writes one there: move it, or choose another folder"
+                    )
         point = self.resume_point(resume)
         if point is None and (self.checkpoints() or (self.path / "pipeline").exists()):
             raise ValueError(
                 f"{self.path} already holds a run; go on from one of its checkpoints by --resume_from_checkpoint "
                 "latest, or choose another --output_dir"
             )
-        if point is not None and (point / "config.json").exists():
-            self._compare(_read_config(point / "config.json"), json.loads(json.dumps(config)), point)
-
-    def _compare(self, before: dict[str, Any], now: dict[str, Any], point: Path) -> None:
-        changed = {name: value for name, value in now.items() if name in before and before[name] != value}
-        if before.get("streaming"):
-            fixed = [f"--{name} {before[name]}" for name in (*BATCH, "dataloader_num_workers") if name in changed]
-            if fixed:
+        if not self.is_own():
+            found = [path for path in (self.path / name for name in (*FILES, *FOLDERS)) if path.exists()]
+            if found or self.checkpoints():
                 raise ValueError(
-                    f"{point} is of a stream, whose readers go on only as they began: go on with {' and '.join(fixed)}"
+                    f"{(found or self.checkpoints())[0]} is there already, and no run of these recipes wrote it: "
+                    "choose another --output_dir, so that it is not overwritten"
                 )
-        forbidden = [name for name in changed if name not in (*FREE_TO_CHANGE, *BATCH)]
-        knows_batch = all(name in before and name in now for name in BATCH)
-        if knows_batch and _images_per_step(before) != _images_per_step(now):
-            raise ValueError(
-                f"{point} was made with {_images_per_step(before)} images per step ({_batch_in_words(before)}), now "
-                f"there are {_images_per_step(now)} ({_batch_in_words(now)}); that is another run"
-            )
-        if forbidden:
-            words = [f"--{name} was {before[name]!r} and is {changed[name]!r}" for name in forbidden]
-            raise ValueError(f"{point} is of another run: {'; '.join(words)}")
-        if not knows_batch:  # the flags alone: all is told once the facts are known
-            return
-        if any(name in changed for name in BATCH):
-            self._tell(
-                f"{point} was made by {_batch_in_words(before)}, this run goes on by {_batch_in_words(now)}: each step "
-                "has the same images, noise and timesteps; not equal bit for bit are the order of sums, random numbers "
-                "inside the model (dropout), and whatever one forward pass computes of its own batch (batch_whiten)"
-            )
-        ignored = {"output_dir", "resume_from_checkpoint", *BATCH}
-        words = [
-            f"--{name} was {before[name]!r} and is {value!r}" for name, value in changed.items() if name not in ignored
-        ]
-        if words:
-            self._tell(f"changed since {point}, without effect on what is trained: {'; '.join(words)}")
+        if point is not None and (point / "config.json").exists():
+            compare_facts(_read_config(point / "config.json"), json.loads(json.dumps(config)), point, self._tell)
+
+    def is_own(self) -> bool:
+        """Whether a run of these recipes made what lies here: it wrote its configuration, or a checkpoint."""
+        path = self.path / "config.json"
+        try:
+            config = json.loads(path.read_bytes()) if path.is_file() else None
+        except (OSError, ValueError, RecursionError):
+            config = None
+        is_of_a_run = isinstance(config, dict) and {"output_dir", "max_train_steps", "train_batch_size"} <= set(config)
+        return is_of_a_run or any((path / MANIFEST).is_file() for path in self.checkpoints())
 
     def _tell(self, line: str) -> None:
         if self._is_first_process and line not in self._told:
             self._told.add(line)
             print(line, flush=True)
+
+    def hold(self) -> None:
+        """Make the folder and hold it until `release` or the end of the process; the main process alone.
+
+        Raises:
+            ValueError: in one line, if another process holds it.
+        """
+        self.release()
+        self._lock = hold_folder(self.path)
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def start(self, config: dict[str, Any]) -> None:
         """Make the folder and write down the configuration, the versions and the commit; tidy up after what was killed.
@@ -102,15 +115,14 @@ class RunFolder:
             config: with `resume_from_checkpoint`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.path.glob(".checkpoint-*"), *self.path.glob(".pipeline*"), *self.path.glob("*.*.tmp")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if self.is_own():
+            remove_leftovers(self.path)
         point = self.resume_point(config.get("resume_from_checkpoint"))
         calibration = self.path / "calibration.safetensors"
         calibration.unlink(missing_ok=True)  # of an earlier start, maybe with other flags
         if point is not None and (point / calibration.name).exists():
-            temporary = calibration.with_name(calibration.name + ".tmp")
-            shutil.copyfile(point / calibration.name, temporary)
-            os.replace(temporary, calibration)
+            with whole_file(calibration) as temporary:
+                shutil.copyfile(point / calibration.name, temporary)
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment())
 
@@ -158,7 +170,7 @@ class RunFolder:
         """Give a written checkpoint its manifest and then its name, so that it is whole or not there.
 
         Args:
-            temporary: folder `.checkpoint-STEP`, all files written.
+            temporary: folder beside it, all files written.
             facts: for the manifest, with `step`.
         """
         for name in CARRIED:
@@ -177,7 +189,7 @@ class RunFolder:
     def remove_old_checkpoints(self, keep: int, keep_every_steps: int = 0) -> None:
         """Remove all but the `keep` newest checkpoints and those at multiples of `keep_every_steps`."""
         for path in self.checkpoints()[:-keep]:
-            if not keep_every_steps or checkpoint_step(path) % keep_every_steps:
+            if (not keep_every_steps or checkpoint_step(path) % keep_every_steps) and (path / MANIFEST).is_file():
                 _remove(path)
 
     def set_aside_after(self, step: int) -> None:
@@ -215,9 +227,8 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Drop the metrics after `step`: a resumed run writes them again."""
         kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        temporary = self.metrics.with_name(self.metrics.name + ".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.metrics)
+        with whole_file(self.metrics) as temporary:
+            temporary.write_text("".join(kept))
 
     def last_checkpoint_in_words(self) -> str:
         """What is left to go on from, for the end of a message."""
@@ -239,7 +250,7 @@ def num_processes_of(checkpoint: Path) -> int:
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint; if that is interrupted, what is left no longer looks like one."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}-removed")
+    hidden = own_name(checkpoint.with_name(f"{checkpoint.name}.old"))
     if hidden.exists():
         shutil.rmtree(hidden)
     os.replace(checkpoint, hidden)
@@ -258,12 +269,3 @@ def _read_config(path: Path) -> dict[str, Any]:
         if name in config and (type(config[name]) is not int or config[name] < 1):
             raise ValueError(f"{path} is damaged: {name} is {str(config[name])[:80]!r}; choose another checkpoint")
     return config
-
-
-def _images_per_step(config: dict[str, Any]) -> int:
-    return config["train_batch_size"] * config["num_processes"] * config["gradient_accumulation_steps"]
-
-
-def _batch_in_words(config: dict[str, Any]) -> str:
-    size, processes, passes = (config[name] for name in BATCH)
-    return f"{processes} x {size} images in {passes} forward pass{'es' if passes > 1 else ''}"

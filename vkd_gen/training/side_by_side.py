@@ -1,6 +1,7 @@
 """Several runs at a time, each a process of its own with its share of the cores, or a GPU."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vkd_gen.files import NO_LOCKS
 from vkd_gen.provenance import write_json
 
 SECONDS_TO_STOP = 60.0
@@ -166,14 +168,18 @@ def alone_in(folder: Path) -> Iterator[int]:
         ValueError: if another one has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("a") as file:  # never emptied, whoever's it is
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(
-                f"another comparison, or a run of one that was killed, is running in {folder}; wait for its end, or "
-                "choose another --output_dir"
-            ) from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"another comparison, or a run of one that was killed, is running in {folder}; wait for its end, "
+                    "or choose another --output_dir"
+                ) from error
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"note: {folder} is on a file system without locks: see that no second comparison is started in it")
         yield file.fileno()
 
 

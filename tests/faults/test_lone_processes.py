@@ -1,0 +1,121 @@
+"""Processes that were started together and do not know of each other: each would do the whole work in one folder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from tests.faults.small_run import end_of, options_of, start_processes, train
+from tests.recipes.conftest import RECIPES, SHORT_STUDENT
+from vkd_gen.training.accelerator import check_processes
+
+NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on GPUs are connected")
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """One process, whatever is set afterwards."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    for name in ("MASTER_ADDR", "WORLD_SIZE", "LOCAL_RANK", "RANK", "ACCELERATE_DYNAMO_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    yield Accelerator()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "2"), ("WORLD_SIZE", "64"), ("OMPI_COMM_WORLD_SIZE", "2")])
+def test_one_of_several_that_is_alone_is_refused(name, value, accelerator, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name} is {value} .*alone.*ACCELERATE_USE_CPU=1") as error:
+        check_processes(accelerator)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_NTASKS": "8"}, {"PMI_SIZE": "2"}])
+def test_one_that_was_started_alone_goes_on(variables, accelerator, monkeypatch, capsys):
+    """Also a job array's: a cluster counts processes that have nothing to do with each other."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_processes(accelerator)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_launcher_that_started_one_of_several_is_told_of(accelerator, monkeypatch, capsys):
+    """What accelerate 1.7 to 1.15 set for MULTI_CPU with num_processes 2 and no mpirun."""
+    for name, value in (("ACCELERATE_DYNAMO_BACKEND", "NO"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    check_processes(accelerator)
+    out = capsys.readouterr().out
+    assert out.startswith("note: ")
+    assert "it has started one" in out
+    assert "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node" in out
+
+
+@NEEDS_NO_GPU
+def test_two_lone_processes_end_before_they_write(tmp_path):
+    options = options_of(tmp_path / "run")
+    processes = start_processes(2, train, options, output=tmp_path / "output", ACCELERATE_USE_CPU="0")
+    assert end_of(processes, within=120) == [2, 2]
+    for name in ("output", "output1"):
+        errors = [line for line in (tmp_path / name).read_text().splitlines() if line.startswith(("error", "Trace"))]
+        assert len(errors) == 1
+        assert "WORLD_SIZE is 2" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_commands_that_evaluate_refuse_it_too(command, run_eval, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "0")
+    flags = {
+        "generate": [checkpoint, "--output", tmp_path / "out"],
+        "score": [checkpoint, "--reference", "digits", "--output_dir", tmp_path / "out"],
+    }
+    with pytest.raises(SystemExit) as exit_status:
+        run_eval(command, *flags[command])
+    assert exit_status.value.code == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+CONFIG = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": True, "num_machines": 1,
+    "num_processes": 2, "machine_rank": 0, "mixed_precision": "no", "main_training_function": "main", "debug": False,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@NEEDS_NO_GPU
+@pytest.mark.parametrize(
+    ("config", "flags", "status"),
+    [
+        (None, ["--multi_gpu", "--num_processes", "2"], 1),  # a launcher's own status
+        (CONFIG, [], 1),
+        ({**CONFIG, "distributed_type": "MULTI_CPU"}, [], 0),
+    ],
+    ids=["flags", "a config file", "MULTI_CPU"],
+)
+def test_launchers_that_start_lone_processes(config, flags, status, pipeline_folder, tmp_path):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+        flags = ["--config_file", tmp_path / "config.yaml"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, RECIPES / "train_student_unet.py"]
+    command += [*SHORT_STUDENT, "--teacher", pipeline_folder, "--extractor", "none", "--method", "output"]
+    command += ["--output_dir", tmp_path / "run"]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    if status:
+        lines = [line for line in done.stderr.splitlines() if line.startswith(("error", "error in process"))]
+        assert lines
+        assert all("WORLD_SIZE is 2" in line and "ACCELERATE_USE_CPU=1" in line for line in lines)
+        assert not (tmp_path / "run").exists()
+    else:
+        assert "it has started one" in done.stdout
