@@ -237,8 +237,12 @@ def test_a_feature_network_of_ones_own_classes(source, flags, channels, name, cl
 def test_the_digits_network_is_made_as_it_was(tmp_path, run_recipe):
     output = tmp_path / "digits.safetensors"
     run_recipe("train_feature_network", "--preset", "default", "--output", output)
-    facts = [safe_open(path, "pt").metadata() for path in (output, "recipes/assets/digits-features.safetensors")]
-    assert facts[0] == facts[1]
+    made, committed = (
+        safe_open(path, "pt").metadata() for path in (output, "recipes/assets/digits-features.safetensors")
+    )
+    shares = [float(facts.pop("held_out_accuracy")) for facts in (made, committed)]
+    assert made == committed
+    assert shares[0] == pytest.approx(shares[1], abs=0.01)  # sums are rounded otherwise on another machine
 
 
 @pytest.mark.parametrize(
