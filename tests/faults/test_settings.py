@@ -464,6 +464,12 @@ def test_what_cannot_be_made_longer_is_told(before, now, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_warm_up_that_a_constant_rate_has_not_may_change():
+    compare_facts(
+        {**LENGTH, "lr_warmup_steps": 0}, {**LENGTH, "lr_warmup_steps": 1, "max_train_steps": 12}, POINT, print
+    )
+
+
 @pytest.mark.parametrize("steps", [3, 4, 12])
 def test_what_can_be_made_longer_or_shorter_is(steps, capsys):
     constant = {**LENGTH, "feature_weight": 1.0, "feature_decay_start": 1.0, "feature_weighting": "constant"}

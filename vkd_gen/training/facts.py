@@ -145,6 +145,8 @@ def compare_facts(before: dict[str, Any], now: dict[str, Any], point: Path, tell
     if "max_train_steps" in changed:
         _check_length(before, now, point)
     free = {*FREE_TO_CHANGE, *BATCH, *by_content, "max_train_steps"}
+    if before.get("lr_scheduler") == "constant":
+        free.add("lr_warmup_steps")  # which it has none of, and whose default is a share of the run
     forbidden = [name for name in changed if name not in free]
     if forbidden or other_contents:
         words = [f"--{name} was {before[name]!r} and is {changed[name]!r}" for name in forbidden]
