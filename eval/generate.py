@@ -51,8 +51,8 @@ class GenerateConfig:
         """Check what can be checked without loading anything."""
         if self.seed + self.num_images > 2**63:
             raise ValueError(f"--seed {self.seed} is too large; seeds are below 2^63")
-        if self.guidance_scale is not None and self.guidance_scale < 1:
-            raise ValueError(f"--guidance_scale must be at least 1, not {self.guidance_scale}")
+        if self.guidance_scale is not None and not 1 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"--guidance_scale must be at least 1 and finite, not {self.guidance_scale}")
         least = {"num_images": 1, "seed": 0, "num_inference_steps": 1, "batch_size": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -175,7 +175,14 @@ def main(config: GenerateConfig) -> None:
     )
     lock = on_main_process(partial(open_folder, folder))
     prepare_folder(folder, config, source)
-    make_pngs(source, folder, config.batch_size)
+    try:
+        make_pngs(source, folder, config.batch_size)
+    except ValueError:  # images that are not finite
+        if not any(folder.glob("*.png")):  # the next call may mend that by other weights or another precision
+            with contextlib.suppress(OSError):
+                (folder / "generate.json").unlink(missing_ok=True)
+                folder.rmdir()
+        raise
     if accelerator.is_main_process:
         revision = hub_revision(config.checkpoint)
         known = {} if revision is None else {"revision": revision}

@@ -71,8 +71,8 @@ class ScoreConfig:
             raise ValueError(f"a source is named twice: {' '.join(self.sources)}")
         if self.seed + self.scores.num_score_samples > 2**63:
             raise ValueError(f"--seed {self.seed} is too large; seeds are below 2^63")
-        if self.guidance_scale is not None and self.guidance_scale < 1:
-            raise ValueError(f"--guidance_scale must be at least 1, not {self.guidance_scale}")
+        if self.guidance_scale is not None and not 1 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"--guidance_scale must be at least 1 and finite, not {self.guidance_scale}")
         if self.seed < 0 or self.batch_size < 1:
             raise ValueError("--seed must be at least 0 and --batch_size at least 1")
         if self.held_out_fraction is not None and not 0 <= self.held_out_fraction < 1:
@@ -179,7 +179,7 @@ def main(config: ScoreConfig) -> None:
     from vkd_gen.evaluation.compare import print_table
     from vkd_gen.evaluation.report import save_results
     from vkd_gen.evaluation.scorer import Scorer, note_foreign_features
-    from vkd_gen.provenance import environment, hub_revision
+    from vkd_gen.provenance import environment, hub_revision, only_warns
     from vkd_gen.training.accelerator import check_processes, on_main_process
 
     torch.set_float32_matmul_precision("high")
@@ -228,7 +228,8 @@ def main(config: ScoreConfig) -> None:
             save_results(folder, results, samples)
             if pipeline is not None and config.update_cards and Path(name).is_dir():
                 if config.update_foreign_cards or is_of_run(Path(name)):
-                    print(f"model card: {update_model_card(Path(name), results, name, config.reference)}")
+                    with only_warns(f"the model card of {name}", f"the scores are in {folder / 'results.json'}"):
+                        print(f"model card: {update_model_card(Path(name), results, name, config.reference)}")
                 else:
                     print(f"{name}: no run's own pipeline, its card stays as it is; see --update_foreign_cards")
     if accelerator.is_main_process:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 import vkd_gen as vkd
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
-from vkd_gen.files import whole_file
 from vkd_gen.reductions import REDUCTIONS
 from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_recipe
 from vkd_gen.training.options import (
@@ -183,18 +182,26 @@ def main(config: StudentConfig) -> None:
     from vkd_gen.data import evenly_spaced
     from vkd_gen.distillation import matching_table
     from vkd_gen.evaluation.compare import compare_to_teacher, describe_models, markdown_table, print_table
-    from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, read_diagnostics
+    from vkd_gen.evaluation.diagnostics_figure import save_diagnostics
     from vkd_gen.evaluation.report import save_results
     from vkd_gen.evaluation.scorer import make_scorer
     from vkd_gen.pipelines import num_classes_of
-    from vkd_gen.provenance import hub_revision
-    from vkd_gen.training.accelerator import compile_as_asked, make_accelerator
-    from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+    from vkd_gen.provenance import hub_revision, only_warns
+    from vkd_gen.training.accelerator import compile_as_asked, make_accelerator, on_main_process
+    from vkd_gen.training.export import (
+        after_export,
+        check_upload,
+        export_pipeline,
+        finish_export,
+        model_card,
+        try_export,
+    )
     from vkd_gen.training.facts import hash_model, run_facts, start_folder
     from vkd_gen.training.images import load_data, prepare_data
     from vkd_gen.training.loop import TrainingRun, fixed_batches
     from vkd_gen.training.matching import build_projected_student, ends_early, pair_named_or_all
     from vkd_gen.training.models import check_checkpoint, load_teacher
+    from vkd_gen.training.probe import check_finite, check_time_embedding
     from vkd_gen.training.run_folder import RunFolder
     from vkd_gen.training.students import build_resolved_student, inherit, num_starting_draws
 
@@ -206,6 +213,7 @@ def main(config: StudentConfig) -> None:
         refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
+        check_upload(options)
     accelerator = make_accelerator(
         options,
         # A loss of features alone does not reach the output layer, one without features no trained projector.
@@ -229,6 +237,7 @@ def main(config: StudentConfig) -> None:
     )
     schedule = vkd.Schedule.of(noise_scheduler).to(accelerator.device)
     schedule.check_convertible(prediction_type)
+    check_time_embedding(teacher_unet, schedule, f"the teacher {config.teacher}")
     accelerator.print(
         f"schedule: {len(schedule)} steps, {noise_scheduler.config.beta_schedule}; the teacher predicts "
         f"{prediction_type}, the student {schedule.prediction_type} (from {schedule_origin})"
@@ -262,7 +271,6 @@ def main(config: StudentConfig) -> None:
     facts["teacher_sha256"] = hash_model(teacher_unet.state_dict(), teacher_unet, teacher_scheduler)
     if config.start.student not in ("", *REDUCTIONS):
         facts["student_sha256"] = hash_model(student.state_dict() if has_weights else {}, student)
-    start_folder(folder, accelerator, facts, images, held_out)
     draws = partial(
         fixed_batches,
         images,
@@ -271,17 +279,35 @@ def main(config: StudentConfig) -> None:
         batch_size=options.eval_batch_size,
         device=accelerator.device,
     )
+    few = next(draws(4))
+    check_finite(teacher_unet.to(accelerator.device), schedule, few, f"the teacher {config.teacher}")
+    start_folder(folder, accelerator, facts, images, held_out)
     resumes = folder.resume_point(options.resume_from_checkpoint) is not None
     if start.inherit_weights and not has_weights and not resumes:
         batches = list(draws(num_starting_draws(start, images.resolution)))
-        student, teacher_unet = student.to(accelerator.device), teacher_unet.to(accelerator.device)
+        student = student.to(accelerator.device)
         accelerator.print(inherit(start, student, teacher_unet, batches, schedule, seed=options.seed))
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     torch.nn.Module.to(teacher_unet, accelerator.device, dtype)  # past diffusers' warning about casting
     teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs], prediction_type=prediction_type)
-    student.to(accelerator.device)
+    check_finite(teacher, schedule, few, f"the teacher {config.teacher}")
+    check_finite(student.to(accelerator.device), schedule, few, "the student that training starts from")
+    exported, title = folder.path / "pipeline", f"{data_label(config.data.dataset)} student"
+    card = {"teacher": config.teacher, "method": matching.method, "steps": options.max_train_steps}
+    card |= {"seed": options.seed}
+    describe = partial(model_card, title, data=config.data.dataset, num_classes=num_classes)
+    on_main_process(
+        lambda: try_export(
+            student,
+            noise_scheduler,
+            exported,
+            describe(card, ""),
+            num_inference_steps=config.scores.num_inference_steps,
+            name="the student",
+        )
+    )
     calibration = folder.path / "calibration.safetensors"
     projected, balance = build_projected_student(
         matching,
@@ -331,44 +357,33 @@ def main(config: StudentConfig) -> None:
         run.backward(losses)
 
     student = run.finish()
-    title = f"{data_label(config.data.dataset)} student"
-    card = {"teacher": config.teacher, "method": matching.method, "steps": run.step, "seed": options.seed}
     card |= {"training": run.cost()}
     # Exported before it is scored, so that nothing which fails from here on can lose it.
-    run.on_main_process(
-        lambda: export_pipeline(
+    run.on_main_process(lambda: export_pipeline(student, noise_scheduler, exported, describe(card, "")))
+    with after_export(exported):
+        results, samples = compare_to_teacher(
             student,
             noise_scheduler,
-            folder.path / "pipeline",
-            model_card(title, card, "", config.data.dataset, num_classes=num_classes),
+            teacher,
+            teacher_scheduler,
+            held_out=held_out,
+            scorer=scorer,
+            num_inference_steps=config.scores.num_inference_steps,
+            batch_size=options.eval_batch_size,
+            score_teacher=config.score_teacher,
         )
-    )
-    results, samples = compare_to_teacher(
-        student,
-        noise_scheduler,
-        teacher,
-        teacher_scheduler,
-        held_out=held_out,
-        scorer=scorer,
-        num_inference_steps=config.scores.num_inference_steps,
-        batch_size=options.eval_batch_size,
-        score_teacher=config.score_teacher,
-    )
-    if accelerator.is_main_process:
-        save_results(folder.path, results, samples)
-        text = model_card(title, card, markdown_table(results), config.data.dataset, num_classes=num_classes)
-        write_model_card(folder.path / "pipeline", text)
-        print_table(results)
-        print(f"student: {folder.path / 'pipeline'}\nsamples: {folder.path / 'samples.png'}")
-        print(f"report: {folder.path / 'report.html'}")
-        figure = draw_diagnostics(read_diagnostics(folder.path / "metrics.jsonl"))
-        if figure is not None:
-            with whole_file(folder.path / "diagnostics.png") as temporary:
-                figure.savefig(temporary)
-            print(f"diagnostics: {folder.path / 'diagnostics.png'}")
-        if options.push_to_hub:
-            print(f"uploaded: {upload(folder.path / 'pipeline', options.hub_model_id)}")
+        if accelerator.is_main_process:
+            save_results(folder.path, results, samples)
     run.end()
+    if accelerator.is_main_process:
+        figure = folder.path / "diagnostics.png"
+        with only_warns(f"the figure {figure}", "the numbers are in metrics.jsonl"):
+            save_diagnostics(folder.path / "metrics.jsonl", figure)
+        finish_export(exported, lambda: describe(card, markdown_table(results)), options)
+        print_table(results)
+        print(f"student: {exported}\nsamples: {folder.path / 'samples.png'}\nreport: {folder.path / 'report.html'}")
+        if figure.exists():
+            print(f"diagnostics: {figure}")
 
 
 if __name__ == "__main__":

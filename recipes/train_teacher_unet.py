@@ -193,8 +193,15 @@ def main(config: TeacherConfig) -> None:
     from vkd_gen.losses import prediction_loss
     from vkd_gen.pictures import to_uint8
     from vkd_gen.pipelines import num_classes_of
-    from vkd_gen.training.accelerator import make_accelerator
-    from vkd_gen.training.export import export_pipeline, model_card, upload, write_model_card
+    from vkd_gen.training.accelerator import make_accelerator, on_main_process
+    from vkd_gen.training.export import (
+        after_export,
+        check_upload,
+        export_pipeline,
+        finish_export,
+        model_card,
+        try_export,
+    )
     from vkd_gen.training.facts import run_facts, start_folder
     from vkd_gen.training.images import load_data, prepare_data
     from vkd_gen.training.loop import TrainingRun
@@ -209,6 +216,7 @@ def main(config: TeacherConfig) -> None:
         refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
+        check_upload(options)
     accelerator = make_accelerator(options)
     # The number of classes is the data's: those come first then, in a dry run too.
     load = partial(
@@ -235,6 +243,19 @@ def main(config: TeacherConfig) -> None:
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     noise_scheduler = DDPMScheduler(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
+    exported, title = folder.path / "pipeline", f"{data} teacher"
+    card = {"parameters": f"{count_parameters(unet):,}", "steps": options.max_train_steps, "seed": options.seed}
+    describe = partial(model_card, title, data=config.data.dataset, num_classes=num_classes_of(unet))
+    on_main_process(
+        lambda: try_export(
+            unet,
+            noise_scheduler,
+            exported,
+            describe(card, ""),
+            num_inference_steps=config.scores.num_inference_steps,
+            name="the teacher",
+        )
+    )
 
     run = TrainingRun(
         accelerator=accelerator,
@@ -258,34 +279,27 @@ def main(config: TeacherConfig) -> None:
         run.backward({"total": prediction_loss(prediction, target)})
 
     unet = run.finish()
-    title, card = f"{data} teacher", {"parameters": f"{count_parameters(unet):,}", "steps": run.step}
-    card |= {"seed": options.seed, "training": run.cost()}
+    card |= {"training": run.cost()}
     # Exported before it is scored, so that nothing which fails from here on can lose it.
-    exported = folder.path / "pipeline"
-    text = model_card(title, card, "", config.data.dataset, num_classes=num_classes_of(unet))
-    run.on_main_process(lambda: export_pipeline(unet, noise_scheduler, exported, text))
-    results, samples = score_model(
-        "teacher",
-        unet,
-        noise_scheduler,
-        held_out=held_out,
-        scorer=scorer,
-        num_inference_steps=config.scores.num_inference_steps,
-        batch_size=options.eval_batch_size,
-    )
-    if accelerator.is_main_process:
-        samples["held-out images"] = to_uint8(held_out.stack(32))
-        save_results(folder.path, results, samples)
-        write_model_card(
-            exported,
-            model_card(title, card, markdown_table(results), config.data.dataset, num_classes=num_classes_of(unet)),
+    run.on_main_process(lambda: export_pipeline(unet, noise_scheduler, exported, describe(card, "")))
+    with after_export(exported):
+        results, samples = score_model(
+            "teacher",
+            unet,
+            noise_scheduler,
+            held_out=held_out,
+            scorer=scorer,
+            num_inference_steps=config.scores.num_inference_steps,
+            batch_size=options.eval_batch_size,
         )
-        print_table(results)
-        print(f"teacher: {exported}\nsamples: {folder.path / 'samples.png'}")
-        print(f"report: {folder.path / 'report.html'}")
-        if options.push_to_hub:
-            print(f"uploaded: {upload(exported, options.hub_model_id)}")
+        if accelerator.is_main_process:
+            samples["held-out images"] = to_uint8(held_out.stack(32))
+            save_results(folder.path, results, samples)
     run.end()
+    if accelerator.is_main_process:
+        finish_export(exported, lambda: describe(card, markdown_table(results)), options)
+        print_table(results)
+        print(f"teacher: {exported}\nsamples: {folder.path / 'samples.png'}\nreport: {folder.path / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "choices reductions features projectors schedule limits listing pipelines files"
+NO_SIBLING = "choices reductions features projectors schedule limits listing pipelines files text"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
     "hub": {"limits", "provenance"},
     "losses": {"choices"},
-    "pictures": {"files"},
-    "provenance": {"files"},
+    "pictures": {"files", "text"},
+    "provenance": {"files", "text"},
     "normalization": {"choices"},
     "decoding": {"listing"},
     "tables": {"decoding", "listing", "provenance"},

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vkd_gen.files import whole_file
+from vkd_gen.text import printable
 
 
 def sample_grid(rows: Mapping[str, Tensor], columns: int = 16, least_side: int = 48) -> Image.Image:
@@ -30,7 +31,7 @@ def sample_grid(rows: Mapping[str, Tensor], columns: int = 16, least_side: int =
     draw = ImageDraw.Draw(sheet)
     top = 0
     for title, images in rows.items():
-        draw.text((gap + 1, top + 3), title, fill="black")
+        draw.text((gap + 1, top + 3), printable(title), fill="black")
         top += band
         for number, image in enumerate(images):
             pixels = image.expand(3, -1, -1) if image.shape[0] == 1 else image

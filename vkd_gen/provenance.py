@@ -1,19 +1,25 @@
 """What a result came about by, and results written so that they are whole or not there."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from vkd_gen.files import whole_file
+from vkd_gen.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-from vkd_gen.files import whole_file
+logger = logging.getLogger(__name__)
 
 RESULT_FILES = ("results.json", "samples.npz", "samples.png", "report.html")
 """What is written into a folder of scores."""
@@ -24,6 +30,54 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON through a temporary file, so that the file is whole or not there."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def only_warns(what: str, advice: str) -> Iterator[None]:
+    """For what stands beside weights and numbers, as pictures do: if it fails, that costs a line and not the run.
+
+    Args:
+        what: is made.
+        advice: what to do where it could not be made.
+    """
+    try:
+        yield
+    except Exception as error:  # a full disk, a missing font, a broken library: whatever it is
+        from tqdm import tqdm
+
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        tqdm.write(printable(f"warning: {what} could not be made ({reason}); {advice}"), file=sys.stderr)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, in order: `step`, a whole number, and other numbers by name.
+
+    What is torn, as by a crash, or of another kind is left out, each line on its own, and counted in a note. None where
+    there is no file.
+    """
+    lines: list[dict[str, Any]] = []
+    num_left_out = 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        step = line.get("step") if isinstance(line, dict) else None
+        if isinstance(step, int) and is_number(step):
+            lines.append({name: value for name, value in line.items() if is_number(value)})
+            num_left_out += len(lines[-1]) < len(line)
+        else:
+            num_left_out += 1
+    if num_left_out:
+        logger.warning("note: %d lines of %s are torn or hold what is no number; that is left out", num_left_out, path)
+    return lines
+
+
+def is_number(value: object) -> bool:
+    """Whether JSON's value is a number that a float can hold; NaN and infinity are."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return isinstance(value, float) or abs(value) < 2**63
 
 
 def hash_tensors(tensors: "Mapping[str, Tensor]") -> str:

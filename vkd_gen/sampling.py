@@ -3,9 +3,11 @@
 C channels, H height, W width.
 """
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -19,7 +21,7 @@ from diffusers import (
     SchedulerMixin,
 )
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from vkd_gen.choices import Precision, Sampler
 from vkd_gen.hub import hub_folder, load_parts, part_files, pipeline_class, read_json
@@ -44,17 +46,44 @@ def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: S
         raise ValueError(f"class-conditional UNets are sampled by ddim, not by {sampler}")
     match sampler:
         case "ddim" if num_classes_of(unet) is not None:
-            pipeline = ClassConditionalDDIMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(config))
+            pipeline = ClassConditionalDDIMPipeline(unet=unet, scheduler=_on_schedule(DDIMScheduler, config))
         case "ddim":
-            pipeline = DDIMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(config))
+            pipeline = DDIMPipeline(unet=unet, scheduler=_on_schedule(DDIMScheduler, config))
         case "ddpm":
             pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(config))
         case "dpm-solver":
-            pipeline = DDPMPipeline(unet=unet, scheduler=DPMSolverMultistepScheduler.from_config(config))
+            pipeline = DDPMPipeline(unet=unet, scheduler=_on_schedule(DPMSolverMultistepScheduler, config))
         case _:
             raise ValueError(f"there is no sampler {sampler!r}; choose ddim, ddpm or dpm-solver")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _on_schedule(kind: type[SchedulerMixin], config: Mapping[str, Any]) -> SchedulerMixin:
+    """A sampler on the schedule of a config; betas that DDPMScheduler alone can make are handed over as numbers."""
+    if config.get("beta_schedule") not in ("sigmoid", "laplace") or config.get("trained_betas") is not None:
+        return kind.from_config(config)
+    betas = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False).betas
+    return kind.from_config(config, trained_betas=betas.tolist())
+
+
+def usable_steps(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> int:
+    """As many sampling steps as are asked for, or the most that the schedule has timesteps for.
+
+    Raises:
+        ValueError: for a schedule that leaves no timestep to sample at.
+    """
+    config = noise_scheduler.config
+    num_timesteps, offset = config.num_train_timesteps, config.get("steps_offset", 0)
+    steps = min(num_inference_steps, num_timesteps)
+    if config.get("timestep_spacing", "leading") != "leading":
+        return steps
+    # Such timesteps are raised by the offset, and diffusers does not look whether the last one is still there.
+    while steps and (steps - 1) * (num_timesteps // steps) + offset >= num_timesteps:
+        steps -= 1
+    if not steps:
+        raise ValueError(f"steps_offset {offset} leads out of a schedule of {num_timesteps} timesteps")
+    return steps
 
 
 def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipeline:
@@ -146,6 +175,7 @@ def generate_images(
     guidance_scale: float | None = None,
     num_inference_steps: int = 50,
     precision: Precision = "no",
+    name: str = "the model",
 ) -> UInt8[Tensor, "images channels height width"]:
     """One batch of images, one per seed.
 
@@ -158,14 +188,16 @@ def generate_images(
         class_labels: one per image, for a class-conditional pipeline; by default each image's seed modulo the number
             of classes, so that consecutive seeds go through the classes in turn.
         guidance_scale: of a class-conditional pipeline with guidance; None keeps the pipeline's default.
-        num_inference_steps: network evaluations per image, at least 1.
+        num_inference_steps: network evaluations per image, at least 1; at most the schedule's.
         precision: of the network, by autocast; the sampler itself works in the pipeline's dtype.
+        name: of the pipeline, for messages.
 
     Returns:
         Images, uint8, on the CPU.
 
     Raises:
-        ValueError: for a count below 1, and labels or guidance that the pipeline does not take.
+        ValueError: for a count below 1, labels or guidance that the pipeline does not take, and, naming the seeds, for
+            images of which a pixel or a prediction on the way is not finite.
     """
     if not seeds or num_inference_steps < 1:
         raise ValueError("sampling needs at least one seed and one inference step")
@@ -179,10 +211,56 @@ def generate_images(
     arguments |= {"batch_size": len(seeds)} if "batch_size" in parameters else {}
     arguments |= {"class_labels": list(class_labels)} if class_labels is not None else {}
     arguments |= {"guidance_scale": guidance_scale} if guidance_scale is not None else {}
+    arguments["num_inference_steps"] = usable_steps(pipeline.scheduler, num_inference_steps)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-    with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
-        images = pipeline(num_inference_steps=num_inference_steps, **arguments).images  # [images, H, W, C] in [0, 1]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    with (
+        torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None),
+        _finite_predictions(network, len(seeds)) as predictions,
+    ):
+        images = torch.from_numpy(pipeline(**arguments).images)  # [images, H, W, C] in [0, 1]
+    # [evaluations + 1, images]; as uint8 what is not finite would be black, and clipping hides infinite predictions.
+    is_finite = torch.stack([*predictions, images.isfinite().flatten(1).all(1)]).cpu()
+    if not is_finite.all():
+        raise ValueError(_describe_broken(name, network, is_finite, seeds, precision))
+    return images.permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
+
+
+@contextlib.contextmanager
+def _finite_predictions(network: nn.Module, num_images: int) -> Iterator[list[Tensor]]:
+    """A list that gets, at each evaluation of the network, whose predictions are finite: `[images]`, bool."""
+    found: list[Tensor] = []
+
+    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        prediction = output if isinstance(output, Tensor) else output[0]
+        # With guidance an image has several rows, a whole batch after the other.
+        found.append(prediction.isfinite().flatten(1).all(1).view(-1, num_images).all(0))
+
+    hook = network.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def _describe_broken(
+    name: str, network: nn.Module, is_finite: Tensor, seeds: Sequence[int], precision: Precision
+) -> str:
+    broken = [seed for seed, right in zip(seeds, is_finite.all(0).tolist(), strict=True) if not right]
+    shown = ", ".join(map(str, broken[:8])) + ", ..." * (len(broken) > 8)
+    first = int((~is_finite).any(1).nonzero()[0])
+    where = f"from evaluation {first + 1} of {len(is_finite) - 1} on" if first < len(is_finite) - 1 else "at the end"
+    weights = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
+    if weights:
+        cause = f"{len(weights)} of its weights hold NaN or infinity, such as {weights[0]}"
+    elif precision != "no":
+        cause = f"try another precision than {precision}"
+    else:
+        cause = "its weights are finite: they do not fit its schedule, or overflow"
+    return (
+        f"{len(broken)} of {len(seeds)} samples of {name} are not finite, {where} (seeds {shown}): {cause}; no images "
+        "are made of them"
+    )
 
 
 def sample_images(
@@ -194,6 +272,7 @@ def sample_images(
     guidance_scale: float | None = None,
     num_inference_steps: int = 50,
     batch_size: int = 128,
+    name: str = "the model",
 ) -> UInt8[Tensor, "images channels height width"]:
     """Sample one image per seed with DDIM; see `generate_images`.
 
@@ -204,14 +283,16 @@ def sample_images(
         class_labels: one per image, for a class-conditional UNet; by default each image's seed modulo the number of
             classes, so that consecutive seeds go through the classes in turn.
         guidance_scale: of classifier-free guidance; 1, the default, is the plain conditional prediction.
-        num_inference_steps: network evaluations per image, at least 1.
+        num_inference_steps: network evaluations per image, at least 1; at most the schedule's.
         batch_size: images at a time.
+        name: of the UNet, for messages.
 
     Returns:
         Images, uint8, on the CPU.
 
     Raises:
-        ValueError: for no seeds, a count below 1, and labels or guidance that do not fit the UNet.
+        ValueError: for no seeds, a count below 1, labels or guidance that do not fit the UNet, and images that are not
+            finite.
     """
     if not seeds or batch_size < 1:
         raise ValueError("sampling needs at least one seed and a batch size of at least 1")
@@ -220,16 +301,19 @@ def sample_images(
     was_training = unet.training
     pipeline = stock_pipeline(unet.eval(), noise_scheduler)
     batches = []
-    for first in range(0, len(seeds), batch_size):
-        chosen = slice(first, first + batch_size)
-        batches.append(
-            generate_images(
-                pipeline,
-                seeds[chosen],
-                class_labels=None if class_labels is None else class_labels[chosen],
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps,
+    try:
+        for first in range(0, len(seeds), batch_size):
+            chosen = slice(first, first + batch_size)
+            batches.append(
+                generate_images(
+                    pipeline,
+                    seeds[chosen],
+                    class_labels=None if class_labels is None else class_labels[chosen],
+                    guidance_scale=guidance_scale,
+                    num_inference_steps=num_inference_steps,
+                    name=name,
+                )
             )
-        )
-    unet.train(was_training)
+    finally:
+        unet.train(was_training)
     return torch.cat(batches)

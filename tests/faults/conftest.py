@@ -1,4 +1,4 @@
-"""The uninterrupted run that all others are compared with."""
+"""The uninterrupted run that all others are compared with, and commands run in this process."""
 
 import pytest
 

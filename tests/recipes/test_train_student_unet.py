@@ -435,6 +435,7 @@ def test_tracker_and_upload(student_flags, tmp_path, run_recipe, monkeypatch, ca
     from huggingface_hub import RepoUrl
 
     uploads = []
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
     monkeypatch.setattr(
         "huggingface_hub.HfApi.create_repo", lambda self, name, **_: RepoUrl(f"https://huggingface.co/me/{name}")
     )

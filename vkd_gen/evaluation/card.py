@@ -1,5 +1,6 @@
 """Scores in a pipeline's model card, where the hub and a reader look for them."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vkd_gen.evaluation.compare import markdown_table
 from vkd_gen.files import whole_file
+from vkd_gen.text import markdown_text, printable
 
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
 
@@ -33,12 +35,16 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
     """
     folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
     path = folder / "README.md"
-    card = ModelCard.load(path) if path.exists() else ModelCard(f"---\nlibrary_name: diffusers\n---\n# {folder.name}\n")
+    card = (
+        ModelCard.load(path)
+        if path.exists()
+        else ModelCard(f"---\nlibrary_name: diffusers\n---\n# {markdown_text(folder.name)}\n")
+    )
     row = results["rows"][name]
     protocol = {**results["protocol"], **results.get("sources", {}).get(name, {})}
     place = folder.resolve()
-    title = card.data.model_name or (place.parent.name if place.name == "pipeline" else place.name)
-    data = Path(data).name
+    title = printable(card.data.model_name or (place.parent.name if place.name == "pipeline" else place.name))
+    data = printable(Path(data).name)
     earlier = card.data.eval_results or []
     replaced = [result for result in earlier if result.metric_type in row and result.dataset_type == data]
     size, largest = _size(protocol), max((_size(result.metric_args) for result in replaced), default=(0, 0))
@@ -61,6 +67,7 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
                     metric_args={key: protocol[key] for key in PROTOCOL if protocol.get(key) is not None},
                 )
                 for metric, value in row.items()
+                if math.isfinite(value)  # which the hub takes alone
             ),
         ],
     )

@@ -15,7 +15,8 @@ from vkd_gen.evaluation.labels import label_of, score_kind
 from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.evaluation.terminal import print_columns
 from vkd_gen.provenance import environment
-from vkd_gen.sampling import sample_images
+from vkd_gen.sampling import sample_images, usable_steps
+from vkd_gen.text import markdown_text, printable
 
 FORMATS: dict[str, str | None] = {
     "parameters": "{:,}",
@@ -106,8 +107,7 @@ def _score_models(
     num_shown: int,
     scored: Collection[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    num_timesteps = [scheduler.config.num_train_timesteps for _, scheduler in unets.values()]
-    num_inference_steps = min(num_inference_steps, *num_timesteps)
+    num_inference_steps = min(usable_steps(scheduler, num_inference_steps) for _, scheduler in unets.values())
     device = next(next(iter(unets.values()))[0].parameters()).device
     rows: dict[str, dict[str, int | float]] = {name: {} for name in unets}
     protocol: dict[str, Any] = {"device": str(device), "weights": "moving average"}
@@ -134,7 +134,12 @@ def _score_models(
             protocol |= {key: source.protocol[key] for key in ("sampler", "num_inference_steps", "num_images", "seeds")}
         else:
             samples[name] = sample_images(
-                unet, scheduler, range(num_shown), num_inference_steps=num_inference_steps, batch_size=batch_size
+                unet,
+                scheduler,
+                range(num_shown),
+                num_inference_steps=num_inference_steps,
+                batch_size=batch_size,
+                name=f"the {name}",
             )
     if scorer:
         protocol |= scorer.protocol
@@ -159,7 +164,7 @@ def print_table(results: dict[str, Any]) -> None:
     rows = results["rows"]
     cells = zip(*(_cells(row, columns) for row in rows.values()), strict=True)
     headings = [label_of(column) for column, _ in columns]
-    print_columns(list(rows), list(zip(headings, cells, strict=True)))
+    print_columns(list(map(printable, rows)), list(zip(headings, cells, strict=True)))
 
 
 def _cells(row: dict[str, int | float], columns: list[tuple[str, str]]) -> list[str]:
@@ -173,8 +178,11 @@ def markdown_table(results: dict[str, Any]) -> str:
         "| | " + " | ".join(label_of(column) for column, _ in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    lines += [f"| {name} | " + " | ".join(_cells(row, columns)) + " |" for name, row in results["rows"].items()]
-    lines += ["", *(f"- {label_of(name)}: {describe(value)}" for name, value in results["protocol"].items())]
+    lines += [
+        f"| {markdown_text(name)} | " + " | ".join(_cells(row, columns)) + " |" for name, row in results["rows"].items()
+    ]
+    facts = {label_of(name): describe(value) for name, value in results["protocol"].items()}
+    lines += ["", *(f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in facts.items())]
     return "\n".join(lines)
 
 

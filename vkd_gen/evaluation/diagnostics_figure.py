@@ -1,12 +1,14 @@
 """What a run's diagnostics say, in one figure."""
 
-import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vkd_gen.evaluation.labels import COLOURS, label_of
+from vkd_gen.files import whole_file
+from vkd_gen.provenance import read_metrics
 
 PREFIX = "diagnostics/"
 BIN = re.compile(r"t(\d+)-(\d+)")
@@ -17,21 +19,8 @@ LEAST_FLOOR = 1e-3
 
 
 def read_diagnostics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl that hold diagnostics, in order of steps, without `diagnostics/` in their names.
-
-    Raises:
-        ValueError: if a line is none of metrics.
-    """
-    lines = []
-    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
-        if not isinstance(line, dict):
-            raise ValueError(f"line {number} of {path} is not one of metrics")
-        lines.append(line)
-    return pick_diagnostics(lines)
+    """The lines of a metrics.jsonl that hold diagnostics, in order of steps, without `diagnostics/` in their names."""
+    return pick_diagnostics(read_metrics(Path(path)))
 
 
 def pick_diagnostics(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -46,6 +35,14 @@ def pick_diagnostics(metrics: Iterable[Mapping[str, Any]]) -> list[dict[str, flo
         if figures:
             lines.append({"step": line["step"], **figures})
     return lines
+
+
+def save_diagnostics(metrics: Path, path: Path) -> None:
+    """Draw the diagnostics of a metrics.jsonl into a file; none where no line holds a feature loss."""
+    figure = draw_diagnostics(read_diagnostics(metrics))
+    if figure is not None:
+        with whole_file(path) as temporary:
+            figure.savefig(temporary)
 
 
 def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
@@ -90,8 +87,8 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
     for term in ("output", "denoising"):
         wanted[f"gradient_cosine/feature-{term}"] = f"cosine with the gradient of the {label_of(f'loss/{term}')}"
     for (name, words), style in zip(wanted.items(), GREYS, strict=True):  # colours are the layers'
-        values = [line.get(name) for line in lines]
-        if any(value is not None for value in values):
+        values = [line.get(name, math.nan) for line in lines]
+        if any(name in line for line in lines):
             gradients.plot(steps, values, style[0] + "-", color=style[1], markersize=5, label=words)
     gradients.axhline(0, color="0.2", linewidth=1)
     gradients.set(xlabel="step", title="The feature loss' gradient")
@@ -100,7 +97,7 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
 
     places = range(len(layers))
     for offset, side, colour in ((-0.2, "teacher", "#BBBBBB"), (0.2, "student", "#555555")):
-        values = [last[f"rank/{side}/{layer}"] for layer in layers]
+        values = [last.get(f"rank/{side}/{layer}", math.nan) for layer in layers]
         ranks.bar([place + offset for place in places], values, width=0.38, color=colour, label=side)
     names = [f"{layer}\ngain {last[gain]:.2f}" if (gain := f"gain/{layer}") in last else layer for layer in layers]
     ranks.set_xticks(list(places), names, fontsize=8, rotation=0 if len(layers) <= 5 else 90)

@@ -13,6 +13,7 @@ from vkd_gen.evaluation.labels import COLOURS, label_of
 from vkd_gen.evaluation.method_tables import Comparison
 from vkd_gen.evaluation.report import load_outcome
 from vkd_gen.pictures import sample_grid
+from vkd_gen.text import figure_text
 
 BETTER, WORSE, OPEN = "#0072B2", "#D55E00", "#8C8C8C"
 DASHES = ("-", "--", ":")
@@ -45,11 +46,11 @@ def draw_differences(comparison: Comparison) -> Any | None:
         order = [arm for _, arm in sorted(first)]
         for axis, score in zip(line, scores, strict=True):
             _draw_forest(axis, [found.get((start, arm, score)) for arm in order])
-            axis.set_title(f"{label_of(score)}, {start} weights", fontsize=10)
-        line[0].set_yticks(range(len(order)), order, fontsize=9)
+            axis.set_title(figure_text(f"{label_of(score)}, {start} weights"), fontsize=10)
+        line[0].set_yticks(range(len(order)), map(figure_text, order), fontsize=9)
         line[0].set_ylim(len(order) - 0.4, -0.6)
     for axis in axes[-1]:
-        axis.set_xlabel(f"difference to {comparison.control} (less is better)", fontsize=9)
+        axis.set_xlabel(f"difference to {figure_text(comparison.control)} (less is better)", fontsize=9)
     words = (
         "bars: 95 % t-intervals over seeds, blue (better) or orange (worse) where off zero; small marks: single seeds"
     )
@@ -101,7 +102,7 @@ def draw_curves(comparison: Comparison) -> Any | None:
                 points = mean_curve(comparison.runs(start, arm), name)
                 if points:
                     _draw_curve(axis, points, arm, number)
-            axis.set_title(f"{label_of(name)}, {start} weights", fontsize=10)
+            axis.set_title(figure_text(f"{label_of(name)}, {start} weights"), fontsize=10)
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             low, high = axis.get_ylim()
@@ -117,7 +118,7 @@ def draw_curves(comparison: Comparison) -> Any | None:
     for axis in axes.flat:
         lines, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
-    ordered = [arm for arm in comparison.arms if arm in handles]
+    ordered = [label for arm in comparison.arms if (label := figure_text(arm)) in handles]
     lines = [handles[arm] for arm in ordered]
     num_columns = max(2, min(4, 2 * len(shown)))
     figure.legend(lines, ordered, loc="outside lower center", ncols=num_columns, fontsize=9, frameon=False)
@@ -139,7 +140,7 @@ def mean_curve(runs: Mapping[int, Mapping[str, Any]], name: str) -> list[tuple[i
 def _draw_curve(axis: Any, points: Sequence[tuple[int, float, float]], label: str, number: int) -> None:
     steps, means, spreads = zip(*points, strict=True)
     colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-    axis.plot(steps, means, color=colour, linestyle=dash, linewidth=1.5, label=label)
+    axis.plot(steps, means, color=colour, linestyle=dash, linewidth=1.5, label=figure_text(label))
     low = [max(mean - spread, mean / 10) for mean, spread in zip(means, spreads, strict=True)]
     high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
     if all(math.isfinite(value) for value in (*low, *high)):

@@ -1,9 +1,9 @@
 """One self-contained HTML page for a run, a comparison of runs or a set of scores: samples, curves, tables."""
 
 import base64
-import html
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,8 @@ from vkd_gen.evaluation.labels import label_of
 from vkd_gen.evaluation.sources import save_images
 from vkd_gen.files import whole_file
 from vkd_gen.pictures import sample_grid, save_sample_grid
-from vkd_gen.provenance import write_json
+from vkd_gen.provenance import is_number, only_warns, read_metrics, write_json
+from vkd_gen.text import figure_text, html_text
 
 NOT_DRAWN = re.compile("score/fid_(training|held_out)")
 
@@ -77,16 +78,19 @@ def load_outcome(folder: Path) -> Outcome:
         if (folder / "samples.npz").exists():
             with np.load(folder / "samples.npz", allow_pickle=False) as file:
                 samples = {name: torch.from_numpy(file[name]).permute(0, 3, 1, 2) for name in file.files}
-        metrics_file = folder / "metrics.jsonl"
-        lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
-        metrics = [json.loads(line) for line in lines if line.endswith("}")]
+        metrics = read_metrics(folder / "metrics.jsonl")
     except Exception as error:  # JSON's, numpy's and the zip file's errors
         raise ValueError(f"cannot read the results in {folder}: {' '.join(str(error).split())[:200]}") from error
     parts = [results.get("rows"), results.get("protocol")] if isinstance(results, dict) else [None]
     rows = parts[0].values() if all(isinstance(part, dict) for part in parts) and parts[0] else [None]
-    if not all(isinstance(row, dict) and all(isinstance(n, int | float) for n in row.values()) for row in rows):
+    if not all(isinstance(row, dict) and all(map(is_number, row.values())) for row in rows):
         raise ValueError(f"{path} is not a results file: it has no rows of numbers and no protocol")
-    metrics = [line for line in metrics if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    sources = results.get("sources", {})
+    if not isinstance(sources, dict) or not all(isinstance(source, dict) for source in sources.values()):
+        raise ValueError(f"{path} is not a results file: its sources are no facts by name")
+    for name, images in samples.items():
+        if images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or not images.numel():
+            raise ValueError(f"{folder / 'samples.npz'} holds no images under {name!r}")
     return Outcome(folder.resolve().name, results, samples, metrics)
 
 
@@ -97,12 +101,18 @@ def save_results(folder: Path, results: dict[str, Any], samples: Mapping[str, Te
         folder: existing or not.
         results: `rows` and `protocol`, as `compare_to_teacher` gives them; `sources` where each row has its own.
         samples: name -> first samples, uint8, from equal seeds.
+
+    All but results.json may fail, which costs a line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
-    save_images(samples, folder / "samples.npz")
-    save_sample_grid(samples, folder / "samples.png")
-    write_report([folder], folder / "report.html")
+    with only_warns(f"{folder / 'samples.npz'}", f"python eval/generate.py {folder} makes samples"):
+        save_images(samples, folder / "samples.npz")
+    with only_warns(f"{folder / 'samples.png'}", f"python eval/generate.py {folder} makes samples"):
+        save_sample_grid(samples, folder / "samples.png")
+    report = folder / "report.html"
+    with only_warns(f"the report {report}", f"python eval/report.py {folder} --output {report} makes it again"):
+        write_report([folder], report)
 
 
 def write_report(folders: Sequence[Path], path: Path) -> None:
@@ -119,11 +129,11 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     outcomes = [replace(outcome, name=name) for outcome, name in zip(outcomes, short_names(folders), strict=True)]
     title = ", ".join(outcome.name for outcome in outcomes)
     rows = merge_rows(outcomes)
-    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts = [f"<h1>{html_text(title)}</h1>"]
     asked = {outcome.name: asked_for(folder) for outcome, folder in zip(outcomes, folders, strict=True)}
     for name, facts in asked.items():
         if facts:
-            parts += [f"<h2>Run{'' if len(outcomes) == 1 else ': ' + html.escape(name)}</h2>", _facts(facts)]
+            parts += [f"<h2>Run{'' if len(outcomes) == 1 else ': ' + html_text(name)}</h2>", _facts(facts)]
     parts += ["<h2>Scores</h2>", _table(rows)]
     samples = _merge_samples(outcomes)
     if samples:
@@ -137,18 +147,18 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     if curves:
         parts += ["<h2>Curves</h2>", f'<img alt="losses and scores by step" src="{_data_uri(draw_curves(curves))}">']
     for outcome in outcomes:
-        of_run = "" if len(outcomes) == 1 else ": " + html.escape(outcome.name)
+        of_run = "" if len(outcomes) == 1 else ": " + html_text(outcome.name)
         if (diagnostics := draw_diagnostics(pick_diagnostics(outcome.metrics))) is not None:
             parts += [
                 f"<h2>What the feature loss does{of_run}</h2>",
                 f'<img alt="diagnostics" src="{_png(diagnostics)}">',
             ]
-        parts += [f"<h2>Protocol{'' if len(outcomes) == 1 else ': ' + html.escape(outcome.name)}</h2>"]
+        parts += [f"<h2>Protocol{'' if len(outcomes) == 1 else ': ' + html_text(outcome.name)}</h2>"]
         parts += [_facts(outcome.results["protocol"])]
         for source, protocol in outcome.results.get("sources", {}).items():
-            parts += [f"<h2>{html.escape(source)}</h2>", _facts(protocol)]
+            parts += [f"<h2>{html_text(source)}</h2>", _facts(protocol)]
     page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html_text(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
@@ -186,7 +196,7 @@ def asked_for(folder: Path) -> dict[str, Any]:
         words = [f"{name.removeprefix('student_').replace('_', ' ')} {value}" for name, value in traits.items()]
         if not config.get("student") and not config.get("student_width"):
             words = ["width 0.5", *words]
-        config["student"] = ", ".join([*filter(None, [config.get("student")]), *words])
+        config["student"] = ", ".join(map(str, [*filter(None, [config.get("student")]), *words]))
     return {words: config[name] for name, words in ASKED.items() if config.get(name) not in (None, "")}
 
 
@@ -240,9 +250,9 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     across, down = [label_of(column) for column, _ in columns], list(rows)
     if len(down) < len(across):
         cells, across, down = [list(line) for line in zip(*cells, strict=True)], down, across
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in across)
+    head = "".join(f"<th>{html_text(title)}</th>" for title in across)
     lines = [
-        f"<tr><td>{html.escape(title)}</td>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
+        f"<tr><td>{html_text(title)}</td>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
         for title, line in zip(down, cells, strict=True)
     ]
     body = "\n".join(lines)
@@ -251,7 +261,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _facts(facts: Mapping[str, Any]) -> str:
     rows = (
-        f'<tr><td class="dim">{html.escape(label_of(name))}</td><td>{html.escape(describe(value))}</td></tr>'
+        f'<tr><td class="dim">{html_text(label_of(name))}</td><td>{html_text(describe(value))}</td></tr>'
         for name, value in facts.items()
     )
     return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
@@ -281,22 +291,27 @@ def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
         axis.set_visible(False)
     for axis, (name, label) in zip(axes, kinds, strict=False):
         for number, outcome in enumerate(outcomes):
-            points = [(line["step"], line[name]) for line in outcome.metrics if name in line]
+            points = [(line["step"], line[name]) for line in outcome.metrics if math.isfinite(line.get(name, math.nan))]
             if points:
                 marker = "o" if name.startswith("score/") else None
                 axis.plot(
-                    *zip(*points, strict=True), label=outcome.name, color=f"C{number}", marker=marker, linewidth=1.4
+                    *zip(*points, strict=True),
+                    label=figure_text(outcome.name),
+                    color=f"C{number}",
+                    marker=marker,
+                    linewidth=1.4,
                 )
         teacher = outcomes[0].results["rows"].get("teacher", {}).get(name.removeprefix("score/"))
-        if teacher is not None:
+        if teacher is not None and math.isfinite(teacher):
             axis.axhline(teacher, color="0.4", linestyle="--", linewidth=1, label="teacher")
         values = [line[name] for outcome in outcomes for line in outcome.metrics if name in line]
-        if min(values) > 0:
+        values = [value for value in values if math.isfinite(value)]
+        if values and min(values) > 0:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}" if max(values) < 20 * min(values) else "")
         axis.set_xlim(left=0)
-        axis.set_title(label, fontsize=10)
+        axis.set_title(figure_text(label), fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

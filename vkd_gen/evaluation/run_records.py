@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vkd_gen.provenance import environment, write_json
+from vkd_gen.provenance import environment, is_number, write_json
 
 FORMAT = "vkd-gen comparison of methods, 1"
 NUM_POINTS = 20
@@ -40,7 +40,7 @@ class RunRecords:
             return
         try:
             content = json.loads(path.read_text())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"cannot read the results in {path}: {error}; repair the file, or move it away") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not a file of this command's results; choose another --results")
@@ -74,10 +74,15 @@ def _is_run(record: Any) -> bool:
     return (
         isinstance(record, dict)
         and all(isinstance(record.get(name), str) for name in texts)
-        and all(isinstance(record.get(name), int | float) for name in numbers)
-        and isinstance(record.get("student"), dict)
+        and all(is_number(record.get(name)) for name in numbers)
+        and _is_of_numbers(record.get("student"))
         and isinstance(record.get("curve"), list)
+        and all(_is_of_numbers(point) and "step" in point for point in record["curve"])
     )
+
+
+def _is_of_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -102,7 +107,9 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         commit = json.loads((folder / "environment.json").read_text())["commit"]
         rows = {name: row for name, row in outcome.results["rows"].items() if name != "student"}
         student = outcome.results["rows"]["student"]
-    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(config, dict) or not is_number(config.get("train_batch_size", 1)):
+            raise ValueError("config.json is none of a run")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder} does not hold a whole run: {type(error).__name__} {error}") from error
     seconds, rate = training_speed(outcome.metrics, config.get("train_batch_size", 1))
     record = {

@@ -27,7 +27,8 @@ from vkd_gen.data import Images, load_images, told_of
 from vkd_gen.evaluation.extractors import Extractor, hash_weights
 from vkd_gen.files import whole_file
 from vkd_gen.hub import check_file
-from vkd_gen.sampling import Precision, generate_images, num_classes
+from vkd_gen.sampling import Precision, generate_images, num_classes, usable_steps
+from vkd_gen.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,10 @@ def from_pipeline(
     classes = num_classes(pipeline)
     if guidance_scale is not None and not classes:
         raise ValueError(f"{name} is unconditional: it takes no guidance_scale")
-    num_timesteps = pipeline.scheduler.config.num_train_timesteps
-    if num_inference_steps > num_timesteps:
-        logger.warning("note: %s has %d timesteps; it is sampled with as many steps", name, num_timesteps)
-        num_inference_steps = num_timesteps
+    most_steps = usable_steps(pipeline.scheduler, num_inference_steps)
+    if num_inference_steps > most_steps:
+        logger.warning("note: %s is sampled with %d steps: its schedule has no more", name, most_steps)
+        num_inference_steps = most_steps
 
     def read(indices: Sequence[int]) -> Tensor:
         return generate_images(
@@ -90,6 +91,7 @@ def from_pipeline(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             precision=precision,
+            name=name,
         )
 
     protocol: dict[str, Any] = {
@@ -195,7 +197,7 @@ def save_images(images: Mapping[str, UInt8[Tensor, "images channels height width
     """Write named sets of images as an .npz, an array `[images, H, W, C]` each."""
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, value in images.items():
-            with archive.open(f"{name}.npy", "w") as file:
+            with archive.open(f"{printable(name)}.npy", "w") as file:
                 np.lib.format.write_array(file, value.permute(0, 2, 3, 1).contiguous().numpy())
 
 
@@ -261,13 +263,24 @@ def _pass_over(
     numbers: list[int] = []
     shown: list[Tensor] = []
     bar = progress_bar(source.count, progress)
-    for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
-        images = source.read(block)
-        parts.append(_rows(images, extractor))
-        numbers += block
-        shown += [image for number, image in zip(block, images, strict=True) if number < num_shown]
-        bar.update(min(len(block) * state.num_processes, source.count - bar.n))
-    bar.close()
+    problem = None
+    try:
+        for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
+            images = source.read(block)
+            parts.append(_rows(images, extractor))
+            numbers += block
+            shown += [image for number, image in zip(block, images, strict=True) if number < num_shown]
+            bar.update(min(len(block) * state.num_processes, source.count - bar.n))
+    except ValueError as error:
+        if state.num_processes == 1:
+            raise
+        problem = str(error)
+    finally:
+        bar.close()
+    if state.num_processes > 1:  # all end alike: one that is left alone would wait for the others
+        problems = [found for found in gather_object([problem]) if found is not None]
+        if problems:
+            raise ValueError(problems[0])
     if not parts:  # fewer batches than processes: the widths must be known here too
         parts = [{name: rows[:0] for name, rows in _rows(source.read(range(1)), extractor).items()}]
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -297,7 +310,11 @@ def _rows(images: Tensor, extractor: Extractor | None) -> dict[str, Tensor]:
     """What is kept of a batch, a row per image: the hash of its pixels, and its features by layer."""
     images = images.expand(-1, 3, -1, -1).contiguous()  # grey or not: the same image is the same everywhere
     digests = [list(hashlib.sha256(image.numpy()).digest()) for image in images]
-    return {"digest": torch.tensor(digests, dtype=torch.uint8), **(extractor(images) if extractor else {})}
+    features = extractor(images) if extractor else {}
+    for name, rows in features.items():
+        if not rows.isfinite().all():
+            raise ValueError(f"features of {extractor.name} are not finite (layer {name}): its weights are broken")
+    return {"digest": torch.tensor(digests, dtype=torch.uint8), **features}
 
 
 def _gather(rows: dict[str, Tensor], numbers: list[int], count: int, state: PartialState) -> dict[str, Tensor]:

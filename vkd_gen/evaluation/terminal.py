@@ -35,4 +35,4 @@ def print_columns(names: Sequence[str], columns: Sequence[tuple[str, Sequence[st
         table = Table(Column(overflow="fold", width=name_width), *headings)
         for number, name in enumerate(names):
             table.add_row(escape(name), *(cells[number] for *_, cells in block))
-        Console(width=width).print(table)
+        Console(width=width, emoji=False).print(table)

@@ -14,6 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from vkd_gen.files import CannotWriteError, own_name
+from vkd_gen.text import printable
 from vkd_gen.version import __version__
 
 Config = TypeVar("Config")
@@ -100,7 +101,7 @@ def _exit(message: str) -> NoReturn:
         bar.close()  # else the message stands at the end of the progress bar's line
     rank = os.environ.get("RANK", "0")
     prefix = "error: " if rank == "0" else f"error in process {rank}: "
-    print(prefix + " ".join(message.split()), file=sys.stderr)
+    print(prefix + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(USER_ERROR)
 
 
@@ -119,6 +120,8 @@ def one_line_errors(hint: str) -> Iterator[None]:
     Args:
         hint: what to do after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error does: a name may hold what no encoding takes
+        sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("VKD_GEN_TRACEBACK"):
         yield
         return

@@ -1,17 +1,23 @@
 """The end of a run: a stock diffusers pipeline folder with a model card, and its upload."""
 
+import contextlib
+import os
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from vkd_gen.files import whole_file, whole_folder
-from vkd_gen.provenance import environment
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.files import own_name, whole_file, whole_folder
+from vkd_gen.provenance import environment, only_warns
+from vkd_gen.sampling import load_pipeline, sample_images, stock_pipeline, usable_steps
+from vkd_gen.text import markdown_text, printable
+from vkd_gen.training.options import TrainingOptions
 
 
 def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
@@ -22,13 +28,98 @@ def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: P
     """
     with whole_folder(folder) as temporary:
         stock_pipeline(unet, noise_scheduler).save_pretrained(temporary, safe_serialization=True)
-        write_model_card(temporary, card)
+        with only_warns(f"the model card of {folder}", "the weights are saved"):
+            write_model_card(temporary, card)
+
+
+def try_export(
+    unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str, *, num_inference_steps: int, name: str
+) -> None:
+    """Do before the first step what the end of a run will do, so that it cannot fail there; nothing of it stays.
+
+    The sampler goes through all of its timesteps, the UNet through two; pipeline and card are written and read again.
+    The global random state stays as it is.
+
+    Args:
+        unet: as it starts.
+        noise_scheduler: the schedule that it is trained on.
+        folder: that the pipeline will be exported to; written is beside it.
+        card: model card.
+        num_inference_steps: of the scores.
+        name: of the UNet, for messages.
+
+    Raises:
+        ValueError: in one line, for whatever would fail.
+    """
+    temporary = own_name(folder)
+    try:
+        for steps in {usable_steps(noise_scheduler, wanted) for wanted in (num_inference_steps, 50)}:
+            _try_sampler(stock_pipeline(unet, noise_scheduler).scheduler, steps)
+        sample_images(unet, noise_scheduler, range(2), num_inference_steps=2, name=f"{name} at its start")
+        with torch.random.fork_rng(devices=[]):  # a loaded network is first filled with random weights
+            stock_pipeline(unet, noise_scheduler).save_pretrained(temporary, safe_serialization=True)
+            write_model_card(temporary, card)
+            load_pipeline(str(temporary))
+    except Exception as error:  # diffusers, the system and the hub's library raise all kinds of errors
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"the end of the run was tried before its first step, and fails: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _try_sampler(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Go through a sampler's timesteps with noise for predictions: is every step there, and finite?"""
+    scheduler.set_timesteps(num_inference_steps)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, 1, 4, 4, generator=generator)
+    for timestep in scheduler.timesteps:
+        prediction = torch.randn(sample.shape, generator=generator)
+        sample = scheduler.step(prediction, timestep, sample).prev_sample
+        if not sample.isfinite().all():
+            raise ValueError(
+                f"DDIM gives no finite samples on this schedule, at timestep {int(timestep)} of {num_inference_steps} "
+                f"steps: {scheduler.config.prediction_type} says nothing there; choose another teacher"
+            )
+
+
+@contextlib.contextmanager
+def after_export(folder: Path) -> Iterator[None]:
+    """For the scores of an exported pipeline: their errors say that the weights are saved, and how to go on.
+
+    Raises:
+        ValueError: for whatever is raised inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"the pipeline is saved in {folder}, but it could not be scored: {reason}; the same command with "
+            "--resume_from_checkpoint latest makes the scores again"
+        ) from error
 
 
 def write_model_card(folder: Path, card: str) -> None:
     """Write (or replace) the card of an exported pipeline."""
     with whole_file(folder / "README.md") as temporary:
         ModelCard(card).save(temporary)
+
+
+def finish_export(folder: Path, card: Callable[[], str], options: TrainingOptions) -> None:
+    """Give an exported and scored pipeline its card with the scores, and upload it if that is asked for.
+
+    Args:
+        folder: of the pipeline.
+        card: makes the text.
+        options: of the run.
+
+    Raises:
+        ValueError: if the hub cannot be reached or refuses.
+    """
+    with only_warns(f"the model card of {folder}", f"python eval/score.py {folder} writes scores into it"):
+        write_model_card(folder, card())
+    if options.push_to_hub:
+        print(f"uploaded: {upload(folder, options.hub_model_id)}", flush=True)
 
 
 UNCONDITIONAL_USE = """from diffusers import DiffusionPipeline
@@ -44,7 +135,7 @@ images = pipeline(class_labels=[0, 1], guidance_scale=3.0).images  # guidance_sc
 unet = UNet2DModel.from_pretrained("THIS_FOLDER", subfolder="unet")  # needs diffusers alone"""
 
 
-def model_card(title: str, facts: Mapping[str, Any], results: str, data: str, *, num_classes: int | None = None) -> str:
+def model_card(title: str, facts: Mapping[str, Any], results: str, *, data: str, num_classes: int | None = None) -> str:
     """Model card, Markdown with the hub's metadata.
 
     Args:
@@ -58,12 +149,12 @@ def model_card(title: str, facts: Mapping[str, Any], results: str, data: str, *,
     metadata = ModelCardData(library_name="diffusers", tags=["vkd-gen", f"{kind}-image-generation"])
     if num_classes is not None:
         facts = {**facts, "classes": f"0 to {num_classes - 1}; {num_classes} for no class"}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {markdown_text(name)} | {markdown_text(value)} |" for name, value in facts.items())
     versions = ", ".join(f"{name} {version}" for name, version in environment().items())
     return f"""---
 {metadata.to_yaml()}
 ---
-# {title}
+# {markdown_text(title)}
 
 | | |
 |---|---|
@@ -71,7 +162,7 @@ def model_card(title: str, facts: Mapping[str, Any], results: str, data: str, *,
 
 {results}
 
-Trained on {data} with
+Trained on {markdown_text(data)} with
 
 ```
 {command_line()}
@@ -87,7 +178,32 @@ Made with {versions}.
 
 def command_line() -> str:
     """The command that this process was started with."""
-    return shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return printable(shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
+
+
+def check_upload(options: TrainingOptions) -> None:
+    """Find out before a run whether it may upload its pipeline: token, name and network. Makes the repository.
+
+    Raises:
+        ValueError: in one line, if not.
+    """
+    if not options.push_to_hub or os.environ.get("RANK", "0") != "0":  # asked once, before there is an Accelerator
+        return
+    repository = repository_of(Path(options.output_dir), options.hub_model_id)
+    try:
+        HfApi().whoami()
+        HfApi().create_repo(repository, exist_ok=True)
+    except Exception as error:  # network, authentication and naming errors each have a class of their own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"--push_to_hub cannot upload to {repository}: {reason}; log in by `hf auth login`, choose another "
+            "--hub_model_id, or leave --push_to_hub out"
+        ) from error
+
+
+def repository_of(run: Path, repository: str | None) -> str:
+    """The repository on the hub that a run is uploaded to: the one that is named, else one of its folder's name."""
+    return repository or run.resolve().name
 
 
 def upload(folder: Path, repository: str | None) -> str:
@@ -104,9 +220,12 @@ def upload(folder: Path, repository: str | None) -> str:
         ValueError: if the hub cannot be reached or refuses.
     """
     try:
-        url = HfApi().create_repo(repository or folder.parent.resolve().name, exist_ok=True)
+        url = HfApi().create_repo(repository_of(folder.parent, repository), exist_ok=True)
         HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload from vkd-gen")
     except Exception as error:  # network, authentication and naming errors each have a class of their own
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the pipeline is in {folder}, but uploading it failed: {reason}") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"the pipeline is in {folder}, but uploading it failed: {reason}; "
+            f"`hf upload REPOSITORY {folder}` tries again"
+        ) from error
     return str(url)

@@ -29,9 +29,11 @@ from tqdm.auto import tqdm
 from vkd_gen.data import DrawBatches, Images, TrainingDraws
 from vkd_gen.files import own_name
 from vkd_gen.pictures import save_sample_grid
+from vkd_gen.provenance import only_warns
 from vkd_gen.sampling import sample_images
 from vkd_gen.schedule import Schedule
 from vkd_gen.streaming import ImageStream, Position, StreamedDraws
+from vkd_gen.text import printable
 from vkd_gen.training.accelerator import on_main_process
 from vkd_gen.training.checkpoints import problem_of
 from vkd_gen.training.command_line import USER_ERROR
@@ -187,7 +189,11 @@ class TrainingRun:
         self._num_skipped = self._num_passes = 0
         self._checked_gradients = False
         if options.report_to is not None:
-            plain = {name: value for name, value in config.items() if isinstance(value, int | float | str | bool)}
+            plain = {
+                name: printable(value) if isinstance(value, str) else value
+                for name, value in config.items()
+                if isinstance(value, int | float | str | bool)
+            }
             accelerator.init_trackers("vkd-gen", config=plain, init_kwargs={"wandb": {"dir": str(folder.path)}})
         self._started = time.perf_counter()
         set_seed(options.seed, device_specific=True)  # from here on for what is random inside the model, as dropout
@@ -551,9 +557,10 @@ class TrainingRun:
             self.model.train()
 
     def _save_preview(self) -> None:
-        with self.averaged_weights():
+        path = self.folder.path / "previews" / f"step-{self.step:06d}.png"
+        with only_warns(f"the preview {path}", "training goes on"), self.averaged_weights():
             images = sample_images(self.unet, self.noise_scheduler, range(32), batch_size=self.options.eval_batch_size)
-        save_sample_grid({f"step {self.step}": images}, self.folder.path / "previews" / f"step-{self.step:06d}.png")
+            save_sample_grid({f"step {self.step}": images}, path)
 
     def _log_diagnostics(self) -> None:
         if self._diagnose is None:
@@ -571,8 +578,12 @@ class TrainingRun:
         if self._score is None:
             return
         began = time.perf_counter()
-        with self.averaged_weights():
-            scores = {f"score/{name}": value for name, value in self._score(self.unet).items()}
+        try:
+            with self.averaged_weights():
+                scores = {f"score/{name}": value for name, value in self._score(self.unet).items()}
+        except ValueError as error:  # samples that are not finite, on all processes alike
+            self.accelerator.print(f"warning: step {self.step} has no scores, and training goes on: {error}")
+            return
         if self.accelerator.is_main_process:
             self.folder.append_metrics({"step": self.step, **scores})
         self.accelerator.log(scores, step=self.step)

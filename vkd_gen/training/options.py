@@ -78,7 +78,7 @@ class TrainingOptions:
     """Experiment tracker, such as `tensorboard` or `wandb` (the extra `wandb`), its files in the run's folder;
     metrics.jsonl is always written."""
     push_to_hub: bool = False
-    """Upload the exported pipeline to the Hugging Face hub."""
+    """Upload the exported pipeline to the Hugging Face hub. Its repository is made before the run."""
     hub_model_id: str | None = None
     """Repository to upload to; by default the name of the output folder."""
 

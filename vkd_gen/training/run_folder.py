@@ -1,6 +1,5 @@
 """The folder of a run: configuration, environment, metrics and checkpoints. Only the main process writes."""
 
-import contextlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vkd_gen.files import hold_folder, own_name, remove_leftovers, whole_file
-from vkd_gen.provenance import RESULT_FILES, environment, write_json
+from vkd_gen.provenance import RESULT_FILES, environment, read_metrics, write_json
 from vkd_gen.training.checkpoints import MANIFEST, find_fault, force_to_disk, read_manifest, seal
 from vkd_gen.training.facts import BATCH, compare_facts
 
@@ -218,11 +217,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; a line torn by a crash is none."""
-        lines = []
-        for text in self.metrics.read_bytes().splitlines() if self.metrics.exists() else []:
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-        return [line for line in lines if isinstance(line, dict) and "step" in line]
+        return read_metrics(self.metrics)
 
     def cut_metrics(self, step: int) -> None:
         """Drop the metrics after `step`: a resumed run writes them again."""
