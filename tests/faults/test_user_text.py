@@ -91,8 +91,8 @@ def test_cards_and_tables_take_any_name(name, tmp_path, capsys):
     text = model_card(name, {"teacher": name, name: 1}, markdown_table(results), data=name)
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    path = update_model_card(tmp_path, results, name, f"/data/{name}")
-    card = path.read_text(encoding="utf-8")
+    update_model_card(tmp_path, results, name, f"/data/{name}")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "<script" not in card.split("```")[0].split("---")[2]
     assert not re.search(r"^(b|# c)", card, flags=re.MULTILINE)
     assert "nan" not in card.split("---")[1]  # the hub takes numbers alone
