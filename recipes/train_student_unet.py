@@ -7,7 +7,7 @@ accelerate launch recipes/train_student_unet.py --preset custom --teacher FOLDER
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -197,6 +197,7 @@ def main(config: StudentConfig) -> None:
         try_export,
     )
     from vkd_gen.training.facts import hash_model, run_facts, start_folder
+    from vkd_gen.training.finished import show_if_finished
     from vkd_gen.training.images import load_data, prepare_data
     from vkd_gen.training.loop import TrainingRun, fixed_batches
     from vkd_gen.training.matching import build_projected_student, ends_early, pair_named_or_all
@@ -209,10 +210,13 @@ def main(config: StudentConfig) -> None:
     config = resolve(config)
     options, matching = config.training, config.matching
     folder = RunFolder(options.output_dir)
+    scored_by = {**asdict(config.scores), "score_teacher": config.score_teacher}
     if not config.dry_run:  # which writes nothing, whatever the folder holds
         refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
+        if show_if_finished(folder, options, scored_by, print_table):
+            return
         check_upload(options)
     accelerator = make_accelerator(
         options,
@@ -373,7 +377,7 @@ def main(config: StudentConfig) -> None:
             score_teacher=config.score_teacher,
         )
         if accelerator.is_main_process:
-            save_results(folder.path, results, samples)
+            save_results(folder.path, {**results, "scored_by": scored_by}, samples)
     run.end()
     if accelerator.is_main_process:
         figure = folder.path / "diagnostics.png"

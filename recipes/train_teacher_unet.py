@@ -6,7 +6,7 @@ accelerate launch recipes/train_teacher_unet.py --preset custom --dataset IMAGES
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -203,6 +203,7 @@ def main(config: TeacherConfig) -> None:
         try_export,
     )
     from vkd_gen.training.facts import run_facts, start_folder
+    from vkd_gen.training.finished import show_if_finished
     from vkd_gen.training.images import load_data, prepare_data
     from vkd_gen.training.loop import TrainingRun
     from vkd_gen.training.models import check_checkpoint
@@ -212,10 +213,13 @@ def main(config: TeacherConfig) -> None:
     config = resolve(config)
     options = config.training
     folder = RunFolder(options.output_dir)
+    scored_by = asdict(config.scores)
     if not config.dry_run:  # which writes nothing, whatever the folder holds
         refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
+        if show_if_finished(folder, options, scored_by, print_table):
+            return
         check_upload(options)
     accelerator = make_accelerator(options)
     # The number of classes is the data's: those come first then, in a dry run too.
@@ -294,7 +298,7 @@ def main(config: TeacherConfig) -> None:
         )
         if accelerator.is_main_process:
             samples["held-out images"] = to_uint8(held_out.stack(32))
-            save_results(folder.path, results, samples)
+            save_results(folder.path, {**results, "scored_by": scored_by}, samples)
     run.end()
     if accelerator.is_main_process:
         finish_export(exported, lambda: describe(card, markdown_table(results)), options)

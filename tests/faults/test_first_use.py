@@ -1,15 +1,18 @@
 """What someone meets who has just installed this: commands answer at once, from anywhere, and say what they do."""
 
 import io
+import json
 import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from accelerate.utils import LoggerType
 
-from tests.recipes.conftest import recipe_runner
+from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
 from vkd_gen.evaluation.compare import print_table
 
 ROOT = Path(__file__).parents[2]
@@ -125,3 +128,92 @@ def test_tables_have_whole_words_at_any_width(width, monkeypatch):
     assert {"35,746,307", "1234.50", "1234.5000", "teacher", "held-out", "images", "lr[bold]x"} <= set(words)
     assert "…" not in shown.getvalue()
     assert "".join(words).count("/long/path/") >= 1
+
+
+# ---- a finished run that is started again
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder of a finished run, and a function that starts it again with further flags."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        run = recipe_runner(patch, folder)
+
+        def start(*flags):
+            run("train_student_unet", *QUICK, "--output_dir", folder / "run", *RESUME, *flags)
+
+        start()
+        yield folder / "run", start
+
+
+QUICK = (*SHORT_STUDENT, "--method", "output", "--no-inherit_weights", "--no-score_teacher")
+RESUME = ("--resume_from_checkpoint", "latest")
+
+
+def cost_in(folder):
+    (line,) = [line for line in (folder / "pipeline/README.md").read_text().splitlines() if "| training |" in line]
+    return line
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_a_finished_run_shows_its_table_at_once(finished, monkeypatch, capsys):
+    folder, start = finished
+    before = stamps(folder)
+    monkeypatch.setattr("vkd_gen.evaluation.scorer.sample_scores", None)
+    monkeypatch.setattr("vkd_gen.training.models.load_teacher", None)
+    start()
+    shown = capsys.readouterr().out
+    assert f"{folder} is finished: 2 steps, exported and scored" in shown
+    assert "parameters" in shown
+    assert "226,817" in shown
+    assert stamps(folder) == before
+
+
+@pytest.mark.parametrize(
+    "change", ["flag", *(pytest.param(name, marks=pytest.mark.slow) for name in ("results", "pipeline"))]
+)
+def test_what_is_left_to_do_is_done_and_the_cost_stays(finished, change, capsys):
+    folder, start = finished
+    before = cost_in(folder)
+    assert re.search(r"\| 2 steps in \d+\.\d minutes on 1 x CPU", before)
+    if change == "results":
+        (folder / "results.json").write_text("[")
+    if change == "pipeline":
+        (folder / "pipeline/model_index.json").unlink()
+    start(*(("--num_score_samples", 14) if change == "flag" else ()))
+    assert "is finished" not in capsys.readouterr().out
+    assert json.loads((folder / "results.json").read_text())["protocol"]["num_images"] == (
+        14 if change == "flag" else 12
+    )
+    assert cost_in(folder) == before
+    start(*(("--num_score_samples", 14) if change == "flag" else ()))
+    assert "is finished" in capsys.readouterr().out
+
+
+# ---- trackers
+
+
+def test_a_tracker_that_is_not_there_is_named_with_what_installs_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    with pytest.raises(SystemExit) as exit_status:
+        recipe_runner(monkeypatch, tmp_path)("train_student_unet", "--report_to", "wandb", "--output_dir", tmp_path)
+    assert exit_status.value.code == 2
+    error = "error: --report_to wandb: that tracker is not installed; pip install wandb\n"
+    assert capsys.readouterr().err == error
+
+
+def test_wandb_writes_into_the_folder_of_the_run(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    monkeypatch.setitem(
+        sys.modules, "wandb", mock.MagicMock(init=lambda **given: asked.append(given) or mock.MagicMock())
+    )
+    monkeypatch.setattr("vkd_gen.training.loop.TrainingRun.batches", lambda run: sys.exit(0))
+    flags = (*QUICK, "--report_to", "wandb", "--output_dir", tmp_path / "run")
+    with pytest.raises(SystemExit):
+        recipe_runner(monkeypatch, tmp_path)("train_student_unet", *flags)
+    assert [given["dir"] for given in asked] == [str(tmp_path / "run")]

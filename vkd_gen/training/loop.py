@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws
 from vkd_gen.files import own_name
+from vkd_gen.evaluation.run_records import training_speed
 from vkd_gen.pictures import save_sample_grid
 from vkd_gen.provenance import only_warns
 from vkd_gen.sampling import sample_images
@@ -195,10 +196,9 @@ class TrainingRun:
                 if isinstance(value, int | float | str | bool)
             }
             accelerator.init_trackers("vkd-gen", config=plain, init_kwargs={"wandb": {"dir": str(folder.path)}})
-        self._started = time.perf_counter()
         set_seed(options.seed, device_specific=True)  # from here on for what is random inside the model, as dropout
         self._resume()
-        self._first_step = self._step_of_checkpoint = self.step
+        self._step_of_checkpoint = self.step
         is_fused = all(group["fused"] for group in optimizer.param_groups)  # not as an older checkpoint has it
         self._settles_late = accelerator.device.type == "cuda" and accelerator.scaler is None and is_fused
 
@@ -605,11 +605,13 @@ class TrainingRun:
         self.folder.release()
 
     def cost(self) -> str:
-        """What the steps made since this process started took, for the model card."""
+        """What the steps of the whole run took, without start and scores, as metrics.jsonl has it; for the card."""
         device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "CPU"
-        seconds = time.perf_counter() - self._started
+        passes, size = self.options.gradient_accumulation_steps, self.options.train_batch_size
+        images_per_step = passes * size * self.accelerator.num_processes
+        seconds, _ = training_speed(self.folder.read_metrics(), images_per_step)
         return (
-            f"{self.step - self._first_step} steps in {seconds / 60:.1f} minutes on {self.accelerator.num_processes} x "
+            f"{self.step} steps in {seconds / 60:.1f} minutes on {self.accelerator.num_processes} x "
             f"{device}, {self.accelerator.mixed_precision} mixed precision"
         )
 
