@@ -2,20 +2,23 @@
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
-from vkd_gen.evaluation.compare import print_table
 from vkd_gen.training.options import TrainingOptions
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 
 
-def show_if_finished(folder: RunFolder, options: TrainingOptions, scored_by: dict[str, Any]) -> bool:
+def show_if_finished(
+    folder: RunFolder, options: TrainingOptions, scored_by: dict[str, Any], show: Callable[[dict[str, Any]], None]
+) -> bool:
     """Show the table of a run that is trained, exported and scored as asked for, and say that it is finished.
 
     Args:
         folder: of the run.
         options: of the run that is started; one that is to be uploaded is never finished.
         scored_by: options of the scores; results.json repeats those that it came about by.
+        show: prints results.
 
     Returns:
         Whether nothing is left to do.
@@ -32,7 +35,7 @@ def show_if_finished(folder: RunFolder, options: TrainingOptions, scored_by: dic
                 f"{folder.path} is finished: {options.max_train_steps:,} steps, exported and scored. For another run "
                 "choose another --output_dir"
             )
-            print_table(results)
+            show(results)
             print(f"pipeline: {folder.path / 'pipeline'}\nreport: {folder.path / 'report.html'}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False  # not there, damaged, or of an older version: it is scored again

@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 
 from vkd_gen.data import DrawBatches, Images, TrainingDraws
 from vkd_gen.files import own_name
-from vkd_gen.evaluation.run_records import training_speed
 from vkd_gen.pictures import save_sample_grid
 from vkd_gen.provenance import only_warns
 from vkd_gen.sampling import sample_images
@@ -609,7 +608,11 @@ class TrainingRun:
         device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "CPU"
         passes, size = self.options.gradient_accumulation_steps, self.options.train_batch_size
         images_per_step = passes * size * self.accelerator.num_processes
-        seconds, _ = training_speed(self.folder.read_metrics(), images_per_step)
+        seconds, before = 0.0, 0
+        for line in self.folder.read_metrics():
+            if line.get("images_per_second"):
+                seconds += (line["step"] - before) * images_per_step / line["images_per_second"]
+                before = line["step"]
         return (
             f"{self.step} steps in {seconds / 60:.1f} minutes on {self.accelerator.num_processes} x "
             f"{device}, {self.accelerator.mixed_precision} mixed precision"
