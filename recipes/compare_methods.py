@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.run_records import NUM_POINTS, RunRecords, read_run
 from vkd_gen.files import whole_file
-from vkd_gen.training.command_line import run_recipe
+from vkd_gen.training.command_line import repository_path, run_recipe
 from vkd_gen.training.side_by_side import Job, Task, alone_in, places, remaining_seconds, run_side_by_side
 
 ROOT = Path(__file__).parents[1]
@@ -647,8 +647,9 @@ def with_places(config: ComparisonConfig) -> ComparisonConfig:
     results = config.results
     if results == PRESETS[config.preset].results:  # which the user did not choose
         is_known = is_as_preset(config, but_for=(*WHERE, *WHICH))
-        results = (results or f"docs/results/{config.preset}.json") if is_known else f"{folder}/results.json"
-    figures = config.figures or ("docs" if is_as_preset(config) else folder)
+        committed = repository_path(results or f"docs/results/{config.preset}.json", __file__)
+        results = committed if is_known else f"{folder}/results.json"
+    figures = config.figures or (repository_path("docs", __file__) if is_as_preset(config) else folder)
     return replace(config, output_dir=folder, results=results, figures=figures)
 
 
