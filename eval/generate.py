@@ -180,7 +180,8 @@ def main(config: GenerateConfig) -> None:
     except ValueError:  # images that are not finite
         if not any(folder.glob("*.png")):  # the next call may mend that by other weights or another precision
             with contextlib.suppress(OSError):
-                (folder / "generate.json").unlink(missing_ok=True)
+                for file in (folder / "generate.json", folder / LOCK):
+                    file.unlink(missing_ok=True)
                 folder.rmdir()
         raise
     if accelerator.is_main_process:
