@@ -28,6 +28,7 @@ from vkd_gen.evaluation.feature_network import (
 )
 from vkd_gen.normalization import width_floor
 from vkd_gen.sampling import sample_images
+from vkd_gen.schedule import Schedule
 
 
 @pytest.fixture
@@ -378,7 +379,7 @@ def test_matching_table():
     student, teacher_unet = tiny_unet((8, 16)), tiny_unet((16, 32))
     (pair,) = pair_layers(student, teacher_unet, pairs=[("mid_block", "mid_block")])
     teacher = FrozenTeacher(teacher_unet, ["mid_block"])
-    statistics = calibrate(teacher, [make_batch(8)], DDPMScheduler(), num_timestep_bins=1)["mid_block"]
+    statistics = calibrate(teacher, [make_batch(8)], Schedule.of(DDPMScheduler()), num_timestep_bins=1)["mid_block"]
     whitened = FeatureNormalizer("whiten", statistics, rank=24)
     projected = ProjectedStudent(student, [pair], [OrthogonalProjector(16, 24)], [whitened])
     _, row = matching_table(projected, "mse").splitlines()
