@@ -9,6 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from jaxtyping import TypeCheckError
 
+from tests.conftest import make_batch, tiny_unet
+from vkd_gen.distillation import LossWeights, ProjectedStudent, distillation_losses
 from vkd_gen.losses import prediction_loss
 from vkd_gen.schedule import Schedule
 
@@ -300,6 +302,18 @@ def test_unknown_weighting(schedule):
 def test_times_become_timesteps_of_equal_width(schedule):
     time = torch.tensor([0.0, 0.000999, 0.001, 0.5, 0.9999999, 1.0])
     assert schedule.timesteps(time).tolist() == [0, 0, 1, 500, 999, 999]
+
+
+def test_a_step_takes_a_diffusers_scheduler_too():
+    student, batch = ProjectedStudent(tiny_unet()), make_batch()
+    scheduler, weights = DDPMScheduler(prediction_type="v_prediction"), LossWeights(output=0, feature=0)
+    found = distillation_losses(student, batch, noise_scheduler=scheduler, weights=weights)
+    assert torch.equal(
+        found["total"], distillation_losses(student, batch, schedule=Schedule.of(scheduler), weights=weights)["total"]
+    )
+    for given in ({}, {"schedule": Schedule.of(scheduler), "noise_scheduler": scheduler}):
+        with pytest.raises(ValueError, match="either a schedule or a diffusers noise_scheduler"):
+            distillation_losses(student, batch, weights=weights, **given)
 
 
 def test_it_moves_whole(schedule):

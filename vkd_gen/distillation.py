@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -297,7 +297,8 @@ def distillation_losses(
     student: nn.Module,
     batch: Mapping[str, Any],
     *,
-    schedule: Schedule,
+    schedule: Schedule | None = None,
+    noise_scheduler: SchedulerMixin | None = None,
     teacher: FrozenTeacher | None = None,
     weights: LossWeights = LossWeights(),
     feature_loss_kind: FeatureLoss = "mse",
@@ -312,6 +313,7 @@ def distillation_losses(
             arguments for both UNets, where they need it.
         schedule: the student's; its prediction type is what the student predicts. The teacher's prediction is expressed
             in it.
+        noise_scheduler: a diffusers scheduler instead, whose schedule is read in each call.
         teacher: may be None where neither output nor features are asked for.
         weights: of the terms.
         feature_loss_kind: `mse`, `smooth_l1` or `cka`, see `feature_loss`.
@@ -323,8 +325,12 @@ def distillation_losses(
         `feature` (the sum over layers) and `feature/LAYER` for each student layer.
 
     Raises:
-        ValueError: if the teacher is asked for and None.
+        ValueError: if the teacher is asked for and None, and for no schedule or two.
     """
+    if (schedule is None) == (noise_scheduler is None):
+        raise ValueError("pass either a schedule or a diffusers noise_scheduler")
+    if schedule is None:
+        schedule = Schedule.of(noise_scheduler).to(batch["sample"].device)
     sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
     conditioning = batch.get("conditioning")
     noisy_sample = schedule.noisy(sample, noise, timesteps)
