@@ -1,7 +1,7 @@
 """Compare ways to start a student from its teacher: before training, and after a short one by train_student_unet.py.
 
-python recipes/compare_inheritance.py
-python recipes/compare_inheritance.py --num_seeds 1 --widths 0.5
+python experiments/compare_inheritance.py
+python experiments/compare_inheritance.py --num_seeds 1 --widths 0.5
 """
 
 import itertools
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+
+from tables import TextTable, decimals_for, print_tables
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.evaluation.labels import label_of
@@ -64,7 +65,7 @@ class ComparisonConfig:
     """Samples that each run's Frechet distance is computed from."""
     output_dir: str = "runs/inheritance"
     """Folder of the runs."""
-    results: str = "docs/results/inheritance.json"
+    results: str = "experiments/results/inheritance.json"
     """File to write."""
 
     def __post_init__(self) -> None:
@@ -100,8 +101,8 @@ def load(config: ComparisonConfig, folder: str, dataset: str) -> "tuple[Any, Any
     images, held_out = load_images(dataset, resolution=teacher.config.sample_size, channels=teacher.config.in_channels)
 
     def draws(source: "Images", seed: int) -> "list[dict[str, Tensor]]":
-        options = {"seed": seed, "num_draws": config.num_draws, "batch_size": 64, "device": torch.device("cpu")}
-        return list(fixed_batches(source, schedule, **options))
+        num_draws, device = config.num_draws, torch.device("cpu")
+        return list(fixed_batches(source, schedule, seed=seed, num_draws=num_draws, batch_size=64, device=device))
 
     return teacher, schedule, partial(draws, images), draws(held_out, seed=1_000_003)
 
@@ -116,6 +117,7 @@ def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, 
     rows: dict[str, list[float]] = {}
     for seed in range(config.num_seeds):
         batches = train_batches(seed)
+        channels: Any  # one of the library's names, but for the first
         for channels in ("random initialisation", "random", "first", "magnitude", "activation"):
             for rescaling in ("none", "fan_in", "least_squares"):
                 torch.manual_seed(seed)
@@ -146,7 +148,7 @@ def errors_by_layers(config: ComparisonConfig, folder: str, dataset: str) -> lis
 
     teacher, schedule, train_batches, tests = load(config, folder, dataset)
     student = build_student(teacher, Reduction(layers_per_block=1))
-    options = {"test_batches": tests, "rescaling": "none"}
+    options: dict[str, Any] = {"test_batches": tests, "rescaling": "none"}
     results = compare_layer_choices(student, teacher, train_batches(0), schedule, **options)
     default = layer_choices(student, teacher)[0]
     return [{"error": error, "layers": layers, "default": layers == default} for error, layers in results]
@@ -179,17 +181,54 @@ def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[s
     return json.loads((folder / "results.json").read_text())["rows"]["student"]
 
 
-def print_rows(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Rows of means and spreads."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = Table(title, *map(label_of, columns))
-    for name, row in rows.items():
-        cells = [row.get(column) for column in columns]
-        table.add_row(
-            name,
-            *(f"{cell['mean']:.4g} ± {cell['standard_deviation']:.2g}" if cell else "-" for cell in cells),
+def before_training_table(*files: dict[str, Any]) -> TextTable:
+    """The error before training, for each choice of channels and each rescaling, of every teacher and width."""
+    columns = {name: rows for known in files for name, rows in known["before_training"].items()}
+    return _table("Error before training", columns, dict.fromkeys(columns, 4))
+
+
+def layers_table(*files: dict[str, Any]) -> TextTable:
+    """For students with one layer in each block: what the choice of the teacher's layers is worth before training."""
+    header = ["teacher", "choices", "the rule", "best", "worst with the very last layer", "best without it"]
+    rows = []
+    for teacher, choices in ((name, rows) for known in files for name, rows in known["layers"].items()):
+        if len(choices) < 2:  # as of a teacher with one layer in each block
+            continue
+        errors = [choice["error"] for choice in choices]  # in rising order
+        rule = next(choice["error"] for choice in choices if choice["default"])
+        block = max(name for name in choices[0]["layers"] if name.startswith("up_blocks"))
+        last = max(max(choice["layers"][block]) for choice in choices)
+        with_last = [choice["error"] for choice in choices if last in choice["layers"][block]]
+        others = [f"{error:.4f}" for error in errors if error not in with_last] or ["-"]
+        place = f"{rule:.4f} (place {errors.index(rule) + 1})"
+        rows.append([teacher, str(len(choices)), place, f"{errors[0]:.4f}", f"{max(with_last):.4f}", others[0]])
+    return TextTable("Error before training, by layers", header, rows)
+
+
+def after_training_table(known: dict[str, Any], width: str) -> TextTable:
+    """Scores after the runs of one width."""
+    scores = known["after_training"][width]
+    columns: dict[str, dict[str, dict[str, Any]]] = {}
+    for arm, cells in scores.items():
+        for score, cell in cells.items():
+            columns.setdefault(label_of(score), {})[arm] = cell
+    decimals = {name: decimals_for([cell["mean"] for cell in rows.values()]) for name, rows in columns.items()}
+    return _table(f"After {known['protocol']['max_train_steps']} steps, {width}", columns, decimals)
+
+
+def _table(title: str, columns: dict[str, dict[str, dict[str, Any]]], decimals: dict[str, int]) -> TextTable:
+    """A table of means and standard deviations over seeds: column -> row -> cell."""
+    names = list(dict.fromkeys(name for rows in columns.values() for name in rows))
+    rows = []
+    for name in names:
+        cells = [(rows.get(name), decimals[column]) for column, rows in columns.items()]
+        rows.append(
+            [
+                name,
+                *(f"{cell['mean']:.{n}f} ± {cell['standard_deviation']:.{n}f}" if cell else "-" for cell, n in cells),
+            ]
         )
-    Console(width=140).print(table)
+    return TextTable(title, ["", *columns], rows)
 
 
 def main(config: ComparisonConfig) -> None:
@@ -213,11 +252,8 @@ def main(config: ComparisonConfig) -> None:
             if name not in known["before_training"]:
                 known["before_training"][name] = errors_before_training(config, folder, dataset, width)
                 write_json(path, known)
-    before: dict[str, dict[str, Any]] = {}
-    for column, rows in known["before_training"].items():
-        for name, cell in rows.items():
-            before.setdefault(name, {})[column] = cell
-    print_rows("error before training", before)
+    console = Console(width=140)
+    print_tables([before_training_table(known), layers_table(known)], console)
     if not config.max_train_steps:
         return
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -232,8 +268,7 @@ def main(config: ComparisonConfig) -> None:
             for title, rows in scores.items()
         }
         write_json(path, known)
-    for title, rows in known["after_training"].items():
-        print_rows(f"after {config.max_train_steps} steps, {title}", rows)
+    print_tables([after_training_table(known, width) for width in known["after_training"]], console)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from tables import Comparison
 from vkd_gen.evaluation.labels import COLOURS, label_of
-from vkd_gen.evaluation.method_tables import Comparison
 from vkd_gen.evaluation.report import load_outcome
 from vkd_gen.pictures import sample_grid
 from vkd_gen.text import figure_text

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plan import NUM_POINTS
 from vkd_gen.provenance import environment, is_number, write_json
 
 FORMAT = "vkd-gen comparison of methods, 1"
-NUM_POINTS = 20
-"""Points of a record's curves."""
 SETTINGS = (
     *("method", "denoising_weight", "output_weight", "feature_weight", "feature_weighting"),
     *("feature_decay_start", "feature_decay_end", "feature_loss", "timestep_weighting"),

@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vkd_gen.evaluation.compare import describe
+from paired import PairedDifference, paired_difference, share_of_gap, summarize
 from vkd_gen.evaluation.labels import label_of
-from vkd_gen.evaluation.paired import PairedDifference, paired_difference, share_of_gap, summarize
 
 SHOWN = re.compile("teacher_distance|denoising_error|fid(_(?!training|held_out).+)?|kid(_(?!std).+)?")
 """Scores that are compared; less of them is better. All others stand in the results file."""
@@ -106,7 +105,7 @@ def _decimals(comparison: Comparison, start: str) -> dict[str, int]:
 
 def _scores_table(comparison: Comparison, start: str) -> TextTable:
     scores, decimals = comparison.shown_scores, _decimals(comparison, start)
-    frechet = comparison.frechet_distance
+    frechet = comparison.frechet_distance if BASELINE in comparison.arms else None
     target = comparison.reference.get("rows", {}).get("teacher", {}).get(frechet)
     rows = []
     for arm in comparison.arms:
@@ -159,6 +158,8 @@ def _in_words(difference: PairedDifference | None, decimals: int) -> str:
 
 def notes_of(comparison: Comparison) -> list[str]:
     """How to read the tables, and what they were measured by."""
+    from vkd_gen.evaluation.compare import describe  # here, since it loads torch, which takes seconds
+
     notes = [
         "Scores are means over seeds ± standard deviation; less is better in all of them.",
         f"Differences are to {comparison.control} on equal seeds, with 95 % t-intervals; * marks an interval off zero, "
@@ -175,10 +176,10 @@ def notes_of(comparison: Comparison) -> list[str]:
     return notes + [f"{label_of(name)}: {describe(value)}" for name, value in protocol.items()]
 
 
-def markdown_tables(comparison: Comparison) -> str:
-    """The tables as Markdown; the same runs give the same text."""
+def markdown_tables(tables: Sequence[TextTable]) -> str:
+    """Tables as Markdown, each under its title."""
     lines = []
-    for table in tables_of(comparison):
+    for table in tables:
         rows = ["| " + " | ".join(cells) + " |" for cells in table.rows]
         head = "| " + " | ".join(table.header) + " |"
         lines += [f"### {table.title}", "", head, "|---" + "|---:" * (len(table.header) - 1) + "|", *rows, ""]
@@ -186,18 +187,17 @@ def markdown_tables(comparison: Comparison) -> str:
 
 
 def markdown_table(comparison: Comparison) -> str:
-    """Tables and notes as Markdown."""
-    return markdown_tables(comparison) + "\n" + "\n".join(f"- {note}" for note in notes_of(comparison)) + "\n"
+    """Tables and notes as Markdown; the same runs give the same text."""
+    notes = "\n".join(f"- {note}" for note in notes_of(comparison))
+    return f"{markdown_tables(tables_of(comparison))}\n{notes}\n"
 
 
-def print_tables(comparison: Comparison, console: Console) -> None:
-    """The same for a terminal."""
-    for text in tables_of(comparison):
+def print_tables(tables: Sequence[TextTable], console: Console) -> None:
+    """Tables for a terminal."""
+    for text in tables:
         table = Table(title=text.title, title_justify="left", title_style="bold")
         for number, name in enumerate(text.header):
             table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
         for cells in text.rows:
             table.add_row(*cells)
         console.print(table)
-    for note in notes_of(comparison)[:3]:
-        console.print(note, highlight=False)

@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 NUM_STEPS = 4
 LOSES_GRADIENTS = pytest.mark.xfail(
     torch.__version__.startswith("2.13."),
-    reason="torch 2.13's inductor loses gradients of convolutions on a CPU, see docs/LOG.md",
+    reason="torch 2.13's inductor loses gradients of convolutions on a CPU, see experiments/LOG.md",
     raises=AssertionError,
     strict=True,
 )

@@ -1,6 +1,5 @@
 """The comparison of methods: what it runs, keeps, skips and resumes, and its tables; stand-ins take the runs' place."""
 
-import contextlib
 import json
 import os
 import re
@@ -11,19 +10,24 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import compare_methods
+import figures
+import plan as planning
+import records as records_module
+import side_by_side
+from arms import ARMS, Arm
+from plan import PRESETS, plan
+from records import RunRecords, curve_of, read_run, training_speed
 from tests.recipes.conftest import load_recipe
-from vkd_gen.evaluation import method_figures
-from vkd_gen.evaluation.run_records import RunRecords, curve_of, read_run, training_speed
-from vkd_gen.training.command_line import parse_command_line
-from vkd_gen.training.side_by_side import alone_in, remaining_seconds
+from vkd_gen.training.command_line import parse_command_line, run_recipe
 
-DRAW = {name: getattr(method_figures, name) for name in ("draw_differences", "draw_curves", "draw_samples")}
+DRAW = {name: getattr(figures, name) for name in ("draw_differences", "draw_curves", "draw_samples")}
+SCREEN = PRESETS["screen"]
 
 STAND_IN = """
 import json, os, sys, time, signal, zlib
@@ -64,39 +68,31 @@ note("metrics.jsonl", json.dumps({"step": 2, "loss/denoising": 0.5, "loss/total"
 
 @pytest.fixture
 def compare(monkeypatch, tmp_path):
-    """Run the comparison in this process with stand-ins for its runs; gives the module."""
+    """Run the comparison in this process with stand-ins for its runs; gives the names of the runs that were started."""
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    module = load_recipe("compare_methods")
     asked = []
 
-    def command_of(run, folder, *, knows_teacher):
+    def command_of(run, *, knows_teacher):
         asked.append((run.name, knows_teacher))
-        return [sys.executable, "-S", "-E", str(script), str(folder), *shlex.split(run.flags)]
+        return [sys.executable, "-S", "-E", str(script), str(run.folder), *shlex.split(run.flags)]
 
-    monkeypatch.setattr(module, "command_of", command_of)
+    monkeypatch.setattr(planning, "command_of", command_of)
     for name in DRAW:  # they take most of the time
-        monkeypatch.setattr(method_figures, name, lambda *_: None)
-    monkeypatch.setattr("vkd_gen.evaluation.run_records.environment", dict)
-    monkeypatch.setattr("vkd_gen.training.side_by_side.SECONDS_BETWEEN_LOOKS", 0.01)
-    places = [
-        "--output_dir",
-        tmp_path / "runs",
-        "--results",
-        tmp_path / "out/results.json",
-        "--figures",
-        tmp_path / "f",
-    ]
+        monkeypatch.setattr(figures, name, lambda *_: None)
+    monkeypatch.setattr(records_module, "environment", dict)
+    monkeypatch.setattr(side_by_side, "SECONDS_BETWEEN_POLLS", 0.01)
+    output_dir, results, pictures = tmp_path / "runs", tmp_path / "out/results.json", tmp_path / "f"
+    places = ["--output_dir", output_dir, "--results", results, "--figures", pictures]
 
     def run(*flags):
         asked.clear()
         given = ["--preset", "screen", *places, "--arms", "denoising", "output", "fitnet", "--jobs", 2, *flags]
-        monkeypatch.setattr(sys, "argv", ["recipes/compare_methods.py", *map(str, given)])
-        module.run_recipe(module.main, module.PRESETS, module.__doc__, default="screen")
+        monkeypatch.setattr(sys, "argv", ["experiments/compare_methods.py", *map(str, given)])
+        run_recipe(compare_methods.main, PRESETS, compare_methods.__doc__, default="screen")
         return [name for name, _ in asked]
 
-    run.module, run.asked, run.results = module, asked, tmp_path / "out/results.json"
-    run.output_dir, run.figures = tmp_path / "runs", tmp_path / "f"
+    run.asked, run.results, run.output_dir, run.figures = asked, results, output_dir, pictures
     return run
 
 
@@ -112,57 +108,50 @@ def names(compare):
 
 
 def test_every_preset_can_be_planned():
-    module = load_recipe("compare_methods")
-    for name, config in module.PRESETS.items():
-        runs = module.plan(config)
+    for name, config in PRESETS.items():
+        runs = plan(config)
         assert config.preset == name
         assert len(runs) == len(config.arms) * len(config.starts) * config.num_seeds
-        assert len({run.flags for run in runs}) == len({run.folder("x") for run in runs}) == len(runs)
-    seeds = {name: {run.seed for run in module.plan(module.PRESETS[name])} for name in ("screen", "confirmation")}
+        assert len({run.flags for run in runs}) == len({run.folder for run in runs}) == len(runs)
+    seeds = {name: {run.seed for run in plan(PRESETS[name])} for name in ("screen", "confirmation")}
     assert not seeds["screen"] & seeds["confirmation"]
-    assert {"denoising", "denoising-longer", "output", "fitnet"} <= set(module.PRESETS["confirmation"].arms)
+    assert {"denoising", "denoising-longer", "output", "fitnet"} <= set(PRESETS["confirmation"].arms)
+
+
+def test_every_arm_is_compared():
+    assert {arm for config in PRESETS.values() for arm in config.arms} == set(ARMS)
 
 
 def test_runs_of_a_seed_differ_in_their_arm_alone():
-    module = load_recipe("compare_methods")
-    runs = {run.arm: run for run in module.plan(replace(module.SCREEN, num_seeds=1))}
+    runs = {run.arm: run for run in plan(replace(SCREEN, num_seeds=1))}
     for name, run in runs.items():
-        common = run.flags.replace(shlex.join(module.ARMS[name].flags), "ARM")
-        expected = runs["output"].flags.replace(shlex.join(module.ARMS["output"].flags), "ARM")
+        common = run.flags.replace(shlex.join(ARMS[name].flags), "ARM")
+        expected = runs["output"].flags.replace(shlex.join(ARMS["output"].flags), "ARM")
         assert common == expected.replace("--max_train_steps 1000", f"--max_train_steps {run.steps}")
     assert runs["denoising-longer"].steps == 2500
 
 
-@pytest.mark.parametrize("arm", load_recipe("compare_methods").ARMS)
+@pytest.mark.parametrize("arm", ARMS)
 def test_train_student_unet_understands_every_arm(arm, monkeypatch):
-    module, recipe = load_recipe("compare_methods"), load_recipe("train_student_unet")
-    config = replace(module.SCREEN, arms=(arm,), control=arm, num_seeds=1, extra=("calibration_samples 300",))
-    command = module.command_of(module.plan(config)[0], Path("folder"), knows_teacher=False)
+    recipe = load_recipe("train_student_unet")
+    config = replace(SCREEN, arms=(arm,), control=arm, num_seeds=1, extra=("calibration_samples 300",))
+    command = planning.command_of(plan(config)[0], knows_teacher=False)
     monkeypatch.setattr(sys, "argv", command[1:])
     parsed = recipe.resolve(parse_command_line(recipe.PRESETS, "", "digits"))
     matching = parsed.matching
     assert (matching.calibration_samples, parsed.training.train_batch_size) == (300, 32)
-    assert matching.method == module.ARMS[arm].flags[1]
+    assert matching.method == ARMS[arm].flags[1]
     assert (matching.feature_weight > 0) == (not arm.startswith(("denoising", "output")))
     assert (matching.denoising_weight > 0) == (not arm.endswith(("-no-denoising", "-alone")))
 
 
 def test_rounds_go_seed_by_seed_and_the_longest_comes_first(compare):
-    arms = ["--arms", "denoising", "denoising-longer", "output"]
-    order = compare(*arms, "--jobs", 1)
-    assert order == [
+    assert compare("--arms", "denoising", "denoising-longer", "output", "--jobs", 1) == [
         f"{arm}, inherited, seed {seed}" for seed in (0, 1) for arm in ("denoising-longer", "denoising", "output")
     ]
-    content = json.loads(compare.results.read_text())
-    for record in content["runs"]:
-        record["seconds"] = {"output": 9000.0}.get(record["arm"], 1.0)
-    compare.results.write_text(json.dumps(content))
-    assert compare(*arms, "--jobs", 1, "--seed", 5, "--num_seeds", 1)[0] == "output, inherited, seed 5"
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch):
-    from vkd_gen.training import side_by_side
-
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -174,12 +163,6 @@ def test_cores_and_gpus_are_shared_out(monkeypatch):
     assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["4", "6", "4"]
-
-
-def test_what_remains_is_at_least_the_longest_run():
-    assert remaining_seconds([100.0, 10.0], [], num_places=4) == 100
-    assert remaining_seconds([10.0] * 6, [(10.0, 4.0)], num_places=2) == 33
-    assert remaining_seconds([], [(10.0, 25.0)], num_places=2) == 0
 
 
 # ---- what is kept
@@ -218,24 +201,18 @@ def test_a_record_tells_what_the_run_was(compare):
     assert set(reference["rows"]) == {"teacher", "held-out images"}
 
 
-def test_the_teacher_is_known_once_a_run_has_scored_it(compare, monkeypatch):
+def test_the_teacher_is_known_once_a_run_has_scored_it(compare):
     compare("--num_seeds", 1, "--jobs", 1)
     assert [known for _, known in compare.asked] == [False, True, True]
     compare("--num_score_samples", 400, "--num_seeds", 1, "--jobs", 1)
     assert [known for _, known in compare.asked] == [False, True, True]
-    module = load_recipe("compare_methods")
-    monkeypatch.setattr(module, "TEACHER_IS_KNOWN", ("--known",))
-    run = module.plan(module.SCREEN)[0]
-    assert module.command_of(run, Path("x"), knows_teacher=True)[-1] == "--known"
-    assert "--known" not in module.command_of(run, Path("x"), knows_teacher=False)
 
 
 def test_other_flags_add_runs(compare, monkeypatch):
     assert len(compare("--num_seeds", 1)) == 3
     assert len(compare("--seed", 0, "--num_seeds", 2)) == 3  # the second seed
     assert len(compare("--num_seeds", 1, "--max_train_steps", 5)) == 3
-    arms = {**compare.module.ARMS, "fitnet": compare.module.Arm(("--method", "fitnet", "--feature_weight", "2"), "")}
-    monkeypatch.setattr(compare.module, "ARMS", arms)
+    monkeypatch.setitem(ARMS, "fitnet", Arm(("--method", "fitnet", "--feature_weight", "2"), ""))
     assert compare("--num_seeds", 1) == ["fitnet, inherited, seed 0"]
     assert len(records(compare)) == 10  # none overwritten
     table = (compare.output_dir / "table.md").read_text()
@@ -245,10 +222,17 @@ def test_other_flags_add_runs(compare, monkeypatch):
 
 def test_an_arm_with_another_name_needs_no_run(compare, monkeypatch):
     compare("--num_seeds", 1)
-    arms = {**compare.module.ARMS, "free": compare.module.ARMS["fitnet"]}
-    monkeypatch.setattr(compare.module, "ARMS", arms)
+    monkeypatch.setitem(ARMS, "free", ARMS["fitnet"])
     assert compare("--num_seeds", 1, "--arms", "free", "output") == []
     assert "| free | 1 of 1 |" in (compare.output_dir / "table.md").read_text()
+
+
+def test_finished_comparisons_are_found_from_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", "--preset", "screen", "--dry_run"])
+    run_recipe(compare_methods.main, PRESETS, "", default="screen")
+    assert "44 runs, 44 of them done" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 # ---- failures and interruptions
@@ -328,19 +312,18 @@ def test_interrupted_and_resumed(number, status, compare, monkeypatch, capfd):
         assert sum(parts) in [pytest.approx(record["seconds"], abs=0.011) for record in records(compare)]
 
 
-def test_runs_are_told_to_go_on_from_their_checkpoint():
-    module = load_recipe("compare_methods")
-    command = module.command_of(module.plan(module.SCREEN)[0], Path("folder"), knows_teacher=False)
-    assert command[command.index("--resume_from_checkpoint") + 1] == "latest"
-    assert command[command.index("--output_dir") + 1] == "folder"
+def test_runs_are_told_to_go_on_from_their_checkpoint_and_whether_to_score_the_teacher():
+    run = plan(SCREEN)[0]
+    known, unknown = (planning.command_of(run, knows_teacher=value) for value in (True, False))
+    assert known == [*unknown, "--no-score_teacher"]
+    assert known[known.index("--resume_from_checkpoint") + 1] == "latest"
+    assert known[known.index("--output_dir") + 1] == str(run.folder)
 
 
 def test_no_room_ends_in_one_line_and_no_run_is_left_running(compare, monkeypatch, capfd):
     monkeypatch.setenv("STAND_IN", "fitnet")
     monkeypatch.setenv("STAND_IN_DOES", "wait")
-    monkeypatch.setattr(
-        compare.module.RunRecords, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr(RunRecords, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(SystemExit) as exit_status:
         compare("--num_seeds", 1)
     assert exit_status.value.code == 2
@@ -350,36 +333,19 @@ def test_no_room_ends_in_one_line_and_no_run_is_left_running(compare, monkeypatc
 
 
 def test_a_folder_belongs_to_one_comparison(compare, capfd):
-    with alone_in(compare.output_dir), pytest.raises(SystemExit):
+    script = (
+        "import sys, pathlib, vkd_gen.files as f; held = f.hold_folder(pathlib.Path(sys.argv[1])); print(1); input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-uc", script, str(compare.output_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    with pytest.raises(SystemExit):
         compare()
-    assert "another comparison, or a run of one that was killed, is running in" in capfd.readouterr().err
+    holder.communicate()
+    assert "another process is writing to" in capfd.readouterr().err
+    assert not compare.asked
     assert len(compare("--num_seeds", 1)) == 3
-
-
-def test_a_run_that_outlives_its_comparison_keeps_the_folder(tmp_path):
-    script = f"""
-import os, sys
-from pathlib import Path
-from vkd_gen.training.side_by_side import Task, alone_in, run_side_by_side
-command = [sys.executable, "-S", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
-with alone_in(Path({str(tmp_path)!r})) as lock:
-    task = Task("task", Path({str(tmp_path)!r}))
-    run_side_by_side([task], [{{}}], command_of=lambda task: command, on_end=print, lock=lock)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", script])
-    log = tmp_path / "log.txt"
-    while parent.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.02)
-    parent.kill()
-    parent.wait()
-    with pytest.raises(ValueError, match="or a run of one that was killed, is running in"), alone_in(tmp_path):
-        pass
-    os.kill(int(log.read_text()), signal.SIGKILL)
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        with contextlib.suppress(ValueError), alone_in(tmp_path):
-            return
-    pytest.fail("the folder is still held")
 
 
 # ---- mistakes
@@ -402,6 +368,8 @@ MISTAKES = {
     "empty extra": (["--extra", " "], "--extra takes flags.*empty"),
     "own flag": (["--extra", "seed 3"], "--extra takes flags.*seed is this command's own"),
     "open quote": (["--extra", "teacher 'x"], "quotation"),
+    "output a file": (["--output_dir", __file__], "test_compare_methods.py"),
+    "results a folder": (["--results", os.path.dirname(__file__)], "cannot read the results in"),
     "preset": (["--preset", "scren"], "no preset 'scren'.*screen"),
 }
 
@@ -465,8 +433,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(compare, capsys):
 
 def test_table_and_figures_are_of_the_runs_asked_for(compare, monkeypatch):
     compare()
-    monkeypatch.setattr(method_figures, "draw_differences", DRAW["draw_differences"])
-    monkeypatch.setattr(method_figures, "draw_curves", DRAW["draw_curves"])
+    monkeypatch.setattr(figures, "draw_differences", DRAW["draw_differences"])
+    monkeypatch.setattr(figures, "draw_curves", DRAW["draw_curves"])
     compare("--arms", "output", "fitnet", "--num_seeds", 1)
     table = (compare.output_dir / "table.md").read_text()
     assert "denoising |" not in table
@@ -479,14 +447,15 @@ def test_table_and_figures_are_of_the_runs_asked_for(compare, monkeypatch):
 
 
 def test_figures_of_a_changed_comparison_lie_beside_its_runs(compare, monkeypatch):
-    monkeypatch.setattr(method_figures, "draw_differences", DRAW["draw_differences"])
+    monkeypatch.setattr(figures, "draw_differences", DRAW["draw_differences"])
     compare("--num_seeds", 1, "--figures", "")
     assert (compare.output_dir / "screen.png").is_file()
-    preset = compare.module.PRESETS["mnist"]
-    assert compare.module.is_as_preset(replace(preset, jobs=1, output_dir="elsewhere", dry_run=True))
+    preset = PRESETS["mnist"]
+    same = replace(preset, jobs=1, output_dir="elsewhere", dry_run=True)
+    assert same.figures_folder == preset.results_file.parent
     changes = ({"num_seeds": 6}, {"arms": preset.arms[:3]}, {"extra": ()}, {"control": "denoising"}, {"results": "x"})
     for change in changes:
-        assert not compare.module.is_as_preset(replace(preset, **change))
+        assert replace(preset, **change).figures_folder == preset.runs_folder
 
 
 def test_samples_stand_in_the_order_of_the_arms_the_teacher_on_top(tmp_path):
@@ -495,7 +464,7 @@ def test_samples_stand_in_the_order_of_the_arms_the_teacher_on_top(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text('{"rows": {"student": {"x": 1}}, "protocol": {}}')
         np.savez(tmp_path / name / "samples.npz", **{key: images[key] for key in kept})
-    rows = method_figures.samples_of({name: tmp_path / name for name in ("b", "a", "c", "not there")}, count=16)
+    rows = figures.samples_of({name: tmp_path / name for name in ("b", "a", "c", "not there")}, count=16)
     assert list(rows) == ["teacher", "b", "a"]
     assert rows["teacher"].shape == (16, 1, 8, 8)
     assert int(rows["teacher"].max()) == 1
@@ -558,14 +527,13 @@ def test_a_run_made_again_takes_the_place_of_its_record(tmp_path):
 def test_real_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setenv("VKD_GEN_CACHE", str(tmp_path / "cache"))
-    module = load_recipe("compare_methods")
     extra = ["kid_subset_size 10", "num_inference_steps 2", "calibration_samples 192", "inherit_samples 16"]
     flags = ["--arms", "output", "solved-raw", "--num_seeds", 2, "--max_train_steps", 2, "--train_batch_size", 4]
     flags += ["--num_score_samples", 12, "--score_every_steps", 1, "--jobs", 2, "--extra", *extra]
     flags += ["--output_dir", tmp_path / "runs", "--results", tmp_path / "results.json", "--figures", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["recipes/compare_methods.py", "--preset", "screen", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["experiments/compare_methods.py", "--preset", "screen", *map(str, flags)])
     for _ in range(2):
-        module.run_recipe(module.main, module.PRESETS, module.__doc__, default="screen")
+        run_recipe(compare_methods.main, PRESETS, compare_methods.__doc__, default="screen")
         table = (tmp_path / "runs/table.md").read_text()
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert len(runs) == 4

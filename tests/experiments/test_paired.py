@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from vkd_gen.evaluation.paired import paired_difference, share_of_gap, student_t_quantile, summarize
+from paired import paired_difference, share_of_gap, student_t_quantile, summarize
 
 
 @pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)])

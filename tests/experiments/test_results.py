@@ -1,49 +1,72 @@
-"""docs/RESULTS.md shows what the committed results files hold."""
+"""RESULTS.md shows what the results files hold, and they hold nothing else."""
 
+import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.recipes import conftest as recipes
-from vkd_gen.evaluation.method_tables import Comparison, markdown_tables
-from vkd_gen.evaluation.run_records import RunRecords
+from fill_tables import BLOCK, filled
+from paired import summarize
+from plan import PRESETS, plan
+from records import RunRecords
 
-ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs" / "RESULTS.md").read_text()
-BLOCKS = re.findall(
-    r"^<!-- compare_methods\.py --preset (\S+) --control (\S+) -->\n(.*?)\n<!-- end -->$",
-    TEXT,
-    re.MULTILINE | re.DOTALL,
-)
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+TEXT = (EXPERIMENTS / "RESULTS.md").read_text()
+INHERITANCE = {"inheritance.json", "inheritance-mnist-cifar10.json"}
 
 
-def comparison_of(preset, control):
-    """What the command shows of the runs that the results file holds."""
-    recipe = recipes.load_recipe("compare_methods")
-    config = replace(recipe.PRESETS[preset], control=control)
-    records = RunRecords(ROOT / (config.results or f"docs/results/{preset}.json"))
-    found = [(run, records.find(run.flags)) for run in recipe.plan(config)]
-    found = [{**record, "arm": run.arm} for run, record in found if record is not None]
-    return Comparison(
-        found,
-        arms=config.arms,
-        starts=config.starts,
-        control=control,
-        num_seeds=config.num_seeds,
-        reference=records.references[found[0]["reference"]],
+def test_tables_are_those_of_the_results_files():
+    assert filled(TEXT) == TEXT
+
+
+def test_every_table_on_the_page_is_made_from_a_file():
+    outside = BLOCK.sub("", TEXT)
+    assert not re.findall(r"^\|", outside, re.MULTILINE)
+
+
+def test_every_comparison_is_shown_and_whole():
+    shown = {re.search(r"--preset (\S+)", block[2])[1] for block in BLOCK.findall(TEXT) if "--preset" in block[2]}
+    assert shown == set(PRESETS)
+    for config in PRESETS.values():
+        records = RunRecords(EXPERIMENTS.parent / config.results_file)
+        assert all(records.find(run.flags) for run in plan(config))
+
+
+def test_results_files_hold_no_run_that_no_preset_asks_for():
+    asked = {}
+    for config in PRESETS.values():
+        asked.setdefault(config.results_file.name, set()).update(run.flags for run in plan(config))
+    files = {path.name: path for path in (EXPERIMENTS / "results").glob("*.json") if path.name not in INHERITANCE}
+    assert {
+        name: {run["flags"] for run in json.loads(path.read_text())["runs"]} for name, path in files.items()
+    } == asked
+
+
+@pytest.mark.parametrize("page", ["RESULTS.md", "LOG.md", "PREDICTIONS.md"])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", (EXPERIMENTS / page).read_text()):
+        assert (EXPERIMENTS / link).exists(), link
+
+
+def test_numbers_of_the_readme_are_those_of_the_results():
+    """The table of methods: Frechet distance and distance to the teacher, on digits and on MNIST."""
+    readme = (EXPERIMENTS.parent / "README.md").read_text()
+    rows = re.findall(
+        r"^\| .*?`.*? \| ([\d.]+) ± ([\d.]+) \| (\.\d+) \| ([\d.]+) ± ([\d.]+) \| (\.\d+) \|$",
+        readme.replace("**", ""),
+        re.M,
     )
-
-
-@pytest.mark.parametrize(("preset", "control", "shown"), BLOCKS, ids=[f"{name}-{to}" for name, to, _ in BLOCKS])
-def test_tables_are_those_of_the_results_files(preset, control, shown):
-    tables = markdown_tables(comparison_of(preset, control)).replace("### ", "#### ")
-    assert shown.strip() == tables.strip()
-
-
-def test_every_comparison_is_shown():
-    recipe = recipes.load_recipe("compare_methods")
-    kept = {f"docs/results/{path.name}" for path in (ROOT / "docs" / "results").glob("*.json")}
-    paths = {name: config.results or f"docs/results/{name}.json" for name, config in recipe.PRESETS.items()}
-    assert {name for name, _, _ in BLOCKS} == {name for name, path in paths.items() if path in kept}
+    arms = ("denoising", "denoising-same-time", "output", "output-alone", "fitnet")
+    arms = (*arms, "solved-raw-ratio-0.3-early-no-denoising")
+    assert len(rows) == len(arms)
+    for arm, row in zip(arms, rows, strict=True):
+        expected = []
+        for preset, frechet in (("second-confirmation", "fid_digits"), ("mnist", "fid_mnist")):
+            records = RunRecords(EXPERIMENTS / "results" / f"{preset}.json")
+            runs = [records.find(run.flags)["student"] for run in plan(PRESETS[preset]) if run.arm == arm]
+            values = [run[frechet] for run in runs]
+            distance = sum(run["teacher_distance"] for run in runs) / len(runs)
+            summary = summarize(values)
+            expected += [f"{summary.mean:.2f}", f"{summary.standard_deviation:.2f}", f"{distance:.4f}"[1:]]
+        assert list(row) == expected

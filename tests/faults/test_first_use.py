@@ -74,13 +74,6 @@ def test_what_the_repository_carries_is_found_from_elsewhere(
     assert shown in re.sub(r"[\s\u2500-\u257f]+", " ", capsys.readouterr().out)
 
 
-def test_finished_comparisons_are_found_from_elsewhere(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    recipe_runner(monkeypatch, tmp_path)("compare_methods", "--preset", "screen", "--dry_run")
-    assert re.search(r"40 runs, 40 of them done", capsys.readouterr().out)
-    assert not list(tmp_path.iterdir())
-
-
 def test_what_lies_here_goes_before_what_the_repository_carries(run_eval, pipeline_folder, monkeypatch, capsys):
     here = pipeline_folder.parent / DIGITS
     here.parent.mkdir(parents=True)

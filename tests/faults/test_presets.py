@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+import plan as planning
 from tests.recipes.conftest import SHORT, SHORT_STUDENT, load_recipe
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.labels import data_label
@@ -25,8 +25,13 @@ def parse(monkeypatch, name, *flags):
     """The configuration that a recipe works with."""
     recipe = load_recipe(name)
     monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, flags)])
-    config = parse_command_line(recipe.PRESETS, recipe.__doc__, "screen" if name == "compare_methods" else "digits")
-    return recipe.with_places(config) if name == "compare_methods" else recipe.resolve(config)
+    return recipe.resolve(parse_command_line(recipe.PRESETS, recipe.__doc__, "digits"))
+
+
+def parse_comparison(monkeypatch, *flags):
+    """The configuration that compare_methods.py works with."""
+    monkeypatch.setattr(sys, "argv", ["experiments/compare_methods.py", *map(str, flags)])
+    return parse_command_line(planning.PRESETS, "", "screen")
 
 
 def save_images(folder, count=24, *, channels=3, seed=0):
@@ -63,7 +68,7 @@ def test_the_presets_own_runs_are_warmed_up_as_ever(monkeypatch):
         for preset in ("digits", "mnist", "cifar10")
     }
     assert found == {key: 1000 if key[1] == "cifar10" else 50 for key in found}
-    for name, config in load_recipe("compare_methods").PRESETS.items():  # whose records were made with 50 steps
+    for name, config in planning.PRESETS.items():  # whose records were made with 50 steps
         assert config.max_train_steps >= 500 or "lr_warmup_steps 0" in config.extra, name
 
 
@@ -284,10 +289,15 @@ def test_names_of_data_are_plain(source, name):
 @pytest.mark.parametrize(
     ("flags", "folder", "results", "figures"),
     [
-        ([], "runs/screen", "docs/results/screen.json", "docs"),
-        (["--preset", "mnist-short"], "runs/mnist-short", "docs/results/mnist.json", "docs"),
-        (["--num_seeds", 5, "--seed", 9], "runs/screen", "docs/results/screen.json", "runs/screen"),
-        (["--arms", "output", "fitnet"], "runs/screen", "docs/results/screen.json", "runs/screen"),
+        ([], "runs/screen", "experiments/results/screen.json", "experiments/results"),
+        (
+            ["--preset", "mnist-same-time"],
+            "runs/mnist-same-time",
+            "experiments/results/mnist.json",
+            "experiments/results",
+        ),
+        (["--num_seeds", 5, "--seed", 9], "runs/screen", "experiments/results/screen.json", "runs/screen"),
+        (["--arms", "output", "fitnet"], "runs/screen", "experiments/results/screen.json", "runs/screen"),
         (["--dataset", "my/birds"], "runs/screen-birds", "runs/screen-birds/results.json", "runs/screen-birds"),
         (["--teacher", "a/b"], "runs/screen-b", "runs/screen-b/results.json", "runs/screen-b"),
         (["--preset", "mnist", "--dataset", "x"], "runs/mnist-x", "runs/mnist-x/results.json", "runs/mnist-x"),
@@ -298,18 +308,16 @@ def test_names_of_data_are_plain(source, name):
     ],
 )
 def test_committed_results_hold_the_presets_comparisons_alone(flags, folder, results, figures, monkeypatch):
-    config = parse(monkeypatch, "compare_methods", *flags)
-    assert (config.output_dir, config.results, config.figures) == (folder, results, figures)
+    config = parse_comparison(monkeypatch, *flags)
+    found = (config.runs_folder, config.results_file, config.figures_folder)
+    assert tuple(map(str, found)) == (folder, results, figures)
 
 
 def test_a_comparison_hands_on_teacher_and_data(monkeypatch):
-    recipe = load_recipe("compare_methods")
-    config = parse(
-        monkeypatch, "compare_methods", "--student_preset", "custom", "--teacher", "a/b", "--dataset", "my birds"
-    )
-    for run in recipe.plan(config):
+    config = parse_comparison(monkeypatch, "--student_preset", "custom", "--teacher", "a/b", "--dataset", "my birds")
+    for run in planning.plan(config):
         assert run.flags.startswith("--preset custom --num_score_samples 500 --teacher a/b --dataset 'my birds' ")
-    command = recipe.command_of(recipe.plan(config)[0], Path("folder"), knows_teacher=False)
+    command = planning.command_of(planning.plan(config)[0], knows_teacher=False)
     monkeypatch.setattr(sys, "argv", command[1:])
     student = load_recipe(STUDENT)
     parsed = student.resolve(parse_command_line(student.PRESETS, "", "digits"))
@@ -317,10 +325,9 @@ def test_a_comparison_hands_on_teacher_and_data(monkeypatch):
 
 
 def test_ones_own_teacher_goes_before_the_presets(monkeypatch):
-    recipe = load_recipe("compare_methods")
-    config = parse(monkeypatch, "compare_methods", "--preset", "mnist", "--teacher", "a/b")
-    assert {run.flags.count("--teacher") for run in recipe.plan(config)} == {1}
-    assert "--teacher a/b" in recipe.plan(config)[0].flags
+    config = parse_comparison(monkeypatch, "--preset", "mnist", "--teacher", "a/b")
+    assert {run.flags.count("--teacher") for run in planning.plan(config)} == {1}
+    assert "--teacher a/b" in planning.plan(config)[0].flags
 
 
 @pytest.mark.parametrize(
@@ -333,6 +340,6 @@ def test_ones_own_teacher_goes_before_the_presets(monkeypatch):
 )
 def test_a_comparison_that_cannot_be(flags, words, monkeypatch, capfd):
     with pytest.raises(SystemExit) as status:
-        parse(monkeypatch, "compare_methods", *flags)
+        parse_comparison(monkeypatch, *flags)
     assert status.value.code == 2
     assert words in told(capfd)

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+import figures
+from tables import markdown_table as comparison_table
+from tests.experiments.test_tables import comparison
 from tests.faults.small_run import options_of, train
 from tests.recipes.conftest import RECIPES, SHORT_STUDENT
 from tests.test_balance import Ratios
 from tests.test_diagnostics_figure import look
-from tests.test_method_tables import comparison
 from tests.test_report import make_run
 from vkd_gen import LossWeights, ProjectedStudent
-from vkd_gen.evaluation import method_figures
 from vkd_gen.evaluation.compare import FORMATS, markdown_table, print_table
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics
 from vkd_gen.evaluation.labels import SCORES, label_of
-from vkd_gen.evaluation.method_tables import markdown_table as comparison_table
 from vkd_gen.evaluation.report import asked_for, write_report
 from vkd_gen.training.balance import FeatureBalance
 
@@ -198,8 +198,8 @@ def hue(colour):
 
 def test_captions_call_colours_by_their_names():
     names = {"red": (345, 15), "orange": (15, 45), "blue": (190, 250), "green": (90, 165)}
-    caption = method_figures.draw_differences(comparison()).get_supxlabel()
-    for word, colour in (("better", method_figures.BETTER), ("worse", method_figures.WORSE)):
+    caption = figures.draw_differences(comparison()).get_supxlabel()
+    for word, colour in (("better", figures.BETTER), ("worse", figures.WORSE)):
         (name,) = re.findall(rf"(\w+) \({word}\)", caption)
         low, high = names[name]
         assert (low <= hue(colour) <= high) if low < high else (hue(colour) >= low or hue(colour) <= high)
@@ -230,9 +230,7 @@ def test_no_table_or_figure_shows_raw_keys(tmp_path, capsys):
     print_table(results)
     shown = [page_of(run), markdown_table(results), capsys.readouterr().out, comparison_table(comparison())]
     shown += [
-        axis.get_title()
-        for draw in (method_figures.draw_differences, method_figures.draw_curves)
-        for axis in draw(comparison()).axes
+        axis.get_title() for draw in (figures.draw_differences, figures.draw_curves) for axis in draw(comparison()).axes
     ]
     for text in shown:
         assert not re.search(r"\b(fid|kid) (digits|training)|teacher distance|\bmacs\b|num inference|\w+_digits", text)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from records import RunRecords, read_run
 from tests.test_report import make_run
 from vkd_gen.evaluation.card import update_model_card
 from vkd_gen.evaluation.compare import markdown_table, print_table
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, read_diagnostics
 from vkd_gen.evaluation.report import load_outcome, save_results, write_report
-from vkd_gen.evaluation.run_records import RunRecords, read_run
 from vkd_gen.pictures import sample_grid
 from vkd_gen.text import figure_text, html_text, markdown_text, printable
 from vkd_gen.training.export import model_card

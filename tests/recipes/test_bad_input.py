@@ -19,7 +19,7 @@ from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT
 from vkd_gen.calibration import load_statistics
 from vkd_gen.sampling import stock_pipeline
 
-STUDENT, TEACHER, METHODS = "train_student_unet", "train_teacher_unet", "compare_methods"
+STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
 FEATURES_ALONE = ["--denoising_weight", 0, "--output_weight", 0, "--feature_weighting", "constant"]
 
 
@@ -607,19 +607,9 @@ TEACHER_MISTAKES = {
     "no stages": (lambda tmp: ["--block_out_channels"], "block_out_channels|block-out-channels"),
 }
 
-METHODS_MISTAKES = {
-    "unknown arm": (lambda tmp: ["--arms", "output", "fitnets"], "no arm 'fitnets'; the nearest are fitnet, "),
-    "control not compared": (lambda tmp: ["--arms", "fitnet"], "--control output is not among the arms: fitnet"),
-    "no seeds": (lambda tmp: ["--num_seeds", 0], "--num_seeds must be at least 1, not 0"),
-    "results of another kind": (lambda tmp: ["--results", other_json(tmp)], "other.json is not a file of this command"),
-    "results a folder": (lambda tmp: ["--results", tmp], "cannot read the results in"),
-    "output a file": (lambda tmp: ["--output_dir", file_at(tmp)], "file"),
-}
-
 MISTAKES = [
     *(pytest.param(STUDENT, *mistake, id=name) for name, mistake in STUDENT_MISTAKES.items()),
     *(pytest.param(TEACHER, *mistake, id=f"teacher: {name}") for name, mistake in TEACHER_MISTAKES.items()),
-    *(pytest.param(METHODS, *mistake, id=f"methods: {name}") for name, mistake in METHODS_MISTAKES.items()),
 ]
 
 
@@ -627,9 +617,7 @@ MISTAKES = [
 def test_mistake_is_told_in_one_line(recipe, flags, words, tmp_path, pipeline_folder, run_recipe, capfd):
     output = tmp_path / "run"
     given = [str(flag) for flag in flags(tmp_path)]
-    common = {STUDENT: [*SHORT_STUDENT, "--teacher", pipeline_folder], TEACHER: SHORT, METHODS: ["--preset", "screen"]}[
-        recipe
-    ]
+    common = {STUDENT: [*SHORT_STUDENT, "--teacher", pipeline_folder], TEACHER: SHORT}[recipe]
     defaults = [*map(str, common), "--output_dir", str(output)]
     with pytest.raises(SystemExit) as exit_status:
         run_recipe(recipe, *defaults, *given)

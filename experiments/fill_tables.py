@@ -1,0 +1,74 @@
+"""Write the tables of RESULTS.md anew from the results files: python experiments/fill_tables.py.
+
+A table stands between `<!-- COMMAND -->`, such as `compare_methods.py --preset mnist --control output`, and
+`<!-- end -->`. Behind a `|` in it may stand `scores` or `differences`, for one kind of table alone.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import compare_inheritance
+from compare_methods import comparison_of
+from plan import PRESETS, ComparisonConfig
+from records import RunRecords
+from tables import TextTable, markdown_tables, tables_of
+
+FOLDER = Path(__file__).parent
+BLOCK = re.compile(r"^(<!-- (compare_\w+)\.py (.*?)(?: \| (\w+))? -->)\n.*?\n(<!-- end -->)$", re.MULTILINE | re.DOTALL)
+
+
+def config_of(words: Sequence[str]) -> ComparisonConfig:
+    """The comparison that `--preset`, `--control`, `--arms` and `--starts` name."""
+    flags: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            flags[word.removeprefix("--")] = []
+        else:
+            flags[list(flags)[-1]].append(word)
+    changes: dict[str, Any] = {name: tuple(flags[name]) for name in ("arms", "starts") if name in flags}
+    changes |= {name: flags[name][0] for name in ("control",) if name in flags}
+    return replace(PRESETS[flags["preset"][0]], **changes)
+
+
+def methods_tables(words: Sequence[str]) -> list[TextTable]:
+    """The tables that compare_methods.py prints, of the runs that the results file holds."""
+    config = config_of(words)
+    comparison = comparison_of(config, RunRecords(FOLDER.parent / config.results_file))
+    if comparison is None:
+        raise ValueError(f"{config.results_file} holds no run of {' '.join(words)}")
+    return tables_of(comparison)
+
+
+def inheritance_tables(words: Sequence[str]) -> list[TextTable]:
+    """The tables that compare_inheritance.py prints: `before_training`, `layers` or `after_training`."""
+    paths = [FOLDER / "results" / f"{name}.json" for name in ("inheritance", "inheritance-mnist-cifar10")]
+    files = [json.loads(path.read_text()) for path in paths]
+    match words:
+        case ["before_training"]:
+            return [compare_inheritance.before_training_table(*files)]
+        case ["layers"]:
+            return [compare_inheritance.layers_table(*files)]
+        case _:
+            return [compare_inheritance.after_training_table(files[0], width) for width in files[0]["after_training"]]
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+
+    def block(found: re.Match[str]) -> str:
+        words = shlex.split(found[3])
+        tables = methods_tables(words) if found[2] == "compare_methods" else inheritance_tables(words)
+        shown = [table for table in tables if table.title.lower().startswith(found[4] or "")]
+        return f"{found[1]}\n\n{markdown_tables(shown)}\n{found[5]}"
+
+    return BLOCK.sub(block, text)
+
+
+if __name__ == "__main__":
+    page = FOLDER / "RESULTS.md"
+    page.write_text(filled(page.read_text()))

@@ -1,0 +1,80 @@
+"""The comparison of ways to start a student: what it measures, keeps and prints."""
+
+import json
+import sys
+
+import pytest
+
+import compare_inheritance
+from vkd_gen.training.command_line import run_recipe
+
+
+@pytest.fixture
+def compare(monkeypatch, tmp_path):
+    """Run the comparison in this process with the given flags."""
+    monkeypatch.setenv("VKD_GEN_CACHE", str(tmp_path / "cache"))
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["experiments/compare_inheritance.py", *map(str, flags)])
+        run_recipe(compare_inheritance.main, compare_inheritance.PRESETS, "", default="default")
+
+    return run
+
+
+def cells(table, row):
+    return dict(zip(table.header, next(cells for cells in table.rows if cells[0] == row), strict=True))
+
+
+def test_tables_by_hand():
+    def cell(mean):
+        return {"mean": mean, "standard_deviation": 0.5, "values": [mean]}
+
+    def choice(error, *last, default=False):
+        return {"error": error, "layers": {"up_blocks.0": [0, 2], "up_blocks.1": list(last)}, "default": default}
+
+    choices = [choice(0.1, 1, 2), choice(0.2, 0, 2, default=True), choice(0.9, 0, 1), choice(1.5, 0, 1)]
+    known = {
+        "protocol": {"max_train_steps": 7},
+        "before_training": {"a": {"first": cell(1.0), "random": cell(2.0)}},
+        "layers": {"a": choices, "of one layer": [{"error": 0.0, "layers": {}, "default": True}]},
+        "after_training": {"width 0.5": {"way": {"fid_digits": cell(12.0), "denoising_error": cell(0.1)}}},
+    }
+    other = {"before_training": {"b": {"random": cell(3.0)}}, "layers": {}}
+    before = compare_inheritance.before_training_table(known, other)
+    assert cells(before, "first") == {"": "first", "a": "1.0000 ± 0.5000", "b": "-"}
+    assert cells(before, "random") == {"": "random", "a": "2.0000 ± 0.5000", "b": "3.0000 ± 0.5000"}
+    (row,) = compare_inheritance.layers_table(known, other).rows
+    assert row == ["a", "4", "0.2000 (place 2)", "0.1000", "0.2000", "0.9000"]
+    after = compare_inheritance.after_training_table(known, "width 0.5")
+    assert after.title == "After 7 steps, width 0.5"
+    assert list(cells(after, "way").values())[1:] == ["12.00 ± 0.50", "0.1000 ± 0.5000"]
+
+
+def test_comparison_before_training(tmp_path, pipeline_folder, compare, capsys):
+    results = tmp_path / "docs" / "inheritance.json"
+    flags = ["--preset", "default", "--step0_teachers", f"{pipeline_folder}=digits", "--widths", 0.5, "--num_seeds", 2]
+    flags += ["--num_draws", 16, "--max_train_steps", 0, "--results", results]
+    compare(*flags)
+    rows = json.loads(results.read_text())["before_training"]["teacher width 0.5"]
+    assert set(rows) == {"random initialisation"} | {
+        f"{channels}, {rescaling}"
+        for channels in ("random", "first", "magnitude", "activation")
+        for rescaling in ("none", "fan_in", "least_squares")
+    }
+    assert len(rows["first, none"]["values"]) == 2
+    assert rows["activation, least_squares"]["mean"] < rows["random initialisation"]["mean"]
+    assert "activation, least_squares" in capsys.readouterr().out
+
+    known = json.loads(results.read_text())
+    known["before_training"]["teacher width 0.5"]["first, none"]["mean"] = 123.0
+    results.write_text(json.dumps(known))
+    compare(*flags)  # what is done already is not done again
+    assert json.loads(results.read_text())["before_training"] == known["before_training"]
+    compare(*flags, "--num_draws", 8)  # another protocol is
+    assert json.loads(results.read_text())["before_training"] != known["before_training"]
+
+
+def test_comparison_refuses_in_one_line(compare, capsys):
+    with pytest.raises(SystemExit):
+        compare("--preset", "default", "--step0_teachers", "folder")
+    assert "takes FOLDER=DATASET" in capsys.readouterr().err
