@@ -17,7 +17,6 @@ from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, d
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import timestep_bins, width_floor
-from vkd_gen.projectors import OrthogonalProjector
 from vkd_gen.schedule import Schedule, TimestepWeighting
 
 
@@ -171,6 +170,6 @@ class Diagnostics:
             values[f"floor/{layer}"] = width_floor(normalizer.target_covariance(), pair.student_channels, self._kind)
             values[f"rank/student/{layer}"] = effective_rank(torch.cat(student_rows[layer]))
             values[f"rank/teacher/{layer}"] = self._teacher_ranks[pair.teacher]
-            if isinstance(projector, OrthogonalProjector):
-                values[f"gain/{layer}"] = float(projector.gain)
+            if hasattr(projector, "gain"):
+                values[f"gain/{layer}"] = projector.gain.item()
         return values

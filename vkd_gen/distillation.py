@@ -21,7 +21,7 @@ from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss, feature_losses, prediction_loss, squared_errors, weighted_mean
 from vkd_gen.normalization import FeatureNormalizer, width_floor
 from vkd_gen.pairing import LayerPair, pair_table
-from vkd_gen.projectors import OrthogonalProjector, Projector
+from vkd_gen.projectors import Projector
 from vkd_gen.schedule import PredictionType, Schedule, TimestepWeighting
 
 
@@ -226,8 +226,7 @@ class ProjectedStudent(nn.Module):
             return
         self._has_compared = False
         for projector in self.projectors:
-            if hasattr(projector, "after_step"):
-                projector.after_step(step)
+            projector.after_step(step)
 
     @torch.no_grad()
     def initialize_projectors(
@@ -247,8 +246,7 @@ class ProjectedStudent(nn.Module):
             _, features = teacher(noisy_sample, batch["timesteps"], conditioning)
             self(noisy_sample, batch["timesteps"], conditioning, features)
         for projector in self.projectors:
-            if hasattr(projector, "initialize"):
-                projector.initialize()
+            projector.initialize()
 
 
 def projected_losses(
@@ -260,12 +258,12 @@ def projected_losses(
     """Each sample's feature loss between projected student rows and target rows, the cheapest way there is.
 
     Args:
-        projector: of `vkd_gen.projectors`; brings both into one space.
+        projector: a `Projector`; brings both into one space.
         student: `[B, N, Ds]`.
         target: normalised teacher rows, `[B, N, Dt]`.
         kind: see `feature_loss`.
     """
-    if kind == "mse" and isinstance(projector, OrthogonalProjector) and projector.has_narrow_form:
+    if kind == "mse" and projector.has_narrow_form:
         prediction, reached, outside = projector.compare_narrow(student, target)
         return squared_errors(prediction, reached) + outside
     projected, wanted = projector(student, target)

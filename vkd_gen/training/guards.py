@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vkd_gen.distillation import ProjectedStudent
-from vkd_gen.projectors import LeastSquaresProjector, OrthogonalProjector, orthonormality_error
+from vkd_gen.projectors import LearnedProjector, LeastSquaresProjector, SolvedProjector, orthonormality_error
 
 MOST_ORTHONORMALITY_ERROR = 1e-3
 """Solved and learned maps are off by about 1e-6."""
@@ -116,7 +116,7 @@ def check_state(model: nn.Module, parameters: Sequence[Tensor]) -> str | None:
         return f"{len(names)} weights are not finite, such as {names[0]}"
     if isinstance(model, ProjectedStudent):
         for pair, projector in zip(model.layer_pairs, model.projectors, strict=True):
-            if isinstance(projector, OrthogonalProjector | LeastSquaresProjector):
+            if isinstance(projector, SolvedProjector | LearnedProjector | LeastSquaresProjector):
                 fault = projector_fault(projector)
                 if fault is not None:
                     return f"the projector from {pair.student} to {pair.teacher} {fault}"
@@ -124,17 +124,17 @@ def check_state(model: nn.Module, parameters: Sequence[Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def projector_fault(projector: OrthogonalProjector | LeastSquaresProjector) -> str | None:
+def projector_fault(projector: SolvedProjector | LearnedProjector | LeastSquaresProjector) -> str | None:
     """What makes a projector useless, in words; None for a sound one."""
     statistics = projector.statistics
     student_variance, teacher_variance = statistics.student_variance, statistics.target_variance
     least_teacher_variance = LEAST_VARIANCE
-    if isinstance(projector, OrthogonalProjector):
+    if isinstance(projector, SolvedProjector | LearnedProjector):
         error = orthonormality_error(projector.matrix())
         if not error <= MOST_ORTHONORMALITY_ERROR:
             return f"has collapsed: its rows are {error:.1g} from orthonormal"
         named = {"gain": projector.gain}
-        is_learned = projector.is_learned
+        is_learned = isinstance(projector, LearnedProjector)
     else:
         named = {"solution": projector.solution}
         is_learned = False
