@@ -1,30 +1,24 @@
-"""What matching features costs beside the forward and backward passes: operations counted, and time.
+"""What matching features costs beside the forward and backward passes, in operations counted.
 
 python benchmarks/features.py
-python benchmarks/features.py --measure
 """
 
-import gc
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import vkd_gen as vkd
-from vkd_gen.distillation import predict, projected_losses
+from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import count_parameters
-from vkd_gen.features import copy_without_weights, to_rows
+from vkd_gen.features import copy_without_weights
 from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import Normalization
 from vkd_gen.projectors import sampling_stride
@@ -66,23 +60,12 @@ ADAMW = 14
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureCostConfig:
-    """What to count, and whether to measure too."""
+    """What to count."""
 
     batch_size: int = 8
     """Images per step."""
-    measure: bool = False
-    """Measure time too, on the CPU, of the default method: the teacher's and the student's weights in float32 are there
-    at once, about 10 GB with what a step adds."""
-    measured_batch_size: int = 1
-    """Images per step where time is measured."""
-    measured_size: int = 64
-    """Height and width of the latents there."""
-    repeats: int = 3
-    """Steps of the floor that count, each between ten of the features; one more is not counted."""
-    threads: int = 1
-    """Of the CPU."""
     output: str = str(RESULTS)
-    """File for the numbers; times of other sizes in it stay."""
+    """File for the numbers."""
 
 
 @dataclass(frozen=True)
@@ -163,19 +146,25 @@ def projector_operations(
                 Operations("refresh", factor / every),
             ]
         case "cayley" | "matrix_exp":
-            # Backward to the rows and to the map, or to the map alone where it stands on the target.
-            through = [forward, forward] + ([] if student > target else [forward])
-            operations = [*through, product("projection", wide, wide, narrow, 2)]  # base times rotation, and backward
-            operations.append(Operations("projection", 2.0 * rows * wide + 8.0 * wide**2))
-            if kind == "cayley":
-                solve = LU * wide**3 + 2 * TRIANGULAR_SOLVE * wide**3
-                backward = 2 * TRIANGULAR_SOLVE * wide**3
-                operations.append(product("projection", wide, wide, wide))  # the gradient of the matrix solved by
-                return [*operations, Operations("projection", solve + backward)]
-            # The derivative is taken from the exponential of a matrix of twice the size.
-            exponentials = 2.0 * EXPONENTIAL_PRODUCTS * (wide**3 + (2 * wide) ** 3)
-            return [*operations, Operations("projection", exponentials)]
+            return learned_operations(kind, rows, student, target)
     raise ValueError(f"unknown projector {kind!r}")
+
+
+def learned_operations(kind: Literal["cayley", "matrix_exp"], rows: int, student: int, target: int) -> list[Operations]:
+    """Of a learned orthogonal projector."""
+    narrow, wide = sorted((student, target))
+    # Rows through the map; backward to the rows and to the map, or to the map alone where it stands on the target.
+    through = [product("projection", rows, student, target)] * (2 if student > target else 3)
+    operations = [*through, product("projection", wide, wide, narrow, 2)]  # base times rotation, and backward
+    operations.append(Operations("projection", 2.0 * rows * wide + 8.0 * wide**2))
+    if kind == "cayley":
+        solve = LU * wide**3 + 2 * TRIANGULAR_SOLVE * wide**3
+        backward = 2 * TRIANGULAR_SOLVE * wide**3
+        operations.append(product("projection", wide, wide, wide))  # the gradient of the matrix solved by
+        return [*operations, Operations("projection", solve + backward)]
+    # The derivative is taken from the exponential of a matrix of twice the size.
+    exponentials = 2.0 * EXPONENTIAL_PRODUCTS * (wide**3 + (2 * wide) ** 3)
+    return [*operations, Operations("projection", exponentials)]
 
 
 def normalizer_operations(kind: Normalization, rows: int, channels: int, rank: int) -> list[Operations]:
@@ -351,84 +340,6 @@ def count(teacher: ModelMixin, reduction: vkd.Reduction, batch_size: int) -> dic
     }
 
 
-# ---- time
-
-
-def floor_step(
-    student: ModelMixin, teacher: ModelMixin, optimizer: torch.optim.Optimizer, inputs: tuple[Any, ...]
-) -> None:
-    """Student forward and backward, optimizer, teacher forward."""
-    with torch.no_grad():
-        target = predict(teacher, *inputs)
-    F.mse_loss(predict(student, *inputs), target).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-class FeatureParts:
-    """The default method's parts for all pairs, on features that are there: what `ProjectedStudent` and the loss do."""
-
-    def __init__(self, pairs: Sequence[vkd.LayerPair], batch_size: int):
-        self.projectors = [
-            vkd.OrthogonalProjector(
-                pair.student_channels, pair.teacher_channels, refresh_every_steps=REFRESH_EVERY_STEPS
-            )
-            for pair in pairs
-        ]
-        self.normalizers = [vkd.FeatureNormalizer("none", channels=pair.teacher_channels) for pair in pairs]
-        self.student = [torch.randn(batch_size, *pair.student_shape).requires_grad_() for pair in pairs]
-        self.teacher = [torch.randn(batch_size, *pair.teacher_shape) for pair in pairs]
-        self.timesteps = torch.full((batch_size,), 500)
-
-    def step(self, number: int) -> None:
-        """Forward, backward to the student's features, statistics and, when due, refreshes."""
-        losses = []
-        for student, teacher, projector, normalizer in zip(
-            self.student, self.teacher, self.projectors, self.normalizers, strict=True
-        ):
-            target = normalizer(to_rows(teacher), self.timesteps)
-            losses.append(projected_losses(projector, to_rows(student), target).mean())
-        torch.stack(losses).sum().backward()
-        for feature in self.student:
-            feature.grad = None
-        for projector in self.projectors:
-            projector.after_step(number)
-
-
-def measure(config: FeatureCostConfig) -> dict[str, Any]:
-    """Seconds that this process computes for a step of the floor and for the features', in turns."""
-    size = {"sample_size": config.measured_size}
-    teacher_config = {**TEACHERS["stable-diffusion-1"], **size}
-    teacher = unet_class(teacher_config).from_config(teacher_config).eval().requires_grad_(False)
-    student = vkd.build_student(teacher, STUDENTS["half width"]).train()
-    inputs = inputs_of(student, config.measured_batch_size)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
-    parts = FeatureParts(vkd.pair_layers(student, teacher), config.measured_batch_size)
-    seconds: dict[str, list[float]] = {"floor": [], "features": []}
-    number = 0
-    for turn in range(config.repeats + 1):
-        start = time.process_time()
-        floor_step(student, teacher, optimizer, inputs)
-        middle = time.process_time()
-        for _ in range(REFRESH_EVERY_STEPS):
-            number += 1
-            parts.step(number)
-        if turn:
-            seconds["floor"].append(middle - start)
-            seconds["features"].append((time.process_time() - middle) / REFRESH_EVERY_STEPS)
-        gc.collect()
-        print(f"turn {turn}: floor {middle - start:.2f} s", flush=True)
-    ratios = [own / floor for own, floor in zip(seconds["features"], seconds["floor"], strict=True)]
-    return {
-        "student": "half width",
-        "latent_size": config.measured_size,
-        "batch_size": config.measured_batch_size,
-        "ratio": {"median": float(np.median(ratios)), "least": min(ratios), "most": max(ratios)},
-        "cpu_seconds": seconds,
-        "threads": torch.get_num_threads(),
-    }
-
-
 # ---- output
 
 
@@ -456,11 +367,9 @@ def show(name: str, counted: dict[str, Any]) -> None:
 
 
 def main(config: FeatureCostConfig) -> None:
-    """Count, measure if asked to, show and write."""
-    sizes = (config.batch_size, config.measured_batch_size, config.measured_size, config.repeats, config.threads)
-    if min(sizes) < 1:
-        raise ValueError("--batch_size, --measured_batch_size, --measured_size, --repeats and --threads must be >= 1")
-    torch.set_num_threads(config.threads)
+    """Count, show and write."""
+    if config.batch_size < 1:
+        raise ValueError("--batch_size must be at least 1")
     teacher_config = TEACHERS["stable-diffusion-1"]
     with torch.device("meta"):
         teacher = unet_class(teacher_config).from_config(teacher_config)
@@ -468,13 +377,6 @@ def main(config: FeatureCostConfig) -> None:
     for name, result in counted.items():
         show(name, result)
     output = Path(config.output)
-    measured = json.loads(output.read_text())["measured"] if output.exists() else {}
-    if config.measure:
-        name = f"batch {config.measured_batch_size}, latents {config.measured_size} x {config.measured_size}"
-        measured[name] = measure(config)
-        ratio = measured[name]["ratio"]
-        spread = f"{ratio['least']:.2%} to {ratio['most']:.2%}"
-        print(f"time of the features over the floor's: {ratio['median']:.2%} ({spread})")
     protocol = {
         "teacher": "stable-diffusion-1",
         "batch_size": config.batch_size,
@@ -483,7 +385,7 @@ def main(config: FeatureCostConfig) -> None:
         "environment": environment(),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {"counted": counted, "measured": measured, "protocol": protocol})
+    write_json(output, {"counted": counted, "protocol": protocol})
     print(f"written to {output}")
 
 

@@ -332,17 +332,15 @@ def distillation_losses(
     sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
     conditioning = batch.get("conditioning")
     noisy_sample = schedule.noisy(sample, noise, timesteps)
-    needs_teacher = weights.output > 0 or weights.feature > 0
     features = None
-    if needs_teacher:
+    if weights.output > 0 or weights.feature > 0:
         if teacher is None:
             raise ValueError("output and feature losses need a teacher; pass one or set their weights to 0")
-        teacher_prediction, teacher_features = teacher(
-            noisy_sample, timesteps, conditioning, with_features=weights.feature > 0
-        )
-        features = teacher_features if weights.feature > 0 else None
-    prediction, matched = student(noisy_sample, timesteps, conditioning, features, feature_loss_kind)
-
+        teacher_prediction, features = teacher(noisy_sample, timesteps, conditioning, with_features=weights.feature > 0)
+    # Without features to compare the student is asked for its prediction alone.
+    prediction, matched = student(
+        noisy_sample, timesteps, conditioning, features if weights.feature > 0 else None, feature_loss_kind
+    )
     per_sample = schedule.weights(timesteps, timestep_weighting, snr_gamma)
     losses: dict[str, Tensor] = {}
     if weights.denoising > 0:

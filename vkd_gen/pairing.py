@@ -103,41 +103,46 @@ def pair_layers(
         student_shapes = feature_shapes(student, [pair[0] for pair in pairs])
         teacher_shapes = feature_shapes(teacher, dict.fromkeys(pair[1] for pair in pairs))
         return [_pool_finer(s, t, student_shapes[s], teacher_shapes[t]) for s, t in pairs]
-    student_shapes, teacher_shapes = (
-        feature_shapes(
-            unet,
-            [
-                layer
-                for stage in stage_layers(unet)
-                for layer in (stage, f"{stage}.resnets.0", *self_attention_layers(unet, stage))
-            ],
-        )
-        for unet in (student, teacher)
-    )
+    student_shapes, teacher_shapes = (feature_shapes(unet, _candidates(unet)) for unet in (student, teacher))
     stages = _match_stages(_working_places(student, student_shapes), _working_places(teacher, teacher_shapes))
-    match layers:
-        case "all":
-            chosen = stages
-        case "mid_and_up":
-            chosen = [pair for pair in stages if not pair[0].startswith("down_blocks")]
-        case "last_up":
-            chosen = [pair for pair in stages if pair[0].startswith("up_blocks")][-1:]
-        case "self_attention":
-            chosen = [
-                pair
-                for student_stage, teacher_stage in stages
-                for pair in _spread(
-                    self_attention_layers(student, student_stage), self_attention_layers(teacher, teacher_stage)
-                )
-            ]
-        case _:
-            raise ValueError(f"unknown choice of layers {layers!r}; choose all, mid_and_up, last_up or self_attention")
+    chosen = _choose(student, teacher, stages, layers)
     if not chosen:
         raise ValueError(
             f"no layer of the student has a counterpart in the teacher for layers {layers!r}; the stages that "
             f"match are {', '.join(pair[0] for pair in stages) or 'none'}; choose other layers or name the pairs"
         )
     return [_pool_finer(s, t, student_shapes[s], teacher_shapes[t]) for s, t in chosen]
+
+
+def _candidates(unet: ModelMixin) -> list[str]:
+    """Layers that may be paired, and those that tell at which resolution a stage works."""
+    return [
+        layer
+        for stage in stage_layers(unet)
+        for layer in (stage, f"{stage}.resnets.0", *self_attention_layers(unet, stage))
+    ]
+
+
+def _choose(
+    student: ModelMixin, teacher: ModelMixin, stages: list[tuple[str, str]], layers: PairedLayers
+) -> list[tuple[str, str]]:
+    """Those of the matched stages, or of the layers in them, that `layers` names."""
+    match layers:
+        case "all":
+            return stages
+        case "mid_and_up":
+            return [pair for pair in stages if not pair[0].startswith("down_blocks")]
+        case "last_up":
+            return [pair for pair in stages if pair[0].startswith("up_blocks")][-1:]
+        case "self_attention":
+            return [
+                pair
+                for student_stage, teacher_stage in stages
+                for pair in _spread(
+                    self_attention_layers(student, student_stage), self_attention_layers(teacher, teacher_stage)
+                )
+            ]
+    raise ValueError(f"unknown choice of layers {layers!r}; choose all, mid_and_up, last_up or self_attention")
 
 
 def _working_places(unet: ModelMixin, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple]:

@@ -65,9 +65,8 @@ def inherit_weights(
     """Start a student from its teacher's weights, whatever it has less of.
 
     A student with the teacher's channels copies whole layers: the first of each block and, in the decoder, the last. A
-    narrower one keeps some channels, the same ones wherever they are read and written. A wider one has channels several
-    times, and computes what the teacher does. With batches the layers are then fitted to the teacher's; without any,
-    layers of the teacher's channels are the teacher's bit for bit.
+    narrower one keeps some channels, the same ones wherever they are used; a wider one has channels several times. With
+    batches the layers are then fitted to the teacher's; without any, whole layers are the teacher's bit for bit.
 
     Args:
         student: from `build_student`; changed in place.
@@ -76,11 +75,11 @@ def inherit_weights(
         rescaling: for what lost input channels, or layers before it: `least_squares` fits each layer to the teacher's
             output, `fan_in` multiplies the weights by the root of the ratio of the channels, `none` leaves them. By
             default `least_squares` if there are batches, else `none`.
-        batches: of images and noise, as `calibrate` takes; for `activation` and `least_squares`. A few hundred small
-            images are enough; they are kept in memory, with the activations of every layer.
+        batches: as `calibrate` takes; for `activation` and `least_squares`. A few hundred small images are enough;
+            they are kept in memory, with the activations of every layer.
         schedule: the teacher's, for the same.
         stages: the teacher's stage that each of the student's stands for; by default found from channels and kinds.
-        layers: layers to copy by block of the student; by default the first of each block and the decoder's last.
+        layers: to copy by block of the student; by default the first of each block and the decoder's last.
         seed: of the choice `random`.
 
     Returns:
@@ -90,33 +89,26 @@ def inherit_weights(
         ValueError: for blocks that cannot be inherited, stages and layers that are not there, missing batches.
     """
     check_choice(channels)
-    if rescaling is not None and rescaling not in get_args(Rescaling):
-        raise ValueError(f"unknown rescaling {rescaling!r}; choose one of {', '.join(get_args(Rescaling))}")
-    batches = None if batches is None else list(batches)
-    links = link_layers(bare(student), bare(teacher), stages=stages, layers=layers)
-    narrower = bool(undecided(links))
+    batches = list(batches or ())
     if rescaling is None:
         rescaling = "least_squares" if batches else "none"
-    needs_data = rescaling == "least_squares" or (narrower and channels == "activation")
-    if needs_data and (not batches or schedule is None):
+    if rescaling not in get_args(Rescaling):
+        raise ValueError(f"unknown rescaling {rescaling!r}; choose one of {', '.join(get_args(Rescaling))}")
+    links = link_layers(bare(student), bare(teacher), stages=stages, layers=layers)
+    reads, fits = channels == "activation" and bool(undecided(links)), rescaling == "least_squares"
+    if (reads or fits) and (not batches or schedule is None):
         raise ValueError(
             "channels chosen by activation, and layers fitted by least squares, need batches of images and a "
             "schedule; without them choose channels='magnitude' and rescaling='none'"
         )
-    readings = None
-    if narrower and channels == "activation":
-        assert schedule is not None  # it needs data
-        readings = read_channels(links, teacher, batches or [], schedule)
+    readings = read_channels(links, teacher, batches, schedule) if reads and schedule is not None else None
     choose_channels(links, channels, readings=readings, seed=seed)
     for link in links:
-        if link.ends_branch and (link.teacher is None or link.reads is None):
-            _silence(link.student)
-        elif link.teacher is not None and link.reads is not None:
+        if link.teacher is not None and link.reads is not None:
             _slice(link, fan_in=rescaling == "fan_in")
-    fitted = []
-    if rescaling == "least_squares":
-        assert schedule is not None
-        fitted = fit_layers(links, student, teacher, batches or [], schedule)
+        elif link.ends_branch:
+            _silence(link.student)
+    fitted = fit_layers(links, student, teacher, batches, schedule) if fits and schedule is not None else []
     return _report(links, fitted, student, teacher)
 
 

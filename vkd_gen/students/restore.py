@@ -5,6 +5,7 @@ restored from the channels that are left, one layer after the other: each is fit
 fitted, layers hand it, so errors do not add up.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ from vkd_gen.students.streams import Layer, Link, Stream
 
 RIDGE = 1e-3
 """Share of the mean variance of a layer's inputs that holds its weights at the teacher's."""
+
+
+KINDS = nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm
+"""Layers that are fitted."""
 
 
 def channel_index(streams: Sequence[Stream]) -> Tensor:
@@ -43,8 +48,8 @@ def fit_layers(
 ) -> list[Link]:
     """Fit convolutions, linear layers and norms in the order in which the student runs, in one pass of all batches.
 
-    The target is the output of the teacher's layer on the channels that the student has. Where the output is added to a
-    residual stream, the target is what the stream still lacks, errors of the layers before included.
+    The target is the output of the teacher's layer on the student's channels. Where the output is added to a residual
+    stream, the target is what the stream still lacks, errors of the layers before included.
 
     Args:
         links: from `link_layers`, channels chosen.
@@ -52,8 +57,7 @@ def fit_layers(
         teacher: left as it is.
         batches: kept in memory together, with the activations of every layer.
         schedule: the teacher's.
-        ridge: share of the mean variance of a layer's inputs that is added to all: what the data do not decide stays
-            as it was.
+        ridge: share of the mean variance of a layer's inputs that holds what the data do not decide.
 
     Returns:
         The links that were fitted. Layers of another resolution than the teacher's are not.
@@ -62,24 +66,13 @@ def fit_layers(
         ValueError: for no batches.
     """
     batch = _join(batches)
-    fitted = [link for link in links if link.teacher is not None and not isinstance(link.student, nn.Embedding)]
-    fitted = [link for link in fitted if isinstance(link.student, nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm)]
-    targets: dict[Link, Tensor] = {}
-    hooks = [_keep_target(link, targets) for link in fitted]
-    try:
-        predict_noisy(teacher, batch, schedule)
-    finally:
-        for handle in hooks:
-            handle.remove()
-
+    fitted = [link for link in links if link.teacher is not None and isinstance(link.student, KINDS)]
+    targets = _targets(fitted, teacher, batch, schedule)
     addends: dict[Layer, Tensor] = {}
-    hooks, done = [], []
+    done = []
 
-    def keep_input(module: Layer, inputs: tuple[Tensor, ...]) -> None:
-        addends[module] = inputs[0]
-
-    def keep_output(module: Layer, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        addends[module] = output
+    def keep(module: Layer, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+        addends[module] = inputs[0] if output is None else output
 
     def fit(link: Link) -> Callable[..., None]:
         def hook(module: Layer, inputs: tuple[Tensor, ...]) -> None:
@@ -94,20 +87,28 @@ def fit_layers(
 
         return hook
 
-    for link in fitted:
-        if link.residual is not None:
-            source = _adds(link)
-            is_branch = source is not link.residual[0]
-            hooks.append(
-                source.register_forward_hook(keep_output) if is_branch else source.register_forward_pre_hook(keep_input)
-            )
-        hooks.append(link.student.register_forward_pre_hook(fit(link)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for link in fitted:
+            if link.residual is not None:
+                source = _adds(link)
+                is_block = source is link.residual[0]
+                register = source.register_forward_pre_hook if is_block else source.register_forward_hook
+                hooks.enter_context(register(keep))
+            hooks.enter_context(link.student.register_forward_pre_hook(fit(link)))
         predict_noisy(student, batch, schedule)
-    finally:
-        for handle in hooks:
-            handle.remove()
     return done
+
+
+def _targets(
+    links: Sequence[Link], teacher: ModelMixin, batch: dict[str, Any], schedule: Schedule
+) -> dict[Link, Tensor]:
+    """What each link's layer is to compute, in one pass of the teacher."""
+    targets: dict[Link, Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for link in links:
+            hooks.enter_context(_keep_target(link, targets))
+        predict_noisy(teacher, batch, schedule)
+    return targets
 
 
 def _adds(link: Link) -> Layer:
