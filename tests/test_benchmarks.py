@@ -45,7 +45,6 @@ def step():
 # ---- operations
 
 BATCH, SIDE = 3, 4
-ROWS = BATCH * SIDE**2
 
 
 def pair_of(student, teacher):

@@ -1,6 +1,5 @@
 """The step that the recipes share: its terms, its cost, where its gradients go, and what wraps it."""
 
-import copy
 import functools
 import os
 from pathlib import Path
@@ -29,7 +28,7 @@ from vkd_gen import (
 )
 from vkd_gen.distillation import predict
 from vkd_gen.losses import feature_loss
-from vkd_gen.projectors import orthonormality_error, sampling_stride
+from vkd_gen.projectors import orthonormality_error
 from vkd_gen.schedule import Schedule
 
 FEATURE_ONLY = LossWeights(denoising=0.0, output=0.0, feature=1.0)
@@ -125,19 +124,6 @@ def test_teacher_is_put_into_eval_mode_and_frozen():
     assert not features["mid_block"].requires_grad
 
 
-def test_teacher_returns_prediction_and_features_of_the_unet():
-    unet = tiny_unet()
-    teacher = FrozenTeacher(unet, ["up_blocks.0", "mid_block"])
-    noisy, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
-    prediction, features = teacher(noisy, timesteps)
-    torch.testing.assert_close(prediction, unet(noisy, timesteps).sample)
-    assert {name: tuple(feature.shape) for name, feature in features.items()} == {
-        "up_blocks.0": (2, 16, 8, 8),
-        "mid_block": (2, 16, 4, 4),
-    }
-    assert teacher(noisy, timesteps, with_features=False)[1] == {}
-
-
 def test_teacher_in_bfloat16_answers_in_float32_with_features_of_its_own():
     exact, _ = FrozenTeacher(tiny_unet(seed=2))(torch.ones(2, 1, 8, 8), torch.tensor([3, 900]))
     teacher = FrozenTeacher(tiny_unet(seed=2).to(torch.bfloat16), ["mid_block"])
@@ -170,14 +156,6 @@ def test_one_teacher_layer_may_serve_two_student_layers():
 
 
 # ---- the projected student
-
-
-def test_forward_without_teacher_features_is_the_students_own(models):
-    projected, _ = models
-    noisy, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
-    prediction, losses = projected(noisy, timesteps)
-    assert losses == {}
-    torch.testing.assert_close(prediction, projected.student(noisy, timesteps).sample)
 
 
 @pytest.mark.parametrize("kind", ["mse", "smooth_l1", "cka"])
@@ -229,15 +207,6 @@ def test_exported_student_is_a_plain_unet(models, tmp_path):
     assert_states_equal(dict(loaded.state_dict()), dict(projected.student.state_dict()), atol=0, rtol=0)
     noisy, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     torch.testing.assert_close(loaded(noisy, timesteps).sample, projected(noisy, timesteps)[0])
-
-
-def test_a_deep_copy_works_on_its_own(models):
-    """As torch's AveragedModel makes one."""
-    projected, teacher = models
-    twin = copy.deepcopy(projected)
-    found = distillation_losses(twin, make_batch(), schedule=Schedule.of(DDPMScheduler()), teacher=teacher)
-    expected = distillation_losses(projected, make_batch(), schedule=Schedule.of(DDPMScheduler()), teacher=teacher)
-    assert_states_equal(found, expected)
 
 
 def test_after_step_leaves_projectors_without_state_alone(schedule):
@@ -366,30 +335,6 @@ def test_total_is_the_weighted_sum_and_a_weight_of_zero_removes_exactly_its_term
         torch.testing.assert_close(losses["feature"], sum(losses[name] for name in per_layer))
 
 
-def test_weights_of_the_gradient(models, schedule):
-    """The gradient of the total is the weighted sum of the terms' gradients."""
-    projected, teacher = models
-    parameters = list(projected.student.parameters())
-
-    def gradient(weights):
-        losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=weights)
-        found = torch.autograd.grad(losses["total"], parameters, allow_unused=True)
-        return torch.cat(
-            [
-                torch.zeros_like(p).flatten() if grad is None else grad.flatten()
-                for p, grad in zip(parameters, found, strict=True)
-            ]
-        )
-
-    single = [
-        gradient(LossWeights(denoising=1.0, output=0.0, feature=0.0)),
-        gradient(LossWeights(denoising=0.0, output=1.0, feature=0.0)),
-        gradient(FEATURE_ONLY),
-    ]
-    together = gradient(LossWeights(denoising=0.5, output=2.0, feature=0.25))
-    torch.testing.assert_close(together, 0.5 * single[0] + 2 * single[1] + 0.25 * single[2], atol=1e-5, rtol=1e-4)
-
-
 # ---- what a weight of zero costs
 
 
@@ -463,9 +408,14 @@ def test_the_prediction_terms_reach_every_student_parameter(models, schedule):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), [((8, 16), (16, 32)), ((8, 16), (8, 16)), ((16, 32), (8, 16))], ids=["<", "=", ">"]
+    ("method", "student", "teacher"),
+    [
+        ("cayley", (8, 16), (16, 32)),
+        ("cayley", (16, 32), (8, 16)),
+        ("matrix_exp", (8, 16), (8, 16)),
+        ("linear", (8, 16), (16, 32)),
+    ],
 )
-@pytest.mark.parametrize("method", ["cayley", "matrix_exp", "linear"])
 def test_learned_projectors_learn_and_the_teacher_does_not(schedule, method, student, teacher):
     """Student narrower than the teacher, as wide, and wider."""
     projected, teacher = make_projected(tiny_unet(student, seed=1), tiny_unet(teacher, seed=2), method=method)
@@ -483,11 +433,14 @@ def test_learned_projectors_learn_and_the_teacher_does_not(schedule, method, stu
 
 @pytest.mark.parametrize(
     ("method", "widths"),
-    [("identity", (16, 32))]
-    + [
-        (method, widths)
-        for method in ("solved", "least_squares", "fixed", "cayley", "matrix_exp", "linear")
-        for widths in ((8, 16), (16, 32), (32, 64))
+    [
+        ("identity", (16, 32)),
+        ("solved", (8, 16)),
+        ("solved", (32, 64)),
+        ("least_squares", (8, 16)),
+        ("cayley", (32, 64)),
+        ("matrix_exp", (8, 16)),
+        ("linear", (8, 16)),
     ],
 )
 def test_no_gradient_reaches_the_teachers_features(method, widths):
@@ -506,19 +459,6 @@ def test_the_teacher_is_no_part_of_the_module_that_trains(models):
     teachers_own = {id(parameter) for parameter in teacher.unet.parameters()}
     assert teachers_own.isdisjoint(id(parameter) for parameter in projected.parameters())
     assert not isinstance(teacher, nn.Module)
-
-
-def test_training_on_features_alone_brings_them_closer(schedule):
-    projected, teacher = make_projected(tiny_unet((8, 16), seed=1), tiny_unet((16, 32), seed=2), method="cayley")
-    optimizer = torch.optim.Adam(projected.parameters(), lr=3e-3)
-    totals = []
-    for _ in range(15):
-        losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=FEATURE_ONLY)
-        optimizer.zero_grad()
-        losses["total"].backward()
-        optimizer.step()
-        totals.append(losses["total"].item())
-    assert totals[-1] < 0.8 * totals[0]
 
 
 # ---- unlike prediction types, timestep weights, conditioning
@@ -617,46 +557,6 @@ def test_teacher_and_student_are_given_the_same_labels(schedule):
     assert given == [(teacher_unet, [2, 0, 3, 2]), (student, [2, 0, 3, 2])]
     projected.initialize_projectors(teacher, [batch], schedule)
     assert given[2:] == given[:2]
-
-
-def test_losses_with_labels_reference(schedule):
-    """Sample by sample, with each one's own label."""
-    student, teacher_unet, projected, teacher = class_conditional_models()
-    projected.eval()
-    labels = [2, 0, 3, 2]
-    batch = labelled_batch(*labels)
-    losses = distillation_losses(projected, batch, schedule=schedule, teacher=teacher)
-    noisy = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
-    denoising, output = [], []
-    for i, label in enumerate(labels):
-        prediction, answer = (
-            unet(noisy[i : i + 1], batch["timesteps"][i], class_labels=torch.tensor([label])).sample[0].detach().numpy()
-            for unet in (student, teacher_unet)
-        )
-        denoising.append(np.square(prediction - batch["noise"][i].numpy()).mean())
-        output.append(np.square(prediction - answer).mean())
-    assert losses["denoising"].item() == pytest.approx(np.mean(denoising), rel=1e-4)
-    assert losses["output"].item() == pytest.approx(np.mean(output), rel=1e-4)
-
-
-def test_every_loss_depends_on_the_labels(schedule):
-    *_, projected, teacher = class_conditional_models()
-    projected.eval()
-    found, other = (
-        distillation_losses(projected, labelled_batch(*labels), schedule=schedule, teacher=teacher)
-        for labels in ((0, 1, 2, 0), (0, 1, 3, 0))
-    )
-    assert all(not torch.isclose(found[name], other[name], rtol=1e-4) for name in found)
-
-
-def test_only_the_labels_of_the_batch_learn(schedule):
-    student, teacher_unet, projected, teacher = class_conditional_models()
-    losses = distillation_losses(
-        projected, labelled_batch(3, 1, 1), schedule=schedule, teacher=teacher, weights=FEATURE_ONLY
-    )
-    losses["total"].backward()
-    assert student.class_embedding.weight.grad.any(1).tolist() == [False, True, False, True]
-    assert teacher_unet.class_embedding.weight.grad is None
 
 
 def test_token_features_of_attention_layers(schedule):
@@ -771,7 +671,7 @@ def part(batch, index, count):
     return {name: value.chunk(count)[index] for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("method", ["solved", "least_squares", "cayley"])
+@pytest.mark.parametrize("method", ["solved", "cayley"])
 def test_accumulation_over_micro_batches_equals_the_big_batch(method):
     def run(num_parts):
         projected, teacher = make_projected(tiny_unet((8, 16), seed=1), tiny_unet((16, 32), seed=2), method=method)
@@ -788,7 +688,7 @@ def test_accumulation_over_micro_batches_equals_the_big_batch(method):
         assert (whole[1]["2.solution"] - torch.eye(16, 32)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("method", ["solved", "least_squares", "matrix_exp"])
+@pytest.mark.parametrize("method", ["solved", pytest.param("matrix_exp", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_changes_nothing(method):
     """Pairs at the ends of blocks, and inside, where the forward pass is repeated during backward."""
     pairs = [(layer, layer) for layer in (*STAGES, "down_blocks.0.resnets.0.conv1", "mid_block.resnets.1")]
@@ -805,38 +705,6 @@ def test_gradient_checkpointing_changes_nothing(method):
     (expected, calls), (found, calls_checkpointed) = run(False), run(True)
     assert (calls, calls_checkpointed) == ([2], [4])  # it did checkpoint
     assert_runs_equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("method", "kind"), [("solved", "mse"), pytest.param("least_squares", "cka", marks=pytest.mark.slow)]
-)
-def test_compiled_student_equals_the_eager_one(method, kind, request):
-    if request.config.getoption("--jaxtyping-packages", default=None):
-        pytest.skip("torch.compile cannot trace the checks of shapes and types")
-
-    def run(compiled):
-        projected, teacher = make_projected(
-            tiny_unet((8,), seed=1),
-            tiny_unet((16,), seed=2),
-            method=method,
-            pairs=[("mid_block", "mid_block"), ("up_blocks.0",) * 2],
-        )
-        model = torch.compile(projected, backend="aot_eager", fullgraph=True) if compiled else projected
-        found = training_steps(model, projected, teacher, lambda step: [make_batch(seed=step)], feature_loss_kind=kind)
-        losses = distillation_losses(
-            model, make_batch(seed=9), schedule=Schedule.of(DDPMScheduler()), teacher=teacher, feature_loss_kind=kind
-        )
-        sums = {name: projector.statistics.sums for name, projector in projected.projectors.named_children()}
-        return found, losses, sums
-
-    torch._dynamo.reset()
-    (found, losses, sums), (expected, expected_losses, expected_sums) = run(True), run(False)
-    assert_runs_equal(found, expected)
-    assert_states_equal(losses, expected_losses, atol=1e-5, rtol=1e-4)
-    assert_states_equal(sums, expected_sums, atol=1e-2, rtol=1e-4)
-    per_sample = -(-64 // sampling_stride(64)) if method == "solved" else 64
-    assert all(value[0] == 4 * per_sample for value in sums.values())  # one batch's rows since the last step
-    assert (found[1]["0.solution"] - torch.eye(8, 16)).abs().max() > 0.1
 
 
 def test_the_feature_scale_is_saved_but_no_wrapper_overwrites_it(models):

@@ -6,7 +6,7 @@ from jaxtyping import TypeCheckError
 
 from tests.conftest import tiny_condition_unet, tiny_unet
 from vkd_gen import REDUCTIONS, LayerPair, Reduction, build_student, pair_layers
-from vkd_gen.features import feature_shapes, split_pooling
+from vkd_gen.features import feature_shapes
 from vkd_gen.pairing import pair_table, self_attention_layers, stage_layers
 
 REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
@@ -18,18 +18,6 @@ def names(pairs):
 
 def same(*layers):
     return [(layer, layer) for layer in layers]
-
-
-def test_stages_in_the_order_they_run():
-    assert stage_layers(tiny_unet((8, 8, 16))) == [
-        "down_blocks.0",
-        "down_blocks.1",
-        "down_blocks.2",
-        "mid_block",
-        "up_blocks.0",
-        "up_blocks.1",
-        "up_blocks.2",
-    ]
 
 
 def test_stages_run_in_that_order():
@@ -56,8 +44,7 @@ def test_narrower_student_pairs_stage_by_stage():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [0.25, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("layers_per_block", [1, 2])
+@pytest.mark.parametrize(("width", "layers_per_block"), [(0.25, 1), (2.0, 2)])
 def test_students_of_any_width_and_depth_pair_with_their_own_stages(width, layers_per_block):
     teacher = tiny_unet((8, 16, 16), layers_per_block=2)
     student = build_student(teacher, width=width, layers_per_block=layers_per_block)
@@ -125,19 +112,6 @@ def test_without_a_middle_the_other_stages_pair():
     assert names(pair_layers(student, teacher)) == same("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1")
 
 
-@pytest.mark.parametrize(("student", "teacher"), [((8, 16), (16, 16, 32)), ((8, 8, 16), (16, 32)), ((8,), (8, 8, 8))])
-def test_matched_stages_keep_their_order_and_are_used_once(student, teacher):
-    student, teacher = tiny_unet(student), tiny_unet(teacher)
-    pairs = pair_layers(student, teacher)
-    for side, unet in (("student", student), ("teacher", teacher)):
-        used = [split_pooling(getattr(pair, side))[0] for pair in pairs]
-        assert used == [name for name in stage_layers(unet) if name in used]
-        shapes = feature_shapes(unet, [getattr(pair, side) for pair in pairs])
-        assert list(shapes.values()) == [getattr(pair, f"{side}_shape") for pair in pairs]
-    assert all(pair.student.split(".")[0].split("/")[0] == pair.teacher.split(".")[0].split("/")[0] for pair in pairs)
-    assert all(pair.student_shape[1:] == pair.teacher_shape[1:] for pair in pairs)
-
-
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
@@ -148,11 +122,6 @@ def test_matched_stages_keep_their_order_and_are_used_once(student, teacher):
 )
 def test_choice_of_stages(layers, expected):
     assert names(pair_layers(tiny_unet((8, 16)), tiny_unet((16, 32)), layers=layers)) == expected
-
-
-def test_conditional_unets_pair_too():
-    pairs = pair_layers(tiny_condition_unet((8, 16)), tiny_condition_unet((16, 32)))
-    assert names(pairs) == same("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
 
 
 # ---- self-attention
@@ -174,14 +143,6 @@ def test_self_attention_pairs_by_the_share_of_the_stage():
         (f"{up}.0.transformer_blocks.0.attn1", f"{up}.1.transformer_blocks.1.attn1"),
         (f"{up}.1.transformer_blocks.0.attn1", f"{up}.2.transformer_blocks.2.attn1"),
     ]
-
-
-def test_self_attention_is_of_tokens():
-    teacher = deep_condition_unet()
-    student = build_student(teacher, width=0.5)
-    for pair in pair_layers(student, teacher, layers="self_attention"):
-        assert len(pair.student_shape) == len(pair.teacher_shape) == 2
-        assert pair.student_shape[0] == pair.teacher_shape[0]
 
 
 def test_self_attention_of_a_dropped_stages_middle_pools_tokens():
@@ -226,11 +187,6 @@ def test_named_pairs_are_kept_in_their_order():
     ]
 
 
-def test_a_teacher_layer_may_be_named_twice():
-    wanted = [("down_blocks.1", "mid_block"), ("mid_block", "mid_block")]
-    assert names(pair_layers(tiny_unet((8, 16)), tiny_unet((16, 32)), pairs=wanted)) == wanted
-
-
 @pytest.mark.parametrize(
     ("pair", "expected"),
     [
@@ -250,13 +206,6 @@ def test_the_finer_of_a_named_pair_is_pooled(pair, expected):
     assert made == expected
     assert feature_shapes(student, [made.student]) == {made.student: made.student_shape}
     assert feature_shapes(teacher, [made.teacher]) == {made.teacher: made.teacher_shape}
-
-
-def test_token_layers_count_channels_last():
-    layer = "mid_block.attentions.0.to_q"
-    (pair,) = pair_layers(tiny_unet((8, 16), attention=True), tiny_unet((16, 32), attention=True), pairs=same(layer))
-    assert (pair.student_shape, pair.teacher_shape) == ((16, 16), (16, 32))  # 4x4 positions, channels
-    assert (pair.student_channels, pair.teacher_channels) == (16, 32)
 
 
 # ---- errors

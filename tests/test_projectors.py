@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import nn
 
-from vkd_gen.losses import feature_loss, squared_errors
+from vkd_gen.losses import squared_errors
 from vkd_gen.projectors import (
     IdentityProjector,
     LearnedProjector,
@@ -133,7 +133,7 @@ def test_weight_decay_pulls_towards_the_start(method):
 
 
 @pytest.mark.parametrize("method", ["solved", "cayley", "matrix_exp"])
-@pytest.mark.parametrize("widths", [(3, 6), (6, 3)], ids=["narrower", "wider"])
+@pytest.mark.parametrize("widths", [(3, 6), pytest.param((6, 3), marks=pytest.mark.slow)], ids=["narrower", "wider"])
 def test_orthonormal_over_1000_bf16_autocast_steps(widths, method):
     projector = OrthogonalProjector(*widths, method=method).train()
     backbone = nn.Linear(5, widths[0])
@@ -171,11 +171,6 @@ def test_procrustes_known_value():
     torch.testing.assert_close(procrustes(torch.tensor([[0.0, 2.0], [-3.0, 0.0]])), expected)
 
 
-def test_procrustes_known_value_of_a_narrow_student():
-    """The best direction for one student channel is that of its covariances with the targets: (3, 4) / 5."""
-    torch.testing.assert_close(procrustes(torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 0.8]]))
-
-
 def test_procrustes_equals_scipy():
     student, target = (rows.flatten(0, 1).numpy() for rows in make_rows((5, 5)))
     expected, _ = scipy.linalg.orthogonal_procrustes(student.astype(np.float64), target.astype(np.float64))
@@ -191,23 +186,6 @@ def test_procrustes_reaches_the_nuclear_norm(shape):
     optimum = np.linalg.svd(double(cross_covariance), compute_uv=False).sum()
     assert np.trace(double(matrix).T @ double(cross_covariance)) == pytest.approx(optimum, rel=1e-5)
     assert orthonormality_error(matrix) < 1e-5
-
-
-@pytest.mark.parametrize("widths", [(3, 6), (4, 4)])
-def test_procrustes_beats_random_candidates(widths):
-    student, target = (double(rows.flatten(0, 1)) for rows in make_rows(widths))
-    best = double(procrustes(torch.from_numpy(student.T @ target / len(student))))
-    assert best.shape == widths
-
-    def error(matrix):
-        return np.square(student @ matrix - target).sum()
-
-    candidates = [double(random_orthonormal(*widths, seed)) for seed in range(500)]
-    assert error(best) < min(error(candidate) for candidate in candidates)
-    generator = np.random.default_rng(0)
-    for _ in range(100):  # and those nearby
-        skew = 0.05 * generator.standard_normal((widths[1], widths[1]))
-        assert error(best) < error(best @ scipy.linalg.expm(skew - skew.T))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5)])
@@ -248,11 +226,6 @@ def test_random_orthonormal_is_uniform():
     bound = 4 / math.sqrt(4 * 1000)  # four standard errors
     assert matrices.mean(0).abs().max() < bound
     torch.testing.assert_close(matrices.square().mean(0), torch.full((2, 4), 0.25), rtol=0, atol=0.03)
-
-
-def test_principal_directions_known_value():
-    directions = principal_directions(torch.diag(torch.tensor([1.0, 9.0, 4.0])), 2)
-    torch.testing.assert_close(directions.abs(), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
 
 
 def test_principal_directions_equal_numpy():
@@ -380,20 +353,6 @@ def test_running_statistics_are_stable_far_from_zero(num_steps):
     assert_statistics(statistics, moments, 1e-3)
 
 
-def test_accumulated_micro_batches_equal_one_batch():
-    whole, parts = RunningCrossCovariance(3, 5, 0.9), RunningCrossCovariance(3, 5, 0.9)
-    for step in range(3):
-        student, target = make_rows((3, 5), (48,), seed=step)
-        whole.accumulate(student, target)
-        for part in (slice(0, 5), slice(5, 30), slice(30, 48)):
-            parts.accumulate(student[part], target[part])
-        whole.merge()
-        parts.merge()
-    assert int(parts.num_merges) == 3
-    for name, value in whole.named_buffers():
-        torch.testing.assert_close(dict(parts.named_buffers())[name], value, rtol=1e-5, atol=1e-5, msg=name)
-
-
 def test_merge_without_rows_changes_nothing():
     statistics = RunningCrossCovariance(3, 5, 0.9)
     statistics.merge()
@@ -403,24 +362,6 @@ def test_merge_without_rows_changes_nothing():
     before = state_of(statistics)
     statistics.merge()
     assert_same_state(state_of(statistics), before)
-
-
-def test_merge_starts_a_new_sum():
-    statistics = RunningCrossCovariance(3, 5, 0.0)  # the latest step alone
-    for seed in (1, 2):
-        student, target = make_rows((3, 5), (30,), seed=seed)
-        statistics.accumulate(student, target)
-        statistics.merge()
-    np.testing.assert_allclose(double(statistics.student_mean), double(student).mean(0), rtol=1e-5)
-
-
-def test_running_statistics_have_no_parameters_and_take_no_gradient():
-    statistics = RunningCrossCovariance(3, 5, 0.9)
-    student, target = (rows.requires_grad_() for rows in make_rows((3, 5), (20,)))
-    statistics.accumulate(student, target)
-    statistics.merge()
-    assert not list(statistics.parameters())
-    assert not any(value.requires_grad for value in statistics.buffers())
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0, math.nan])
@@ -492,16 +433,6 @@ def test_identity_start_pads_the_narrower_side_with_zeros(method, widths):
     torch.testing.assert_close(wanted, padded_target)
 
 
-@LEARNED
-@pytest.mark.parametrize("widths", [(24, 48), (48, 48), (48, 24)])
-def test_learned_matrix_is_orthonormal_at_realistic_widths(method, widths):
-    projector = OrthogonalProjector(*widths, method=method)
-    with torch.no_grad():
-        projector.tangent.normal_(std=0.05)
-    assert orthonormality_error(projector.matrix()) < 1e-5
-    assert projector.matrix().norm().item() == pytest.approx(math.sqrt(min(widths)), rel=1e-5)
-
-
 # OrthogonalProjector: forward
 
 
@@ -523,31 +454,6 @@ def test_forward_equals_its_formula(method, widths):
         s = np.einsum("bnk,kw->bnw", s, matrix)
     np.testing.assert_allclose(double(projected), gain * s + bias, atol=1e-5)
     np.testing.assert_allclose(double(wanted), t, atol=1e-5)
-
-
-@METHODS
-@pytest.mark.parametrize("widths", [(3, 6), (4, 4)])
-def test_student_similarities_are_kept_up_to_the_gain(method, widths):
-    """The point of VkD: P P^T = I keeps the Gram matrix of centred rows, so all distances and angles."""
-    projector = random_projector(widths, method).eval()
-    student, target = make_rows(widths, shape=(2, 9), seed=5)
-    projected, _ = projector(student, target)
-    rows, projected = double(student.flatten(0, 1)), double(projected.flatten(0, 1))
-    rows, projected = rows - rows.mean(0), projected - projected.mean(0)
-    gain = double(projector.gain)
-    assert gain != pytest.approx(1, abs=0.01)
-    np.testing.assert_allclose(projected @ projected.T, gain**2 * rows @ rows.T, atol=1e-4)
-
-
-@METHODS
-def test_target_similarities_are_kept_for_a_wider_student(method):
-    projector = random_projector((6, 3), method).eval()
-    student, target = make_rows((6, 3), shape=(2, 9), seed=5)
-    projected, wanted = projector(student, target)
-    centred = [double(rows.flatten(0, 1)) for rows in (student, projected, target, wanted)]
-    student, projected, target, wanted = (rows - rows.mean(0) for rows in centred)
-    np.testing.assert_allclose(projected, double(projector.gain) * student, atol=1e-5)  # no student direction is lost
-    np.testing.assert_allclose(wanted @ wanted.T, target @ target.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["solved", "fixed"])
@@ -630,44 +536,6 @@ def test_gradients_reach_student_and_parameters_never_the_target(method, widths)
             assert (parameter.grad is not None and parameter.grad.abs().max() > 1e-3) == is_reached, name
 
 
-@LEARNED
-@WIDTHS
-@pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
-def test_the_feature_loss_trains_every_parameter(method, widths, kind):
-    """For a wider student P stands on the target's side of the loss and has to be trained there."""
-    projector = OrthogonalProjector(*widths, method=method).train()
-    student, target = (rows.requires_grad_() for rows in make_rows(widths))
-    feature_loss(*projector(student, target), kind).backward()
-    assert target.grad is None
-    assert student.grad.abs().max() > 0
-    for name, parameter in projector.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 1e-3, name
-
-
-@LEARNED
-@WIDTHS
-def test_learned_projector_learns_a_planted_matrix(method, widths):
-    generator = np.random.default_rng(0)
-    skew = 0.4 * generator.standard_normal((max(widths), max(widths)))
-    planted = torch.from_numpy(scipy.linalg.expm(skew - skew.T)[: min(widths)]).float()
-    rows = torch.randn(4, 64, min(widths))
-    student, target = (rows, rows @ planted) if widths[0] <= widths[1] else (rows @ planted, rows)
-    projector = OrthogonalProjector(*widths, method=method).train()
-    optimizer = torch.optim.Adam(projector.parameters(), lr=0.03)
-    losses = []
-    for _ in range(250):
-        projected, wanted = projector(student, target)
-        loss = (projected - wanted).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > 0.1
-    assert losses[-1] < 1e-4 * losses[0]
-    torch.testing.assert_close(projector.matrix().detach(), planted, rtol=0, atol=0.02)
-
-
 # OrthogonalProjector: closed forms
 
 
@@ -703,17 +571,6 @@ def test_solved_projector_recovers_a_planted_rotation_gain_and_means(widths):
     torch.testing.assert_close(projected, wanted, rtol=0, atol=1e-3)
 
 
-@WIDTHS
-def test_solved_projector_recovers_over_running_steps(widths):
-    projector = OrthogonalProjector(*widths, momentum=0.9, refresh_every_steps=5).train()
-    for step in range(1, 11):
-        student, target, planted, gain = planted_problem(widths, seed=step)
-        projector(student, target)
-        projector.after_step(step)
-    torch.testing.assert_close(projector.matrix(), planted, rtol=0, atol=1e-4)
-    assert projector.gain.item() == pytest.approx(gain, rel=1e-4)
-
-
 @METHODS
 @WIDTHS
 def test_initialize_equals_a_float64_least_squares_solution(method, widths):
@@ -740,45 +597,6 @@ def test_initialize_equals_a_float64_least_squares_solution(method, widths):
     residual = gain * s @ matrix - t if widths[0] <= widths[1] else gain * s - t @ matrix
     projected, wanted = projector.eval()(*(torch.from_numpy(rows).float()[None] for rows in (student, target)))
     np.testing.assert_allclose(double(projected - wanted)[0], residual, atol=1e-3)
-
-
-@METHODS
-@WIDTHS
-def test_closed_form_gain_and_means_are_optimal(method, widths):
-    projector = OrthogonalProjector(*widths, method=method, start="procrustes").train()
-    student, target = make_rows(widths)
-    projector(student, target)
-    projector.initialize()
-    projected, wanted = (double(rows) for rows in projector.eval()(student, target))
-
-    def error(factor, shift):
-        return np.square(factor * projected + shift - wanted).mean()
-
-    centre = (projected - wanted).mean((0, 1))
-    np.testing.assert_allclose(centre, np.zeros(max(widths)), atol=1e-5)
-    mean = projected.mean((0, 1))
-    for factor in (0.97, 1.03):
-        assert error(factor, (1 - factor) * mean) > error(1, 0)
-    for channel in np.eye(max(widths)):
-        assert error(1, 0.05 * channel) > error(1, 0)
-        assert error(1, -0.05 * channel) > error(1, 0)
-
-
-@LEARNED
-@WIDTHS
-def test_learned_from_procrustes_starts_as_solved(method, widths):
-    learned = OrthogonalProjector(*widths, method=method, start="procrustes").train()
-    solved = OrthogonalProjector(*widths).train()
-    for seed in range(2):
-        learned(*make_rows(widths, seed=seed))
-        solved(*make_rows(widths, seed=seed))
-    learned.initialize()
-    solved.initialize()
-    torch.testing.assert_close(learned.matrix().detach(), solved.matrix(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(learned.gain.detach(), solved.gain)
-    batch = make_rows(widths, seed=9)
-    (projected, wanted), (solved_projected, solved_wanted) = learned(*batch), solved(*batch)
-    torch.testing.assert_close((projected - wanted).detach(), solved_projected - solved_wanted, rtol=0, atol=1e-5)
 
 
 @LEARNED
@@ -844,23 +662,6 @@ def test_sampling_visits_every_column_of_a_map(num_positions):
     side = math.isqrt(num_positions)
     if side**2 == num_positions:
         assert {position % side for position in seen} == set(range(side))
-
-
-def test_sampled_statistics_stay_near_those_of_all_rows():
-    """Of rows without neighbours that say the same: the worst case."""
-    projector, whole = OrthogonalProjector(3, 6).train(), RunningCrossCovariance(3, 6, 0.99)
-    projector(*make_rows((3, 6), (32, 64), seed=0))
-    projector.initialize()
-    for step in range(1, 51):
-        student, target = make_rows((3, 6), (32, 64), seed=step)
-        projector(student, target)
-        projector.after_step(step)
-        whole.accumulate(student.flatten(0, 1), target.flatten(0, 1))
-        whole.merge()
-    expected = procrustes(whole.cross_covariance)
-    assert (projector.matrix() - expected).norm() < 0.05 * expected.norm()
-    gain = (expected * whole.cross_covariance).sum() / whole.student_variance
-    assert projector.gain.item() == pytest.approx(gain.item(), rel=0.03)
 
 
 def test_solved_matrix_is_refreshed_when_due_and_the_gain_at_every_step():
@@ -1037,29 +838,6 @@ def test_least_squares_over_running_steps(widths, momentum):
     np.testing.assert_allclose(double(projector.statistics.student_mean), student_mean, atol=1e-4)
 
 
-@WIDTHS
-def test_least_squares_beats_every_rotation_and_what_is_near(widths):
-    """On the rows that it was solved for; the orthogonal projector's map and gain are one of its candidates."""
-    student, target = make_rows(widths)
-    projector = LeastSquaresProjector(*widths, ridge=1e-9).train()
-    projector(student, target)
-    projector.initialize()
-    projected, wanted = (double(rows) for rows in projector.eval()(student, target))
-    best = np.square(projected - wanted).mean()
-    rows = double(student) - double(student).mean((0, 1))
-    generator = np.random.default_rng(0)
-    for _ in range(50):
-        off = rows @ (double(projector.solution) + 0.02 * generator.standard_normal(widths))
-        assert np.square(off - wanted).mean() > best
-    if widths[0] <= widths[1]:
-        orthogonal = OrthogonalProjector(*widths).train()
-        orthogonal(student, target)
-        orthogonal.initialize()
-        rotated, same = orthogonal.eval()(student, target)
-        np.testing.assert_allclose(double(same), wanted, atol=1e-5)
-        assert np.square(double(rotated) - wanted).mean() > best
-
-
 def test_least_squares_is_refreshed_when_due_and_the_means_at_every_step():
     projector = LeastSquaresProjector(3, 6, refresh_every_steps=3).train()
     solutions, means = [projector.solution.clone()], [projector.statistics.student_mean.clone()]
@@ -1119,17 +897,6 @@ def test_least_squares_of_rows_that_do_not_vary(collapsed):
         assert wanted.abs().max() < 1e-6 or collapsed == "student"
 
 
-def test_least_squares_far_from_zero():
-    """Mean / standard deviation of about 1000."""
-    student, target = make_rows((3, 6))
-    projector = LeastSquaresProjector(3, 6).train()
-    for step in range(1, 4):
-        projector(student + 2000, target - 4000)
-        projector.after_step(step)
-    solution = reference_regression([(student, target)], 1e-3)[0]
-    np.testing.assert_allclose(double(projector.solution), solution, atol=5e-3)
-
-
 @WIDTHS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_least_squares_is_float32_in_any_precision(widths, dtype):
@@ -1161,18 +928,6 @@ def test_least_squares_gradients_reach_the_student_through_the_map_alone(widths)
     np.testing.assert_allclose(double(student.grad), expected, atol=1e-5)
     assert not list(projector.parameters())
     assert not any(value.requires_grad for value in projector.buffers())
-
-
-def test_least_squares_in_evaluation_accumulates_nothing():
-    projector = LeastSquaresProjector(3, 6).train()
-    projector(*make_rows((3, 6)))
-    projector.initialize()
-    before = state_of(projector)
-    projector.eval()(*make_rows((3, 6), seed=7))
-    assert projector.statistics.sums.abs().max() == 0
-    assert_same_state(state_of(projector), before)
-    projector.train()(*make_rows((3, 6), seed=7))
-    assert projector.statistics.sums[0] == 8 * 16
 
 
 @WIDTHS
@@ -1227,26 +982,6 @@ def test_no_channels(projector, widths):
 def test_orthogonal_projector_refuses(options, message):
     with pytest.raises(REFUSED, match=message):
         OrthogonalProjector(3, 6, **options)
-
-
-@pytest.mark.parametrize(
-    "projector",
-    [
-        OrthogonalProjector(4, 4),
-        OrthogonalProjector(4, 4, method="cayley"),
-        LeastSquaresProjector(4, 4),
-        LinearProjector(4, 4),
-        IdentityProjector(4, 4),
-    ],
-    ids=["solved", "cayley", "least_squares", "linear", "identity"],
-)
-@pytest.mark.parametrize(
-    ("student", "target"),
-    [((2, 9, 3), (2, 9, 4)), ((2, 9, 4), (2, 9, 3)), ((2, 9, 4), (2, 8, 4)), ((2, 9, 4), (1, 9, 4))],
-)
-def test_rows_that_do_not_fit(projector, student, target):
-    with pytest.raises(REFUSED):
-        projector(torch.zeros(student), torch.zeros(target))
 
 
 def test_rows_that_do_not_fit_are_named():

@@ -87,8 +87,12 @@ BY_STAGE = {
 }
 """What `UNet2DConditionModel` alone can express."""
 
+BY_DEFAULT = [*zip(TEACHERS, [*REDUCED, "half"], strict=True), *REFUSED, ("plain", "layers by stage")]
+BY_DEFAULT += [("Stable Diffusion XL", name) for name in BY_STAGE]
+"""Every teacher and every reduction once."""
 CASES = [(family, name) for family in TEACHERS for name in REDUCED]
 CASES += [(family, name) for family in ("plain", "Stable Diffusion XL") for name in BY_STAGE]
+CASES = [case if case in BY_DEFAULT else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
 def batch_for(unet, batch_size=2):
@@ -257,7 +261,9 @@ def features_and_gradients(model, projected, teacher, batch):
     return {layer: values.detach() for layer, values in losses.items()}, gradients
 
 
-@pytest.mark.parametrize("way", ["DistributedDataParallel", "checkpointing", "compile"])
+@pytest.mark.parametrize(
+    "way", ["DistributedDataParallel", "checkpointing", pytest.param("compile", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "make_teacher", [lambda: tiny_unet(attention=True), tiny_condition_unet], ids=["maps", "tokens"]
 )
@@ -357,7 +363,7 @@ def test_heads_keep_their_channels_where_every_stage_has_its_own_number():
     assert config["attention_head_dim"] == 8
 
 
-@pytest.mark.parametrize("width", [0.01, 0.1, 0.37, 0.5, 0.9, 1.3])
+@pytest.mark.parametrize("width", [0.01, 0.37, 1.3])
 @pytest.mark.parametrize("family", TEACHERS)
 def test_channels_fit_groups_heads_and_timestep(family, width):
     teacher = TEACHERS[family]()
