@@ -91,7 +91,6 @@ SHAPES = {
     ),
     "unet-32": Shape(teacher=UNET_32, reduction=vkd.Reduction(width=0.5), batch_size=16),
 }
-"""unet-32 has a teacher of about 1 M parameters."""
 
 
 def random_images(config: dict[str, Any]) -> Images:

@@ -309,8 +309,7 @@ def distillation_losses(
         student: a `ProjectedStudent`, bare or wrapped by DDP, compile or accelerate.
         batch: `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]`, and `conditioning`, a mapping of further
             arguments for both UNets, where they need it.
-        schedule: the student's; its prediction type is what the student predicts. The teacher's prediction is expressed
-            in it.
+        schedule: the student's: what it predicts, and what the teacher's prediction is expressed in.
         noise_scheduler: a diffusers scheduler instead, whose schedule is read in each call.
         teacher: may be None where neither output nor features are asked for.
         weights: of the terms.
@@ -325,10 +324,7 @@ def distillation_losses(
     Raises:
         ValueError: if the teacher is asked for and None, and for no schedule or two.
     """
-    if (schedule is None) == (noise_scheduler is None):
-        raise ValueError("pass either a schedule or a diffusers noise_scheduler")
-    if schedule is None:
-        schedule = Schedule.of(noise_scheduler).to(batch["sample"].device)
+    schedule = _one_schedule(schedule, noise_scheduler, batch["sample"].device)
     sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
     conditioning = batch.get("conditioning")
     noisy_sample = schedule.noisy(sample, noise, timesteps)
@@ -337,10 +333,8 @@ def distillation_losses(
         if teacher is None:
             raise ValueError("output and feature losses need a teacher; pass one or set their weights to 0")
         teacher_prediction, features = teacher(noisy_sample, timesteps, conditioning, with_features=weights.feature > 0)
-    # Without features to compare the student is asked for its prediction alone.
-    prediction, matched = student(
-        noisy_sample, timesteps, conditioning, features if weights.feature > 0 else None, feature_loss_kind
-    )
+    compared = features if weights.feature > 0 else None
+    prediction, matched = student(noisy_sample, timesteps, conditioning, compared, feature_loss_kind)
     per_sample = schedule.weights(timesteps, timestep_weighting, snr_gamma)
     losses: dict[str, Tensor] = {}
     if weights.denoising > 0:
@@ -357,6 +351,12 @@ def distillation_losses(
         losses |= layers
     terms = [getattr(weights, name) * losses[name] for name in ("denoising", "output", "feature") if name in losses]
     return {"total": torch.stack(terms).sum(), **losses}
+
+
+def _one_schedule(schedule: Schedule | None, noise_scheduler: SchedulerMixin | None, device: torch.device) -> Schedule:
+    if (schedule is None) == (noise_scheduler is None):
+        raise ValueError("pass either a schedule or a diffusers noise_scheduler")
+    return Schedule.of(noise_scheduler).to(device) if schedule is None else schedule
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
