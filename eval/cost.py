@@ -14,7 +14,7 @@ from vkd_gen.evaluation.terminal import print_columns
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.reductions import REDUCTIONS
-from vkd_gen.training.command_line import announce, refuse_linked_file, repository_path, run_command
+from vkd_gen.training.command_line import announce, check_output_file, repository_path, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def read_configs(config: CostConfig) -> dict[str, dict[str, Any]]:
 def main(config: CostConfig) -> None:
     """Count, measure if asked for, and print one table."""
     if config.output:
-        refuse_linked_file(config.output)
+        check_output_file(config.output)
     announce(f"the cost of {', '.join((*config.models, *config.students))}")
 
     import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from vkd_gen.training.command_line import announce, refuse_linked_file, repository_path, run_command
+from vkd_gen.training.command_line import announce, check_output_file, repository_path, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ def main(config: ReportConfig) -> None:
     """Write the page."""
     if Path(config.output).is_dir():
         raise ValueError(f"--output {config.output} is a folder; name a file, such as {config.output}/report.html")
-    refuse_linked_file(config.output)
+    check_output_file(config.output)
     announce(f"a report of {', '.join(config.folders)}")
 
     from vkd_gen.evaluation.report import write_report  # loads torch, which takes seconds: flags are read before

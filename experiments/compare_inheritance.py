@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,8 +65,9 @@ class ComparisonConfig:
     """Samples that each run's Frechet distance is computed from."""
     output_dir: str = "runs/inheritance"
     """Folder of the runs."""
-    results: str = "experiments/results/inheritance.json"
-    """File to write."""
+    results: str = ""
+    """File to write; by default experiments/results/inheritance.json, or inheritance.json in --output_dir where a flag
+    changes what is compared."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -158,20 +159,25 @@ def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[s
     """The student's row of results.json of one run of train_student_unet.py, which is made if it is not there."""
     name = arm.replace(" ", "-").replace(",", "")
     folder = Path(config.output_dir) / f"width-{width}" / f"{name}-seed-{seed}"
-    if not (folder / "results.json").exists():
+    settings = {
+        "max_train_steps": config.max_train_steps,
+        "lr_warmup_steps": min(50, config.max_train_steps),
+        "train_batch_size": config.train_batch_size,
+        "num_score_samples": config.num_score_samples,
+        "num_inference_steps": 50,
+        "kid_subset_size": config.num_score_samples // 2,
+        "inherit_samples": config.num_draws,
+    }
+    if (folder / "results.json").exists():
+        made_by = json.loads((folder / "config.json").read_text())
+        if changed := [
+            f"--{name} {made_by.get(name)}" for name, value in settings.items() if made_by.get(name) != value
+        ]:
+            raise ValueError(f"{folder} holds a run by {' '.join(changed)}; choose another --output_dir")
+    else:
         command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes" / "train_student_unet.py")]
         command += ["--student_width", str(width), "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm]]
-        settings = {
-            "resume_from_checkpoint": "latest",
-            "max_train_steps": config.max_train_steps,
-            "lr_warmup_steps": min(50, config.max_train_steps),
-            "train_batch_size": config.train_batch_size,
-            "num_score_samples": config.num_score_samples,
-            "num_inference_steps": 50,
-            "kid_subset_size": config.num_score_samples // 2,
-            "inherit_samples": config.num_draws,
-            "preview_every_steps": 0,
-        }
+        settings |= {"resume_from_checkpoint": "latest", "preview_every_steps": 0}
         command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
@@ -233,13 +239,18 @@ def _table(title: str, columns: dict[str, dict[str, dict[str, Any]]], decimals: 
 
 def main(config: ComparisonConfig) -> None:
     """Measure before training, then train, and write after every step what is known so far."""
-    path = Path(config.results)
-    known = json.loads(path.read_text()) if path.exists() else {}
+    is_as_preset = config == replace(PRESETS["default"], output_dir=config.output_dir, results=config.results)
+    committed = ROOT / "experiments" / "results" / "inheritance.json"  # of the preset's own comparison alone
+    path = Path(config.results or (committed if is_as_preset else f"{config.output_dir}/inheritance.json"))
+    try:
+        known = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"cannot read the results in {path}: {error}; repair the file, or move it away") from error
     names = ("num_draws", "num_seeds", "max_train_steps", "train_batch_size", "num_score_samples")
     protocol = {name: getattr(config, name) for name in names}
     if known.get("protocol") != protocol:
         known = {"protocol": protocol, "before_training": {}, "layers": {}, "after_training": {}}
-    announce(f"comparing starts of students, into {config.results}")
+    announce(f"comparing starts of students, into {path}")
     known["environment"] = environment()
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in config.step0_teachers:

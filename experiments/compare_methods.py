@@ -22,6 +22,7 @@ from arms import ARMS
 from plan import PRESETS, ComparisonConfig, Run, extra_flags, plan, teacher_flags
 from records import RunRecords, read_run
 from side_by_side import Job, places, run_side_by_side
+from vkd_gen.evaluation.labels import data_label
 from vkd_gen.files import hold_folder, whole_file
 from vkd_gen.training.command_line import run_recipe
 
@@ -135,6 +136,14 @@ def main(config: ComparisonConfig) -> None:
     """Make the runs that are missing, then show what came of all."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     records, runs = RunRecords(config.results_file), plan(config)
+    is_own = config.dataset and data_label(config.dataset) != config.student_preset
+    if is_own and not any("--teacher" in shlex.split(run.flags) for run in runs):
+        console.print(
+            f"note: the teacher of --student_preset {config.student_preset} was not trained on {config.dataset}; for "
+            "data of your own: --student_preset custom --teacher FOLDER_OR_HUB_ID",
+            highlight=False,
+            markup=False,
+        )
     if config.dry_run:
         show_plan(config, runs, records, console)
         return

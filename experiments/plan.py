@@ -85,7 +85,10 @@ class ComparisonConfig:
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be above 0 and finite, not {self.learning_rate}")
         for text in self.extra:
-            name = (shlex.split(text) or [""])[0].lstrip("-")
+            try:
+                name = (shlex.split(text) or [""])[0].lstrip("-")
+            except ValueError as error:  # of a quotation mark without its twin
+                raise ValueError(f"--extra {text!r} cannot be read as a shell would: {error}") from error
             if not name or name in OWN:
                 what = f"{name} is this command's own" if name else "there is an empty one"
                 raise ValueError(f"--extra takes flags, each with its values in one string: {what}")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from vkd_gen.choices import OnBadImage
 from vkd_gen.evaluation.labels import data_label
-from vkd_gen.training.command_line import announce, refuse_linked_file, run_recipe
+from vkd_gen.training.command_line import announce, check_output_file, run_recipe
 
 SIZES = {"digits": (8, 1), "mnist": (28, 1)}
 """Resolution and channels of the embedded sets."""
@@ -55,7 +55,7 @@ def main(config: FeatureNetworkConfig) -> None:
     """Train, measure on the held-out images and save."""
     name = data_label(config.dataset)
     output = config.output or f"runs/{name}-features.safetensors"
-    refuse_linked_file(output)
+    check_output_file(output)
     announce(f"a feature network of {config.dataset}, to {output}")
 
     from vkd_gen.data import EMBEDDED, load_images, told_of

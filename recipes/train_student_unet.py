@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
@@ -43,8 +44,8 @@ class StudentConfig:
     preset: str = "digits"
     """Which of digits, mnist, cifar10 and custom to start from; every flag overrides a field of it."""
     teacher: str = ""
-    """Folder or hub id of a diffusers pipeline or UNet. Wherever a hub id is taken, ID@REVISION is a commit, tag or
-    branch of it."""
+    """Folder of a diffusers pipeline, of a UNet or of a recipe's run, or a hub id. Wherever a hub id is taken,
+    ID@REVISION is a commit, tag or branch of it."""
     data: SharedDataOptions = field(default_factory=DataOptions)
     """Images to train on."""
     resolution: int | None = None
@@ -173,6 +174,12 @@ def main(config: StudentConfig) -> None:
     """Distil, export, score and show one student."""
     if not config.teacher or not config.data.dataset:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
+    preset, teacher_path = PRESETS[config.preset], repository_path(config.teacher, __file__)
+    if config.teacher == preset.teacher and not Path(teacher_path).exists():
+        raise ValueError(
+            f"there is no {config.teacher}, the teacher of --preset {config.preset}: recipes/train_teacher_unet.py "
+            f"--preset {config.preset} makes it; or name another by --teacher"
+        )
     aim = "what would be trained" if config.dry_run else f"into {config.training.output_dir}"
     announce(f"distilling {config.teacher} on {config.data.dataset}, {aim}")
 
@@ -224,15 +231,19 @@ def main(config: StudentConfig) -> None:
         find_unused_parameters=not (matching.denoising_weight or matching.output_weight) or ends_early(matching),
     )
 
+    if config.teacher == preset.teacher and data_label(config.data.dataset) != data_label(preset.data.dataset):
+        accelerator.print(
+            f"note: the teacher of --preset {config.preset} was trained on {preset.data.dataset}, not on "
+            f"{config.data.dataset}, and its students make what it makes; for images of your own: --preset custom "
+            "--teacher FOLDER_OR_HUB_ID, such as one that train_teacher_unet.py --preset custom trains"
+        )
     last = math.ceil((matching.feature_decay_end or 0) * options.max_train_steps)
     if matching.feature_weight and last <= (options.lr_warmup_steps or 0) and options.lr_scheduler != "constant":
         accelerator.print(
             f"note: the feature loss ends at step {last}, before the learning rate has risen (--lr_warmup_steps "
             f"{options.lr_warmup_steps}): features hardly train the student"
         )
-    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(
-        repository_path(config.teacher, __file__), without_weights=config.dry_run
-    )
+    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(teacher_path, without_weights=config.dry_run)
     if config.resolution is not None:
         teacher_unet.register_to_config(sample_size=config.resolution)
     prediction_type = vkd.Schedule.of(teacher_scheduler).prediction_type

@@ -222,6 +222,14 @@ def main(config: TeacherConfig) -> None:
             return
         check_upload(options)
     accelerator = make_accelerator(options)
+    preset = PRESETS[config.preset]
+    form, of_preset = ((given.resolution, given.channels) for given in (config, preset))
+    if preset.data.dataset and form == of_preset and data_label(config.data.dataset) != data_label(preset.data.dataset):
+        accelerator.print(
+            f"note: {config.data.dataset} becomes {config.resolution} x {config.resolution} pixels in "
+            f"{'grey' if config.channels == 1 else 'RGB'}, as --preset {config.preset} is for {preset.data.dataset}; "
+            "for images of your own: --preset custom, with --resolution and --channels"
+        )
     # The number of classes is the data's: those come first then, in a dry run too.
     load = partial(
         load_data,

@@ -29,7 +29,7 @@ from vkd_gen.limits import check_sizes
 from vkd_gen.provenance import hub_revision
 from vkd_gen.sampling import load_pipeline, stock_pipeline
 from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
-from vkd_gen.training.command_line import refuse_linked_file, refuse_links, tensors_alone
+from vkd_gen.training.command_line import check_output_file, refuse_links, tensors_alone
 from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet, read_unet_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -424,11 +424,11 @@ def test_links_that_stay_inside(tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", ["elsewhere", "nothing"])
 def test_a_file_that_would_be_written_through_a_link(tmp_path, link, target):
     (tmp_path / "elsewhere").touch()
-    refuse_linked_file(tmp_path / "x.html")
+    check_output_file(tmp_path / "x.html")
     (tmp_path / link).symlink_to(tmp_path / target)
     with pytest.raises(ValueError, match=f"{link} is a link, to .*/{target}; nothing is written through links"):
-        refuse_linked_file(tmp_path / "x.html")
-    refuse_linked_file(tmp_path / "y.html")
+        check_output_file(tmp_path / "x.html")
+    check_output_file(tmp_path / "y.html")
 
 
 @pytest.mark.parametrize("link", ["previews", "checkpoint-1", "metrics.jsonl", "config.json.tmp"])

@@ -111,7 +111,8 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
         path = path if is_here else hub_folder(source, ["model_index.json"])
         kind = pipeline_class(read_json(path / "model_index.json"), [ClassConditionalDDIMPipeline])
     except ValueError as error:
-        raise ValueError(f"cannot load the pipeline {source}: {error}") from error
+        where = "" if is_here else "there is no such folder, and the hub did not give it: "
+        raise ValueError(f"cannot load the pipeline {source}: {where}{error}") from error
     _check_call(kind, source)
     try:
         path = path if is_here else hub_folder(source, part_files(kind))

@@ -74,7 +74,45 @@ def test_comparison_before_training(tmp_path, pipeline_folder, compare, capsys):
     assert json.loads(results.read_text())["before_training"] != known["before_training"]
 
 
-def test_comparison_refuses_in_one_line(compare, capsys):
-    with pytest.raises(SystemExit):
-        compare("--preset", "default", "--step0_teachers", "folder")
-    assert "takes FOLDER=DATASET" in capsys.readouterr().err
+def damaged_results(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("[1, 2]")
+    return ["--results", path], "cannot read the results in"
+
+
+def run_of_other_flags(tmp_path):
+    folder = tmp_path / "runs" / "width-0.5" / "random-initialisation-seed-0"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"rows": {"student": {"fid_digits": 0.0}}}')
+    (folder / "config.json").write_text('{"max_train_steps": 300}')
+    flags = ["--max_train_steps", 20, "--output_dir", tmp_path / "runs", "--widths", 0.5, "--step0_teachers"]
+    return flags, "holds a run by --max_train_steps 300"
+
+
+@pytest.mark.parametrize(
+    "case", [lambda _: (["--step0_teachers", "folder"], "takes FOLDER=DATASET"), damaged_results, run_of_other_flags]
+)
+def test_comparison_refuses_in_one_line(case, compare, tmp_path, capsys):
+    flags, words = case(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        compare("--preset", "default", *flags)
+    assert status.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "results"),
+    [
+        (["--num_draws", 8], "runs/inheritance/inheritance.json"),
+        (["--num_seeds", 1, "--output_dir", "o"], "o/inheritance.json"),
+        (["--widths", 0.5, "--results", "r.json"], "r.json"),
+    ],
+)
+def test_what_a_flag_changes_stays_out_of_the_committed_results(flags, results, compare, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    committed = compare_inheritance.ROOT / "experiments" / "results" / "inheritance.json"
+    before = committed.read_bytes()
+    compare("--preset", "default", "--step0_teachers", "--max_train_steps", 0, *flags)
+    assert f"into {results}" in capsys.readouterr().out
+    assert committed.read_bytes() == before

@@ -83,6 +83,15 @@ def test_what_lies_here_goes_before_what_the_repository_carries(run_eval, pipeli
     assert "901,121" not in capsys.readouterr().out
 
 
+def test_a_runs_folder_is_a_teacher(run_recipe, pipeline_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"output_dir": "run", "max_train_steps": 9, "train_batch_size": 1}')
+    pipeline_folder.rename(run / "pipeline")
+    run_recipe("train_student_unet", "--teacher", run, "--dry_run")
+    assert f"(from {run / 'pipeline' / 'scheduler'})" in capsys.readouterr().out
+
+
 def test_a_name_that_is_nowhere_is_an_error(run_eval, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_status:

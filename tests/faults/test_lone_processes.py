@@ -38,6 +38,14 @@ def test_one_of_several_that_is_alone_is_refused(name, value, accelerator, monke
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("rank", ["1", "7"])
+def test_a_rank_without_others_is_refused(rank, accelerator, monkeypatch):
+    """Such a process would hold itself for one that prints nothing and checks no checkpoint to its end."""
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ValueError, match=f"RANK is {rank} .*alone: unset it"):
+        check_processes(accelerator)
+
+
 @pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_NTASKS": "8"}, {"PMI_SIZE": "2"}])
 def test_one_that_was_started_alone_goes_on(variables, accelerator, monkeypatch, capsys):
     """Also a job array's: a cluster counts processes that have nothing to do with each other."""

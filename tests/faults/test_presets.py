@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+import compare_methods
 import plan as planning
 from tests.recipes.conftest import SHORT, SHORT_STUDENT, load_recipe
 from vkd_gen.evaluation.extractors import load_extractor
@@ -119,6 +120,37 @@ def test_a_short_run_of_ones_own_learns_at_the_rate_that_was_asked_for(photos, p
 def test_features_that_end_within_the_warm_up_are_told(flags, is_told, pipeline_folder, run_recipe, capfd):
     run_recipe(STUDENT, "--teacher", pipeline_folder, "--max_train_steps", 20, "--dry_run", *flags)
     assert ("the feature loss ends at step 10, before the learning rate" in capfd.readouterr().out) == is_told
+
+
+# ---- a preset's teacher and form of the images are its data's
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        (STUDENT, ["--dataset", "photos"], "trained on digits, not on photos"),
+        (STUDENT, ["--dataset", "mnist"], "trained on digits, not on mnist"),
+        (STUDENT, ["--preset", "cifar10", "--dataset", "x/birds", "--teacher", "stable-diffusion-1"], None),
+        (STUDENT, [], None),
+        (TEACHER, ["--dataset", "photos"], "photos becomes 8 x 8 pixels in grey"),
+        (TEACHER, ["--dataset", "photos", "--resolution", 32], None),
+        (TEACHER, ["--preset", "custom", "--dataset", "photos"], None),
+        (TEACHER, ["--preset", "cifar10", "--dataset", "copies/cifar10"], None),
+    ],
+)
+def test_other_data_than_the_presets_are_told_of(name, flags, words, run_recipe, capfd):
+    run_recipe(name, "--dry_run", *flags)
+    notes = [line for line in capfd.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (words is not None)
+    assert words is None or (words in notes[0] and "--preset custom" in notes[0])
+
+
+def test_a_teacher_that_is_still_to_be_trained(run_recipe, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        run_recipe(STUDENT, "--preset", "cifar10")
+    assert status.value.code == 2
+    assert "recipes/train_teacher_unet.py --preset cifar10 makes it" in told(capfd)
 
 
 # ---- the extractor is the data's
@@ -254,6 +286,8 @@ def test_the_digits_network_is_made_as_it_was(tmp_path, run_recipe):
     ("flags", "words"),
     [
         (["--output", "features.pt"], "must end in .safetensors"),
+        (["--output", "a.safetensors"], "a.safetensors is a folder; name a file"),
+        (["--output", "file/a.safetensors"], "file/a.safetensors cannot be written: file is a file"),
         (["--dataset", "no/where/at/all"], "there is no folder or file no/where/at/all"),
         (["--dataset", "inception-crops"], "is another network's name"),
         (["--num_epochs", 0], "--num_epochs must be at least 1"),
@@ -262,11 +296,13 @@ def test_the_digits_network_is_made_as_it_was(tmp_path, run_recipe):
 )
 def test_a_feature_network_that_cannot_be(flags, words, tmp_path, monkeypatch, run_recipe, capfd):
     monkeypatch.chdir(tmp_path)
+    Path("a.safetensors").mkdir()
+    Path("file").touch()
     with pytest.raises(SystemExit) as status:
         run_recipe("train_feature_network", "--preset", "default", *flags)
     assert status.value.code == 2
     assert words in told(capfd)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "file"]
 
 
 @pytest.mark.parametrize(
@@ -324,6 +360,20 @@ def test_a_comparison_hands_on_teacher_and_data(monkeypatch):
     assert (parsed.teacher, parsed.data.dataset, parsed.scores.extractor) == ("a/b", "my birds", "none")
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_told"),
+    [
+        (["--dataset", "x/birds"], True),
+        (["--dataset", "digits"], False),
+        (["--dataset", "x/birds", "--teacher", "a/b"], False),
+        (["--dataset", "x/birds", "--extra", "teacher a/b"], False),
+    ],
+)
+def test_a_comparison_says_that_its_teacher_is_of_other_data(flags, is_told, monkeypatch, capsys):
+    compare_methods.main(parse_comparison(monkeypatch, "--dry_run", "--arms", "output", *flags))
+    assert ("was not trained on x/birds" in capsys.readouterr().out) == is_told
+
+
 def test_ones_own_teacher_goes_before_the_presets(monkeypatch):
     config = parse_comparison(monkeypatch, "--preset", "mnist", "--teacher", "a/b")
     assert {run.flags.count("--teacher") for run in planning.plan(config)} == {1}
@@ -336,6 +386,7 @@ def test_ones_own_teacher_goes_before_the_presets(monkeypatch):
         (["--student_preset", "custom"], "--student_preset custom needs --teacher and --dataset"),
         (["--student_preset", "custom", "--dataset", "x"], "--student_preset custom needs --teacher and --dataset"),
         (["--student_preset", "birds"], "birds"),
+        (["--extra", "teacher it's"], "cannot be read as a shell would: No closing quotation"),
     ],
 )
 def test_a_comparison_that_cannot_be(flags, words, monkeypatch, capfd):

@@ -65,7 +65,7 @@ def test_the_same_accumulation_in_the_environment_is_taken(accelerator_of):
     assert accelerator_of({STEPS: "2"}, gradient_accumulation_steps=2).gradient_accumulation_steps == 2
 
 
-@pytest.mark.parametrize("value", ["fp8", "half", "float16", "bf16,fp16"])
+@pytest.mark.parametrize("value", ["fp8", "half", "float16", "bf16,fp16", "FP16", "BF16", ""])
 def test_a_precision_of_the_environment_that_there_is_not_is_refused(value, accelerator_of):
     with pytest.raises(ValueError, match=f"{PRECISION} in the environment .* is '{value}'.*--mixed_precision"):
         accelerator_of({PRECISION: value})

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import figures
 from tables import markdown_table as comparison_table
@@ -23,7 +24,7 @@ from vkd_gen import LossWeights, ProjectedStudent
 from vkd_gen.evaluation.compare import FORMATS, markdown_table, print_table
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics
 from vkd_gen.evaluation.labels import SCORES, label_of
-from vkd_gen.evaluation.report import asked_for, write_report
+from vkd_gen.evaluation.report import Outcome, asked_for, draw_curves, write_report
 from vkd_gen.training.balance import FeatureBalance
 
 EVAL = RECIPES.parent / "eval"
@@ -63,6 +64,7 @@ def test_a_page_names_data_teacher_student_method_steps_and_seed(tmp_path):
     ("changes", "student"),
     [
         ({"student": "bk-base"}, "bk-base"),
+        ({"student": "a/b@main", "student_sha256": "77af", "student_revision": "c0ffee"}, "a/b@main"),
         ({"student": "bk-base", "student_width": 0.25}, "bk-base, width 0.25"),
         ({"student_width": 1, "student_layers_per_block": 1}, "width 1, layers per block 1"),
         ({"student_drop_mid_block": True}, "width 0.5, drop mid block True"),
@@ -170,6 +172,16 @@ def test_further_looks_change_nothing_in_a_run(pipeline_folder, tmp_path, run_re
 
 
 # ---- figures
+
+
+@pytest.mark.parametrize(("num_points", "is_marked"), [(1, True), (2, True), (200, False)])
+def test_a_curve_of_few_points_is_seen(num_points, is_marked, monkeypatch):
+    plotted = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *given, **style: plotted.append(style) or plot(*given, **style))
+    metrics = [{"step": step, "loss/output": 1 / step} for step in range(1, num_points + 1)]
+    draw_curves([Outcome("run", {"rows": {}}, {}, metrics)])
+    assert [style["marker"] == "o" for style in plotted] == [is_marked]
 
 
 def test_every_line_of_the_diagnostics_has_markers_and_floors_are_seen():

@@ -93,6 +93,7 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
     gradients.axhline(0, color="0.2", linewidth=1)
     gradients.set(xlabel="step", title="The feature loss' gradient")
     if gradients.get_legend_handles_labels()[1]:  # not for a feature loss without other terms
+        gradients.margins(y=0.3)  # room for the legend beside the points
         gradients.legend(fontsize=8)
 
     places = range(len(layers))

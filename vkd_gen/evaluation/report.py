@@ -25,6 +25,8 @@ from vkd_gen.provenance import is_number, only_warns, read_metrics, write_json
 from vkd_gen.text import figure_text, html_text
 
 NOT_DRAWN = re.compile("score/fid_(training|held_out)")
+FEW_POINTS = 20
+"""Of a curve, each of which is marked then: a line of one point is not seen."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --soft: #f6f8fa; --ink: #1f2328; --dim: #59636e; --page: #fff; }
@@ -192,7 +194,9 @@ def asked_for(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         return {}
     if "teacher" in config:  # of a run that distils
+        own = ("student_sha256", "student_revision")  # facts of its weights, no traits
         traits = {name: value for name, value in config.items() if name.startswith("student_") and value}
+        traits = {name: value for name, value in traits.items() if name not in own}
         words = [f"{name.removeprefix('student_').replace('_', ' ')} {value}" for name, value in traits.items()]
         if not config.get("student") and not config.get("student_width"):
             words = ["width 0.5", *words]
@@ -293,12 +297,13 @@ def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
         for number, outcome in enumerate(outcomes):
             points = [(line["step"], line[name]) for line in outcome.metrics if math.isfinite(line.get(name, math.nan))]
             if points:
-                marker = "o" if name.startswith("score/") else None
+                marker = "o" if name.startswith("score/") or len(points) <= FEW_POINTS else None
                 axis.plot(
                     *zip(*points, strict=True),
                     label=figure_text(outcome.name),
                     color=f"C{number}",
                     marker=marker,
+                    markersize=4,
                     linewidth=1.4,
                 )
         teacher = outcomes[0].results["rows"].get("teacher", {}).get(name.removeprefix("score/"))

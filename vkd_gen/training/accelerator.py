@@ -44,7 +44,10 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
     except (ImportError, ValueError) as error:
-        reason = str(error) if options.report_to is None else f"--report_to {options.report_to}: {error}"
+        source = "what accelerate reads in the environment or its config file cannot be"
+        if options.report_to is not None:
+            source = f"--report_to {options.report_to}"
+        reason = f"{source}: {error}"
         raise ValueError(reason) from error
     check_processes(accelerator)
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
@@ -74,7 +77,8 @@ def _check_environment(options: TrainingOptions) -> None:
         )
     name, precisions = "ACCELERATE_MIXED_PRECISION", ("no", "fp16", "bf16")
     precision = os.environ.get(name, "no")
-    if options.mixed_precision is None and precision.lower() not in precisions:
+    # Accelerate takes FP16 for a precision of that name, and trains in float32.
+    if options.mixed_precision is None and precision not in precisions:
         raise ValueError(
             f"{name} in the environment (or mixed_precision in accelerate's config file) is {precision!r}; these "
             f"recipes train in {', '.join(precisions)}: set it to one of them, or say so by --mixed_precision"
@@ -96,6 +100,11 @@ def check_processes(accelerator: Accelerator) -> None:
                 "are connected only if ACCELERATE_USE_CPU=1 is set for `accelerate launch --multi_gpu` or torchrun; "
                 f"set it, or start one process (and unset {name} if no launcher set it)"
             )
+    if os.environ.get("RANK", "0") not in ("", "0"):
+        raise ValueError(
+            f"RANK is {os.environ['RANK']} in the environment, but this process is alone: unset it, or start all "
+            "processes by one launcher, which sets WORLD_SIZE too"
+        )
     is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
     if is_launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         # All that its launcher of one process says where it was asked for several (MULTI_CPU) without mpirun.

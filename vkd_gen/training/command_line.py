@@ -19,6 +19,9 @@ from vkd_gen.version import __version__
 
 Config = TypeVar("Config")
 
+RESUMES = "--resume_from_checkpoint latest goes on from the last checkpoint, if there is one"
+GOES_ON = "the same command goes on with what is done already, or starts anew"
+
 USER_ERROR = 2
 """Exit status for a mistake in the command line, the configuration, the data or the models."""
 
@@ -51,9 +54,11 @@ def _parse(kind: type[Config], default: Config | None, description: str, argumen
     description = re.sub(r"\n+(?=(?:python|accelerate) )", "\n\n", description)
     try:
         with contextlib.redirect_stderr(messages):
+            # Underscores, as documents and messages write flags; dashes are read too.
+            shown = {"description": description, "use_underscores": True}
             if default is None:
-                return _expand_home(tyro.cli(kind, description=description, args=arguments))
-            return _expand_home(tyro.cli(kind, default=default, description=description, args=arguments))
+                return _expand_home(tyro.cli(kind, args=arguments, **shown))
+            return _expand_home(tyro.cli(kind, default=default, args=arguments, **shown))
     except SystemExit as error:
         if error.code in (0, None):
             raise
@@ -187,16 +192,21 @@ def refuse_links(folder: str | Path) -> None:
                 )
 
 
-def refuse_linked_file(file: str | Path) -> None:
-    """Refuse an output file that is a link, or whose temporary name is one: nothing is written anywhere else.
+def check_output_file(file: str | Path) -> None:
+    """Refuse an output file that cannot be one, or is a link, or whose temporary name is: nothing is written elsewhere.
 
     Args:
         file: that is about to be written; need not be there.
 
     Raises:
-        ValueError: in one line, naming the link and where it leads.
+        ValueError: in one line, naming the folder, the file above it, or the link and where it leads.
     """
     file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; name a file")
+    for parent in file.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{file} cannot be written: {parent} is a file")
     beside = file.with_name(file.name + ".protocol.json")  # what made the images in an .npz
     for path in (file, beside, own_name(file), own_name(beside)):
         if path.is_symlink():
@@ -221,14 +231,12 @@ def repository_path(path: str, script: str) -> str:
 
 def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], description: str, default: str) -> None:
     """Parse the command line and run `main` on it, with users' mistakes told in one line."""
-    with (
-        one_line_errors("--resume_from_checkpoint latest goes on from the last checkpoint, if there is one"),
-        tensors_alone(),
-    ):
+    trains = any(hasattr(config, "training") for config in presets.values())
+    with one_line_errors(RESUMES if trains else GOES_ON), tensors_alone():
         main(parse_command_line(presets, description, default))
 
 
 def run_command(main: Callable[[Config], None], kind: type[Config], description: str) -> None:
     """Parse the command line into a dataclass and run `main` on it, with users' mistakes told in one line."""
-    with one_line_errors("the same command goes on with what is done already, or starts anew"), tensors_alone():
+    with one_line_errors(GOES_ON), tensors_alone():
         main(_parse(kind, None, description, sys.argv[1:]))

@@ -25,6 +25,8 @@ BATCH = ("train_batch_size", "num_processes", "gradient_accumulation_steps")
 """What may change as long as its product does not."""
 CONTENTS = {"teacher": "teacher_sha256", "student": "student_sha256", "dataset": "dataset_sha256"}
 """Flags that name something, and the facts that hold what it is: where both runs know the fact, the name is free."""
+OF_DATA = ("num_training_images", "num_skipped_images", "num_classes", "image_numbers_sha256")
+"""Facts that follow from what the data are."""
 CONSTANT = ("constant", "constant_with_warmup")
 """Schedules of the learning rate that do not depend on the number of steps."""
 
@@ -76,7 +78,8 @@ def start_folder(
 
     def hold() -> dict[str, Any]:
         folder.hold()
-        return _data_facts(facts, train, held_out)
+        resumes = folder.resume_point(facts["resume_from_checkpoint"]) is not None
+        return _data_facts(facts, train, held_out, tell=resumes)
 
     of_data = [on_main_process(hold) or {}]
     if accelerator.num_processes > 1:
@@ -90,8 +93,8 @@ def start_folder(
     accelerator.wait_for_everyone()
 
 
-def _data_facts(facts: Mapping[str, Any], train: Images, held_out: Images) -> dict[str, Any]:
-    """`data_facts`, and what is compared of data that is not read whole; says so."""
+def _data_facts(facts: Mapping[str, Any], train: Images, held_out: Images, *, tell: bool) -> dict[str, Any]:
+    """`data_facts`, and what is compared of data that is not read whole; says so where that is asked for."""
     found, how = data_facts(train, held_out), None
     if train.revision is not None:
         how = f"its commit on the hub, {train.revision}"
@@ -103,7 +106,7 @@ def _data_facts(facts: Mapping[str, Any], train: Images, held_out: Images) -> di
         how = "its head, and the names and sizes of its files"
     elif "dataset_sha256" not in found:
         how = "its name"
-    if how and facts.get("resume_from_checkpoint"):
+    if how and tell:
         print(f"{train.name} is compared to what the run began with by {how}")
     return found
 
@@ -147,6 +150,8 @@ def compare_facts(before: dict[str, Any], now: dict[str, Any], point: Path, tell
     free = {*FREE_TO_CHANGE, *BATCH, *by_content, "max_train_steps"}
     if before.get("lr_scheduler") == "constant":
         free.add("lr_warmup_steps")  # which it has none of, and whose default is a share of the run
+    if any(words.startswith("--dataset ") for words in other_contents):
+        free.update(OF_DATA)  # which follow from that
     forbidden = [name for name in changed if name not in free]
     if forbidden or other_contents:
         words = [f"--{name} was {before[name]!r} and is {changed[name]!r}" for name in forbidden]

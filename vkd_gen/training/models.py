@@ -130,6 +130,8 @@ def _place(source: str, role: str) -> Path:
         if folder.exists() or source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") != 1:
             raise ValueError(f"there is no {role} folder {source}")
         folder = _from_hub(source, role, CONFIGS)
+    elif (folder / "pipeline" / "model_index.json").is_file() and not (folder / "unet").exists():
+        folder = folder / "pipeline"  # of a recipe's run
     for path in (folder / "unet", folder):
         if (path / "config.json").exists():
             return path

@@ -261,7 +261,8 @@ class MatchingOptions:
     output_weight: float | None = None
     """Weight of the output distillation loss; by default 1, or 0 for --method none."""
     feature_weight: float | None = None
-    """Weight of the feature loss, summed over layers; by default what --method uses, see METHODS."""
+    """Weight of the feature loss, summed over layers; by default what --method uses (`METHODS` in
+    vkd_gen/training/matching.py)."""
     feature_decay_start: float | None = None
     """Share of the run after which the feature weight falls linearly; 1 keeps it. By default 1, or 0 for --method
     vkd."""
