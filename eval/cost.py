@@ -98,6 +98,7 @@ def main(config: CostConfig) -> None:
     print_costs(rows)
     if config.output:
         protocol = {"batch_size": config.batch_size, "environment": environment()}
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), {"rows": rows, "protocol": protocol})
 
 

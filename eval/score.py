@@ -169,6 +169,8 @@ def main(config: ScoreConfig) -> None:
         if path.exists() and not config.overwrite:
             raise ValueError(f"{path}: this folder already holds results; choose another --output_dir, or --overwrite")
     refuse_links(folder)
+    if folder.is_dir() and is_of_run(folder):  # whose results are no earlier call's, to be replaced by --overwrite
+        raise ValueError(f"{folder} is a run's folder, or its pipeline; choose another --output_dir")
     announce(f"scoring {', '.join(config.sources)} against {config.reference}, into {folder}")
 
     import torch

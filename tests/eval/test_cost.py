@@ -41,6 +41,12 @@ def test_folders_files_and_runs_name_the_same_unet(tmp_path, run_eval, checkpoin
     assert len({(row["parameters"], row["macs"]) for row in rows.values()}) == 1
 
 
+def test_numbers_go_into_a_folder_that_is_new(tmp_path, run_eval, checkpoint):
+    output = tmp_path / "new" / "deep" / "cost.json"
+    run_eval("cost", checkpoint, "--output", output)
+    assert json.loads(output.read_text())["rows"]
+
+
 def test_measured_costs_grow_with_the_model(tmp_path, run_eval, checkpoint):
     wide = tiny_unet((32, 64))
     wide.save_pretrained(tmp_path / "wide")

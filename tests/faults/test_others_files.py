@@ -171,3 +171,15 @@ def test_scores_do_not_overwrite_files_of_others(name, checkpoint, run_eval, tmp
     assert exit_status.value.code == 2
     assert name in capsys.readouterr().err
     assert texts(tmp_path, [name]) == {name: f"of mine: {name}"}
+
+
+@pytest.mark.parametrize("place", [".", "pipeline"])
+def test_scores_do_not_overwrite_a_runs_results(place, checkpoint, run_eval, tmp_path, capsys):
+    config = {"output_dir": "run", "max_train_steps": 9, "train_batch_size": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    fill(tmp_path, ["results.json", "pipeline/model_index.json"])
+    with pytest.raises(SystemExit) as exit_status:
+        run_eval("score", checkpoint, "--reference", "digits", "--output_dir", tmp_path / place, "--overwrite")
+    assert exit_status.value.code == 2
+    assert "is a run's folder, or its pipeline" in capsys.readouterr().err
+    assert texts(tmp_path, ["results.json"]) == {"results.json": "of mine: results.json"}

@@ -104,6 +104,8 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
     ranks.set_xticks(list(places), names, fontsize=8, rotation=0 if len(layers) <= 5 else 90)
     ranks.set(title=f"Effective number of directions, step {last['step']}")
     ranks.legend(fontsize=8)
+    for axis in (losses, gradients):
+        axis.xaxis.get_major_locator().set_params(integer=True)  # of steps there are no halves
     for axis in (losses, gradients, timesteps, ranks):
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

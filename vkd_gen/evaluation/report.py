@@ -316,6 +316,7 @@ def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}" if max(values) < 20 * min(values) else "")
         axis.set_xlim(left=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # of steps there are no halves
         axis.set_title(figure_text(label), fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.25)

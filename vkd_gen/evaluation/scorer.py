@@ -128,7 +128,7 @@ class Scorer:
         with_kid = isinstance(reference, ImageSource)  # saved statistics give FID alone
         _check_count("the samples", num_samples, options, with_kid=with_kid)
         if isinstance(reference, ImageSource):
-            _check_count(f"the reference {reference.name}", reference.count, options)
+            _check_count("the reference", reference.count, options)
         self.extractor = load_extractor(options.extractor, options.extractor_weights)
         self.extractor.network.to(PartialState().device)
         if isinstance(reference, ImageSource):
