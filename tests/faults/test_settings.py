@@ -455,7 +455,11 @@ LENGTH = {**OLD, "max_train_steps": 6, "lr_scheduler": "constant", "feature_weig
         ({"feature_weight": 1.0, "feature_decay_start": 1.0, "feature_weighting": "gradient_ratio"}, {}, "its ratio"),
         ({}, {"max_train_steps": 2}, "max_train_steps 2 ends before|is behind --max_train_steps 2"),
         ({"lr_scheduler": "cosine"}, {"lr_scheduler": "constant"}, "of a run of 6 steps"),
-        ({"lr_warmup_steps": 1}, {"lr_warmup_steps": 2}, "--lr_warmup_steps was 1 and is 2"),
+        (
+            {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1},
+            {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
+            "--lr_warmup_steps was 1 and is 2",
+        ),
     ],
 )
 def test_what_cannot_be_made_longer_is_told(before, now, words):

@@ -165,14 +165,14 @@ STUDENT_MISTAKES = {
     "unknown preset": (lambda tmp: ["--preset", "digit"], "no preset 'digit'.*digits"),
     "unknown flag": (lambda tmp: ["--max_train_step", 3], "max.train.step"),
     "unknown method": (lambda tmp: ["--method", "kd"], "--method.*vkd"),
-    "not a number": (lambda tmp: ["--max_train_steps", "many"], "max-train-steps.*many"),
+    "not a number": (lambda tmp: ["--max_train_steps", "many"], "max_train_steps.*many"),
     "flag without value": (lambda tmp: ["--seed"], "seed"),
     "negative steps": (lambda tmp: ["--max_train_steps", -5], "--max_train_steps must be at least 1, not -5"),
     "negative seed": (lambda tmp: ["--seed", -1], "--seed must be at least 0"),
     "empty batch": (lambda tmp: ["--train_batch_size", 0], "--train_batch_size must be at least 1"),
     "learning rate nan": (lambda tmp: ["--learning_rate", "nan"], "--learning_rate must be above 0"),
     "EMA decay one": (lambda tmp: ["--ema_max_decay", 1], "--ema_max_decay"),
-    "unknown precision": (lambda tmp: ["--mixed_precision", "fp8"], "mixed-precision"),
+    "unknown precision": (lambda tmp: ["--mixed_precision", "fp8"], "mixed_precision"),
     "unknown tracker": (lambda tmp: ["--report_to", "paper"], "--report_to paper"),
     "decay end above one": (lambda tmp: ["--feature_decay_end", 1.5], "--feature_decay_end must lie between 0 and 1"),
     "decay that ends before it starts": (
@@ -190,9 +190,9 @@ STUDENT_MISTAKES = {
     "decay start above one": (lambda tmp: ["--feature_decay_start", 1.5], "--feature_decay_start"),
     "unknown feature weighting": (
         lambda tmp: ["--feature_weighting", "gradient"],
-        "'gradient' for argument '--feature-weighting'.*gradient_ratio",
+        "'gradient' for argument '--feature_weighting'.*gradient_ratio",
     ),
-    "unknown feature loss": (lambda tmp: ["--feature_loss", "cosine"], "'cosine' for argument '--feature-loss'.*cka"),
+    "unknown feature loss": (lambda tmp: ["--feature_loss", "cosine"], "'cosine' for argument '--feature_loss'.*cka"),
     "unknown projector": (lambda tmp: ["--projector", "lstsq"], "'lstsq' for argument '--projector'.*least_squares"),
     "ratio without diagnostics": (
         lambda tmp: ["--feature_weighting", "gradient_ratio", "--diagnostics_every_steps", 0],
@@ -211,7 +211,7 @@ STUDENT_MISTAKES = {
         "--diagnostics_every_steps must be at least 0, not -1",
     ),
     "no training samples": (lambda tmp: ["--max_train_samples", 0], "--max_train_samples must be at least 1, not 0"),
-    "training samples in words": (lambda tmp: ["--max_train_samples", "few"], "max-train-samples.*few"),
+    "training samples in words": (lambda tmp: ["--max_train_samples", "few"], "max_train_samples.*few"),
     "least squares without features": (
         lambda tmp: ["--method", "output", "--projector", "least_squares"],
         "weight is 0: there is no feature loss",
