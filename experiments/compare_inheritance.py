@@ -159,7 +159,7 @@ def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[s
     """The student's row of results.json of one run of train_student_unet.py, which is made if it is not there."""
     name = arm.replace(" ", "-").replace(",", "")
     folder = Path(config.output_dir) / f"width-{width}" / f"{name}-seed-{seed}"
-    settings = {
+    settings: dict[str, int | str] = {
         "max_train_steps": config.max_train_steps,
         "lr_warmup_steps": min(50, config.max_train_steps),
         "train_batch_size": config.train_batch_size,

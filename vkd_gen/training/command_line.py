@@ -55,10 +55,11 @@ def _parse(kind: type[Config], default: Config | None, description: str, argumen
     try:
         with contextlib.redirect_stderr(messages):
             # Underscores, as documents and messages write flags; dashes are read too.
-            shown = {"description": description, "use_underscores": True}
             if default is None:
-                return _expand_home(tyro.cli(kind, args=arguments, **shown))
-            return _expand_home(tyro.cli(kind, default=default, args=arguments, **shown))
+                return _expand_home(tyro.cli(kind, description=description, args=arguments, use_underscores=True))
+            return _expand_home(
+                tyro.cli(kind, default=default, description=description, args=arguments, use_underscores=True)
+            )
     except SystemExit as error:
         if error.code in (0, None):
             raise
