@@ -14,7 +14,7 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks", "experiments")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "choices reductions features projectors schedule limits listing pipelines files text"
+NO_SIBLING = "choices reductions features projectors schedule limits pipelines files text"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
@@ -23,6 +23,7 @@ CORE = FOUNDATIONS | {
     "pictures": {"files", "text"},
     "provenance": {"files", "text"},
     "normalization": {"choices"},
+    "listing": {"files"},
     "decoding": {"listing"},
     "tables": {"decoding", "listing", "provenance"},
     "data": {"choices", "decoding", "listing", "tables"},

@@ -397,6 +397,13 @@ def _folder_labels(listing: Listing, files: list[Path]) -> Labels:
                 f"{shown(file)} has no class: put each class' images into a folder of its own in {shown(file.parent)}"
             )
     names = sorted({listing.classes[file.parent] or "" for chosen in listing.splits.values() for file in chosen})
+    known = {listing.classes[file.parent] for file in listing.splits["train"]}
+    for file in files:
+        if listing.classes[file.parent] not in known:
+            raise ValueError(
+                f"{shown(file)} is held out and of the class {listing.classes[file.parent]!r}, which no training image "
+                "has: name the folders of classes alike"
+            )
     numbers = {name: number for number, name in enumerate(names)}
     return np.array([numbers[listing.classes[file.parent] or ""] for file in files]), len(names)
 

@@ -123,19 +123,22 @@ def files_identity(files: list[Path], beside: str | Path) -> str:
     """Over names, from a folder on, or beside a fingerprint; sizes and times of change."""
     digest = hashlib.sha256()
     for file in files:
-        facts = file.stat()
         name = file.relative_to(beside) if isinstance(beside, Path) else f"{beside} {file}"
-        line = f"{name}\n{facts.st_size} {facts.st_mtime_ns}\n"
+        line = f"{name}\n"
+        if file.is_file():  # else one that --on_bad_image skip leaves out
+            line += f"{file.stat().st_size} {file.stat().st_mtime_ns}\n"
         digest.update(os.fsencode(line))
     return digest.hexdigest()
 
 
 def files_contents(files: list[Path], root: Path | None) -> str:
     """Over bytes and, with `root`, names below it; of a set larger than `HASHED_BYTES` over sizes and first bytes."""
-    sizes = [file.stat().st_size for file in files]
+    sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
     count = -1 if sum(sizes) <= HASHED_BYTES else FIRST_BYTES
 
     def describe(file: Path) -> bytes:
+        if not file.is_file() or not os.access(file, os.R_OK):  # one that --on_bad_image skip leaves out
+            return b""
         with file.open("rb") as opened:
             return hashlib.sha256(opened.read(count)).digest()
 

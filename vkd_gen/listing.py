@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from vkd_gen.files import LOCK
+
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 SPLIT_WORDS = {
@@ -35,11 +37,14 @@ little: train2017, testA, train-00000-of-00002."""
 
 SYSTEM_NAMES = {
     *("__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found"),
-    *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "found.000", "temporary items"),
+    *("network trash folder", "@recently-snapshot", "@tmp", "~snapshot"),
 }
 """What archives, servers and desktops leave in folders, in lower case, beside what begins with a dot."""
 SAVED_FACTS = ("state.json", "dataset_info.json", "dataset_dict.json")
 """What datasets' save_to_disk writes beside its arrow files."""
+SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")
+"""How the names of the hub's tables end; the older ones in letters that are no words."""
 CACHE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
 """Names of what datasets' map, filter and shuffle leave beside the arrow files that they read."""
 
@@ -117,10 +122,10 @@ def shown(path: Path | str) -> str:
 def list_files(source: str, image_column: str | None = None) -> Listing:
     """List a folder of images, a folder of tables, or one table.
 
-    Hidden files and folders, what systems leave behind, and caches of datasets are no data. Of a folder that
-    `save_to_disk` wrote, the arrow files that its state.json names are read. Where tables lie beside images, those that
-    hold images themselves are read if there are any, else the images. Links to folders are followed, unless what they
-    lead to is read anyway.
+    Hidden files and folders, what systems leave behind, folders of runs, and caches of datasets are no data. Of a
+    folder that `save_to_disk` wrote, the arrow files that its state.json names are read. Where tables lie beside
+    images, those that hold images themselves are read if there are any, else the images. Links to folders are
+    followed, unless what they lead to is read anyway.
 
     Splits are told from the names of folders, and of tables: see `find_splits`. A folder of held-out images alone is
     taken for the images themselves.
@@ -156,7 +161,7 @@ def list_files(source: str, image_column: str | None = None) -> Listing:
     for file in images if tables else ():
         left_out.add("image beside the tables", file.name)
     # Of an image the folders' names alone: one that is called test.png may well be there to train on.
-    keys = {file: file.relative_to(root).parts[:-1] + ((file.stem,) if tables else ()) for file in files}
+    keys = {file: file.relative_to(root).parts[:-1] + ((SHARD.sub("", file.stem),) if tables else ()) for file in files}
     places, notes = find_splits(keys.values())
     splits: dict[str, list[Path]] = {}
     for file in files:
@@ -166,7 +171,8 @@ def list_files(source: str, image_column: str | None = None) -> Listing:
         else:
             name = str(file.relative_to(root))
             left_out.add(f"{'table' if tables else 'image'} beside {place.beside}", name)
-    if "train" not in splits:
+    _drop_second_links(splits, left_out)
+    if not splits.get("train"):
         notes.append("all of it lies in folders that are called as what is there to test on; it is taken whole")
         splits = {"train": splits["test"]}
     classes = {file.parent: places[key].class_name for file, key in keys.items() if not tables}
@@ -175,20 +181,27 @@ def list_files(source: str, image_column: str | None = None) -> Listing:
 
 def _walk(root: Path, left_out: LeftOut) -> Iterable[Path]:
     """All files but hidden ones and caches."""
-    seen = {os.path.realpath(root)}
+    real_root = Path(os.path.realpath(root))
+    seen = {real_root}
 
     def cannot(error: OSError) -> None:
         left_out.add("folder that may not be read", os.path.relpath(str(error.filename), root))
 
     for folder, folders, files in os.walk(root, followlinks=True, onerror=cannot):
+        if LOCK in files and Path(folder) != root:  # its samples are no data when the run goes on
+            left_out.add("folder of a run", os.path.relpath(folder, root))
+            folders.clear()
+            continue
         kept = []
         for name in sorted(folders):
             path = os.path.join(folder, name)
-            real = os.path.realpath(path)
-            if _is_hidden(name) or name.endswith(".incomplete"):  # so datasets and the hub call what is half written
+            real, is_link = Path(os.path.realpath(path)), os.path.islink(path)
+            is_inside = real.is_relative_to(real_root) and not any(map(_is_hidden, real.relative_to(real_root).parts))
+            if _is_hidden(name):
                 left_out.add("hidden folder", name)
-            elif os.path.islink(path) and (real in seen or Path(real).is_relative_to(os.path.realpath(root))):
-                left_out.add("link to a folder that is read anyway", name)  # else images would be there twice
+            elif real in seen or (is_link and (is_inside or real_root.is_relative_to(real))):
+                # else images would be there twice
+                left_out.add(f"{'link to a ' if is_link else ''}folder that is read anyway", name)
             else:
                 seen.add(real)
                 kept.append(name)
@@ -204,7 +217,26 @@ def _walk(root: Path, left_out: LeftOut) -> Iterable[Path]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    # .incomplete is how datasets and the hub call what is half written
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES or name.endswith(".incomplete")
+
+
+def _drop_second_links(splits: dict[str, list[Path]], left_out: LeftOut) -> None:
+    """Leave out links to files that are data already, held out before trained on: an image is there once."""
+    links = {file for files in splits.values() for file in files if file.is_symlink()}
+    if not links:
+        return
+    taken: set[str] = set()
+    for split in sorted(splits):  # test, train
+        kept = set()
+        for file in sorted(splits[split], key=lambda file: file in links):
+            real = os.path.realpath(file)
+            if real in taken:
+                left_out.add("second link or name of one file", file.name)
+            else:
+                kept.add(file)
+            taken.add(real)
+        splits[split] = [file for file in splits[split] if file in kept]
 
 
 def _saved_files(folder: Path) -> set[str] | None:
@@ -252,6 +284,8 @@ def table_columns(file: Path) -> dict[str, bool]:
     except ImportError as error:
         raise ValueError("reading tables needs the package datasets: pip install datasets") from error
     try:
+        if not file.is_file():  # reading from a pipe would not end
+            raise OSError("there is no such file" if not file.exists() else "it is no file")
         if file.suffix.lower() == ".parquet":
             schema = pyarrow.parquet.read_schema(file)
         else:
@@ -338,12 +372,13 @@ def find_splits(keys: Iterable[Key]) -> tuple[dict[Key, Place], list[str]]:
     """
     doubts: dict[str, list[str]] = {}
     places = _descend(list(dict.fromkeys(keys)), 0, doubts)
-    prefixes = {key[: place.first] for key, place in places.items() if place.first is not None}
+    prefixes = {key[: place.first] for key, place in places.items() if place.split}
+    is_each = len(prefixes) > 1  # each class is split for itself, if at all: cats/train, cats/test, dogs/train, birds
     for key, place in places.items():
         before, after = key[: place.first or 0], key[place.last + 1 :]
-        if before and len(prefixes) > 1:  # each class is split for itself: cats/train, cats/test, dogs/train
+        if before and is_each:
             after = before
-        places[key] = place._replace(class_name=next(iter(after or before), None))
+        places[key] = place._replace(class_name=next(iter(after), None))
     notes = []
     for reason, names in doubts.items():
         more = f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vkd_gen.data import load_images, told_of
+from vkd_gen.data import data_facts, load_images, told_of
 from vkd_gen.evaluation.sources import from_folder
-from vkd_gen.listing import SPLIT_WORDS, find_splits
+from vkd_gen.listing import SHARD, SPLIT_WORDS, find_splits, list_files
 from vkd_gen.streaming import stream_images
 
 datasets = pytest.importorskip("datasets")
@@ -81,6 +81,13 @@ LAYOUTS = {
     "classes and a folder to test on": ("bus car test", "train bus, train car, test", "test is held out"),
     "what is neither": ("train/a test/a extra/a .", "train a, test a, -, -", ""),
     "words that hold such words": ("valley testament strain", "train valley, train testament, train strain", ""),
+    "shards with the hub's older names": (
+        "train-00000-of-00001-b113bb7fb2d2b6c3 test-00000-of-00001-44110b9df98c5585",
+        "train, test",
+        "",
+    ),
+    "folders around, of which one split has no classes": ("Data/CLS/train/n01 Data/CLS/val", "train n01, test", ""),
+    "each class by itself, but for one": ("a/train a/test b", "train a, test a, train b", ""),
     "shards": ("train-00000-of-00002 cifar10-test", "train, test", ""),
 }
 
@@ -88,7 +95,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name):
     folders, expected, words = LAYOUTS[name]
-    keys = [() if folder == "." else tuple(folder.split("/")) for folder in folders.split()]
+    keys = [() if folder == "." else tuple(SHARD.sub("", folder).split("/")) for folder in folders.split()]
     places, notes = find_splits(keys)
     found = [
         f"{places[key].split} {places[key].class_name or ''}".strip() if places[key].split else "-" for key in keys
@@ -110,7 +117,13 @@ def test_what_lies_beside_splits_is_not_trained_on_and_told(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("names", [("cifar10-train", "cifar10-test"), ("Training", "Testing"), ("a/train", "a/dev")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("cifar10-train", "cifar10-test"), ("Training", "Testing"), ("a/train", "a/dev")),
+        ("data/train-00000-of-00001-b113bb7fb2d2b6c3", "data/test-00000-of-00001-44110b9df98c5585"),
+    ],
+)
 def test_tables_and_streams_hold_out_the_same(tmp_path, names, streaming):
     for name, numbers in zip(names, (range(12), range(50, 54)), strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -131,6 +144,16 @@ def test_an_unlabelled_folder_to_test_on_is_no_class(tmp_path):
         ValueError, match=r"test/000\.png has no class: put each class' images into a folder of its own"
     ):
         load(tmp_path, with_labels=True)
+
+
+@pytest.mark.parametrize("held_out", ["val/images", "test/cats"])
+def test_classes_that_only_held_out_images_have_are_refused(tmp_path, held_out):
+    for part in ("train/cat", "train/dog", held_out):  # val/images: Tiny ImageNet
+        save(tmp_path / part, 3)
+    name = held_out.split("/")[1]
+    with pytest.raises(ValueError, match=rf"{held_out}/000\.png is held out and of the class '{name}', which no train"):
+        load(tmp_path, with_labels=True)
+    assert len(load(tmp_path)[1]) == 3
 
 
 def test_a_folder_to_test_on_alone_is_taken_whole(tmp_path):
@@ -182,6 +205,58 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert levels([*train, *held_out]) == [*range(6), *range(10, 16)]
     assert train.num_classes == 2
     assert "2 links to a folder that is read anyway" in told_of(train)[0]
+
+
+LINKS = {  # what there is, the links, and what is trained on and held out
+    "to a file that is data": ("cat/1 dog/2", "best/1>../cat/1", "cat/1 dog/2", ""),
+    "to a file that is trained on": ("train/1 train/2", "val/1>../train/1", "train/2", "val/1"),
+    "to files beside splits": ("all/1 all/2", "train/1>../all/1 val/2>../all/2", "train/1", "val/2"),
+    "two snapshots of the hub's": (".blobs/1", "a/1>../.blobs/1 b/1>../.blobs/1", "a/1", ""),
+    "to a hidden folder": (".store/cat/1 dog/1", "cat>.store/cat", "cat/1 dog/1", ""),
+    "as Kubernetes mounts": ("..2024/cat/1", "..data>..2024 cat>..data/cat", "cat/1", ""),
+    "to a folder around": ("train/1 val/2", "train/up>../.. train/up2>..", "train/1", "val/2"),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_no_link_brings_an_image_twice(tmp_path, name):
+    files, links, *expected = LINKS[name]
+    root = tmp_path / "data"
+    for file in files.split():
+        save((root / file).parent, 1).joinpath("000.png").rename(root / f"{file}.png")
+    for link in links.split():
+        place, target = link.split(">")
+        end = ".png" if place[-1].isdigit() and "up" not in place else ""
+        (root / place).parent.mkdir(exist_ok=True)
+        (root / f"{place}{end}").symlink_to(f"{target}{end}")
+    listing = list_files(str(root))
+    found = [listing.splits.get(split, []) for split in ("train", "test")]
+    assert [" ".join(str(file.relative_to(root).with_suffix("")) for file in part) for part in found] == expected
+    assert "left out" in listing.notes[0]
+
+
+def test_folders_of_runs_among_images_are_no_data(tmp_path):
+    save(tmp_path, 6)
+    (save(tmp_path / "runs" / "a" / "previews", 3).parent / "run.lock").touch()
+    train, held_out = load(tmp_path)
+    assert len(train) + len(held_out) == 6
+    assert told_of(train) == ["left out: 1 folder of a run (runs/a)"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nowhere"])
+def test_what_is_no_file_is_told_or_skipped(tmp_path, kind):
+    save(tmp_path / "images", 6)
+    for path in (tmp_path / "images" / "x.png", tmp_path / "x.parquet"):
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"cannot read the image .*x\.png: (it is no file|No such file)"):
+        load(tmp_path / "images")
+    train, held_out = load(tmp_path / "images", on_bad_image="skip")
+    assert (len(train) + len(held_out), len(train.skipped) + len(held_out.skipped)) == (6, 1)
+    assert len(data_facts(train, held_out)["dataset_sha256"]) == 64  # does not wait for the pipe
+    assert train.identity()
+    (tmp_path / "images").rename(tmp_path / ".images")
+    with pytest.raises(ValueError, match=r"cannot read .*x\.parquet: (it is no file|there is no such file)"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("end", ["jfif", "jpe", "ppm", "pgm", "tga", "JPEG"])

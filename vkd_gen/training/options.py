@@ -183,8 +183,17 @@ def check_data(data: DataOptions, training: TrainingOptions) -> None:
     """Check what can be checked of both without loading anything.
 
     Raises:
-        ValueError: for a stream that is to be kept on the disk.
+        ValueError: for a stream that is to be kept on the disk, and a run that would write among its images.
     """
+    if (
+        data.dataset
+        and os.path.isdir(data.dataset)
+        and os.path.realpath(data.dataset) == os.path.realpath(training.output_dir)
+    ):
+        raise ValueError(
+            f"--output_dir {training.output_dir} is the folder of the images, among which samples would come to lie: "
+            "choose another --output_dir"
+        )
     if data.streaming and training.image_cache:
         raise ValueError(
             "--image_cache keeps all images on the disk, which --streaming is to spare: leave one of them out"
