@@ -59,7 +59,12 @@ def test_a_folder_with_files_that_would_be_overwritten_is_refused(name, resume, 
     assert texts(tmp_path / "work", [name]) == {name: f"of mine: {name}"}
 
 
-@pytest.mark.parametrize("text", ["{}", '{"_class_name": "UNet2DModel"}', "[1]", '{"output_dir": "x"}', "{", "\xff"])
+ARGUMENTS = '{"output_dir": "x", "max_train_steps": 9, "train_batch_size": 4}'  # of a script of diffusers
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"_class_name": "UNet2DModel"}', "[1]", '{"output_dir": "x"}', ARGUMENTS, "{", "\xff"]
+)
 def test_a_configuration_of_something_else_is_not_a_runs(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     assert not RunFolder(str(tmp_path)).is_own()

@@ -25,6 +25,9 @@ FILES = (
 FOLDERS = ("previews", "pipeline")
 """Folders that it makes there, beside the checkpoints."""
 
+OWN_FLAGS = {"output_dir", "max_train_steps", "log_every_steps"}
+"""Flags of both recipes, by which their config.json is known: scripts of diffusers have some of the names, not all."""
+
 
 class RunFolder:
     """Paths of one run.
@@ -84,7 +87,7 @@ class RunFolder:
             config = json.loads(path.read_bytes()) if path.is_file() else None
         except (OSError, ValueError, RecursionError):
             config = None
-        is_of_a_run = isinstance(config, dict) and {"output_dir", "max_train_steps", "train_batch_size"} <= set(config)
+        is_of_a_run = isinstance(config, dict) and set(config) >= OWN_FLAGS
         return is_of_a_run or any((path / MANIFEST).is_file() for path in self.checkpoints())
 
     def _tell(self, line: str) -> None:
