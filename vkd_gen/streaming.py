@@ -278,7 +278,16 @@ def stream_images(
             left_out.setdefault(row.shard, set()).add(row.number)
     stream = ImageStream(
         *chosen["train"],
-        images=replace(images, read=_no_image, indices=images.indices[:0], labels=None, skipped=(), notes=()),
+        images=replace(
+            images,
+            read=_no_image,
+            indices=images.indices[:0],
+            labels=None,
+            skipped=(),
+            notes=(),
+            identity=None,
+            contents=None,
+        ),
         held_out={shard: frozenset(rows) for shard, rows in left_out.items()},
         buffer_size=buffer_size,
         on_bad_image=on_bad_image,
