@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from figures import draw_curves, draw_differences, mean_curve
+from figures import OPEN, draw_curves, draw_differences, mean_curve
 from tables import Comparison, decimals_for, markdown_table, print_tables, tables_of
 
 DISTANCES = {  # arm -> by seed
@@ -134,6 +134,7 @@ def test_an_interval_beyond_the_panel_ends_in_an_arrow():
     records = [record(arm, seed) for arm in ("output", "fitnet") for seed in range(2)]  # t_1 is 12.7
     axis = draw_differences(comparison(records)).axes[1]
     assert {line.get_marker() for line in axis.lines} >= {"<", ">"}
+    assert {line.get_color() for line in axis.lines if line.get_linewidth() == 2} == {OPEN}  # it includes zero
     low, high = axis.get_xlim()
     assert all(low <= x <= high for line in axis.lines if line.get_linewidth() == 2 for x in line.get_xdata())
 
