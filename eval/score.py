@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vkd_gen.evaluation.sources import ImageSource
 
 
+OF_MODELS = ("model_index.json", "pipeline/model_index.json", "unet/config.json", "diffusion_pytorch_model.safetensors")
+"""What a folder of images does not hold: a folder with one of these is a pipeline's, or a model's by mistake."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
     """What to score, against what. Nothing is written to disk on the way: images go from the sampler to the network."""
@@ -89,7 +93,7 @@ def open_source(name: str, config: ScoreConfig) -> "tuple[ImageSource, int, Diff
     path = Path(place := repository_path(name, __file__))
     if path.suffix == ".npz":
         source, pipeline = from_array(place), None
-    elif path.is_dir() and not any((folder / "model_index.json").exists() for folder in (path, path / "pipeline")):
+    elif path.is_dir() and not any((path / file).exists() for file in OF_MODELS):
         source, pipeline = from_folder(place), None
     else:
         pipeline = load_pipeline(place, config.sampler)

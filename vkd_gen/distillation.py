@@ -325,6 +325,7 @@ def distillation_losses(
         ValueError: if the teacher is asked for and None, and for no schedule or two.
     """
     schedule = _one_schedule(schedule, noise_scheduler, batch["sample"].device)
+    _check_batch(batch, len(schedule))
     sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
     conditioning = batch.get("conditioning")
     noisy_sample = schedule.noisy(sample, noise, timesteps)
@@ -335,6 +336,7 @@ def distillation_losses(
         teacher_prediction, features = teacher(noisy_sample, timesteps, conditioning, with_features=weights.feature > 0)
     compared = features if weights.feature > 0 else None
     prediction, matched = student(noisy_sample, timesteps, conditioning, compared, feature_loss_kind)
+    _check_trains(student, prediction)
     per_sample = schedule.weights(timesteps, timestep_weighting, snr_gamma)
     losses: dict[str, Tensor] = {}
     if weights.denoising > 0:
@@ -357,6 +359,32 @@ def _one_schedule(schedule: Schedule | None, noise_scheduler: SchedulerMixin | N
     if (schedule is None) == (noise_scheduler is None):
         raise ValueError("pass either a schedule or a diffusers noise_scheduler")
     return Schedule.of(noise_scheduler).to(device) if schedule is None else schedule
+
+
+def _check_batch(batch: Mapping[str, Any], num_timesteps: int) -> None:
+    if missing := [name for name in ("sample", "noise", "timesteps") if name not in batch]:
+        raise ValueError(f"the batch has no {' and no '.join(missing)}; it needs sample, noise and timesteps")
+    sample, noise, timesteps = batch["sample"], batch["noise"], torch.as_tensor(batch["timesteps"])
+    if sample.shape != noise.shape or not len(sample):
+        raise ValueError(
+            f"sample and noise must have one shape, of at least one sample, not {list(sample.shape)} and "
+            f"{list(noise.shape)}"
+        )
+    # On a GPU a look at the values would wait for it.
+    is_outside = timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < num_timesteps)).all()
+    if timesteps.is_floating_point() or is_outside:
+        raise ValueError(
+            f"timesteps must be whole numbers from 0 to {num_timesteps - 1}, the schedule's, not {timesteps.dtype} "
+            f"from {timesteps.min().item()} to {timesteps.max().item()}"
+        )
+
+
+def _check_trains(student: nn.Module, prediction: Tensor) -> None:
+    if torch.is_grad_enabled() and student.training and not prediction.requires_grad:
+        raise ValueError(
+            "no parameter of the student requires gradients: is it the teacher's own UNet, which FrozenTeacher "
+            "freezes? Give the student one of its own, as build_student makes"
+        )
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

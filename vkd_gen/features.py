@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -70,6 +70,18 @@ def bare(model: Any) -> Any:
             raise ValueError(
                 f"the model is in a {type(model).__name__}; pass the bare one, its `.{attribute}`, and wrap afterwards"
             )
+    return model
+
+
+def bare_unet(model: Any) -> Any:
+    """The model itself, once it is known to be in no wrapper and a UNet that is read here.
+
+    Raises:
+        ValueError: for a pipeline, a folder's name, a model of another kind, and what `bare` refuses.
+    """
+    if not isinstance(bare(model), UNet2DModel | UNet2DConditionModel):
+        advice = "; pass its `.unet`" if isinstance(getattr(model, "unet", None), nn.Module) else ""
+        raise ValueError(f"a {type(model).__name__} is neither a UNet2DModel nor a UNet2DConditionModel{advice}")
     return model
 
 
@@ -217,7 +229,7 @@ def run_without_weights(copy: ModelMixin) -> None:
 def copy_without_weights(unet: ModelMixin) -> ModelMixin:
     """The same UNet on the meta device: it has shapes, but neither weights nor memory."""
     # diffusers' private notes say, for one, which entries to reset to their defaults.
-    unet = bare(unet)
+    unet = bare_unet(unet)
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         return type(unet).from_config(config)

@@ -83,7 +83,11 @@ def reason_of(error: BaseException, folder: Path) -> str | None:
     """
     if not isinstance(error, OSError | SafetensorError | RuntimeError) or isinstance(error, NotImplementedError):
         return None
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    reason = (
+        error.strerror
+        if isinstance(error, OSError) and error.strerror
+        else (str(error) or type(error).__name__).splitlines()[0]
+    )
     try:
         is_full = shutil.disk_usage(folder).free < 2**20
     except OSError:

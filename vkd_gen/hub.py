@@ -121,7 +121,12 @@ def weight_files(folder: Path) -> list[Path]:
                 "trust it, convert it once to safetensors: UNet2DModel.from_pretrained(FOLDER, use_safetensors=False)"
                 ".save_pretrained(NEW_FOLDER)"
             )
-        beside = f"; {others[0]} is read under that name alone" if others else ""
+        beside = (
+            f"; {others[0]} is read under that name alone: load it once with variant=... and save it anew by "
+            "save_pretrained(NEW_FOLDER)"
+            if others
+            else ""
+        )
         raise ValueError(f"{folder} holds no weights: {single.name} is not there{beside}")
     for file in files:
         check_file(file)
@@ -340,11 +345,28 @@ def load_parts(kind: type[DiffusionPipeline], folder: Path) -> dict[str, Any]:
     arguments = {
         name: _read_model(part, place)
         if issubclass(part, ModelMixin)
-        else part.from_config(read_json(place / "scheduler_config.json"))
+        else check_betas(part.from_config(read_json(place / "scheduler_config.json")), place)
         for name, (part, place) in checked.items()
     }
     plain = {entry.name: index[entry.name] for entry in parameters if entry.name not in checked and entry.name in index}
     return {**arguments, **plain}
+
+
+def check_betas(scheduler: SchedulerMixin, source: str | Path) -> SchedulerMixin:
+    """The scheduler, once its betas, where it has some, are known to be a schedule of noise.
+
+    Raises:
+        ValueError: in one line, for others than one from 0 to 1 for each timestep.
+    """
+    steps, betas = scheduler.config.get("num_train_timesteps"), getattr(scheduler, "betas", None)
+    if "beta_schedule" not in scheduler.config or not isinstance(betas, Tensor):
+        return scheduler
+    if not isinstance(steps, int) or steps < 1 or len(betas) != steps or not ((betas >= 0) & (betas <= 1)).all():
+        raise ValueError(
+            f"{source} holds no schedule of noise: it has {len(betas)} betas for {steps} steps, which must be as many, "
+            "1 or more, and each from 0 to 1"
+        )
+    return scheduler
 
 
 def part_files(kind: type[DiffusionPipeline]) -> list[str]:

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 
 from vkd_gen.choices import PairedLayers
-from vkd_gen.features import bare, feature_shapes, split_pooling
+from vkd_gen.features import bare_unet, feature_shapes, split_pooling
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def pair_layers(
         ValueError: for an unknown name, a student layer named twice, samples of unlike sizes, resolutions of which
             neither divides the other, or no pair at all.
     """
-    sizes = [_sides(bare(unet).config.sample_size) for unet in (student, teacher)]
+    sizes = [_sides(bare_unet(unet).config.sample_size) for unet in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the student takes samples of size {student.config.sample_size} and the teacher of "

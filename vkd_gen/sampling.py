@@ -50,7 +50,10 @@ def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: S
         case "ddim":
             pipeline = DDIMPipeline(unet=unet, scheduler=_on_schedule(DDIMScheduler, config))
         case "ddpm":
-            pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(config))
+            # A UNet here predicts no variance, whatever the schedule of its teacher says.
+            learned = str(config.get("variance_type")).startswith("learned")
+            variance = {"variance_type": "fixed_small"} if learned else {}
+            pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(config, **variance))
         case "dpm-solver":
             pipeline = DDPMPipeline(unet=unet, scheduler=_on_schedule(DPMSolverMultistepScheduler, config))
         case _:
@@ -74,7 +77,12 @@ def usable_steps(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> i
         ValueError: for a schedule that leaves no timestep to sample at.
     """
     config = noise_scheduler.config
-    num_timesteps, offset = config.num_train_timesteps, config.get("steps_offset", 0)
+    num_timesteps, offset = config.get("num_train_timesteps"), config.get("steps_offset", 0)
+    if not isinstance(num_timesteps, int) or not isinstance(offset, int):
+        raise ValueError(
+            f"a {type(noise_scheduler).__name__} with num_train_timesteps {num_timesteps!r} and steps_offset "
+            f"{offset!r} cannot be sampled with here; choose another scheduler"
+        )
     steps = min(num_inference_steps, num_timesteps)
     if config.get("timestep_spacing", "leading") != "leading":
         return steps
@@ -126,6 +134,11 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
             raise ValueError(
                 f"{source} is a {type(pipeline).__name__}; a sampler can be chosen for UNet pipelines only"
             )
+    elif isinstance(pipeline, DDIMPipeline | DDPMPipeline) and num_classes_of(pipeline.unet) is not None:
+        raise ValueError(
+            f"{source} is a {type(pipeline).__name__}, which gives its UNet no class labels, and the UNet needs them; "
+            "--sampler ddim gives it some"
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -161,7 +174,7 @@ def image_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     side = network.config.sample_size
     side = side if isinstance(side, int) else side[0]
-    decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    decoder = _decoder(pipeline)
     if decoder is not None:
         return side * 2 ** (len(decoder.config.block_out_channels) - 1), 3
     return side, network.config.in_channels
@@ -217,20 +230,38 @@ def generate_images(
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     with (
         torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None),
-        _finite_predictions(network, len(seeds)) as predictions,
+        _finite_outputs(network, len(seeds)) as predictions,
+        _finite_outputs(getattr(_decoder(pipeline), "decoder", None), len(seeds)) as decoded,
     ):
-        images = torch.from_numpy(pipeline(**arguments).images)  # [images, H, W, C] in [0, 1]
-    # [evaluations + 1, images]; as uint8 what is not finite would be black, and clipping hides infinite predictions.
-    is_finite = torch.stack([*predictions, images.isfinite().flatten(1).all(1)]).cpu()
+        try:
+            images = torch.from_numpy(pipeline(**arguments).images)  # [images, H, W, C] in [0, 1]
+        except (TypeError, AttributeError, LookupError, RuntimeError) as error:  # diffusers checks little
+            if "memory" in str(error):
+                raise
+            raise ValueError(
+                f"{name} cannot be sampled: in its {type(pipeline).__name__}, {type(network).__name__} and "
+                f"{type(pipeline.scheduler).__name__} do not fit together ({' '.join(str(error).split())[:200]})"
+            ) from error
+    # [evaluations + 1, images]; as uint8 what is not finite would be black, and clipping hides what is infinite.
+    at_end = torch.stack([found.cpu() for found in (*decoded, images.isfinite().flatten(1).all(1))]).all(0)
+    is_finite = torch.stack([*(found.cpu() for found in predictions), at_end])
     if not is_finite.all():
-        raise ValueError(_describe_broken(name, network, is_finite, seeds, precision))
+        raise ValueError(_describe_broken(name, pipeline, is_finite, seeds, precision))
     return images.permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
 
 
+def _decoder(pipeline: DiffusionPipeline) -> ModelMixin | None:
+    """What makes pixels of latents; None where the samples are pixels."""
+    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+
+
 @contextlib.contextmanager
-def _finite_predictions(network: nn.Module, num_images: int) -> Iterator[list[Tensor]]:
-    """A list that gets, at each evaluation of the network, whose predictions are finite: `[images]`, bool."""
+def _finite_outputs(network: nn.Module | None, num_images: int) -> Iterator[list[Tensor]]:
+    """A list that gets, at each evaluation of a network, of which images the output is finite: `[images]`, bool."""
     found: list[Tensor] = []
+    if network is None:
+        yield found
+        return
 
     def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
         prediction = output if isinstance(output, Tensor) else output[0]
@@ -245,13 +276,15 @@ def _finite_predictions(network: nn.Module, num_images: int) -> Iterator[list[Te
 
 
 def _describe_broken(
-    name: str, network: nn.Module, is_finite: Tensor, seeds: Sequence[int], precision: Precision
+    name: str, pipeline: DiffusionPipeline, is_finite: Tensor, seeds: Sequence[int], precision: Precision
 ) -> str:
     broken = [seed for seed, right in zip(seeds, is_finite.all(0).tolist(), strict=True) if not right]
     shown = ", ".join(map(str, broken[:8])) + ", ..." * (len(broken) > 8)
     first = int((~is_finite).any(1).nonzero()[0])
     where = f"from evaluation {first + 1} of {len(is_finite) - 1} on" if first < len(is_finite) - 1 else "at the end"
-    weights = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    values = [entry for network in networks for entry in network.state_dict().items()]
+    weights = [key for key, value in values if not value.isfinite().all()]
     if weights:
         cause = f"{len(weights)} of its weights hold NaN or infinity, such as {weights[0]}"
     elif precision != "no":

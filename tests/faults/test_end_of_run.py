@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT
-from vkd_gen.sampling import sample_images, stock_pipeline, usable_steps
+from vkd_gen.sampling import generate_images, load_pipeline, sample_images, stock_pipeline, usable_steps
 from vkd_gen.training.export import try_export
 
 RECIPE = "train_student_unet"
@@ -100,6 +100,55 @@ def test_a_schedule_that_cannot_be_sampled_is_refused(flags, pipeline_folder, tm
     line = error_of(capsys, lambda: run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "run"))
     assert "DDIM gives no finite samples on this schedule, at timestep 999" in line
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def change(file, **entries):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+SCHEDULER, UNET, INDEX = "scheduler/scheduler_config.json", "unet/config.json", "model_index.json"
+UNFIT = {
+    "fewer betas than steps": (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "it has 2 betas for 1000 steps"),
+    "betas above 1": (SCHEDULER, {"beta_end": 5.0}, "each from 0 to 1"),
+    "no number": (SCHEDULER, {"steps_offset": "1"}, "a DDIMScheduler with .* steps_offset '1'"),
+    "no such sampler": (
+        INDEX, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "KarrasVeScheduler"]},
+        "in its DDPMPipeline, UNet2DModel and KarrasVeScheduler do not fit together",
+    ),
+    "a sampler of other calls": (
+        INDEX, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "UniPCMultistepScheduler"]},
+        "in its DDPMPipeline, UNet2DModel and UniPCMultistepScheduler do not fit together",
+    ),
+    "no sample size": (UNET, {"sample_size": None}, "cannot be sampled: in its DDIMPipeline, UNet2DModel and DDIM"),
+    "odd sample size": (UNET, {"sample_size": 7}, "cannot be sampled: in its DDIMPipeline, UNet2DModel and DDIM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "entries", "words"), UNFIT.values(), ids=UNFIT)
+def test_pipelines_whose_parts_do_not_fit(file, entries, words, tmp_path):
+    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    change(tmp_path / file, **entries)
+    with pytest.raises(ValueError, match=words) as error:
+        generate_images(load_pipeline(str(tmp_path)), [0], num_inference_steps=2, name="x")
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_that_gives_no_class_labels(tmp_path):
+    DDIMPipeline(tiny_unet(num_class_embeds=3), DDIMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--sampler ddim gives it some"):
+        load_pipeline(str(tmp_path))
+    assert generate_images(load_pipeline(str(tmp_path), "ddim"), [0, 1], num_inference_steps=2).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_ddpm_on_a_schedule_whose_teacher_learned_variances(variance):
+    images = [
+        generate_images(
+            stock_pipeline(tiny_unet(), DDPMScheduler(variance_type=kind), "ddpm"), [0], num_inference_steps=3
+        )
+        for kind in (variance, "fixed_small")
+    ]
+    assert torch.equal(*images)
 
 
 # ---- names

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, VQModel
 
 import vkd_gen as vkd
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
@@ -112,6 +112,71 @@ def test_a_whole_student_put_into_half_precision(dtype):
     with pytest.raises(ValueError, match="keep it in float32"):
         losses_of(F, F, convert=dtype)
     assert 0 < losses_of(F, F, convert=torch.float64) < 10
+
+
+NO_UNETS = {
+    "a pipeline": (
+        lambda: DDIMPipeline(tiny_unet(), DDIMScheduler()),
+        "a DDIMPipeline is neither .*; pass its `.unet`",
+    ),
+    "a decoder": (lambda: VQModel(block_out_channels=(8,), norm_num_groups=4), "a VQModel is neither"),
+    "a name": (lambda: "google/ddpm-cifar10-32", "a str is neither a UNet2DModel nor a UNet2DConditionModel"),
+}
+
+
+@pytest.mark.parametrize("use", ["build_student", "pair_layers, teacher", "inherit_weights", "count_macs"])
+@pytest.mark.parametrize("name", NO_UNETS)
+def test_what_is_no_unet(name, use):
+    make, words = NO_UNETS[name]
+    with pytest.raises(ValueError, match=words):
+        USES[use](make())
+
+
+def losses_of_batch(change, student=None):
+    unet = student or tiny_unet(seed=1)
+    model = vkd.ProjectedStudent(unet, [], [], [])
+    teacher = vkd.FrozenTeacher(tiny_unet() if student is None else student)
+    weights = vkd.LossWeights(feature=0.0)
+    return vkd.distillation_losses(
+        model, change(make_batch()), schedule=vkd.Schedule.of(DDPMScheduler()), teacher=teacher, weights=weights
+    )
+
+
+def with_timesteps(change):
+    return lambda batch: {**batch, "timesteps": change(batch["timesteps"])}
+
+
+BATCHES = {
+    "no noise": (lambda batch: {"sample": batch["sample"], "timesteps": batch["timesteps"]}, "the batch has no noise"),
+    "noise of another shape": (lambda batch: {**batch, "noise": batch["noise"][:, :, :4]}, "must have one shape"),
+    "no samples": (lambda batch: {name: value[:0] for name, value in batch.items()}, "at least one sample"),
+    "times for timesteps": (with_timesteps(lambda value: value / 1000), "whole numbers from 0 to 999, "),
+    "beyond the schedule": (with_timesteps(lambda value: value * 0 + 1000), "from 0 to 999, .* from 1000 to 1000"),
+    "below 0, which wraps around": (with_timesteps(lambda value: value * 0 - 1), "from 0 to 999, .* from -1 to -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), BATCHES.values(), ids=BATCHES)
+def test_batches_that_are_none(change, words):
+    with pytest.raises(ValueError, match=words):
+        losses_of_batch(change)
+
+
+def test_a_student_that_is_the_teacher_itself():
+    with pytest.raises(ValueError, match="no parameter of the student requires gradients"):
+        losses_of_batch(dict, student=tiny_unet())
+    with torch.no_grad():
+        assert losses_of_batch(dict, student=tiny_unet())["total"] > 0
+
+
+def test_a_student_of_another_time_embedding_inherits_nothing():
+    for student, teacher in (("fourier", "positional"), ("positional", "learned"), ("learned", "fourier")):
+        unets = [
+            tiny_unet(time_embedding_type=kind, num_train_timesteps=1000 if kind == "learned" else None)
+            for kind in (student, teacher)
+        ]
+        with pytest.raises(ValueError, match=r"the student's time_proj is a .*: such a student cannot inherit"):
+            vkd.inherit_weights(*unets)
 
 
 SHOWN = {

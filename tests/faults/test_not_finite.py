@@ -6,12 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, LDMPipeline, VQModel
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tiny_unet
+from tests.conftest import make_batch, tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT
+from vkd_gen.evaluation.scorer import load_statistics_file
 from vkd_gen.sampling import generate_images, sample_images, stock_pipeline
+from vkd_gen.schedule import Schedule
+from vkd_gen.training.probe import check_finite
 
 SCORES = ("--num_score_samples", 12, "--kid_subset_size", 10, "--num_inference_steps", 2)
 
@@ -60,6 +63,56 @@ def test_every_sampler_is_watched(sampler):
     pipeline = stock_pipeline(broken_unet(), DDPMScheduler(), sampler)
     with pytest.raises(ValueError, match=r"2 of 2 samples of the model are not finite.*seeds 3, 4"):
         generate_images(pipeline, [3, 4], num_inference_steps=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_decoder_of_latents_is_watched(value):
+    """What is infinite there would be clipped to white."""
+    decoder = VQModel(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, num_vq_embeddings=16)
+    pipeline = LDMPipeline(decoder, tiny_unet(channels=(8, 8), in_channels=3), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    assert generate_images(pipeline, [0], num_inference_steps=1).shape == (1, 3, 8, 8)
+    with torch.no_grad():
+        decoder.decoder.conv_out.bias[0] = value
+    with pytest.raises(
+        ValueError, match=r"not finite, at the end \(seeds 3\): 1 of its weights .* decoder.conv_out.bias"
+    ):
+        generate_images(pipeline, [3], num_inference_steps=1)
+
+
+ROWS = {
+    "timestep 20": ({"time_embedding_type": "learned", "num_train_timesteps": 40}, "time_proj.weight", 20),
+    "a class": ({"num_class_embeds": 5}, "class_embedding.weight", 2),
+    "no class": ({"num_class_embeds": 5}, "class_embedding.weight", 4),
+}
+
+
+@pytest.mark.parametrize(("config", "name", "row"), ROWS.values(), ids=ROWS)
+def test_a_row_that_few_draws_do_not_ask_for(config, name, row):
+    unet, batch = tiny_unet(**config), make_batch()
+    if "num_class_embeds" in config:
+        batch["conditioning"] = {"class_labels": torch.zeros(len(batch["sample"]), dtype=torch.long)}
+    schedule = Schedule.of(DDPMScheduler(num_train_timesteps=40))
+    check_finite(unet, schedule, batch, "the teacher")
+    with torch.no_grad():
+        unet.get_parameter(name)[row] = math.nan
+    with pytest.raises(ValueError, match=f"the teacher is not finite: 1 of its weights .* such as {name}"):
+        check_finite(unet, schedule, batch, "the teacher")
+
+
+STATISTICS = {
+    "complex": (np.zeros(3, dtype=complex), np.eye(3), "are complex numbers"),
+    "negative variances": (np.zeros(3), -np.eye(3), "is no covariance"),
+    "half of a matrix": (np.zeros(3), np.triu(np.ones((3, 3))), "is no covariance"),
+    "infinite": (np.zeros(3), np.diag([1, 1, math.inf]), "are not finite"),
+}
+
+
+@pytest.mark.parametrize(("mean", "covariance", "words"), STATISTICS.values(), ids=STATISTICS)
+def test_statistics_that_are_none(mean, covariance, words, tmp_path):
+    np.savez(tmp_path / "x.npz", mu=mean, sigma=covariance)
+    with pytest.raises(ValueError, match=words):
+        load_statistics_file(str(tmp_path / "x.npz"))
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])

@@ -147,7 +147,8 @@ def test_the_plain_file_is_read_beside_a_variant(pipeline_folder):
     unet.half().save_pretrained(pipeline_folder / "unet", variant="fp16")
     assert torch.equal(load_pipeline(str(pipeline_folder)).unet.conv_in.weight, tiny_unet().conv_in.weight)
     (pipeline_folder / "unet" / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.fp16.safetensors is read under that name alone"):
+    words = r"diffusion_pytorch_model.fp16.safetensors is read under that name alone: load it once with variant="
+    with pytest.raises(ValueError, match=words):
         load_teacher(str(pipeline_folder))
 
 
@@ -206,6 +207,23 @@ def test_extractor_weights_that_were_saved_in_a_wrapper(tmp_path, prefix):
     torch.save({f"{prefix}fc.weight": torch.zeros(2)}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=f"extractor weights .* carry `{prefix}`, which"):
         load_extractor("inception", str(tmp_path / "weights.pth"))
+
+
+def test_extractor_weights_that_are_empty(tmp_path):
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(ValueError, match="are not a plain state dict of tensors: "):
+        load_extractor("inception", str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize("place", ["", "unet"])
+def test_a_model_that_is_scored_by_mistake(place, tmp_path, run_eval, capsys):
+    """It is no folder of images either."""
+    tiny_unet().save_pretrained(tmp_path / "model" / place)
+    flags = ("--reference", "digits", "--output_dir", tmp_path / "scores", "--extractor", "inception")
+    with pytest.raises(SystemExit) as status:
+        run_eval("score", tmp_path / "model", *flags)
+    assert status.value.code == 2
+    assert "holds no pipeline: neither model_index.json" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from vkd_gen.decoding import one_line
 from vkd_gen.evaluation.feature_network import check_network_name, load_feature_network
 from vkd_gen.hub import explain_names
 from vkd_gen.provenance import hash_tensors
@@ -97,7 +98,7 @@ def import_torch_fidelity() -> Any:
     try:
         import torch_fidelity.registry
     except (ImportError, RuntimeError) as error:  # torchvision raises the latter if it was built for another torch
-        reason = "" if isinstance(error, ModuleNotFoundError) else f" (it is there, but: {str(error).splitlines()[0]})"
+        reason = "" if isinstance(error, ModuleNotFoundError) else f" (it is there, but: {one_line(error)})"
         raise ValueError(
             f"scores need the package torch-fidelity{reason}: pip install 'vkd-gen[eval]' brings it; "
             "--extractor none does without scores in training"
@@ -160,7 +161,7 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
             with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than torch's
                 names = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged, truncated and executable files each have a class of their own
-            reason = str(error).splitlines()[0]
+            reason = one_line(error)
             raise ValueError(
                 f"the extractor weights {weights} are not a plain state dict of tensors: {reason}"
             ) from error

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vkd_gen.data import Images
+from vkd_gen.decoding import one_line
 from vkd_gen.files import whole_file
 from vkd_gen.hub import check_layout, read_tensors, stored_layout
 
@@ -137,6 +138,6 @@ def load_feature_network(path: Path) -> FeatureNetwork:
         check_layout(layout, network, path)
         network.load_state_dict(read_tensors(path), assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is not a feature network: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a feature network: {one_line(error)}") from error
     network.facts = {"file": path.name, **facts}
     return network.eval()

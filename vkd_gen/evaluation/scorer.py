@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,7 +221,12 @@ class Scorer:
         """Scores from features by layer."""
         reference, suffix, layer = self.reference, self.extractor.suffix, self.extractor.layers["fid"]
         if reference.statistics is not None:
-            return {f"fid{suffix}": frechet_distance_to_statistics(features[layer], *reference.statistics)}
+            distance = frechet_distance_to_statistics(features[layer], *reference.statistics)
+            if not math.isfinite(distance):
+                raise ValueError(
+                    "the FID to the saved statistics is not finite: are they of this extractor's features?"
+                )
+            return {f"fid{suffix}": distance}
         kid_subset_size = min(self.options.kid_subset_size, len(features[layer]))
         scores = sample_scores(features, reference.training, self.extractor, kid_subset_size=kid_subset_size)
         if reference.held_out is not None:
@@ -306,10 +312,16 @@ def load_statistics_file(path: str) -> tuple[Tensor, Tensor]:
             mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
     except Exception as error:  # a zip file's, numpy's and the system's errors
         raise ValueError(f"cannot read statistics from {path}: {' '.join(str(error).split())[:200]}") from error
+    if mean.is_complex() or covariance.is_complex():
+        raise ValueError(f"the statistics in {path} are complex numbers")
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise ValueError(f"the statistics in {path} are not finite")
     if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{path} holds mu {list(mean.shape)} and sigma {list(covariance.shape)}, which do not fit")
+    values = covariance.double()
+    largest = float(values.abs().max()) if len(values) else 0.0
+    if not torch.allclose(values, values.T, rtol=0, atol=1e-3 * largest) or (values.diagonal() < 0).any():
+        raise ValueError(f"sigma in {path} is no covariance: it is not symmetric, or has variances below 0")
     return mean, covariance
 
 

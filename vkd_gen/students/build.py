@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
-from vkd_gen.features import bare
+from vkd_gen.features import bare_unet
 from vkd_gen.reductions import Reduction
 
 PER_STAGE = (
@@ -65,7 +65,7 @@ def build_student(
         raise ValueError("a student is given by a reduction, or by width and layers_per_block, not by both")
     if isinstance(teacher, Mapping):
         return unet_class(teacher).from_config(reduce_config(teacher, reduction))
-    return type(bare(teacher)).from_config(reduce_config(teacher.config, reduction))
+    return type(bare_unet(teacher)).from_config(reduce_config(teacher.config, reduction))
 
 
 def unet_class(config: Mapping[str, Any]) -> type[UNet2DModel] | type[UNet2DConditionModel]:

@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 
 from vkd_gen.choices import ChannelChoice, Rescaling
-from vkd_gen.features import bare
+from vkd_gen.features import bare_unet
 from vkd_gen.schedule import Schedule
 from vkd_gen.students.activations import Batches, read_channels
 from vkd_gen.students.channels import check_choice, choose_channels, undecided
@@ -94,7 +94,7 @@ def inherit_weights(
         rescaling = "least_squares" if batches else "none"
     if rescaling not in get_args(Rescaling):
         raise ValueError(f"unknown rescaling {rescaling!r}; choose one of {', '.join(get_args(Rescaling))}")
-    links = link_layers(bare(student), bare(teacher), stages=stages, layers=layers)
+    links = link_layers(bare_unet(student), bare_unet(teacher), stages=stages, layers=layers)
     reads, fits = channels == "activation" and bool(undecided(links)), rescaling == "least_squares"
     if (reads or fits) and (not batches or schedule is None):
         raise ValueError(

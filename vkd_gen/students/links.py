@@ -22,6 +22,14 @@ BLOCKS = frozenset(
 """diffusers' blocks that are read here; those after Karras or with a picture in their skips are not."""
 
 
+def _check_alike(name: str, student: Layer, teacher: Layer) -> None:
+    if type(student) is not type(teacher):
+        raise ValueError(
+            f"the student's {name} is a {type(student).__name__} and the teacher's a {type(teacher).__name__}: such a "
+            "student cannot inherit the teacher's weights"
+        )
+
+
 def match_stages(student: ModelMixin, teacher: ModelMixin) -> tuple[int, ...]:
     """The teacher's stage that each stage of the student stands for.
 
@@ -172,6 +180,7 @@ class _Walk:
             module, origin = getattr(student, name, None), getattr(teacher, name, None)
             if module is None or next(module.parameters(), None) is None:
                 continue
+            _check_alike(name, module, origin)
             if name == "class_embedding" and concat:
                 target = Stream(stream.teacher, stream.student)
                 embedding = (stream, target)
@@ -187,6 +196,7 @@ class _Walk:
 
     def _time_projection(self, student: ModelMixin, teacher: ModelMixin) -> tuple[Stream, ...]:
         module, origin = student.time_proj, teacher.time_proj
+        _check_alike("time_proj", module, origin)
         if next(module.parameters(), None) is None:
             width, full = (channels_of(unet.time_embedding.linear_1)[0] for unet in (student, teacher))
             return (Stream(full, width, kept=_nearest_frequencies(full, width, module.downscale_freq_shift)),)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vkd_gen.decoding import one_line
 from vkd_gen.files import reason_of
 
 MANIFEST = "manifest.json"
@@ -89,7 +90,7 @@ def problem_of(action: Callable[[], None], folder: Path) -> str | None:
     try:
         action()
     except Exception as error:
-        return reason_of(error, folder) or str(error).splitlines()[0]
+        return reason_of(error, folder) or one_line(error)
     return None
 
 

@@ -155,6 +155,7 @@ class TrainingRun:
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
         self.schedule = Schedule.of(noise_scheduler).to(accelerator.device)
         self.guidance_dropout, self.stream = guidance_dropout, stream
+        self._identity_of_images = self._look_at_images()
         self._positions = torch.tensor([Position()] * max(1, options.dataloader_num_workers))  # of the stream's readers
         self.step = 0
         self._bare_model = model
@@ -593,9 +594,23 @@ class TrainingRun:
     def finish(self) -> nn.Module:
         """Put the averaged weights into the UNet and return it, in eval mode; the processes stay together."""
         self.accelerator.wait_for_everyone()
+        if self._identity_of_images != self._look_at_images():
+            tqdm.write(
+                f"note: files of {self.images.name} changed while the run read them; it is not known which of their "
+                "contents it was trained on"
+            )
         if self.ema is not None:
             self.ema.copy_to(self.unet.parameters())
         return self.unet.eval()
+
+    def _look_at_images(self) -> str | None:
+        """A hash over names, sizes and times of the images' files; the main process alone looks."""
+        if self.stream is not None or self.images.identity is None or not self.accelerator.is_main_process:
+            return None
+        try:
+            return self.images.identity()
+        except OSError as error:  # gone by now, or by then
+            return str(error)
 
     def end(self) -> None:
         """End the trackers and the processes' connection: the last call of a recipe."""

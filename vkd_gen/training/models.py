@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import load
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
-from vkd_gen.hub import check_file, check_memory, hub_folder, load_model, model_files, read_json
+from vkd_gen.decoding import one_line
+from vkd_gen.hub import check_betas, check_file, check_memory, hub_folder, load_model, model_files, read_json
 from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import split_revision
@@ -206,13 +207,7 @@ def _scheduler(config: Mapping[str, Any], source: str) -> DDPMScheduler:
     except Exception as error:  # diffusers checks little, and what it does not check fails in all kinds of ways
         reason = " ".join(str(error).split())
         raise ValueError(f"{source} holds no schedule that diffusers can build: {reason[:200]}") from error
-    steps, betas = scheduler.config.num_train_timesteps, scheduler.betas
-    if not isinstance(steps, int) or steps < 1 or len(betas) != steps or not ((betas >= 0) & (betas <= 1)).all():
-        raise ValueError(
-            f"{source} holds no schedule of noise: it has {len(betas)} betas for {steps} steps, which must be as many, "
-            "1 or more, and each from 0 to 1"
-        )
-    return scheduler
+    return check_betas(scheduler, source)
 
 
 def _check(unet: UNet2DModel, source: str) -> UNet2DModel:
@@ -270,7 +265,7 @@ def check_checkpoint(folder: Path | None) -> None:
                 load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # damaged, truncated and executable files each have a class of their own
             is_code = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error)
-            reason = "it holds more than numbers, and could run code" if is_code else str(error).splitlines()[0][:200]
+            reason = "it holds more than numbers, and could run code" if is_code else one_line(error)[:200]
             raise ValueError(
                 f"the checkpoint's file {path} is not loaded: {reason}; resume from another one"
             ) from error

@@ -34,6 +34,8 @@ def check_time_embedding(unet: ModelMixin, schedule: Schedule, name: str) -> Non
 def check_finite(unet: ModelMixin | FrozenTeacher, schedule: Schedule, batch: Mapping[str, Any], name: str) -> None:
     """Ask a UNet once at the first and the last timestep of the schedule, which training and samplers ask it for.
 
+    Its weights are looked at too: a broken row of a table, of a timestep or a class, need not show in a few draws.
+
     Args:
         unet: on the device of the batch, in the precision that it is run with.
         schedule: of its training, on the device of the batch.
@@ -59,12 +61,18 @@ def check_finite(unet: ModelMixin | FrozenTeacher, schedule: Schedule, batch: Ma
             if not value.isfinite().all():
                 raise ValueError(_describe(network, name, timestep, part))
     network.train(was_training)
+    if weights := _broken_weights(network):
+        raise ValueError(f"{name} is not finite: {weights}")
+
+
+def _broken_weights(network: nn.Module) -> str | None:
+    weights = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
+    return f"{len(weights)} of its weights hold NaN or infinity, such as {weights[0]}" if weights else None
 
 
 def _describe(network: ModelMixin, name: str, timestep: int, part: str) -> str:
-    weights = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
-    if weights:
-        cause = f"{len(weights)} of its weights hold NaN or infinity, such as {weights[0]}"
+    if weights := _broken_weights(network):
+        cause = weights
     elif network.dtype == torch.float16:
         cause = "it overflows in float16; try --mixed_precision bf16 or no"
     elif timestep == 0 and network.config.get("time_embedding_type") == "fourier":
