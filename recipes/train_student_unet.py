@@ -203,7 +203,7 @@ def main(config: StudentConfig) -> None:
         model_card,
         try_export,
     )
-    from vkd_gen.training.facts import hash_model, run_facts, start_folder
+    from vkd_gen.training.facts import compare_folder, hash_model, run_facts, start_folder
     from vkd_gen.training.finished import show_if_finished
     from vkd_gen.training.images import load_data, prepare_data
     from vkd_gen.training.loop import TrainingRun, fixed_batches
@@ -222,8 +222,6 @@ def main(config: StudentConfig) -> None:
         refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
-        if show_if_finished(folder, options, scored_by, print_table):
-            return
         check_upload(options)
     accelerator = make_accelerator(
         options,
@@ -296,6 +294,9 @@ def main(config: StudentConfig) -> None:
     )
     few = next(draws(4))
     check_finite(teacher_unet.to(accelerator.device), schedule, few, f"the teacher {config.teacher}")
+    facts = compare_folder(folder, accelerator, facts, images, held_out)
+    if show_if_finished(folder, options, scored_by, print_table):
+        return
     start_folder(folder, accelerator, facts, images, held_out)
     resumes = folder.resume_point(options.resume_from_checkpoint) is not None
     if start.inherit_weights and not has_weights and not resumes:

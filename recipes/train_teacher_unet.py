@@ -202,7 +202,7 @@ def main(config: TeacherConfig) -> None:
         model_card,
         try_export,
     )
-    from vkd_gen.training.facts import run_facts, start_folder
+    from vkd_gen.training.facts import compare_folder, run_facts, start_folder
     from vkd_gen.training.finished import show_if_finished
     from vkd_gen.training.images import load_data, prepare_data
     from vkd_gen.training.loop import TrainingRun
@@ -218,8 +218,6 @@ def main(config: TeacherConfig) -> None:
         refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
-        if show_if_finished(folder, options, scored_by, print_table):
-            return
         check_upload(options)
     accelerator = make_accelerator(options)
     preset = PRESETS[config.preset]
@@ -251,6 +249,9 @@ def main(config: TeacherConfig) -> None:
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     facts = {**flat_config(config), **run_facts(accelerator, images, stream)}
+    facts = compare_folder(folder, accelerator, facts, images, held_out)
+    if show_if_finished(folder, options, scored_by, print_table):
+        return
     start_folder(folder, accelerator, facts, images, held_out)
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -25,7 +25,7 @@ from tests.conftest import tiny_unet
 from vkd_gen.data import Images
 from vkd_gen.training.accelerator import make_accelerator
 from vkd_gen.training.command_line import one_line_errors
-from vkd_gen.training.facts import run_facts, start_folder
+from vkd_gen.training.facts import compare_folder, run_facts, start_folder
 from vkd_gen.training.loop import TrainingRun, fixed_batches
 from vkd_gen.training.options import TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
@@ -58,6 +58,7 @@ def train(
     pixels = np.random.default_rng(0).integers(0, 255, (32, 8, 8), dtype=np.uint8)
     images = Images(lambda index: Image.fromarray(pixels[index]), 8, 1, "noise", np.arange(32))
     facts = {**flat_config(options), **run_facts(accelerator, images)}
+    facts = compare_folder(folder, accelerator, facts, images, images)
     start_folder(folder, accelerator, facts, images, images)
     noise_scheduler = DDPMScheduler()
     schedule = vkd.Schedule.of(noise_scheduler)

@@ -382,7 +382,13 @@ def make_read_only(disk):
 
 def train_until_read_only(options, disk, step):
     """From a step on the disk can only be read."""
-    train(options, before_step=lambda run, batch, losses: make_read_only(disk) if run.step == step else None)
+
+    def before_step(run, batch, losses):
+        if run.step == step:
+            run.folder._lock.close()  # `mount` waits for files that are open, as the kernel does not
+            make_read_only(disk)
+
+    train(options, before_step=before_step)
 
 
 def test_a_run_on_a_disk_that_is_read_only_does_not_start(straight, mount, tmp_path):

@@ -175,13 +175,22 @@ def test_a_finished_run_shows_its_table_at_once(finished, monkeypatch, capsys):
     folder, start = finished
     before = stamps(folder)
     monkeypatch.setattr("vkd_gen.evaluation.scorer.sample_scores", None)
-    monkeypatch.setattr("vkd_gen.training.models.load_teacher", None)
+    monkeypatch.setattr("vkd_gen.training.facts.start_folder", None)
     start()
     shown = capsys.readouterr().out
     assert f"{folder} is finished: 2 steps, exported and scored" in shown
     assert "parameters" in shown
     assert "226,817" in shown
     assert stamps(folder) == before
+
+
+def test_a_finished_run_of_another_teacher_is_another_run(finished, pipeline_folder, capsys):
+    _, start = finished
+    with pytest.raises(SystemExit) as status:
+        start("--teacher", pipeline_folder)
+    shown = capsys.readouterr()
+    assert (status.value.code, "is finished" in shown.out) == (2, False)
+    assert "is of another run: " in shown.err
 
 
 @pytest.mark.parametrize(

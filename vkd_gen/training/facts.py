@@ -60,10 +60,10 @@ def _plain(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value)
 
 
-def start_folder(
+def compare_folder(
     folder: "RunFolder", accelerator: Accelerator, facts: dict[str, Any], train: Images, held_out: Images
-) -> None:
-    """Hold the folder and write down what a run is, or find that it is what the folder holds; called by all processes.
+) -> dict[str, Any]:
+    """Hold the folder, and compare what a run is with what the folder holds; called by all processes.
 
     Args:
         folder: of the run.
@@ -71,6 +71,9 @@ def start_folder(
         facts: flags, with `resume_from_checkpoint`, and `run_facts`.
         train: images to train on.
         held_out: images that are not.
+
+    Returns:
+        The facts, with those of the data.
 
     Raises:
         ValueError: in one line, if another process holds the folder, or it holds another run.
@@ -86,6 +89,13 @@ def start_folder(
         broadcast_object_list(of_data)  # the first process has read the images, the others need not
     facts = {**facts, **of_data[0]}
     folder.check(facts, facts["resume_from_checkpoint"])
+    return facts
+
+
+def start_folder(
+    folder: "RunFolder", accelerator: Accelerator, facts: dict[str, Any], train: Images, held_out: Images
+) -> None:
+    """Write down what a run is, with the `facts` of `compare_folder`; called by all processes."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.start(facts)
