@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vkd_gen.files import whole_file
+from vkd_gen.files import CannotWriteError, whole_file
 from vkd_gen.text import printable
 
 if TYPE_CHECKING:
@@ -39,10 +39,15 @@ def only_warns(what: str, advice: str) -> Iterator[None]:
     Args:
         what: is made.
         advice: what to do where it could not be made.
+
+    Raises:
+        CannotWriteError: for a disk that takes no more, which what follows would meet too.
     """
     try:
         yield
-    except Exception as error:  # a full disk, a missing font, a broken library: whatever it is
+    except CannotWriteError:
+        raise
+    except Exception as error:  # a missing font, a broken library: whatever it is
         from tqdm import tqdm
 
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -13,7 +13,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from vkd_gen.files import own_name, whole_file, whole_folder
+from vkd_gen.files import CannotWriteError, own_name, whole_file, whole_folder
 from vkd_gen.provenance import environment, only_warns
 from vkd_gen.sampling import load_pipeline, sample_images, stock_pipeline, usable_steps
 from vkd_gen.text import markdown_text, printable
@@ -87,10 +87,12 @@ def after_export(folder: Path) -> Iterator[None]:
     """For the scores of an exported pipeline: their errors say that the weights are saved, and how to go on.
 
     Raises:
-        ValueError: for whatever is raised inside.
+        ValueError: for whatever is raised inside, but for a disk that takes no more.
     """
     try:
         yield
+    except CannotWriteError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(

@@ -28,7 +28,8 @@ def show_if_finished(
         return False
     try:
         results = json.loads((folder.path / "results.json").read_bytes())
-        if results["scored_by"] != scored_by or not (folder.path / "pipeline" / "model_index.json").is_file():
+        made = ("pipeline/model_index.json", "samples.npz", "samples.png", "report.html")
+        if results["scored_by"] != scored_by or not all((folder.path / name).is_file() for name in made):
             return False
         if os.environ.get("RANK", "0") == "0":
             print(
