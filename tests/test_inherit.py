@@ -437,6 +437,16 @@ def test_any_reduction_inherits_and_fitting_helps(family, reduction, schedule):
     assert errors["least_squares"] < 0.9
 
 
+def test_added_layers_do_nothing_at_first():
+    teacher = unconditional(layers_per_block=1, down_block_types=("DownBlock2D",) * 2)
+    student = build_student(teacher, Reduction(layers_per_block=2))
+    report = inherit_weights(student, teacher)
+    added = student.down_blocks[0].resnets[1]
+    sample = torch.randn(2, added.in_channels, 4, 4)
+    assert torch.equal(added(sample, torch.randn(2, 32)), sample)
+    assert "down_blocks.0.resnets.1.conv1" in report.random
+
+
 # ---- channels
 
 

@@ -530,6 +530,14 @@ def test_cka_floor_is_the_best_that_a_search_finds(student_channels):
         assert losses[-1] == pytest.approx(floor, abs=2e-3)
 
 
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1", "cka"])
+def test_width_floor_falls_with_the_width(loss):
+    floors = [width_floor(random_covariance(), width, loss) for width in range(1, 8)]
+    assert floors[:6] == sorted(floors[:6], reverse=True)
+    assert floors[4] > 0
+    assert floors[5:] == [0, 0]
+
+
 def test_width_floor_refuses_an_unknown_loss():
     with pytest.raises(REFUSED, match="huber"):
         width_floor(torch.eye(4).double(), 2, "huber")

@@ -930,6 +930,18 @@ def test_least_squares_gradients_reach_the_student_through_the_map_alone(widths)
     assert not any(value.requires_grad for value in projector.buffers())
 
 
+def test_least_squares_in_evaluation_accumulates_nothing():
+    projector = LeastSquaresProjector(3, 6).train()
+    projector(*make_rows((3, 6)))
+    projector.initialize()
+    before = state_of(projector)
+    projector.eval()(*make_rows((3, 6), seed=7))
+    assert projector.statistics.sums.abs().max() == 0
+    assert_same_state(state_of(projector), before)
+    projector.train()(*make_rows((3, 6), seed=7))
+    assert projector.statistics.sums[0] == 8 * 16
+
+
 @WIDTHS
 def test_resumed_least_squares_equals_the_straight_one(widths):
     def make():
@@ -982,6 +994,15 @@ def test_no_channels(projector, widths):
 def test_orthogonal_projector_refuses(options, message):
     with pytest.raises(REFUSED, match=message):
         OrthogonalProjector(3, 6, **options)
+
+
+@pytest.mark.parametrize(
+    ("student", "target"),
+    [((2, 9, 3), (2, 9, 4)), ((2, 9, 4), (2, 9, 3)), ((2, 9, 4), (2, 8, 4)), ((2, 9, 4), (1, 9, 4))],
+)
+def test_rows_that_do_not_fit(student, target):
+    with pytest.raises(REFUSED):
+        OrthogonalProjector(4, 4)(torch.zeros(student), torch.zeros(target))
 
 
 def test_rows_that_do_not_fit_are_named():
