@@ -102,6 +102,16 @@ def test_checkpoints_of_others_are_not_thinned_out(straight, tmp_path):
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-12"]
 
 
+def test_what_lies_where_a_checkpoint_would_be_set_aside_stays(straight, tmp_path):
+    run = shutil.copytree(straight, tmp_path / "run")
+    note = run / "set-aside-checkpoint-12" / "thesis.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    RunFolder(str(run)).set_aside_after(9)
+    assert note.read_text() == "mine"
+    assert (run / "set-aside-checkpoint-12.2" / "manifest.json").is_file()
+
+
 def test_a_folder_that_is_replaced_stays_if_that_fails(tmp_path):
     fill(tmp_path, ["pipeline/a"])
     with (

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -198,9 +199,9 @@ class RunFolder:
         """Rename the checkpoints after `step`, damaged or of another future: the run will write its own."""
         for path in self.checkpoints():
             if checkpoint_step(path) > step:
-                aside = path.with_name(f"set-aside-{path.name}")
-                if aside.exists():
-                    shutil.rmtree(aside)
+                name = f"set-aside-{path.name}"
+                names = (name, *(f"{name}.{number}" for number in count(2)))  # nothing that is there is removed
+                aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
                 os.replace(path, aside)
                 self._tell(f"{path} is now {aside.name}: the run goes on from step {step}")
 
