@@ -420,7 +420,7 @@ def test_links_that_stay_inside(tmp_path, monkeypatch):
     refuse_links("nowhere/at/all")
 
 
-@pytest.mark.parametrize("link", ["x.html", ".x.html", "x.html.tmp", "x.html.protocol.json"])
+@pytest.mark.parametrize("link", ["x.html", ".vkd-gen.x.html", "x.html.protocol.json"])
 @pytest.mark.parametrize("target", ["elsewhere", "nothing"])
 def test_a_file_that_would_be_written_through_a_link(tmp_path, link, target):
     (tmp_path / "elsewhere").touch()
