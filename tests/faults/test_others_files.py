@@ -190,7 +190,7 @@ def test_scores_do_not_overwrite_files_of_others(name, checkpoint, run_eval, tmp
 
 @pytest.mark.parametrize("place", [".", "pipeline"])
 def test_scores_do_not_overwrite_a_runs_results(place, checkpoint, run_eval, tmp_path, capsys):
-    config = {"output_dir": "run", "max_train_steps": 9, "train_batch_size": 1}
+    config = {"output_dir": "run", "max_train_steps": 9, "train_batch_size": 1, "log_every_steps": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     fill(tmp_path, ["results.json", "pipeline/model_index.json"])
     with pytest.raises(SystemExit) as exit_status:

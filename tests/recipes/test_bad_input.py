@@ -602,7 +602,7 @@ TEACHER_MISTAKES = {
     "no groups": (lambda tmp: ["--norm_num_groups", 0], "--norm_num_groups must be at least 1"),
     "no resolution": (lambda tmp: ["--resolution", -8], "--resolution must be at least 1"),
     "too many stages": (lambda tmp: ["--block_out_channels", *[8] * 40], "cannot be halved 39 times"),
-    "data set of no name": (lambda tmp: ["--dataset", ""], "name a data set"),
+    "data set of no name": (lambda tmp: ["--dataset", ""], "needs --dataset"),
     "bad image": (lambda tmp: ["--dataset", images_and(tmp, "x.png", b"GIF89a")], "cannot read the image .*x.png"),
     "no stages": (lambda tmp: ["--block_out_channels"], "block_out_channels|block-out-channels"),
 }

@@ -282,7 +282,8 @@ def test_two_processes_equal_one(method, student_flags, tmp_path):
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr
     one, two = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
-    assert len(one) == len(two) == (24 if "least_squares" in method else 21)  # with looks
+    assert len(one) == len(two) > 20  # with looks
+    assert sum("loss/total" in line for line in one) == 20
     assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-6)
     for first, second in zip(one, two, strict=True):
         for name in first:
