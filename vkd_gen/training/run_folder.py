@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -199,9 +198,10 @@ class RunFolder:
         """Rename the checkpoints after `step`, damaged or of another future: the run will write its own."""
         for path in self.checkpoints():
             if checkpoint_step(path) > step:
-                name = f"set-aside-{path.name}"
-                names = (name, *(f"{name}.{number}" for number in count(2)))  # nothing that is there is removed
-                aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+                aside, number = path.with_name(f"set-aside-{path.name}"), 1
+                while aside.exists():  # nothing that is there is removed
+                    number += 1
+                    aside = path.with_name(f"set-aside-{path.name}.{number}")
                 os.replace(path, aside)
                 self._tell(f"{path} is now {aside.name}: the run goes on from step {step}")
 
