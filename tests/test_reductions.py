@@ -330,10 +330,11 @@ def test_kept_stages(stages, dropped, kept):
     assert kept_stages(stages, Reduction(drop_stages=dropped)) == kept
 
 
+@pytest.mark.parametrize("dropped", [0, 1])
 @pytest.mark.parametrize("family", ["ddpm", "Stable Diffusion XL"])
-def test_a_kept_stage_has_the_teachers_blocks(family):
+def test_a_kept_stage_has_the_teachers_blocks(family, dropped):
     teacher = TEACHERS[family]()
-    reduction = Reduction(drop_stages=(1,))
+    reduction = Reduction(drop_stages=(dropped,))
     student = build_student(teacher, reduction)
     kept = kept_stages(3, reduction)
     for stage, origin in enumerate(kept):
