@@ -113,7 +113,7 @@ UNFIT = {
     "no number": (SCHEDULER, {"steps_offset": "1"}, "a DDIMScheduler with .* steps_offset '1'"),
     "no such sampler": (
         INDEX, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "KarrasVeScheduler"]},
-        "in its DDPMPipeline, UNet2DModel and KarrasVeScheduler do not fit together",
+        "its part 'scheduler' is .*'KarrasVeScheduler'.*, and must be a scheduler of diffusers",
     ),
     "a sampler of other calls": (
         INDEX, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "UniPCMultistepScheduler"]},
