@@ -22,7 +22,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from vkd_gen.data import load_images
+from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor, load_extractor
 from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.evaluation.scorer import Scorer

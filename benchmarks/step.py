@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vkd_gen as vkd
-from vkd_gen.data import Images
+from vkd_gen.data.images import Images
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import LiveBytes
 from vkd_gen.provenance import environment, write_json

@@ -28,7 +28,7 @@ from vkd_gen.training.command_line import announce, repository_path, run_recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vkd_gen.data import Images
+    from vkd_gen.data.images import Images
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,7 +92,7 @@ def load(config: ComparisonConfig, folder: str, dataset: str) -> "tuple[Any, Any
     """A teacher, its schedule, batches to start students from by seed, and batches of other images to test on."""
     import torch
 
-    from vkd_gen.data import load_images
+    from vkd_gen.data.sources import load_images
     from vkd_gen.schedule import Schedule
     from vkd_gen.training.loop import fixed_batches
     from vkd_gen.training.models import load_teacher

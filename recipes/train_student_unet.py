@@ -186,7 +186,7 @@ def main(config: StudentConfig) -> None:
     import torch
     from diffusers import DDPMScheduler
 
-    from vkd_gen.data import evenly_spaced
+    from vkd_gen.data.images import evenly_spaced
     from vkd_gen.distillation import matching_table
     from vkd_gen.evaluation.compare import compare_to_teacher, describe_models, markdown_table, print_table
     from vkd_gen.evaluation.diagnostics_figure import save_diagnostics

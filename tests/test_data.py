@@ -13,14 +13,9 @@ from PIL import Image
 from scipy import stats  # comes with scikit-learn
 
 from tests.conftest import CIFAR10
-from vkd_gen.data import (
-    DrawBatches,
-    Images,
-    TrainingDraws,
-    embedded_pixels,
-    evenly_spaced,
-    load_images,
-)
+from vkd_gen.data.draws import DrawBatches, TrainingDraws
+from vkd_gen.data.images import Images, evenly_spaced
+from vkd_gen.data.sources import embedded_pixels, load_images
 from vkd_gen.training.options import default_cifar10
 
 
@@ -615,7 +610,7 @@ def test_a_batch_is_its_draws(num_classes):
 
 @pytest.mark.parametrize(("limit", "reads"), [(2 * 4 * 16, 2), (2 * 4 * 16 - 1, 21)])
 def test_images_of_a_small_set_are_decoded_once(limit, reads, monkeypatch):
-    monkeypatch.setattr("vkd_gen.data.KEPT_BYTES", limit)
+    monkeypatch.setattr("vkd_gen.data.draws.KEPT_BYTES", limit)
     seen = []
 
     def read(number):

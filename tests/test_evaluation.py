@@ -14,7 +14,8 @@ from torch import nn
 
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from vkd_gen import FeatureNormalizer, FrozenTeacher, OrthogonalProjector, ProjectedStudent, calibrate, pair_layers
-from vkd_gen.data import Images, TrainingDraws
+from vkd_gen.data.draws import TrainingDraws
+from vkd_gen.data.images import Images
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import compare_to_teacher, describe_models, markdown_table, print_table
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vkd_gen.data import TrainingDraws, evenly_spaced, load_images
+from vkd_gen.data.draws import TrainingDraws
+from vkd_gen.data.images import evenly_spaced
+from vkd_gen.data.sources import load_images
 from vkd_gen.training import image_cache
 from vkd_gen.training.image_cache import cache_images
 
@@ -75,7 +77,7 @@ def test_pixels_are_the_same(folder, tmp_path, channels, resolution):
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**28])
 def test_draws_are_the_same_bit_for_bit(folder, tmp_path, kept_bytes, monkeypatch):
-    monkeypatch.setattr("vkd_gen.data.KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr("vkd_gen.data.draws.KEPT_BYTES", kept_bytes)
     images, _ = load(folder)
     cached = cache_images(images, tmp_path / "cache")
     draws, cached_draws = (TrainingDraws(found, seed=3, random_flip=True) for found in (images, cached))

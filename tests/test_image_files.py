@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vkd_gen.data import TrainingDraws, data_facts, load_images
+from vkd_gen.data.draws import TrainingDraws
+from vkd_gen.data.images import data_facts
+from vkd_gen.data.sources import load_images
 
 
 def load(source, *, resolution=4, channels=3, **options):

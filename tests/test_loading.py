@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import SHORT, recipe_runner
 from vkd_gen.calibration import load_statistics
-from vkd_gen.data import load_images
+from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.evaluation.scorer import load_statistics_file

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import tiny_condition_unet, tiny_unet
-from vkd_gen.data import DrawBatches, Images, TrainingDraws
+from vkd_gen.data.draws import DrawBatches, TrainingDraws
+from vkd_gen.data.images import Images
 from vkd_gen.evaluation.sources import blocks_of_process
 from vkd_gen.limits import check_sizes
 from vkd_gen.normalization import (

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from tests.test_data import assert_same_draw, encoded, grey_levels
-from vkd_gen.data import DrawBatches, TrainingDraws, load_images
-from vkd_gen.streaming import Position, StreamedDraws, stream_images
+from vkd_gen.data.draws import DrawBatches, StreamedDraws, TrainingDraws
+from vkd_gen.data.sources import load_images
+from vkd_gen.data.streaming import Position, stream_images
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")

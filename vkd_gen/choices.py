@@ -17,4 +17,4 @@ Sampler = Literal["ddim", "ddpm", "dpm-solver"]
 Precision = Literal["no", "fp16", "bf16"]
 """Precision of a network's forward pass."""
 OnBadImage = Literal["refuse", "skip"]
-"""What becomes of an image that cannot be read: see `vkd_gen.data.load_images`."""
+"""What becomes of an image that cannot be read: see `vkd_gen.data.sources.load_images`."""

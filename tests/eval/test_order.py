@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tests.eval.conftest import EVAL
-from vkd_gen.data import load_images
+from vkd_gen.data.sources import load_images
 
 ROOT = EVAL.parent
 FROM_WORST = {"inception_score": True, "precision": True, "fid": False, "kid": False}  # score -> larger is better

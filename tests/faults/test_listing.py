@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vkd_gen.data import data_facts, load_images, told_of
+from vkd_gen.data.images import data_facts, told_of
+from vkd_gen.data.listing import SHARD, SPLIT_WORDS, find_splits, list_files
+from vkd_gen.data.sources import load_images
+from vkd_gen.data.streaming import stream_images
 from vkd_gen.evaluation.sources import from_folder
-from vkd_gen.listing import SHARD, SPLIT_WORDS, find_splits, list_files
-from vkd_gen.streaming import stream_images
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")

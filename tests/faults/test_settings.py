@@ -22,7 +22,8 @@ from PIL import Image
 from tests.conftest import tiny_unet
 from tests.faults.small_run import assert_same_end, options_of, read_metrics, run_to_end, start, train
 from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
-from vkd_gen.data import data_facts, load_images
+from vkd_gen.data.images import data_facts
+from vkd_gen.data.sources import load_images
 from vkd_gen.files import hold_folder
 from vkd_gen.training.accelerator import make_accelerator
 from vkd_gen.training.command_line import run_command
@@ -301,7 +302,7 @@ def test_a_table_is_known_by_its_contents(where, changes, is_same, tmp_path):
 
 
 def test_of_a_large_set_sizes_and_beginnings_are_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr("vkd_gen.decoding.HASHED_BYTES", 10)
+    monkeypatch.setattr("vkd_gen.data.decoding.HASHED_BYTES", 10)
     folder = save_images(tmp_path / "data")
     before = facts_of(folder)["dataset_sha256"]
     assert facts_of(shutil.copytree(folder, tmp_path / "elsewhere"))["dataset_sha256"] == before

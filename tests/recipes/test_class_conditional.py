@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT
-from vkd_gen.data import TrainingDraws, load_images
+from vkd_gen.data.draws import TrainingDraws
+from vkd_gen.data.sources import load_images
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline
 from vkd_gen.sampling import stock_pipeline
 from vkd_gen.training.loop import fixed_batches

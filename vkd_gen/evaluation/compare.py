@@ -7,7 +7,7 @@ from accelerate import PartialState
 from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
-from vkd_gen.data import Images
+from vkd_gen.data.images import Images
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
-from vkd_gen.data import Images, TrainingDraws
+from vkd_gen.data.draws import TrainingDraws
+from vkd_gen.data.images import Images
 from vkd_gen.distillation import FrozenTeacher, predict
 from vkd_gen.schedule import Schedule
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from vkd_gen.decoding import one_line
+from vkd_gen.data.decoding import one_line
 from vkd_gen.evaluation.feature_network import check_network_name, load_feature_network
 from vkd_gen.hub import explain_names
 from vkd_gen.provenance import hash_tensors

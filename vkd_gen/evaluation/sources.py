@@ -23,7 +23,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vkd_gen.data import Images, load_images, told_of
+from vkd_gen.data.images import Images, told_of
+from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor, hash_weights
 from vkd_gen.files import whole_file
 from vkd_gen.hub import check_file

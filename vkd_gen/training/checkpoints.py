@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vkd_gen.decoding import one_line
+from vkd_gen.data.decoding import one_line
 from vkd_gen.files import reason_of
 
 MANIFEST = "manifest.json"

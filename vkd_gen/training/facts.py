@@ -11,10 +11,10 @@ from accelerate.utils import broadcast_object_list
 from diffusers import ConfigMixin
 from torch import Tensor
 
-from vkd_gen.data import Images, data_facts
-from vkd_gen.listing import list_files
+from vkd_gen.data.images import Images, data_facts
+from vkd_gen.data.listing import list_files
+from vkd_gen.data.streaming import ImageStream
 from vkd_gen.provenance import hash_tensors, write_json
-from vkd_gen.streaming import ImageStream
 from vkd_gen.training.accelerator import on_main_process
 from vkd_gen.training.options import FREE_TO_CHANGE
 

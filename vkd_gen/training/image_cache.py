@@ -12,7 +12,7 @@ import PIL
 from PIL import Image
 from torch import Tensor
 
-from vkd_gen.data import Images
+from vkd_gen.data.images import Images
 from vkd_gen.training.cache import KeptRows, keep_rows
 
 

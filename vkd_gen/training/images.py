@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
-from vkd_gen.data import Images, load_images, told_of
-from vkd_gen.streaming import ImageStream, stream_images
+from vkd_gen.data.images import Images, told_of
+from vkd_gen.data.sources import load_images
+from vkd_gen.data.streaming import ImageStream, stream_images
 from vkd_gen.training.image_cache import cache_images
 from vkd_gen.training.options import DataOptions
 

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from vkd_gen.data import DrawBatches, Images, TrainingDraws
+from vkd_gen.data.draws import DrawBatches, StreamedDraws, TrainingDraws
+from vkd_gen.data.images import Images
+from vkd_gen.data.streaming import ImageStream, Position
 from vkd_gen.files import own_name
 from vkd_gen.pictures import save_sample_grid
 from vkd_gen.provenance import only_warns
 from vkd_gen.sampling import sample_images
 from vkd_gen.schedule import Schedule
-from vkd_gen.streaming import ImageStream, Position, StreamedDraws
 from vkd_gen.text import printable
 from vkd_gen.training.accelerator import on_main_process
 from vkd_gen.training.checkpoints import problem_of

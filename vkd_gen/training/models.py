@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import load
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
-from vkd_gen.decoding import one_line
+from vkd_gen.data.decoding import one_line
 from vkd_gen.hub import check_betas, check_file, check_memory, hub_folder, load_model, model_files, read_json
 from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import num_classes_of

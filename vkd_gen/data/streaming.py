@@ -13,12 +13,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
-from vkd_gen.data import DrawBatches, Images, OnBadImage, TrainingDraws, split_images
-from vkd_gen.tables import (
+from vkd_gen.choices import OnBadImage
+from vkd_gen.data.images import Images
+from vkd_gen.data.sources import split_images
+from vkd_gen.data.tables import (
     EMBEDDED,
     Tables,
     Whereabouts,
@@ -326,42 +326,3 @@ def _as_table(rows: list[Row], table: Any) -> Any:
 
 def _no_image(number: int) -> Any:
     raise AssertionError(f"a stream has no image {number} at hand")
-
-
-class StreamedDraws(IterableDataset):
-    """What `TrainingDraws` draws, batch after batch, around images that come from a stream.
-
-    Noise, flip, time and hidden label of draw n are a function of (seed, n), as there. Which image it gets depends on
-    how many read, processes and workers: each takes the next of its own.
-
-    Args:
-        stream: of the images.
-        draws: for noise, flips, times and hidden labels, with `stream.images`.
-        batches: of this process.
-        positions: of the process' readers, one for each worker (one without workers), `[readers, 4]` int64.
-    """
-
-    def __init__(self, stream: ImageStream, draws: TrainingDraws, batches: DrawBatches, positions: Tensor):
-        self.stream, self.draws, self.batches, self.positions = stream, draws, batches, positions
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """This worker's batches.
-
-        Yields:
-            What `TrainingDraws` does, with `reader`, which of the process' readers gave the images, and `position`,
-            how far it has come.
-        """
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        assert len(self.positions) == num_workers
-        reader = (self.batches.passes.start + worker) % num_workers  # the loader's first batch is always worker 0's
-        images = self.stream.read(
-            Position(*self.positions[reader].tolist()),
-            seed=self.draws.seed,
-            reader=self.batches.process_index * num_workers + reader,
-            num_readers=self.batches.num_processes * num_workers,
-        )
-        for numbers in islice(self.batches, worker, None, num_workers):
-            positions, samples, labels = zip(*islice(images, len(numbers)), strict=True)
-            batch = self.draws.around(numbers, samples, labels if self.stream.label_column else None)
-            yield {**batch, "reader": torch.tensor(reader), "position": torch.tensor(positions[-1])}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vkd_gen.decoding import (
+from vkd_gen.data.decoding import (
     ADVICE,
     FIRST_BYTES,
     HASHED_BYTES,
@@ -23,7 +23,7 @@ from vkd_gen.decoding import (
     files_identity,
     one_line,
 )
-from vkd_gen.listing import TABLE_SUFFIXES, Listing, list_files, shown
+from vkd_gen.data.listing import TABLE_SUFFIXES, Listing, list_files, shown
 from vkd_gen.provenance import hub_revision, split_revision
 
 EMBEDDED = ("digits", "mnist")

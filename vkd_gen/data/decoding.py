@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vkd_gen.listing import image_formats
+from vkd_gen.data.listing import image_formats
 
 ADVICE = "repair or remove it"
 HASHED_BYTES = 2**33
