@@ -16,6 +16,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import vkd_gen as vkd
+from vkd_gen.cli import run_command
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import count_parameters
 from vkd_gen.features import copy_without_weights
@@ -25,7 +26,6 @@ from vkd_gen.projectors import sampling_stride
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.students.build import unet_class
 from vkd_gen.students.specs import TEACHERS
-from vkd_gen.training.command_line import run_command
 from vkd_gen.training.matching import METHODS, NUM_DIAGNOSTIC_DRAWS
 from vkd_gen.training.options import MatchingOptions
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from vkd_gen.cli import run_command
 from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor, load_extractor
 from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.evaluation.sources import from_tensor
 from vkd_gen.provenance import environment, write_json
-from vkd_gen.training.command_line import run_command
 from vkd_gen.training.options import default_cifar10
 
 

@@ -21,9 +21,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from vkd_gen.cli import run_command
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.training.checkpoints import find_fault
-from vkd_gen.training.command_line import run_command
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "train_student_unet.py"

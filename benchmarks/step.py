@@ -28,13 +28,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vkd_gen as vkd
+from vkd_gen.cli import run_command
 from vkd_gen.data.images import Images
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import LiveBytes
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.students.build import unet_class
 from vkd_gen.training.accelerator import make_accelerator
-from vkd_gen.training.command_line import run_command
 from vkd_gen.training.loop import TrainingRun, fixed_batches
 from vkd_gen.training.matching import build_projected_student, pair_named_or_all, resolve_matching
 from vkd_gen.training.options import MatchingOptions, TrainingOptions

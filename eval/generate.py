@@ -17,8 +17,8 @@ from PIL import Image
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.choices import Precision, Sampler
+from vkd_gen.cli import announce, check_output_file, repository_path, run_command
 from vkd_gen.files import LOCK, hold_folder, remove_leftovers, whole_file
-from vkd_gen.training.command_line import announce, check_output_file, refuse_links, repository_path, run_command
 
 if TYPE_CHECKING:
     from vkd_gen.evaluation.sources import ImageSource
@@ -145,7 +145,6 @@ def main(config: GenerateConfig) -> None:
     if is_array and output.exists():
         raise ValueError(f"{output} is there already; choose another --output")
     folder = output.with_name(output.name + ".parts") if is_array else output
-    refuse_links(folder)
     if is_array:
         check_output_file(output)
     announce(f"{config.num_images:,} images of {config.checkpoint}, to {output}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from vkd_gen.training.command_line import announce, check_output_file, repository_path, run_command
+from vkd_gen.cli import announce, check_output_file, repository_path, run_command
 
 
 @dataclass(frozen=True, kw_only=True)

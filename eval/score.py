@@ -13,10 +13,10 @@ import tyro
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.choices import OnBadImage, Precision, Sampler
+from vkd_gen.cli import announce, repository_path, run_command
 from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
 from vkd_gen.files import hold_folder
 from vkd_gen.provenance import RESULT_FILES
-from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,6 @@ def main(config: ScoreConfig) -> None:
             raise ValueError(f"{path} is not a file, and results are written there; choose another --output_dir")
         if path.exists() and not config.overwrite:
             raise ValueError(f"{path}: this folder already holds results; choose another --output_dir, or --overwrite")
-    refuse_links(folder)
     if folder.is_dir() and is_of_run(folder):  # whose results are no earlier call's, to be replaced by --overwrite
         raise ValueError(f"{folder} is a run's folder, or its pipeline; choose another --output_dir")
     announce(f"scoring {', '.join(config.sources)} against {config.reference}, into {folder}")

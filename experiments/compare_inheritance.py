@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tables import TextTable, decimals_for, print_tables
+from vkd_gen.cli import announce, repository_path, run_recipe
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.evaluation.labels import label_of
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.reductions import Reduction
-from vkd_gen.training.command_line import announce, repository_path, run_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,9 +22,9 @@ from arms import ARMS
 from plan import PRESETS, ComparisonConfig, Run, extra_flags, plan, teacher_flags
 from records import RunRecords, read_run
 from side_by_side import Job, places, run_side_by_side
+from vkd_gen.cli import run_recipe
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.files import hold_folder, whole_file
-from vkd_gen.training.command_line import run_recipe
 
 if TYPE_CHECKING:
     from tables import Comparison

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from arms import ARMS, STARTS
+from vkd_gen.cli import repository_path
 from vkd_gen.evaluation.labels import data_label
-from vkd_gen.training.command_line import repository_path
 
 ROOT = Path(__file__).parents[1]
 OWN = ("preset", "output_dir", "resume_from_checkpoint", "seed", "max_train_steps", "train_batch_size", "dry_run")

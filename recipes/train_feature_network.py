@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from vkd_gen.choices import OnBadImage
+from vkd_gen.cli import announce, check_output_file, run_recipe
 from vkd_gen.evaluation.labels import data_label
-from vkd_gen.training.command_line import announce, check_output_file, run_recipe
 
 SIZES = {"digits": (8, 1), "mnist": (28, 1)}
 """Resolution and channels of the embedded sets."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 import vkd_gen as vkd
+from vkd_gen.cli import announce, repository_path, run_recipe
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
 from vkd_gen.reductions import REDUCTIONS
-from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_recipe
 from vkd_gen.training.options import (
     DataOptions,
     MatchingOptions,
@@ -219,7 +219,6 @@ def main(config: StudentConfig) -> None:
     folder = RunFolder(options.output_dir)
     scored_by = {**asdict(config.scores), "score_teacher": config.score_teacher}
     if not config.dry_run:  # which writes nothing, whatever the folder holds
-        refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
         check_upload(options)

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from vkd_gen.cli import announce, repository_path, run_recipe
+
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
-from vkd_gen.training.command_line import announce, refuse_links, repository_path, run_recipe
 from vkd_gen.training.options import (
     DataOptions,
     SharedDataOptions,
@@ -215,7 +216,6 @@ def main(config: TeacherConfig) -> None:
     folder = RunFolder(options.output_dir)
     scored_by = asdict(config.scores)
     if not config.dry_run:  # which writes nothing, whatever the folder holds
-        refuse_links(folder.path)
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
         check_upload(options)

@@ -227,16 +227,6 @@ def test_a_file_in_place_of_the_folder(tmp_path):
         keep(tmp_path / "file")
 
 
-def test_nothing_is_written_through_links(tmp_path):
-    folder = keep(tmp_path / "kept").folder
-    (tmp_path / "elsewhere").write_text("mine")
-    (folder / "00001.safetensors").unlink()
-    (folder / "00001.safetensors").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="is a link out of the output folder"):
-        keep(tmp_path / "kept")
-    assert (tmp_path / "elsewhere").read_text() == "mine"
-
-
 # ---- processes
 
 

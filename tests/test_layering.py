@@ -33,7 +33,8 @@ CORE = FOUNDATIONS | {
     },
     "diagnostics": {"distillation", "features", "projectors", "normalization", "losses", "schedule"},
 }  # fmt: skip
-ALLOWED = CORE | {"training": {*CORE, "vkd_gen"}, "evaluation": {*CORE, "vkd_gen"}, "__init__": set(CORE)}
+SHELL = {*CORE, "cli", "vkd_gen"}
+ALLOWED = CORE | {"cli": {"files", "text", "version"}, "training": SHELL, "evaluation": SHELL, "__init__": set(CORE)}
 
 # torch and diffusers, and what comes with them; all else is imported in the function that needs it.
 CORE_PACKAGES = {"torch", "diffusers", "jaxtyping", "numpy", "PIL", "safetensors"}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import SHORT, recipe_runner
 from vkd_gen.calibration import load_statistics
+from vkd_gen.cli import tensors_alone
 from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
@@ -29,7 +30,6 @@ from vkd_gen.limits import check_sizes
 from vkd_gen.provenance import hub_revision
 from vkd_gen.sampling import load_pipeline, stock_pipeline
 from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
-from vkd_gen.training.command_line import check_output_file, refuse_links, tensors_alone
 from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet, read_unet_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -378,71 +378,6 @@ def test_tensors_alone_whatever_the_environment_says(tmp_path, executed, monkeyp
                 torch.load(file, **options)
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
-
-
-# ---- links
-
-
-LINKS = {
-    "folder": ("previews", "elsewhere"),
-    "checkpoint": ("checkpoint-2", "elsewhere"),
-    "file": ("metrics.jsonl", "elsewhere/file"),
-    "to nothing": ("config.json.tmp", "elsewhere/nothing"),
-    "deep": ("a/b/c", "elsewhere"),
-    "the folder above": ("up", "."),
-    "a sibling whose name begins alike": ("x", "run-2"),
-    "link to a link": ("x", "chain"),
-}
-
-
-@pytest.mark.parametrize("name", LINKS)
-def test_links_out_of_the_output_folder(tmp_path, name):
-    link, target = LINKS[name]
-    for folder in ("run/a/b", "run-2", "elsewhere"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "elsewhere/file").touch()
-    (tmp_path / "chain").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "run" / link).symlink_to(tmp_path / target)
-    with pytest.raises(ValueError, match=rf"{link} is a link out of the output folder, to ") as error:
-        refuse_links(tmp_path / "run")
-    assert "\n" not in str(error.value)
-
-
-def test_links_that_stay_inside(tmp_path, monkeypatch):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "disk/file").touch()
-    (tmp_path / "disk/latest").symlink_to("file")
-    (tmp_path / "disk/loop").symlink_to("loop")
-    (tmp_path / "run").symlink_to(tmp_path / "disk")  # the user's own choice
-    refuse_links(tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "disk")
-    refuse_links(".")
-    refuse_links("nowhere/at/all")
-
-
-@pytest.mark.parametrize("link", ["x.html", ".vkd-gen.x.html", "x.html.protocol.json"])
-@pytest.mark.parametrize("target", ["elsewhere", "nothing"])
-def test_a_file_that_would_be_written_through_a_link(tmp_path, link, target):
-    (tmp_path / "elsewhere").touch()
-    check_output_file(tmp_path / "x.html")
-    (tmp_path / link).symlink_to(tmp_path / target)
-    with pytest.raises(ValueError, match=f"{link} is a link, to .*/{target}; nothing is written through links"):
-        check_output_file(tmp_path / "x.html")
-    check_output_file(tmp_path / "y.html")
-
-
-@pytest.mark.parametrize("link", ["previews", "checkpoint-1", "metrics.jsonl", "config.json.tmp"])
-def test_a_run_writes_nothing_through_a_link(tmp_path, run_recipe, capfd, link):
-    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
-    elsewhere.mkdir()
-    run.mkdir()
-    (run / link).symlink_to(elsewhere / "x" if "." in link else elsewhere)
-    flags = ["--preview_every_steps", 1, "--checkpointing_steps", 1, "--extractor", "none", "--output_dir", run]
-    with pytest.raises(SystemExit):
-        run_recipe("train_teacher_unet", *SHORT, *flags, "--resume_from_checkpoint", "latest")
-    assert "is a link out of the output folder" in capfd.readouterr().err
-    assert list(elsewhere.iterdir()) == []
-    assert [path.name for path in run.iterdir()] == [link]
 
 
 # ---- the hub

@@ -111,22 +111,10 @@ def with_code(tmp):
     return folder
 
 
-def linked(tmp):
-    (tmp / "linked").mkdir()
-    (tmp / "linked" / "samples.npz").symlink_to(tmp / "elsewhere")
-    return tmp / "linked"
-
-
 def with_bad_image(tmp):
     folder = save_pngs(tmp / "bad", 12)
     (folder / "000005.png").write_text("text")
     return folder
-
-
-def link_at(tmp, name):
-    """A link where a file, or its temporary, is to be written; the file's name."""
-    (tmp / name).symlink_to(tmp / "elsewhere")
-    return tmp / "x.npz" if "npz" in name else tmp / "x.html"
 
 
 def note_of(tmp, text):
@@ -271,10 +259,6 @@ SCORE = {
         lambda tmp: {"--reference": array_at(tmp, np.array([Payload(tmp / "executed")], dtype=object))},
         "cannot read images",
     ),
-    "an output with a link out of it": (
-        lambda tmp: {"--output_dir": linked(tmp)},
-        "is a link out of the output folder",
-    ),
     "no steps": (lambda tmp: {"--num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
     "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size at least 1"),
     "unknown sampler": (lambda tmp: {"--sampler": "euler"}, "euler"),
@@ -292,8 +276,6 @@ GENERATE = {
     "a pipeline with code of its own": (lambda tmp: {"sources": [with_code(tmp)]}, "code of its own is not run"),
     "not a number": (lambda tmp: {"--num_images": "many"}, "many"),
     "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size must be at least 1"),
-    "an array that is a link": (lambda tmp: {"--output": link_at(tmp, "x.npz")}, "is a link, to"),
-    "an array whose temporary is a link": (lambda tmp: {"--output": link_at(tmp, ".vkd-gen.x.npz")}, "is a link, to"),
     "a damaged note": (lambda tmp: {"--output": note_of(tmp, "{")}, "generate.json is damaged"),
     "a note of another kind": (lambda tmp: {"--output": note_of(tmp, "[1]")}, "generate.json is damaged"),
     "an array that is there": (lambda tmp: {"--output": text_at(tmp, "x.npz")}, "is there already"),
@@ -303,7 +285,6 @@ COST = {
     "no model": (lambda tmp: {"sources": []}, "at least one model"),
     "no such model": (lambda tmp: {"sources": [tmp / "nowhere"]}, "there is no"),
     "no batch": (lambda tmp: {"--batch_size": 0}, "--batch_size"),
-    "an output that is a link": (lambda tmp: {"--output": link_at(tmp, "x.html")}, "is a link, to"),
     "no such student": (lambda tmp: {"--students": "bk-bse"}, "no student 'bk-bse'"),
     "absurd size": (lambda tmp: {"--sample_size": 10**9}, "could be built: sample_size"),
     "absurd model": (
@@ -316,8 +297,6 @@ REPORT = {
     "no folder": (lambda tmp: {"sources": []}, "at least one folder"),
     "a folder without results": (lambda tmp: {"sources": [tmp]}, "holds no results.json"),
     "damaged results": (lambda tmp: {"sources": [finished(tmp)]}, "cannot read the results"),
-    "an output that is a link": (lambda tmp: {"--output": link_at(tmp, "x.html")}, "is a link, to"),
-    "an output whose temporary is a link": (lambda tmp: {"--output": link_at(tmp, ".vkd-gen.x.html")}, "is a link, to"),
     "an output that is a folder": (lambda tmp: {"--output": tmp}, "is a folder; name a file"),
 }
 CASES = [

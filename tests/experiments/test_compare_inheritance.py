@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import compare_inheritance
-from vkd_gen.training.command_line import run_recipe
+from vkd_gen.cli import run_recipe
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from arms import ARMS, Arm
 from plan import PRESETS, plan
 from records import RunRecords, curve_of, read_run, training_speed
 from tests.recipes.conftest import load_recipe
-from vkd_gen.training.command_line import parse_command_line, run_recipe
+from vkd_gen.cli import parse_command_line, run_recipe
 
 DRAW = {name: getattr(figures, name) for name in ("draw_differences", "draw_curves", "draw_samples")}
 SCREEN = PRESETS["screen"]

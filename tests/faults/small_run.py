@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 import vkd_gen as vkd
 from tests.conftest import tiny_unet
+from vkd_gen.cli import one_line_errors
 from vkd_gen.data.images import Images
 from vkd_gen.training.accelerator import make_accelerator
-from vkd_gen.training.command_line import one_line_errors
 from vkd_gen.training.facts import compare_folder, run_facts, start_folder
 from vkd_gen.training.loop import TrainingRun, fixed_batches
 from vkd_gen.training.options import TrainingOptions, flat_config

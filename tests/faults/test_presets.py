@@ -14,10 +14,10 @@ from safetensors import safe_open
 import compare_methods
 import plan as planning
 from tests.recipes.conftest import SHORT, SHORT_STUDENT, load_recipe
+from vkd_gen.cli import parse_command_line
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.scorer import ScoreOptions, choose_extractor, note_foreign_features
-from vkd_gen.training.command_line import parse_command_line
 from vkd_gen.training.options import TrainingOptions, with_warmup
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"

@@ -22,11 +22,11 @@ from PIL import Image
 from tests.conftest import tiny_unet
 from tests.faults.small_run import assert_same_end, options_of, read_metrics, run_to_end, start, train
 from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
+from vkd_gen.cli import run_command
 from vkd_gen.data.images import data_facts
 from vkd_gen.data.sources import load_images
 from vkd_gen.files import hold_folder
 from vkd_gen.training.accelerator import make_accelerator
-from vkd_gen.training.command_line import run_command
 from vkd_gen.training.facts import compare_facts, hash_model
 
 

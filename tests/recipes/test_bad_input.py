@@ -148,13 +148,6 @@ def images_and(tmp, name, content):
     return folder
 
 
-def linked_output(tmp):
-    (tmp / "elsewhere").mkdir()
-    (tmp / "linked").mkdir()
-    (tmp / "linked" / "previews").symlink_to(tmp / "elsewhere")
-    return tmp / "linked"
-
-
 def file_at(tmp):
     (tmp / "file").write_text("")
     return tmp / "file"
@@ -416,7 +409,6 @@ STUDENT_MISTAKES = {
         "there are no extractor weights",
     ),
     "output that is empty": (lambda tmp: ["--output_dir", ""], "--output_dir must name a folder"),
-    "output with a link out of it": (lambda tmp: ["--output_dir", linked_output(tmp)], "is a link out of the output"),
     "output where nothing can be made": (lambda tmp: ["--output_dir", "/proc/run"], "/proc/run"),
     "output of too long a name": (lambda tmp: ["--output_dir", tmp / ("x" * 300)], "File name too long"),
     "teacher of too long a name": (lambda tmp: ["--teacher", "/" + "x" * 300], "File name too long"),

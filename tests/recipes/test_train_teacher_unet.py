@@ -1,7 +1,7 @@
 """The teacher recipe, a few steps on a CPU."""
 
 from tests.recipes.conftest import SHORT, load_recipe
-from vkd_gen.training.command_line import repository_path
+from vkd_gen.cli import repository_path
 from vkd_gen.training.models import load_teacher
 
 RECIPE = "train_teacher_unet"

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DynamoBackend, gather_object, set_seed
 
+from vkd_gen.cli import USER_ERROR
 from vkd_gen.distillation import FrozenTeacher
-from vkd_gen.training.command_line import USER_ERROR
 from vkd_gen.training.options import TrainingOptions
 
 Result = TypeVar("Result")

@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 
 from vkd_gen.provenance import hash_tensors, write_json
 from vkd_gen.training.checkpoints import force_to_disk, problem_of
-from vkd_gen.training.command_line import refuse_links
 
 FORMAT = 1
 """Part of every name; to be raised when the same facts come to mean other rows or other files."""
@@ -172,7 +171,6 @@ def _check_room(kept: KeptRows, num_bytes: int, *, what: str, advice: str) -> No
 
 def _begin(kept: KeptRows, facts: Mapping[str, Any], what: str) -> None:
     """Make the folder, write down what its name is the hash of, and tidy up after what was killed."""
-    refuse_links(kept.folder)
 
     def begin() -> None:
         kept.folder.mkdir(parents=True, exist_ok=True)

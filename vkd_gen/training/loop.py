@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from vkd_gen.cli import USER_ERROR
 from vkd_gen.data.draws import DrawBatches, StreamedDraws, TrainingDraws
 from vkd_gen.data.images import Images
 from vkd_gen.data.streaming import ImageStream, Position
@@ -37,7 +38,6 @@ from vkd_gen.schedule import Schedule
 from vkd_gen.text import printable
 from vkd_gen.training.accelerator import on_main_process
 from vkd_gen.training.checkpoints import problem_of
-from vkd_gen.training.command_line import USER_ERROR
 from vkd_gen.training.guards import Flags, Watch, check_state
 from vkd_gen.training.interruption import StopRequest, outlive_sigterm
 from vkd_gen.training.options import TrainingOptions, with_warmup

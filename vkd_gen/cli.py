@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 from tqdm import tqdm
 
-from vkd_gen.files import CannotWriteError, own_name
+from vkd_gen.files import CannotWriteError
 from vkd_gen.text import printable
 from vkd_gen.version import __version__
 
@@ -170,37 +170,14 @@ def tensors_alone() -> Iterator[None]:
         os.environ.update(before)
 
 
-def refuse_links(folder: str | Path) -> None:
-    """Refuse an output folder with a link in it that leads out of it, so that nothing is written anywhere else.
-
-    The folder may be a link itself: that is its user's choice.
-
-    Args:
-        folder: that is about to be written to; need not be there.
-
-    Raises:
-        ValueError: in one line, naming the link and where it leads.
-    """
-    root = os.path.realpath(folder)
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(parent, name)
-            target = os.path.realpath(path)
-            if os.path.islink(path) and os.path.commonpath([root, target]) != root:
-                raise ValueError(
-                    f"{path} is a link out of the output folder, to {target}; nothing is written there: remove it, or "
-                    "choose another folder"
-                )
-
-
 def check_output_file(file: str | Path) -> None:
-    """Refuse an output file that cannot be one, or is a link, or whose temporary name is: nothing is written elsewhere.
+    """Refuse an output file that cannot be one.
 
     Args:
         file: that is about to be written; need not be there.
 
     Raises:
-        ValueError: in one line, naming the folder, the file above it, or the link and where it leads.
+        ValueError: in one line, naming the folder or the file above it.
     """
     file = Path(file)
     if file.is_dir():
@@ -208,13 +185,6 @@ def check_output_file(file: str | Path) -> None:
     for parent in file.parents:
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"{file} cannot be written: {parent} is a file")
-    beside = file.with_name(file.name + ".protocol.json")  # what made the images in an .npz
-    for path in (file, beside, own_name(file), own_name(beside)):
-        if path.is_symlink():
-            raise ValueError(
-                f"{path} is a link, to {os.path.realpath(path)}; nothing is written through links: remove it, or "
-                "choose another file"
-            )
 
 
 def repository_path(path: str, script: str) -> str:
