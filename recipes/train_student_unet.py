@@ -27,7 +27,6 @@ from vkd_gen.training.options import (
     SharedStudentOptions,
     StudentOptions,
     TrainingOptions,
-    check_data,
     default_cifar10,
     flat_config,
     with_warmup,
@@ -77,7 +76,6 @@ class StudentConfig:
             raise ValueError(
                 "--max_train_samples chooses among all images, which a stream's are not: leave it or --streaming out"
             )
-        check_data(self.data, self.training)
 
 
 DIGITS = StudentConfig(
@@ -107,14 +105,13 @@ CIFAR10 = replace(
     DIGITS,
     preset="cifar10",
     teacher="runs/cifar10-teacher/pipeline",
-    data=DataOptions(dataset=default_cifar10()),
+    data=DataOptions(dataset=default_cifar10(), random_flip=True),
     scores=ScoreOptions(extractor="none"),
     training=replace(
         DIGITS.training,
         output_dir="runs/cifar10",
         max_train_steps=50_000,
         learning_rate=4e-4,
-        random_flip=True,
         preview_every_steps=5000,
         checkpointing_steps=5000,
         dataloader_num_workers=4,
@@ -125,7 +122,7 @@ CUSTOM = replace(
     preset="custom",
     teacher="",
     data=DataOptions(),
-    training=replace(CIFAR10.training, output_dir="runs/custom", random_flip=False),
+    training=replace(CIFAR10.training, output_dir="runs/custom"),
 )
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
@@ -270,7 +267,7 @@ def main(config: StudentConfig) -> None:
         with_labels=num_classes is not None,
         num_classes=num_classes,
     )
-    stream, images, held_out = prepare_data(loaded, accelerator, image_cache=options.image_cache)
+    stream, images, held_out = prepare_data(loaded, accelerator, config.data)
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     if config.max_train_samples is not None:
@@ -351,6 +348,7 @@ def main(config: StudentConfig) -> None:
         parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
         images=images,
         noise_scheduler=noise_scheduler,
+        random_flip=config.data.random_flip,
         guidance_dropout=config.data.guidance_dropout,
         stream=stream,
         config=flat_config(config),

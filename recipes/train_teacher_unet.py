@@ -20,7 +20,6 @@ from vkd_gen.training.options import (
     SharedDataOptions,
     SharedOptions,
     TrainingOptions,
-    check_data,
     default_cifar10,
     flat_config,
     with_warmup,
@@ -63,10 +62,6 @@ class TeacherConfig:
     training: SharedOptions
     """Options of the training loop."""
 
-    def __post_init__(self) -> None:
-        """Check what can be checked without loading anything."""
-        check_data(self.data, self.training)
-
 
 DIGITS = TeacherConfig(
     data=DataOptions(dataset="digits"),
@@ -93,7 +88,7 @@ MNIST = replace(
 CIFAR10 = replace(
     DIGITS,
     preset="cifar10",
-    data=DataOptions(dataset=default_cifar10()),
+    data=DataOptions(dataset=default_cifar10(), random_flip=True),
     resolution=32,
     channels=3,
     block_out_channels=(64, 128, 128, 128),
@@ -105,7 +100,6 @@ CIFAR10 = replace(
         output_dir="runs/cifar10-teacher",
         max_train_steps=100_000,
         learning_rate=4e-4,
-        random_flip=True,
         preview_every_steps=5000,
         checkpointing_steps=5000,
         dataloader_num_workers=4,
@@ -115,7 +109,7 @@ CUSTOM = replace(
     CIFAR10,
     preset="custom",
     data=DataOptions(),
-    training=replace(CIFAR10.training, output_dir="runs/custom-teacher", random_flip=False),
+    training=replace(CIFAR10.training, output_dir="runs/custom-teacher"),
 )
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
@@ -245,7 +239,7 @@ def main(config: TeacherConfig) -> None:
     if config.dry_run:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
-    stream, images, held_out = prepare_data(loaded or load(), accelerator, image_cache=options.image_cache)
+    stream, images, held_out = prepare_data(loaded or load(), accelerator, config.data)
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
     facts = {**flat_config(config), **run_facts(accelerator, images, stream)}
@@ -279,6 +273,7 @@ def main(config: TeacherConfig) -> None:
         parameter_groups=[{"params": list(unet.parameters()), "weight_decay": options.adam_weight_decay}],
         images=images,
         noise_scheduler=noise_scheduler,
+        random_flip=config.data.random_flip,
         guidance_dropout=config.data.guidance_dropout,
         stream=stream,
         config=flat_config(config),

@@ -56,13 +56,13 @@ def load_data(
     return Loaded(None, *load_images(options.dataset, **wanted))
 
 
-def prepare_data(loaded: Loaded, accelerator: Accelerator, *, image_cache: str = "") -> Loaded:
+def prepare_data(loaded: Loaded, accelerator: Accelerator, options: DataOptions) -> Loaded:
     """Say what was loaded, and keep the training images decoded if that was asked for; called by all processes.
 
     Args:
         loaded: see `load_data`.
         accelerator: to speak through.
-        image_cache: folder to keep them in; empty for none.
+        options: with the folder to keep them in, if any.
 
     Raises:
         ValueError: in one line, see `cache_images`.
@@ -72,4 +72,4 @@ def prepare_data(loaded: Loaded, accelerator: Accelerator, *, image_cache: str =
     accelerator.print(f"{train.name}: {len(train):,} images to train on, {len(held_out):,} held out{rest}")
     for line in told_of(train, held_out):
         accelerator.print(line)
-    return loaded._replace(train=cache_images(train, Path(image_cache))) if image_cache else loaded
+    return loaded._replace(train=cache_images(train, Path(options.image_cache))) if options.image_cache else loaded

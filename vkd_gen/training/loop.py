@@ -126,6 +126,7 @@ class TrainingRun:
         parameter_groups: for AdamW.
         images: training images; with labels for a class-conditional UNet.
         noise_scheduler: the schedule that `unet` is trained on.
+        random_flip: mirror half of the images.
         guidance_dropout: share of labels that are replaced by "no class".
         stream: to train on instead of `images`, which are its head then.
         config: everything the run was asked to do, for the trackers.
@@ -144,6 +145,7 @@ class TrainingRun:
         parameter_groups: list[dict[str, Any]],
         images: Images,
         noise_scheduler: SchedulerMixin,
+        random_flip: bool = False,
         guidance_dropout: float = 0.0,
         stream: ImageStream | None = None,
         config: Mapping[str, Any],
@@ -155,7 +157,7 @@ class TrainingRun:
         self.accelerator, self.options, self.folder = accelerator, options, folder
         self.unet, self.images, self.noise_scheduler = unet, images, noise_scheduler
         self.schedule = Schedule.of(noise_scheduler).to(accelerator.device)
-        self.guidance_dropout, self.stream = guidance_dropout, stream
+        self.random_flip, self.guidance_dropout, self.stream = random_flip, guidance_dropout, stream
         self._identity_of_images = self._look_at_images()
         self._positions = torch.tensor([Position()] * max(1, options.dataloader_num_workers))  # of the stream's readers
         self.step = 0
@@ -268,7 +270,7 @@ class TrainingRun:
         draws = TrainingDraws(
             self.images if self.stream is None else self.stream.images,
             seed=options.seed,
-            random_flip=options.random_flip,
+            random_flip=self.random_flip,
             guidance_dropout=self.guidance_dropout,
         )
         loader = DataLoader(

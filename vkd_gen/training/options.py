@@ -46,8 +46,6 @@ class TrainingOptions:
     ema_max_decay: float = 0.9999
     """Highest decay of the exponential moving average of the weights, which is what is exported. It warms up as
     1 - (1 + step)^-0.75. 0 exports the last weights."""
-    random_flip: bool = False
-    """Mirror half of the images."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the networks' forward passes; by default what `accelerate launch` says. Noising, statistics and
     losses stay in float32."""
@@ -55,9 +53,6 @@ class TrainingOptions:
     """Save memory by computing activations a second time during backward."""
     dataloader_num_workers: int = 0
     """Processes that read images; 0 reads them in the training process."""
-    image_cache: str = ""
-    """Folder to keep the training images in, decoded, cropped and resized, so that it is done once and not in each pass
-    through them; runs may share it. Empty for none."""
     log_every_steps: int = 20
     """Steps between lines in metrics.jsonl and the trackers."""
     preview_every_steps: int = 0
@@ -152,6 +147,11 @@ class DataOptions:
     on_bad_image: OnBadImage = "refuse"
     """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
     the run, leaves bad ones out and names them in skipped_images.json."""
+    random_flip: bool = False
+    """Mirror half of the images."""
+    image_cache: str = ""
+    """Folder to keep the training images in, decoded, cropped and resized, so that it is done once and not in each pass
+    through them; runs may share it. Empty for none."""
     label_column: str | None = None
     """Of a class-conditional model: column of the classes in a table; by default the only one of classes, else
     `label`."""
@@ -173,31 +173,14 @@ class DataOptions:
         for name in ("stream_head", "stream_buffer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.streaming and self.image_cache:
+            raise ValueError(
+                "--image_cache keeps all images on the disk, which --streaming is to spare: leave one of them out"
+            )
 
 
 SharedDataOptions = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
 """The type of a recipe's field `data`: its flags carry no prefix."""
-
-
-def check_data(data: DataOptions, training: TrainingOptions) -> None:
-    """Check what can be checked of both without loading anything.
-
-    Raises:
-        ValueError: for a stream that is to be kept on the disk, and a run that would write among its images.
-    """
-    if (
-        data.dataset
-        and os.path.isdir(data.dataset)
-        and os.path.realpath(data.dataset) == os.path.realpath(training.output_dir)
-    ):
-        raise ValueError(
-            f"--output_dir {training.output_dir} is the folder of the images, among which samples would come to lie: "
-            "choose another --output_dir"
-        )
-    if data.streaming and training.image_cache:
-        raise ValueError(
-            "--image_cache keeps all images on the disk, which --streaming is to spare: leave one of them out"
-        )
 
 
 def default_cifar10() -> str:

@@ -55,6 +55,12 @@ class RunFolder:
             ValueError: if the folder holds a run, or somebody's files, that would be overwritten, or the checkpoint is
                 damaged or of another run.
         """
+        dataset = config.get("dataset")
+        if dataset and self.path.is_dir() and os.path.realpath(dataset) == os.path.realpath(self.path):
+            raise ValueError(
+                f"--output_dir {self.path} is the folder of the images, among which samples would come to lie: "
+                "choose another --output_dir"
+            )
         for parent in (self.path, *self.path.parents):
             if parent.exists() and not parent.is_dir():
                 raise ValueError(f"--output_dir {self.path} cannot be a folder: {parent} is a file")
