@@ -5,10 +5,11 @@ import tracemalloc
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_condition_unet, tiny_unet
+from vkd_gen.schedule import Schedule
 from vkd_gen.students import TEACHERS
 from vkd_gen.training.models import (
     check_memory,
@@ -108,22 +109,108 @@ def test_too_many_layers_together(layers):
         unet_without_weights({**TEACHERS["stable-diffusion-1"], **layers}, "it")
 
 
+def change(file, **entries):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+NO_UNETS = [
+    ({"block_out_channels": []}, "that diffusers can build"),
+    ({"block_out_channels": [-8, 16]}, "that diffusers can build"),
+    ({"block_out_channels": [0, 0]}, "cannot load the UNet"),
+    ({"block_out_channels": [[8], [16]]}, "that diffusers can build"),
+    ({"block_out_channels": 8}, "that diffusers can build"),
+    ({"block_out_channels": "many"}, "no UNet that diffusers can build"),
+    ({"block_out_channels": [1024, 1024]}, r"101 have another shape \(conv_in.weight is \[8, 1, 3, 3\], not \[1024"),
+    ({"down_block_types": ["DownBlock2D"]}, "that diffusers can build"),
+    ({"down_block_types": ["os.system", "DownBlock2D"]}, "that diffusers can build"),
+    ({"norm_num_groups": 7}, "that diffusers can build"),
+    ({"layers_per_block": "two"}, "layers_per_block is 'two', no number"),
+    ({"norm_eps": "small"}, "norm_eps is 'small', no number"),
+    ({"act_fn": "os.system"}, "that diffusers can build"),
+    ({"num_class_embeds": -5}, "that diffusers can build"),
+    ({"sample_size": "8"}, "sample_size is 8, no size"),
+    ({"sample_size": 8.5}, "sample_size is 8.5, no size"),
+    ({"sample_size": [8, 8, 8]}, r"sample_size is \[8, 8, 8\], no size"),
+    ({"sample_size": [8, 16]}, "8 x 16 pixels.*square"),
+]
+NO_SCHEDULES = [
+    ({"num_train_timesteps": 0}, "no schedule of noise: it has 0 betas for 0 steps"),
+    ({"num_train_timesteps": 10**12}, "no schedule that could be built: num_train_timesteps is"),
+    ({"beta_end": 2}, "each from 0 to 1"),
+    ({"beta_start": float("nan")}, "each from 0 to 1"),
+    ({"trained_betas": [0.1, 0.2]}, "it has 2 betas for 1000 steps"),
+    ({"prediction_type": "flow"}, "prediction type 'flow' is not one of"),
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("file", "changes", "words"),
     [
-        {"block_out_channels": [-8, 16]},
-        {"block_out_channels": 8},
-        {"down_block_types": ["DownBlock2D"]},
-        {"down_block_types": ["os.system", "DownBlock2D"]},
-        {"norm_num_groups": 7},
-        {"sample_size": 8, "layers_per_block": "two"},
+        *(("unet/config.json", *case) for case in NO_UNETS),
+        *(("scheduler/scheduler_config.json", *case) for case in NO_SCHEDULES),
     ],
     ids=str,
 )
-def test_nonsense_is_told_in_one_line(changes):
-    with pytest.raises(ValueError, match="it is no UNet that diffusers can build: ") as error:
-        unet_without_weights({**json.loads(tiny_unet().to_json_string()), **changes}, "it")
+def test_a_teacher_of_nonsense_is_told_in_one_line(file, changes, words, pipeline_folder):
+    change(pipeline_folder / file, **changes)
+    with pytest.raises(ValueError, match=words) as error:
+        Schedule.of(load_teacher(str(pipeline_folder)).noise_scheduler)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "it is no JSON"), ("[" * 100_000, r"it is no JSON \(maximum recursion"), ("[]", "not a JSON object")],
+)
+def test_a_configuration_that_is_none(file, text, words, pipeline_folder):
+    (pipeline_folder / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"config.json.*{words}"):
+        load_teacher(str(pipeline_folder))
+
+
+@pytest.mark.parametrize(
+    ("unet", "words"),
+    [
+        (lambda: tiny_unet(num_class_embeds=1), "num_class_embeds 1; .*2 is least"),
+        (lambda: tiny_unet(class_embed_type="timestep"), "class_embed_type 'timestep'"),
+        (
+            lambda: UNet2DModel.from_config({**tiny_unet().config, "out_channels": 2}),
+            "a UNet that also predicts a variance",
+        ),
+        (tiny_condition_unet, "UNet2DConditionModel"),
+    ],
+)
+def test_a_teacher_of_another_kind(unet, words, tmp_path):
+    unet().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        load_teacher(str(tmp_path))
+
+
+def test_a_teacher_of_another_family(tmp_path):
+    tiny_unet().save_pretrained(tmp_path)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"FlowMatch.*not a schedule of betas"):
+        load_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "Transformer2DModel"}, "Transformer2DModel; known are UNet2DModel"),
+        ({"in_channels": 3, "out_channels": 3}, "has in_channels 3 and the teacher 1"),
+        ({"num_class_embeds": 3}, "has num_class_embeds 3 and the teacher None"),
+        (
+            {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 8, "norm_num_groups": 4},
+            "has cross_attention_dim 8 and the teacher None",
+        ),
+    ],
+)
+def test_a_student_that_cannot_learn_from_its_teacher(changes, words, tmp_path):
+    tiny_unet().save_config(tmp_path)
+    change(tmp_path / "config.json", **changes)
+    with pytest.raises(ValueError, match=words):
+        read_student_config(str(tmp_path / "config.json"), tiny_unet())
 
 
 def test_weights_larger_than_the_machine():

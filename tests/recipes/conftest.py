@@ -4,10 +4,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
 
+import vkd_gen.evaluation.cost as cost
 from vkd_gen.training.loop import TrainingRun
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -26,8 +29,31 @@ def load_recipe(name):
     return module
 
 
-def recipe_runner(monkeypatch, folder):
-    """A function that runs a recipe in this process with the given flags."""
+def an_empty_figure(figure, file, **_):
+    """In place of a figure that would be drawn for seconds."""
+    Image.new("L", (8, 8)).save(file, format="png")
+
+
+def no_macs(unet):
+    return unet.num_parameters()
+
+
+def no_times(unets, **_):
+    return dict.fromkeys(unets, 1.0)
+
+
+def skip_what_costs(monkeypatch):
+    """Neither figures nor what a model costs are drawn and measured: half the time of a run of two steps."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", an_empty_figure)
+    # By their code, for whoever has imported them by name.
+    monkeypatch.setattr(cost.count_macs, "__code__", no_macs.__code__)
+    monkeypatch.setattr(cost.milliseconds_per_image, "__code__", no_times.__code__)
+
+
+def recipe_runner(monkeypatch, folder, *, whole=False):
+    """A function that runs a recipe in this process with the given flags; `whole`: with figures and costs."""
+    if not whole:
+        skip_what_costs(monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setenv("VKD_GEN_CACHE", str(folder / "cache"))

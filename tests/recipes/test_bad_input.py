@@ -3,90 +3,64 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from tests.conftest import tiny_condition_unet, tiny_unet
-from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT
+from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, load_recipe, recipe_runner
 from vkd_gen.calibration import load_statistics
 from vkd_gen.sampling import stock_pipeline
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
-FEATURES_ALONE = ["--denoising_weight", 0, "--output_weight", 0, "--feature_weighting", "constant"]
 
 
-def save_unet(folder, unet):
-    unet.save_pretrained(folder)
+def unet_in(folder, unet, **options):
+    unet.save_pretrained(folder, **options)
     return folder
 
 
-def images_in(folder, count=6, side=8):
+def images_in(folder, count=6, side=8, **others):
+    """Random images, and files beside them that are none: name -> content."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(count):
         pixels = generator.integers(0, 255, (side, side), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
+    for name, content in others.items():
+        (folder / f"{name}.png").write_bytes(content)
     return folder
-
-
-def pickled_teacher(tmp):
-    unet = tiny_unet()
-    unet.save_pretrained(tmp / "pickled", safe_serialization=False)
-    return tmp / "pickled"
 
 
 def damaged_teacher(tmp):
-    folder = save_unet(tmp / "damaged", tiny_unet())
-    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights = unet_in(tmp / "damaged", tiny_unet()) / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    return folder
+    return weights.parent
 
 
 def teacher_without_signal(tmp):
-    scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
-    stock_pipeline(tiny_unet(), scheduler).save_pretrained(tmp / "zero-snr")
+    stock_pipeline(tiny_unet(), DDPMScheduler(rescale_betas_zero_snr=True)).save_pretrained(tmp / "zero-snr")
     return tmp / "zero-snr"
 
 
-def flow_teacher(tmp):
-    save_unet(tmp / "flow", tiny_unet())
-    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp / "flow")
-    return tmp / "flow"
-
-
-def config_file(tmp, **changes):
-    config = {**json.loads(tiny_unet().to_json_string()), **changes}
-    (tmp / "config.json").write_text(json.dumps(config))
+def config(tmp, **changes):
+    (tmp / "config.json").write_text(json.dumps({**json.loads(tiny_unet().to_json_string()), **changes}))
     return tmp / "config.json"
 
 
-def teacher_of_absurd_size(tmp, **changes):
+def absurd_teacher(tmp):
     """Its weights are a few kilobytes; what its config.json asks for is not."""
-    folder = save_unet(tmp / "absurd", tiny_unet())
-    config_file(folder, **changes)
-    return folder
-
-
-def other_json(tmp):
-    (tmp / "other.json").write_text("[1, 2]")
-    return tmp / "other.json"
-
-
-def plain_teacher(tmp):
-    return save_unet(tmp / "plain", tiny_unet())
-
-
-def corrupt_images(tmp):
-    folder = images_in(tmp / "corrupt")
-    (folder / "broken.png").write_text("not an image")
+    folder = unet_in(tmp / "absurd", tiny_unet())
+    config(folder, block_out_channels=[10**9, 10**9])
     return folder
 
 
@@ -97,527 +71,240 @@ def truncated_images(tmp):
     return folder
 
 
-def table(tmp, **columns):
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp / "table.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
 def labelled(tmp, labels, name="label"):
     """A table of grey images with labels."""
     folder = images_in(tmp / "images", count=len(labels))
     cells = [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(folder.iterdir())]
     datasets = pytest.importorskip("datasets")
-    kind = "string" if isinstance(labels[0], str) else "int64"
-    features = datasets.Features({"image": datasets.Image(), name: datasets.Value(kind)})
+    features = datasets.Features({"image": datasets.Image(), name: datasets.Value("int64")})
     datasets.Dataset.from_dict({"image": cells, name: labels}, features=features).to_parquet(tmp / "table.parquet")
     return tmp / "table.parquet"
 
 
-def classes(tmp, num_classes):
-    """A teacher of classes."""
-    return save_unet(tmp / "by-class", tiny_unet(num_class_embeds=num_classes + 1))
+def file_at(tmp, name="file"):
+    (tmp / name).write_text("")
+    return tmp / name
 
 
-def changed(tmp, file="unet/config.json", **entries):
-    """A teacher's pipeline of which one file says something else."""
-    stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp / "changed")
-    path = tmp / "changed" / file
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
-    return tmp / "changed"
-
-
-def changed_schedule(tmp, **entries):
-    return changed(tmp, "scheduler/scheduler_config.json", **entries)
-
-
-def unreadable(tmp, file, text):
-    """A teacher's pipeline of which one file is replaced."""
-    folder = changed(tmp)
-    (folder / file).write_text(text)
-    return folder
-
-
-def images_and(tmp, name, content):
-    """Images, and a file beside them that is none."""
-    folder = images_in(tmp / "and", count=12)
-    (folder / name).write_bytes(content)
-    return folder
-
-
-def file_at(tmp):
-    (tmp / "file").write_text("")
-    return tmp / "file"
-
-
-# What is wrong, the flags that a function of the test's folder gives, and words that the message must have.
-STUDENT_MISTAKES = {
-    "unknown preset": (lambda tmp: ["--preset", "digit"], "no preset 'digit'.*digits"),
-    "unknown flag": (lambda tmp: ["--max_train_step", 3], "max.train.step"),
-    "unknown method": (lambda tmp: ["--method", "kd"], "--method.*vkd"),
-    "not a number": (lambda tmp: ["--max_train_steps", "many"], "max_train_steps.*many"),
-    "flag without value": (lambda tmp: ["--seed"], "seed"),
-    "negative steps": (lambda tmp: ["--max_train_steps", -5], "--max_train_steps must be at least 1, not -5"),
-    "negative seed": (lambda tmp: ["--seed", -1], "--seed must be at least 0"),
-    "empty batch": (lambda tmp: ["--train_batch_size", 0], "--train_batch_size must be at least 1"),
-    "learning rate nan": (lambda tmp: ["--learning_rate", "nan"], "--learning_rate must be above 0"),
-    "EMA decay one": (lambda tmp: ["--ema_max_decay", 1], "--ema_max_decay"),
-    "unknown precision": (lambda tmp: ["--mixed_precision", "fp8"], "mixed_precision"),
-    "unknown tracker": (lambda tmp: ["--report_to", "paper"], "--report_to paper"),
-    "decay end above one": (lambda tmp: ["--feature_decay_end", 1.5], "--feature_decay_end must lie between 0 and 1"),
-    "decay that ends before it starts": (
-        lambda tmp: ["--feature_decay_start", 0.5, "--feature_decay_end", 0.4],
-        "falls from --feature_decay_start 0.5 to --feature_decay_end 0.4: the end must lie behind the start",
-    ),
-    "features alone that end early": (
-        lambda tmp: [*FEATURES_ALONE, "--feature_decay_end", 0.5],
-        "nothing is left to train on behind --feature_decay_end 0.5",
-    ),
-    "stream that is kept": (
-        lambda tmp: ["--streaming", "--image_cache", tmp],
-        "--image_cache keeps all images on the disk, which --streaming is to spare",
-    ),
-    "decay start above one": (lambda tmp: ["--feature_decay_start", 1.5], "--feature_decay_start"),
-    "unknown feature weighting": (
-        lambda tmp: ["--feature_weighting", "gradient"],
-        "'gradient' for argument '--feature_weighting'.*gradient_ratio",
-    ),
-    "unknown feature loss": (lambda tmp: ["--feature_loss", "cosine"], "'cosine' for argument '--feature_loss'.*cka"),
-    "unknown projector": (lambda tmp: ["--projector", "lstsq"], "'lstsq' for argument '--projector'.*least_squares"),
-    "ratio without diagnostics": (
-        lambda tmp: ["--feature_weighting", "gradient_ratio", "--diagnostics_every_steps", 0],
-        "gradient_ratio follows the diagnostics; set --diagnostics_every_steps above 0",
-    ),
-    "ratio to nothing": (
-        lambda tmp: ["--feature_weighting", "gradient_ratio", "--denoising_weight", 0, "--output_weight", 0],
-        "gradient_ratio needs another term to be in proportion to",
-    ),
-    "negative ratio": (
-        lambda tmp: ["--feature_weighting", "gradient_ratio", "--feature_weight", -1],
-        "feature weight must be at least 0",
-    ),
-    "diagnostics negative": (
-        lambda tmp: ["--diagnostics_every_steps", -1],
-        "--diagnostics_every_steps must be at least 0, not -1",
-    ),
-    "no training samples": (lambda tmp: ["--max_train_samples", 0], "--max_train_samples must be at least 1, not 0"),
-    "training samples in words": (lambda tmp: ["--max_train_samples", "few"], "max_train_samples.*few"),
-    "least squares without features": (
-        lambda tmp: ["--method", "output", "--projector", "least_squares"],
-        "weight is 0: there is no feature loss",
-    ),
-    "refresh zero of least squares": (
-        lambda tmp: ["--projector", "least_squares", "--projector_refresh_steps", 0],
-        "--projector_refresh_steps must be at least 1",
-    ),
-    "relations of one position": (
-        lambda tmp: ["--feature_loss", "cka", "--layer_pairs", "mid_block", "up_blocks.0/8:up_blocks.0/8"],
-        "layer up_blocks.0/8 has a single position, and --feature_loss cka compares",
-    ),
-    "relations of no positions": (
-        lambda tmp: ["--feature_loss", "cka", "--layer_pairs", "time_embedding"],
-        "layer time_embedding has a single position",
-    ),
-    "negative weight": (lambda tmp: ["--output_weight", -1], "output weight must be at least 0"),
-    "no weight at all": (lambda tmp: ["--method", "none", "--denoising_weight", 0], "all weights are 0"),
-    "weight without method": (lambda tmp: ["--method", "output", "--feature_weight", 1], "no feature loss"),
-    "custom without teacher": (lambda tmp: ["--preset", "custom", "--teacher", ""], "needs --teacher and --dataset"),
-    "missing teacher": (lambda tmp: ["--teacher", tmp / "nowhere"], "no teacher folder"),
-    "teacher on no hub": (lambda tmp: ["--teacher", "nobody/nothing"], "nobody/nothing.*hub"),
-    "teacher is a file": (lambda tmp: ["--teacher", file_at(tmp)], "is a file"),
-    "folder without teacher": (lambda tmp: ["--teacher", images_in(tmp / "x")], "holds no UNet"),
-    "pickled teacher": (lambda tmp: ["--teacher", pickled_teacher(tmp)], "pickled weights only.*safetensors"),
-    "damaged teacher": (lambda tmp: ["--teacher", damaged_teacher(tmp)], "cannot load the UNet"),
-    "teacher of other classes": (lambda tmp: ["--teacher", classes(tmp, 8)], "digits has 10 classes, .* knows 8"),
-    "teacher without classes": (lambda tmp: ["--teacher", classes(tmp, 0)], "num_class_embeds 1; .*2 is least"),
-    "classes of another kind": (
-        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(class_embed_type="timestep"))],
-        "class_embed_type 'timestep'",
-    ),
-    "images without classes": (
-        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", images_in(tmp / "images")],
-        "png has no class: put each class' images into a folder",
-    ),
-    "label column missing": (
-        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, [0, 1]), "--label_column", "sort"],
-        "no column 'sort'.*--label_column .*image, label",
-    ),
-    "labels out of range": (
-        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, [0, 2, 1])],
-        "image 1 of .* has the label 2; labels are 0 to 1",
-    ),
-    "labels that are no whole numbers": (
-        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, ["a", "b"])],
-        "column 'label' of .* must be whole numbers, but it holds string",
-    ),
-    "guidance dropout": (lambda tmp: ["--guidance_dropout", 1], "--guidance_dropout must be at least 0 and below 1"),
-    "text-conditional teacher": (
-        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_condition_unet())],
-        "UNet2DConditionModel|cannot load",
-    ),
-    "teacher of latents": (
-        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(in_channels=4))],
-        "1 or 3 chan|grey images",
-    ),
-    "zero terminal SNR": (
-        lambda tmp: ["--teacher", teacher_without_signal(tmp), "--student_prediction_type", "sample"],
-        "zero terminal SNR",
-    ),
-    "size not divisible without features": (lambda tmp: ["--resolution", 9, "--method", "output"], "sample of size 9"),
-    "flags without effect": (
-        lambda tmp: ["--method", "none", "--projector", "linear"],
-        "weight is 0: there is no feature loss",
-    ),
-    "fp16 on a CPU": (lambda tmp: ["--mixed_precision", "fp16"], "fp16 needs a GPU"),
-    "one sample to score": (lambda tmp: ["--num_score_samples", 1], "--num_score_samples must be at least 10"),
-    "teacher of another family": (lambda tmp: ["--teacher", flow_teacher(tmp)], "FlowMatch.*not a schedule of betas"),
-    "oblong teacher": (
-        lambda tmp: ["--teacher", save_unet(tmp / "x", tiny_unet(size=[8, 16]))],
-        "8 x 16 pixels.*square",
-    ),
-    "truncated image in a worker": (
-        lambda tmp: [
-            "--dataset",
-            truncated_images(tmp),
-            "--dataloader_num_workers",
-            1,
-            "--method",
-            "none",
-            "--extractor",
-            "none",
-        ],
-        "error: cannot read the image.*png",
-    ),
-    "size not divisible": (lambda tmp: ["--resolution", 9], "cannot take a sample of size 9|resolution"),
-    "width zero": (lambda tmp: ["--student_width", 0], "width must be above 0"),
-    "no layers": (lambda tmp: ["--student_layers_per_block", 0], "layers_per_block must be at least 1"),
-    "unknown layer": (lambda tmp: ["--layer_pairs", "mid_blok"], "no layer 'mid_blok'.*'mid_block'"),
-    "unlike kinds": (lambda tmp: ["--layer_pairs", "mid_block:time_embedding"], r"mid_block \(.*time_embedding \("),
-    "pooled by nothing": (
-        lambda tmp: ["--layer_pairs", "mid_block/x:mid_block"],
-        "mid_block/x.*cannot be pooled by 'x'",
-    ),
-    "pooled too far": (lambda tmp: ["--layer_pairs", "mid_block/3:mid_block"], "averaged over squares of 3 x 3"),
-    "no self-attention": (
-        lambda tmp: ["--layers", "self_attention", "--teacher", plain_teacher(tmp)],
-        "no layer of the",
-    ),
-    "unknown student": (lambda tmp: ["--student", "bk-bse"], "bk-bse is neither one of bk-base, .* nor a file"),
-    "student on no hub": (lambda tmp: ["--student", "nobody/nothing"], "no student folder nobody/nothing.*hub"),
-    "missing student": (lambda tmp: ["--student", tmp / "nowhere"], "no student folder"),
-    "student is no JSON": (lambda tmp: ["--student", file_at(tmp)], "no config.json of a UNet"),
-    "student is no UNet": (lambda tmp: ["--student", other_json(tmp)], "no config.json of a UNet: .*not a JSON object"),
-    "folder without student": (lambda tmp: ["--student", images_in(tmp / "x")], "holds no UNet"),
-    "pickled student": (lambda tmp: ["--student", pickled_teacher(tmp)], "pickled weights only.*safetensors"),
-    "student of another class": (
-        lambda tmp: ["--student", config_file(tmp, _class_name="Transformer2DModel")],
-        "Transformer2DModel; known are UNet2DModel",
-    ),
-    "student of colours": (
-        lambda tmp: ["--student", config_file(tmp, in_channels=3, out_channels=3)],
-        "has in_channels 3 and the teacher 1",
-    ),
-    "text-conditional student": (
-        lambda tmp: ["--student", save_unet(tmp / "x", tiny_condition_unet(in_channels=1, out_channels=1))],
-        "has cross_attention_dim 8 and the teacher None",
-    ),
-    "student with flags": (
-        lambda tmp: ["--student", config_file(tmp), "--student_drop_stages", 0],
-        "is complete; leave out --student_drop_stages",
-    ),
-    "student of another method": (lambda tmp: ["--student", "koala-1b"], "UNet2DModel has no transformer layers"),
-    "layers for each stage": (
-        lambda tmp: ["--student_layers_per_block", 1, 1],
-        "UNet2DModel takes one layers_per_block",
-    ),
-    "no such stage": (lambda tmp: ["--student_drop_stages", 7], "there is no stage 7"),
-    "no stage left": (lambda tmp: ["--student_drop_stages", 0, -1], "at least one stage"),
-    "no attention to drop": (lambda tmp: ["--student_drop_attention", 0], "has no attention to drop"),
-    "student too wide": (lambda tmp: ["--student_width", 1e8], "no UNet that could be built: block_out_channels"),
-    "student larger than memory": (lambda tmp: ["--student_width", 4000], "would take .* GB; this machine has"),
-    "student too deep": (lambda tmp: ["--student_layers_per_block", 10**9], "could be built: layers_per_block is"),
-    "absurd student": (
-        lambda tmp: ["--student", config_file(tmp, block_out_channels=[10**9, 10**9])],
-        r"could be built: block_out_channels is \[1000000000",
-    ),
-    "absurd teacher": (
-        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, block_out_channels=[10**9, 10**9])],
-        r"could be built: block_out_channels is \[1000000000",
-    ),
-    "absurdly deep teacher": (
-        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, layers_per_block=10**9)],
-        "could be built: layers_per_block is",
-    ),
-    "absurd number of classes": (
-        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, num_class_embeds=10**12)],
-        "could be built: num_class_embeds is",
-    ),
-    "teacher larger than its weights": (
-        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, block_out_channels=[1024, 1024])],
-        r"101 have another shape \(conv_in.weight is \[8, 1, 3, 3\], not \[1024, 1, 3, 3\]\)",
-    ),
-    "nonsense for channels": (
-        lambda tmp: ["--teacher", teacher_of_absurd_size(tmp, block_out_channels="many")],
-        "no UNet that diffusers can build",
-    ),
-    "text-conditional teacher of names": (
-        lambda tmp: ["--teacher", "stable-diffusion-1"],
-        "UNet2DConditionModel.*--dry_run shows",
-    ),
-    "paired twice": (lambda tmp: ["--layer_pairs", "mid_block", "mid_block"], "paired twice"),
-    "unlike widths without projector": (lambda tmp: ["--projector", "identity"], "equal widths"),
-    "whitening rank too high": (
-        lambda tmp: ["--feature_normalization", "whiten", "--whitening_rank", 1000],
-        "whitening rank must lie between 1",
-    ),
-    "whitening rank zero": (
-        lambda tmp: ["--feature_normalization", "whiten", "--whitening_rank", 0],
-        "whitening rank must lie between 1",
-    ),
-    "whitening exponent": (
-        lambda tmp: ["--feature_normalization", "whiten", "--whitening_exponent", 2],
-        "exponent must lie between 0 and 1",
-    ),
-    "too few to calibrate": (lambda tmp: ["--calibration_samples", 1], "too few samples to calibrate"),
-    "missing images": (lambda tmp: ["--dataset", tmp / "nowhere"], "no folder or file"),
-    "data set on no hub": (lambda tmp: ["--dataset", "nobody/nothing"], "nobody/nothing"),
-    "empty folder": (lambda tmp: ["--dataset", images_in(tmp / "x", count=0)], "holds no images"),
-    "one image": (lambda tmp: ["--dataset", images_in(tmp / "x", count=1)], "at least 2 are needed"),
-    "no image": (lambda tmp: ["--dataset", corrupt_images(tmp)], "broken.png.*repair or remove"),
-    "truncated image": (
-        lambda tmp: ["--dataset", truncated_images(tmp), "--extractor", "none"],
-        "cannot read the image.*png",
-    ),
-    "neither folder nor table": (lambda tmp: ["--dataset", file_at(tmp)], "neither a folder nor"),
-    "no parquet": (lambda tmp: ["--dataset", shutil.copy(file_at(tmp), tmp / "x.parquet")], "cannot read.*parquet"),
-    "table without images": (lambda tmp: ["--dataset", table(tmp, label=[1, 2])], "0 columns of images.*label"),
-    "column missing": (
-        lambda tmp: ["--dataset", table(tmp, label=[1, 2]), "--image_column", "picture"],
-        "no column 'picture'.*label",
-    ),
-    "output is a file": (lambda tmp: ["--output_dir", file_at(tmp)], "is a file"),
-    "output under a file": (lambda tmp: ["--output_dir", file_at(tmp) / "x"], "is a file"),
-    "no feature network": (lambda tmp: ["--extractor", tmp / "nowhere.safetensors"], "feature network"),
-    "unknown extractor": (lambda tmp: ["--extractor", "incepption"], "choose one of inception"),
-    "scores without extractor": (lambda tmp: ["--extractor", "none", "--score_every_steps", 1], "needs an --extractor"),
-    "larger KID subsets than samples": (lambda tmp: ["--kid_subset_size", 13], "a smaller --kid_subset_size"),
-    "no extractor weights": (
-        lambda tmp: ["--extractor", "inception", "--extractor_weights", tmp / "nowhere.pth"],
-        "there are no extractor weights",
-    ),
-    "output that is empty": (lambda tmp: ["--output_dir", ""], "--output_dir must name a folder"),
-    "output where nothing can be made": (lambda tmp: ["--output_dir", "/proc/run"], "/proc/run"),
-    "output of too long a name": (lambda tmp: ["--output_dir", tmp / ("x" * 300)], "File name too long"),
-    "teacher of too long a name": (lambda tmp: ["--teacher", "/" + "x" * 300], "File name too long"),
-    "teacher with a line break": (lambda tmp: ["--teacher", "./a\nb"], r"no teacher folder \./a b"),
-    "data set with a line break": (lambda tmp: ["--dataset", "./a\nb"], r"no folder or file \./a b"),
-    "seed too large": (lambda tmp: ["--seed", 2**32], r"--seed must be below 2\^32"),
-    "seed no whole number": (lambda tmp: ["--seed", "1.5"], "--seed.*1.5"),
-    "batch too large": (lambda tmp: ["--train_batch_size", 10**12], "not enough memory"),
-    "decay infinite": (lambda tmp: ["--adam_weight_decay", "inf"], "--adam_weight_decay must be at least 0 and finite"),
-    "decay nan": (lambda tmp: ["--adam_weight_decay", "nan"], "--adam_weight_decay must be at least 0"),
-    "norm infinite": (lambda tmp: ["--max_grad_norm", "inf"], "--max_grad_norm must be at least 0 and finite"),
-    "width nan": (lambda tmp: ["--student_width", "nan"], "width must be above 0 and finite"),
-    "weight nan": (lambda tmp: ["--feature_weight", "nan"], "feature weight must be at least 0 and finite"),
-    "gamma": (lambda tmp: ["--timestep_weighting", "min_snr", "--snr_gamma", 0], "snr_gamma must be above 0"),
-    "shrinkage": (
-        lambda tmp: ["--feature_normalization", "whiten", "--whitening_shrinkage", "nan"],
-        "shrinkage must lie between 0 and 1",
-    ),
-    "more bins than samples": (
-        lambda tmp: ["--num_timestep_bins", 10**9],
-        "too few samples to calibrate on: --num_timestep_bins 1000000000 need",
-    ),
-    "bins zero": (lambda tmp: ["--num_timestep_bins", 0], "--num_timestep_bins must be at least 1"),
-    "refresh zero": (lambda tmp: ["--projector_refresh_steps", 0], "--projector_refresh_steps must be at least 1"),
-    "pair of nothing": (lambda tmp: ["--layer_pairs", ":"], "has no layer ''"),
-    "resolution absurd": (lambda tmp: ["--resolution", 10**9], "could be built: sample_size is 1000000000"),
-    "a word too many": (lambda tmp: ["digits"], "error: Unrecognized options: digits"),
-    "unknown choice for bad images": (lambda tmp: ["--on_bad_image", "ignore"], "invalid choice 'ignore'.*skip"),
-    "empty preset": (lambda tmp: ["--preset="], "no preset ''"),
-    "teacher's config empty": (
-        lambda tmp: ["--teacher", unreadable(tmp, "unet/config.json", "")],
-        "no config.json of a UNet",
-    ),
-    "teacher's config of brackets": (
-        lambda tmp: ["--teacher", unreadable(tmp, "unet/config.json", "[" * 100_000)],
-        r"no config.json of a UNet: .*it is no JSON \(maximum recursion depth",
-    ),
-    "teacher's config a list": (
-        lambda tmp: ["--teacher", unreadable(tmp, "unet/config.json", "[]")],
-        "no config.json of a UNet: .* not a JSON object",
-    ),
-    "teacher of no stages": (
-        lambda tmp: ["--teacher", changed(tmp, block_out_channels=[])],
-        "that diffusers can build",
-    ),
-    "teacher of no channels": (
-        lambda tmp: ["--teacher", changed(tmp, block_out_channels=[0, 0])],
-        "cannot load the UNet",
-    ),
-    "teacher of nested channels": (
-        lambda tmp: ["--teacher", changed(tmp, block_out_channels=[[8], [16]])],
-        "that diffusers can build",
-    ),
-    "teacher of a size in words": (
-        lambda tmp: ["--teacher", changed(tmp, sample_size="8")],
-        "sample_size is 8, no size",
-    ),
-    "teacher of a broken size": (
-        lambda tmp: ["--teacher", changed(tmp, sample_size=8.5)],
-        "sample_size is 8.5, no size",
-    ),
-    "teacher of three sides": (
-        lambda tmp: ["--teacher", changed(tmp, sample_size=[8, 8, 8])],
-        r"sample_size is \[8, 8, 8\], no size",
-    ),
-    "teacher without a size": (lambda tmp: ["--teacher", changed(tmp, sample_size=None)], "names no sample_size"),
-    "teacher of numbers in words": (
-        lambda tmp: ["--teacher", changed(tmp, norm_eps="small")],
-        "norm_eps is 'small', no number",
-    ),
-    "teacher of an unknown activation": (
-        lambda tmp: ["--teacher", changed(tmp, act_fn="os.system")],
-        "that diffusers can build",
-    ),
-    "teacher of fewer than no classes": (
-        lambda tmp: ["--teacher", changed(tmp, num_class_embeds=-5)],
-        "that diffusers can build",
-    ),
-    "schedule empty": (
-        lambda tmp: ["--teacher", unreadable(tmp, "scheduler/scheduler_config.json", "")],
-        "scheduler_config.json: it is no JSON",
-    ),
-    "schedule a list": (
-        lambda tmp: ["--teacher", unreadable(tmp, "scheduler/scheduler_config.json", "[]")],
-        "not a JSON object",
-    ),
-    "schedule of no steps": (
-        lambda tmp: ["--teacher", changed_schedule(tmp, num_train_timesteps=0)],
-        "no schedule of noise: it has 0 betas for 0 steps",
-    ),
-    "schedule of absurdly many steps": (
-        lambda tmp: ["--teacher", changed_schedule(tmp, num_train_timesteps=10**12)],
-        "no schedule that could be built: num_train_timesteps is",
-    ),
-    "schedule of too much noise": (
-        lambda tmp: ["--teacher", changed_schedule(tmp, beta_end=2)],
-        "each from 0 to 1",
-    ),
-    "schedule of no number": (
-        lambda tmp: ["--teacher", changed_schedule(tmp, beta_start=float("nan"))],
-        "each from 0 to 1",
-    ),
-    "schedule of too few betas": (
-        lambda tmp: ["--teacher", changed_schedule(tmp, trained_betas=[0.1, 0.2])],
-        "it has 2 betas for 1000 steps",
-    ),
-    "schedule of another prediction": (
-        lambda tmp: ["--teacher", changed_schedule(tmp, prediction_type="flow")],
-        "prediction type 'flow' is not one of",
-    ),
-    "data set of no name": (lambda tmp: ["--dataset", ""], "needs --teacher and --dataset"),
-    "image of zero bytes": (
-        lambda tmp: ["--dataset", images_and(tmp, "x.png", b"")],
-        "cannot read the image .*x.png: the file is empty; repair or remove it",
-    ),
-    "text called an image": (
-        lambda tmp: ["--dataset", images_and(tmp, "two words\n.jpg", b"text")],
-        r"two words.*jpg.: its content is of no image format",
-    ),
-    "nothing but bad images": (
-        lambda tmp: ["--dataset", truncated_images(tmp), "--on_bad_image", "skip"],
-        "no image left to train on: of 5 none can be read",
-    ),
-    "archive of images": (lambda tmp: ["--dataset", shutil.copy(file_at(tmp), tmp / "x.zip")], "neither a folder nor"),
-    "no arrow": (lambda tmp: ["--dataset", shutil.copy(file_at(tmp), tmp / "x.arrow")], "cannot read .*x.arrow: "),
-    "table without rows": (
-        lambda tmp: ["--dataset", table(tmp, image=[])],
-        "cannot read .*table.parquet: BatchSize|no images",
-    ),
-    "empty cells": (
-        lambda tmp: ["--dataset", table(tmp, image=[None] * 12), "--image_column", "image"],
-        "cannot read image .*: the cell is empty",
-    ),
-    "numbers in place of images": (
-        lambda tmp: ["--dataset", table(tmp, image=[1, 2, 3]), "--image_column", "image"],
-        "column 'image' of .* does not hold images",
-    ),
-    "addresses in place of images": (
-        lambda tmp: ["--dataset", table(tmp, image=["https://example.org/a.png"] * 12), "--image_column", "image"],
-        "it is the address https://example.org/a.png; download it first",
-    ),
-    "labels beyond all numbers": (
-        lambda tmp: ["--teacher", classes(tmp, 2), "--dataset", labelled(tmp, [0, 2**40])],
-        "go up to 1099511627776; number them from 0 on",
-    ),
-    "images kept in a file": (
-        lambda tmp: ["--image_cache", file_at(tmp)],
-        "decoded images cannot be written to .*file",
-    ),
-    "extractor a folder": (lambda tmp: ["--extractor", tmp], "choose one of inception"),
-    "resume from above": (lambda tmp: ["--resume_from_checkpoint", "../../etc"], "no checkpoint ../../etc"),
-    "resume from a file": (lambda tmp: ["--resume_from_checkpoint", file_at(tmp)], "there is no checkpoint"),
-    "resume from nowhere": (lambda tmp: ["--resume_from_checkpoint", "checkpoint-9"], "no checkpoint checkpoint-9"),
+FILES = {
+    "tmp": lambda tmp: tmp,
+    "file": file_at,
+    "pickled": lambda tmp: unet_in(tmp / "pickled", tiny_unet(), safe_serialization=False),
+    "damaged": damaged_teacher,
+    "zero_snr": teacher_without_signal,
+    "two_classes": lambda tmp: unet_in(tmp / "by-class", tiny_unet(num_class_embeds=3)),
+    "text_unet": lambda tmp: unet_in(tmp / "x", tiny_condition_unet()),
+    "latent_unet": lambda tmp: unet_in(tmp / "x", tiny_unet(in_channels=4)),
+    "absurd": absurd_teacher,
+    "config": config,
+    "colours": lambda tmp: config(tmp, in_channels=3, out_channels=3),
+    "plain": lambda tmp: unet_in(tmp / "plain", tiny_unet()),
+    "images": lambda tmp: images_in(tmp / "images"),
+    "no_images": lambda tmp: images_in(tmp / "none", count=0),
+    "one_image": lambda tmp: images_in(tmp / "one", count=1),
+    "text_among": lambda tmp: images_in(tmp / "among", broken=b"not an image"),
+    "gif_among": lambda tmp: images_in(tmp / "among", count=12, broken=b"GIF89a"),
+    "truncated": truncated_images,
+    "arrow": lambda tmp: file_at(tmp, "x.arrow"),
+    "labels": lambda tmp: labelled(tmp, [0, 1]),
+    "odd_labels": lambda tmp: labelled(tmp, [0, 2, 1]),
+    "huge_labels": lambda tmp: labelled(tmp, [0, 2**40]),
+    "one_class": lambda tmp: labelled(tmp, [0, 0]),
+    "sorts": lambda tmp: labelled(tmp, [0, 1], "sort"),
+    "long": lambda tmp: tmp / ("x" * 300),
 }
+"""What stands in braces among the flags below: a path, and what makes it in the test's folder."""
 
-TEACHER_MISTAKES = {
-    "groups": (lambda tmp: ["--norm_num_groups", 7], "--norm_num_groups 7 must divide"),
-    "resolution": (lambda tmp: ["--resolution", 9], "--resolution 9 cannot be halved"),
-    "attention": (lambda tmp: ["--attention_stages", 5], "--attention_stages"),
-    "channels": (lambda tmp: ["--channels", 2], "1 or 3 channels"),
-    "guidance dropout": (lambda tmp: ["--guidance_dropout", -0.1], "--guidance_dropout must be at least 0"),
-    "images without classes": (
-        lambda tmp: ["--class_conditional", "--dataset", images_in(tmp / "images")],
-        "png has no class: put each class' images into a folder",
-    ),
-    "table without labels": (
-        lambda tmp: ["--class_conditional", "--dataset", labelled(tmp, [0, 1], "sort")],
-        "0 columns of classes and none called label; name one by --label_column .*image, sort",
-    ),
-    "one class": (
-        lambda tmp: ["--class_conditional", "--dataset", labelled(tmp, [0, 0])],
-        "one class alone; at least 2",
-    ),
-    "no channels": (lambda tmp: ["--block_out_channels", 0], "--block_out_channels must be at least 1, not 0"),
-    "fewer channels than none": (
-        lambda tmp: ["--block_out_channels", -8, 8],
-        "--block_out_channels must be at least 1",
-    ),
-    "absurd channels": (lambda tmp: ["--block_out_channels", 8 * 10**9], "could be built: block_out_channels"),
-    "larger than memory": (lambda tmp: ["--block_out_channels", 32768, 65536], "would take .* GB; this machine has"),
-    "no layers": (lambda tmp: ["--layers_per_block", 0], "--layers_per_block must be at least 1"),
-    "too deep": (lambda tmp: ["--layers_per_block", 10**9], "could be built: layers_per_block"),
-    "no groups": (lambda tmp: ["--norm_num_groups", 0], "--norm_num_groups must be at least 1"),
-    "no resolution": (lambda tmp: ["--resolution", -8], "--resolution must be at least 1"),
-    "too many stages": (lambda tmp: ["--block_out_channels", *[8] * 40], "cannot be halved 39 times"),
-    "data set of no name": (lambda tmp: ["--dataset", ""], "needs --dataset"),
-    "bad image": (lambda tmp: ["--dataset", images_and(tmp, "x.png", b"GIF89a")], "cannot read the image .*x.png"),
-    "no stages": (lambda tmp: ["--block_out_channels"], "block_out_channels|block-out-channels"),
-}
+RATIO = "--feature_weighting gradient_ratio"
+FEATURES_ALONE = "--denoising_weight 0 --output_weight 0 --feature_weighting constant"
+WHITEN = "--feature_normalization whiten"
 
-MISTAKES = [
-    *(pytest.param(STUDENT, *mistake, id=name) for name, mistake in STUDENT_MISTAKES.items()),
-    *(pytest.param(TEACHER, *mistake, id=f"teacher: {name}") for name, mistake in TEACHER_MISTAKES.items()),
+# Flags of the student recipe, and words that the message must have.
+OF_FLAGS = [
+    ("--preset digit", "no preset 'digit'.*digits"),
+    ("--preset=", "no preset ''"),
+    ("--preset custom --teacher ''", "needs --teacher and --dataset"),
+    ("--dataset ''", "needs --teacher and --dataset"),
+    ("--max_train_step 3", "max.train.step"),
+    ("--max_train_steps many", "max_train_steps.*many"),
+    ("digits", "error: Unrecognized options: digits"),
+    ("--method kd", "--method.*vkd"),
+    ("--projector lstsq", "'lstsq' for argument '--projector'.*least_squares"),
+    ("--mixed_precision fp8", "mixed_precision"),
+    ("--mixed_precision fp16", "fp16 needs a GPU"),
+    ("--report_to paper", "--report_to paper"),
+    ("--seed", "seed"),
+    ("--seed 1.5", "--seed.*1.5"),
+    ("--max_train_steps -5", "--max_train_steps must be at least 1, not -5"),
+    ("--max_train_samples 0", "--max_train_samples must be at least 1, not 0"),
+    ("--train_batch_size 1000000000000", "not enough memory"),
+    (f"{RATIO} --diagnostics_every_steps 0", "gradient_ratio follows .*; set --diagnostics_every_steps above 0"),
+    (f"{RATIO} --denoising_weight 0 --output_weight 0", "gradient_ratio needs another term to be in proportion to"),
+    (f"{RATIO} --feature_weight -1", "feature weight must be at least 0"),
+    ("--feature_weight nan", "feature weight must be at least 0 and finite"),
+    ("--output_weight -1", "output weight must be at least 0"),
+    ("--method none --denoising_weight 0", "all weights are 0"),
+    ("--method output --feature_weight 1", "no feature loss"),
+    ("--method none --projector linear", "weight is 0: there is no feature loss"),
+    ("--feature_decay_start 0.5 --feature_decay_end 0.4", "--feature_decay_start 0.5 to --feature_decay_end 0.4"),
+    (f"{FEATURES_ALONE} --feature_decay_end 0.5", "nothing is left to train on .* --feature_decay_end 0.5"),
+    ("--streaming --image_cache {tmp}", "--image_cache keeps all images on the disk"),
+    ("--num_timestep_bins 1000000000", "too few samples to calibrate on: --num_timestep_bins 1000000000 need"),
+    ("--calibration_samples 1", "too few samples to calibrate"),
+    ("--timestep_weighting min_snr --snr_gamma 0", "snr_gamma must be above 0"),
+    (f"{WHITEN} --whitening_rank 1000", "whitening rank must lie between 1"),
+    (f"{WHITEN} --whitening_exponent 2", "exponent must lie between 0 and 1"),
+    (f"{WHITEN} --whitening_shrinkage nan", "shrinkage must lie between 0 and 1"),
+    ("--num_score_samples 1", "--num_score_samples must be at least 10"),
+    ("--kid_subset_size 13", "a smaller --kid_subset_size"),
+    ("--extractor none --score_every_steps 1", "needs an --extractor"),
+    ("--extractor incepption", "choose one of inception"),
+    ("--extractor {tmp}", "choose one of inception"),
+    ("--extractor {tmp}/nowhere.safetensors", "feature network"),
+    ("--extractor inception --extractor_weights {tmp}/nowhere.pth", "there are no extractor weights"),
+]
+OF_MODELS = [
+    ("--teacher {tmp}/nowhere", "no teacher folder"),
+    ("--teacher nobody/nothing", "nobody/nothing.*hub"),
+    ("--teacher {file}", "is a file"),
+    ("--teacher {images}", "holds no UNet"),
+    ("--teacher {pickled}", "pickled weights only.*safetensors"),
+    ("--teacher {damaged}", "cannot load the UNet"),
+    ("--teacher {absurd}", r"could be built: block_out_channels is \[1000000000"),
+    ("--teacher {text_unet}", "UNet2DConditionModel|cannot load"),
+    ("--teacher {latent_unet}", "1 or 3 chan|grey images"),
+    ("--teacher {two_classes}", "digits has 10 classes, .* knows 2"),
+    ("--teacher stable-diffusion-1", "UNet2DConditionModel.*--dry_run shows"),
+    ("--teacher {zero_snr} --student_prediction_type sample", "zero terminal SNR"),
+    ("--teacher /{long}", "File name too long"),
+    ("--teacher './a\nb'", r"no teacher folder \./a b"),
+    ("--resolution 9", "cannot take a sample of size 9|resolution"),
+    ("--resolution 1000000000", "could be built: sample_size is 1000000000"),
+    ("--student bk-bse", "bk-bse is neither one of bk-base, .* nor a file"),
+    ("--student nobody/nothing", "no student folder nobody/nothing.*hub"),
+    ("--student koala-1b", "UNet2DModel has no transformer layers"),
+    ("--student {file}", "no config.json of a UNet"),
+    ("--student {pickled}", "pickled weights only.*safetensors"),
+    ("--student {colours}", "has in_channels 3 and the teacher 1"),
+    ("--student {config} --student_drop_stages 0", "is complete; leave out --student_drop_stages"),
+    ("--student_width nan", "width must be above 0 and finite"),
+    ("--student_width 1e8", "no UNet that could be built: block_out_channels"),
+    ("--student_width 4000", "would take .* GB; this machine has"),
+    ("--student_layers_per_block 1000000000", "could be built: layers_per_block is"),
+    ("--layer_pairs mid_blok", "no layer 'mid_blok'.*'mid_block'"),
+    ("--layer_pairs :", "has no layer ''"),
+    ("--layer_pairs mid_block mid_block", "paired twice"),
+    ("--layer_pairs mid_block:time_embedding", r"mid_block \(.*time_embedding \("),
+    ("--layers self_attention --teacher {plain}", "no layer of the"),
+    ("--projector identity", "equal widths"),
+    ("--feature_loss cka --layer_pairs mid_block up_blocks.0/8:up_blocks.0/8", "up_blocks.0/8 has a single position"),
+    ("--feature_loss cka --layer_pairs time_embedding", "layer time_embedding has a single position"),
+]
+OF_DATA_AND_FOLDERS = [
+    ("--dataset {tmp}/nowhere", "no folder or file"),
+    ("--dataset nobody/nothing", "nobody/nothing"),
+    ("--dataset './a\nb'", r"no folder or file \./a b"),
+    ("--dataset {no_images}", "holds no images"),
+    ("--dataset {one_image}", "at least 2 are needed"),
+    ("--dataset {arrow}", "cannot read .*x.arrow: "),
+    ("--dataset {text_among}", "broken.png.*repair or remove"),
+    ("--dataset {truncated} --on_bad_image skip", "no image left to train on: of 5 none can be read"),
+    ("--dataset {truncated} --dataloader_num_workers 1 --method none --extractor none", "cannot read the image.*png"),
+    ("--dataset {images} --teacher {two_classes}", "png has no class: put each class' images into a folder"),
+    ("--dataset {labels} --teacher {two_classes} --label_column sort", "no column 'sort'.*--label_column .*image"),
+    ("--dataset {odd_labels} --teacher {two_classes}", "image 1 of .* has the label 2; labels are 0 to 1"),
+    ("--dataset {huge_labels} --teacher {two_classes}", "go up to 1099511627776; number them from 0 on"),
+    ("--image_cache {file}", "decoded images cannot be written to .*file"),
+    ("--output_dir ''", "--output_dir must name a folder"),
+    ("--output_dir {file}", "is a file"),
+    ("--output_dir {file}/x", "is a file"),
+    ("--output_dir /proc/run", "/proc/run"),
+    ("--output_dir {long}", "File name too long"),
+    ("--resume_from_checkpoint ../../etc", "no checkpoint ../../etc"),
+    ("--resume_from_checkpoint {file}", "there is no checkpoint"),
+    ("--resume_from_checkpoint checkpoint-9", "no checkpoint checkpoint-9"),
+]
+OF_A_TEACHERS_FLAGS = [
+    ("--norm_num_groups 7", "--norm_num_groups 7 must divide"),
+    ("--resolution 9", "--resolution 9 cannot be halved"),
+    (f"--block_out_channels {'8 ' * 40}", "cannot be halved 39 times"),
+    ("--attention_stages 5", "--attention_stages"),
+    ("--channels 2", "1 or 3 channels"),
+    ("--guidance_dropout -0.1", "--guidance_dropout must be at least 0"),
+    ("--block_out_channels", "block_out_channels|block-out-channels"),
+    ("--block_out_channels 0", "--block_out_channels must be at least 1, not 0"),
+    ("--block_out_channels 8000000000", "could be built: block_out_channels"),
+    ("--block_out_channels 32768 65536", "would take .* GB; this machine has"),
+    ("--layers_per_block 0", "--layers_per_block must be at least 1"),
+    ("--layers_per_block 1000000000", "could be built: layers_per_block"),
+    ("--norm_num_groups 0", "--norm_num_groups must be at least 1"),
+    ("--resolution -8", "--resolution must be at least 1"),
+    ("--dataset ''", "needs --dataset"),
+    ("--dataset {gif_among}", "cannot read the image .*broken.png"),
+    ("--class_conditional --dataset {images}", "png has no class: put each class' images into a folder"),
+    ("--class_conditional --dataset {sorts}", "0 columns of classes and none called label; .*--label_column .*sort"),
+    ("--class_conditional --dataset {one_class}", "one class alone; at least 2"),
 ]
 
 
-@pytest.mark.parametrize(("recipe", "flags", "words"), MISTAKES)
+def words_of(flags, tmp):
+    """The command line's words; what stands in braces is made."""
+    made = {name: make(tmp) for name, make in FILES.items() if f"{{{name}}}" in flags}
+    return [word.format(**made) for word in shlex.split(flags)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "words"),
+    [
+        *((STUDENT, *case) for case in (*OF_FLAGS, *OF_MODELS, *OF_DATA_AND_FOLDERS)),
+        *((TEACHER, *case) for case in OF_A_TEACHERS_FLAGS),
+    ],
+)
 def test_mistake_is_told_in_one_line(recipe, flags, words, tmp_path, pipeline_folder, run_recipe, capfd):
-    output = tmp_path / "run"
-    given = [str(flag) for flag in flags(tmp_path)]
     common = {STUDENT: [*SHORT_STUDENT, "--teacher", pipeline_folder], TEACHER: SHORT}[recipe]
-    defaults = [*map(str, common), "--output_dir", str(output)]
     with pytest.raises(SystemExit) as exit_status:
-        run_recipe(recipe, *defaults, *given)
+        run_recipe(recipe, *common, "--output_dir", tmp_path / "run", *words_of(flags, tmp_path))
     assert exit_status.value.code == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
     assert len(errors) == 1
     assert re.search(words, errors[0]), errors[0]
-    assert not (output / "pipeline").exists()
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_a_size_that_no_feature_is_asked_for(tmp_path, pipeline_folder, monkeypatch, capfd):
+    """What a model costs is the first to run it."""
+    flags = ["--teacher", pipeline_folder, "--resolution", 9, "--method", "output", "--output_dir", tmp_path / "run"]
+    with pytest.raises(SystemExit) as exit_status:
+        recipe_runner(monkeypatch, tmp_path, whole=True)(STUDENT, *SHORT_STUDENT, *flags)
+    assert exit_status.value.code == 2
+    assert "cannot take a sample of size 9" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "values"),
+    [
+        ("training", "seed", [-1, 2**32]),
+        ("training", "train_batch_size", [0]),
+        ("training", "learning_rate", [0.0, float("nan")]),
+        ("training", "ema_max_decay", [-0.1, 1.0]),
+        ("training", "adam_weight_decay", [-1.0, float("inf"), float("nan")]),
+        ("training", "max_grad_norm", [-1.0, float("inf")]),
+        ("training", "checkpointing_steps", [0]),
+        ("matching", "feature_decay_start", [-0.1, 1.5]),
+        ("matching", "feature_decay_end", [1.5]),
+        ("matching", "diagnostics_every_steps", [-1]),
+        ("matching", "projector_refresh_steps", [0]),
+        ("matching", "num_timestep_bins", [0]),
+        ("data", "guidance_dropout", [-0.1, 1.0]),
+        ("data", "stream_head", [0]),
+        ("start", "inherit_samples", [0]),
+    ],
+)
+def test_values_out_of_range_are_refused_as_flags_are_read(part, field, values):
+    options = getattr(load_recipe(STUDENT).PRESETS["digits"], part)
+    for value in values:
+        with pytest.raises(ValueError, match=f"--{field} must"):
+            replace(options, **{field: value})
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_folder, run_recipe, capfd):
@@ -691,27 +378,30 @@ def test_a_student_is_exported_before_anything_can_fail_to_score_it(
     assert capfd.readouterr().err.count("error: ") == 1
 
 
-REAL = [("student", "unknown preset"), ("student", "missing teacher")]
-REAL_TOO = [
-    *[("student", name) for name in ("no image", "pickled teacher", "absurd teacher", "text called an image")],
-    *[("student", name) for name in ("more bins than samples", "seed no whole number", "output with a link out of it")],
-    *[("teacher", name) for name in ("larger than memory", "no groups", "bad image")],
-]
-
-
 @pytest.mark.parametrize(
-    ("recipe", "name"), [*REAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in REAL_TOO)], ids=str
+    ("recipe", "flags"),
+    [
+        (STUDENT, "--preset digit"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (STUDENT, "--teacher {tmp}/nowhere"),
+                (STUDENT, "--teacher {pickled}"),
+                (STUDENT, "--dataset {text_among}"),
+                (TEACHER, "--block_out_channels 32768 65536"),
+                (TEACHER, "--dataset {gif_among}"),
+            )
+        ),
+    ],
 )
-def test_the_real_command_tells_it_in_one_line_too(recipe, name, tmp_path):
-    given = {"student": STUDENT_MISTAKES, "teacher": TEACHER_MISTAKES}[recipe][name][0](tmp_path)
-    script = {"student": STUDENT, "teacher": TEACHER}[recipe]
-    flags = [*SHORT, "--extractor", "none", "--output_dir", str(tmp_path / "run"), *map(str, given)]
-    command = [sys.executable, str(RECIPES / f"{script}.py"), *flags]
+def test_the_real_command_tells_it_in_one_line_too(recipe, flags, tmp_path):
+    given = [*SHORT, "--extractor", "none", "--output_dir", str(tmp_path / "run"), *words_of(flags, tmp_path)]
+    command = [sys.executable, str(RECIPES / f"{recipe}.py"), *given]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "1"})
     assert result.returncode == 2
-    assert result.stderr.count("error: ") == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "pipeline").exists()
-    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == result.stderr.splitlines()
 
 
 def test_pickles_in_a_teacher_folder_are_never_opened(tmp_path, run_recipe, capfd):
@@ -719,7 +409,7 @@ def test_pickles_in_a_teacher_folder_are_never_opened(tmp_path, run_recipe, capf
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    folder = save_unet(tmp_path / "teacher", tiny_unet())
+    folder = unet_in(tmp_path / "teacher", tiny_unet())
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(Payload(), folder / "diffusion_pytorch_model.bin")
     with pytest.raises(SystemExit):
