@@ -153,7 +153,8 @@ def main(config: GenerateConfig) -> None:
     from accelerate import Accelerator
     from diffusers.utils.logging import disable_progress_bar
 
-    from vkd_gen.evaluation.sources import from_pipeline, protocol_file
+    from vkd_gen.evaluation.sources import from_model, protocol_file
+    from vkd_gen.models import Model
     from vkd_gen.provenance import hub_revision, write_json
     from vkd_gen.sampling import load_pipeline
     from vkd_gen.training.accelerator import check_processes, on_main_process
@@ -163,9 +164,9 @@ def main(config: GenerateConfig) -> None:
     check_processes(accelerator)
     disable_progress_bar()  # of the loading of a pipeline's few parts
     pipeline = load_pipeline(repository_path(config.checkpoint, __file__), config.sampler).to(accelerator.device)
-    source = from_pipeline(
+    source = from_model(
         config.checkpoint,
-        pipeline,
+        Model(pipeline),
         count=config.num_images,
         first_seed=config.seed,
         num_inference_steps=config.num_inference_steps,

@@ -87,8 +87,9 @@ class ScoreConfig:
 
 def open_source(name: str, config: ScoreConfig) -> "tuple[ImageSource, int, DiffusionPipeline | None]":
     """What a name on the command line stands for, with the side of its images."""
-    from vkd_gen.evaluation.sources import from_array, from_folder, from_pipeline
-    from vkd_gen.sampling import image_size, load_pipeline
+    from vkd_gen.evaluation.sources import from_array, from_folder, from_model
+    from vkd_gen.models import Model
+    from vkd_gen.sampling import load_pipeline
 
     path = Path(place := repository_path(name, __file__))
     if path.suffix == ".npz":
@@ -96,17 +97,17 @@ def open_source(name: str, config: ScoreConfig) -> "tuple[ImageSource, int, Diff
     elif path.is_dir() and not any((path / file).exists() for file in OF_MODELS):
         source, pipeline = from_folder(place), None
     else:
-        pipeline = load_pipeline(place, config.sampler)
-        source = from_pipeline(
+        model = Model(load_pipeline(place, config.sampler))
+        source = from_model(
             name,
-            pipeline,
+            model,
             count=config.scores.num_score_samples,
             first_seed=config.seed,
             num_inference_steps=config.scores.num_inference_steps,
             guidance_scale=config.guidance_scale,
             precision=config.mixed_precision,
         )
-        return source, image_size(pipeline)[0], pipeline
+        return source, model.image_size[0], model.pipeline
     first = source.read(range(1))
     if first.shape[-1] != first.shape[-2]:
         raise ValueError(

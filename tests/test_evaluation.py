@@ -17,7 +17,7 @@ from vkd_gen import FeatureNormalizer, FrozenTeacher, OrthogonalProjector, Proje
 from vkd_gen.data.draws import TrainingDraws
 from vkd_gen.data.images import Images
 from vkd_gen.distillation import matching_table
-from vkd_gen.evaluation.compare import compare_to_teacher, describe_models, markdown_table, print_table
+from vkd_gen.evaluation.compare import describe_models, evaluate, markdown_table, print_table
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.feature_network import (
@@ -27,8 +27,8 @@ from vkd_gen.evaluation.feature_network import (
     save_feature_network,
     train_feature_network,
 )
+from vkd_gen.models import Model
 from vkd_gen.normalization import width_floor
-from vkd_gen.sampling import sample_images
 from vkd_gen.schedule import Schedule
 
 
@@ -53,16 +53,18 @@ class Constant(ModelMixin):
         return (self.value.expand_as(sample),)
 
 
+def model_of(network, **schedule):
+    scheduler = DDPMScheduler(**schedule)
+    return Model(SimpleNamespace(unet=network, scheduler=scheduler))
+
+
 def test_held_out_errors_reference(images):
     """Constant predictors, on the same draws in numpy float64."""
     draws = [TrainingDraws(images, seed=1_000_003)[number] for number in range(30)]
     noise = np.stack([draw["noise"].numpy() for draw in draws]).astype(np.float64)
     samples = np.stack([draw["sample"].numpy() for draw in draws]).astype(np.float64)
-    unets = {
-        "noise": (Constant(0.5), DDPMScheduler()),
-        "sample": (Constant(0.25), DDPMScheduler(prediction_type="sample")),
-    }
-    errors = held_out_errors(unets, None, images, num_draws=30, batch_size=8)
+    models = {"noise": model_of(Constant(0.5)), "sample": model_of(Constant(0.25), prediction_type="sample")}
+    errors = held_out_errors(models, images, num_draws=30, batch_size=8)
     assert errors.keys() == {"noise", "sample"}
     assert errors["noise"] == pytest.approx({"denoising_error": np.square(noise - 0.5).mean()})
     assert errors["sample"] == pytest.approx({"denoising_error": np.square(samples - 0.25).mean()})
@@ -70,9 +72,8 @@ def test_held_out_errors_reference(images):
 
 def test_distance_to_the_teacher_reference(images):
     """In the student's prediction type: the sample that the teacher's noise of zero implies is x / alpha."""
-    teacher = FrozenTeacher(Constant(0.0))
-    unets = {"student": (Constant(0.0), DDPMScheduler(prediction_type="v_prediction"))}
-    found = held_out_errors(unets, teacher, images, num_draws=10)["student"]["teacher_distance"]
+    teacher, student = model_of(Constant(0.0)), model_of(Constant(0.0), prediction_type="v_prediction")
+    found = held_out_errors({"student": student}, images, teacher=teacher, num_draws=10)["student"]["teacher_distance"]
     alpha_bar, expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), []
     for number in range(10):
         draw = {name: value.double().numpy() for name, value in TrainingDraws(images, seed=1_000_003)[number].items()}
@@ -84,9 +85,8 @@ def test_distance_to_the_teacher_reference(images):
 
 
 def test_the_teacher_has_no_distance_to_itself(images):
-    teacher, scheduler = FrozenTeacher(tiny_unet(seed=1)), DDPMScheduler()
-    unets = {"teacher": (teacher.unet, scheduler), "student": (tiny_unet(seed=2).eval(), scheduler)}
-    errors = held_out_errors(unets, teacher, images, num_draws=20)
+    teacher, student = (model_of(tiny_unet(seed=seed)) for seed in (1, 2))
+    errors = held_out_errors({"teacher": teacher, "student": student}, images, teacher=teacher, num_draws=20)
     assert errors["teacher"]["teacher_distance"] == 0
     assert errors["student"]["teacher_distance"] > 1e-3
     assert errors["teacher"].keys() == errors["student"].keys() == {"denoising_error", "teacher_distance"}
@@ -94,18 +94,18 @@ def test_the_teacher_has_no_distance_to_itself(images):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
 def test_held_out_errors_do_not_depend_on_the_batch_size(images, batch_size):
-    teacher = FrozenTeacher(tiny_unet(seed=1))
-    unets = {"student": (tiny_unet(seed=2).eval(), DDPMScheduler())}
-    expected = held_out_errors(unets, teacher, images, num_draws=20, batch_size=20)["student"]
-    found = held_out_errors(unets, teacher, images, num_draws=20, batch_size=batch_size)["student"]
+    teacher, student = (model_of(tiny_unet(seed=seed)) for seed in (1, 2))
+    options = {"teacher": teacher, "num_draws": 20}
+    expected = held_out_errors({"student": student}, images, **options, batch_size=20)["student"]
+    found = held_out_errors({"student": student}, images, **options, batch_size=batch_size)["student"]
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_held_out_errors_are_without_dropout(images):
     """Of the network as it is sampled, in whatever mode the caller left it; and it is left so."""
     unet = tiny_unet(dropout=0.5)
-    expected = held_out_errors({"student": (unet.eval(), DDPMScheduler())}, None, images, num_draws=20)
-    assert held_out_errors({"student": (unet.train(), DDPMScheduler())}, None, images, num_draws=20) == expected
+    expected = held_out_errors({"student": model_of(unet.eval())}, images, num_draws=20)
+    assert held_out_errors({"student": model_of(unet.train())}, images, num_draws=20) == expected
     assert unet.training
 
 
@@ -113,7 +113,7 @@ def test_held_out_errors_with_labels_reference(images):
     """Every UNet is told each image's own class, and none is dropped."""
     labelled = replace(images, labels=np.arange(20) % 3, num_classes=3)
     unet, teacher = (tiny_unet(seed=seed, num_class_embeds=4).eval() for seed in (1, 2))
-    found = held_out_errors({"student": (unet, DDPMScheduler())}, FrozenTeacher(teacher), labelled, num_draws=20)
+    found = held_out_errors({"student": model_of(unet)}, labelled, teacher=model_of(teacher), num_draws=20)
     alpha_bar, expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), []
     for number in range(20):
         draw = TrainingDraws(labelled, seed=1_000_003)[number]
@@ -214,9 +214,9 @@ def test_count_macs_leaves_the_model_alone():
 
 
 def test_milliseconds_per_image():
-    unets = {"student": (tiny_unet((4,)), DDPMScheduler()), "teacher": (tiny_unet(), DDPMScheduler())}
-    times = milliseconds_per_image(unets, num_images=2, num_inference_steps=10, repeats=1)
-    assert times.keys() == unets.keys()
+    models = {"student": Model.of_unet(tiny_unet((4,)), DDPMScheduler())}
+    times = milliseconds_per_image(models, num_images=2, num_inference_steps=10, repeats=1)
+    assert times.keys() == models.keys()
     assert all(0 < time < float("inf") for time in times.values())
 
 
@@ -224,16 +224,18 @@ def test_milliseconds_per_image_known_value(monkeypatch):
     """By a clock that sampling moves: the fastest of three turns after the first, per image, for all steps."""
     now, calls = [0.0], []
     seconds = {"student": [0.0, 0.5, 0.25, 0.75], "teacher": [9.0, 2.0, 4.0, 3.0]}
-    unets = {name: (tiny_unet((4,), seed=seed), DDPMScheduler()) for seed, name in enumerate(seconds)}
-    names = {id(unet): name for name, (unet, _) in unets.items()}
 
-    def sample(unet, _scheduler, seeds, *, num_inference_steps, batch_size):
-        calls.append((names[id(unet)], len(seeds), num_inference_steps, batch_size))
-        now[0] += seconds[names[id(unet)]].pop(0)
+    class Timed:
+        def __init__(self, name):
+            self.name = name
 
-    monkeypatch.setattr("vkd_gen.evaluation.cost.sample_images", sample)
+        def images(self, seeds, *, num_inference_steps, batch_size):
+            calls.append((self.name, len(seeds), num_inference_steps, batch_size))
+            now[0] += seconds[self.name].pop(0)
+
     monkeypatch.setattr("vkd_gen.evaluation.cost.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    times = milliseconds_per_image(unets, num_images=16, num_inference_steps=50, repeats=3)
+    models = {name: Timed(name) for name in seconds}
+    times = milliseconds_per_image(models, num_images=16, num_inference_steps=50, repeats=3)
     # 5 of 50 steps are timed: 10 * 0.25 s and 10 * 2 s for 16 images
     assert times == pytest.approx({"student": 156.25, "teacher": 1250.0})
     assert calls == [("student", 16, 5, 16), ("teacher", 16, 5, 16)] * 4  # in turns
@@ -293,36 +295,29 @@ def test_a_feature_network_learns(images):
 # ---- reports
 
 
-def test_compare_to_teacher(images):
-    student, teacher_unet, scheduler = tiny_unet((4,), seed=1).eval(), tiny_unet((8, 16), seed=2), DDPMScheduler()
-    results, samples = compare_to_teacher(
-        student,
-        scheduler,
-        FrozenTeacher(teacher_unet),
-        scheduler,
-        held_out=images,
-        num_inference_steps=2,
-        num_shown=3,
-    )
+@pytest.fixture
+def models():
+    unets = {"teacher": tiny_unet((8, 16), seed=2), "student": tiny_unet((4,), seed=1)}
+    return {name: Model.of_unet(unet, DDPMScheduler()) for name, unet in unets.items()}
+
+
+def test_evaluate(images, models):
+    results, samples = evaluate(models, images, num_inference_steps=2, num_shown=3)
     rows = results["rows"]
-    assert rows["student"]["parameters"] == count_parameters(student)
-    assert rows["teacher"]["macs"] == count_macs(teacher_unet)
+    assert rows["student"]["parameters"] == count_parameters(models["student"].network)
+    assert rows["teacher"]["macs"] == count_macs(models["teacher"].network)
     assert rows["teacher"]["teacher_distance"] == 0 < rows["student"]["teacher_distance"]
-    assert {name: tuple(shown.shape) for name, shown in samples.items()} == {
-        "teacher": (3, 1, 8, 8),
-        "student": (3, 1, 8, 8),
-    }
+    assert {name: tuple(shown.shape) for name, shown in samples.items()} == dict.fromkeys(models, (3, 1, 8, 8))
     assert results["protocol"]["environment"]["torch"] == version("torch")
 
 
-def test_a_teacher_that_is_not_scored_is_still_compared(images, tmp_path, monkeypatch):
-    student, teacher_unet, scheduler = tiny_unet((4,), seed=1).eval(), tiny_unet((8, 16), seed=2), DDPMScheduler()
+def test_a_teacher_that_is_not_scored_is_still_compared(images, models):
     asked = []
 
     class Scores:
         protocol: ClassVar = {"extractor": "none"}
 
-        def score_unet(self, name, unet, scheduler, *, num_shown):
+        def score_model(self, name, model, *, num_shown):
             asked.append(name)
             shown = SimpleNamespace(shown=torch.zeros(num_shown, 1, 8, 8), content_hash="0")
             source = dict.fromkeys(("sampler", "num_inference_steps", "num_images", "seeds"), 1)
@@ -331,15 +326,14 @@ def test_a_teacher_that_is_not_scored_is_still_compared(images, tmp_path, monkey
         def scores_of_held_out(self):
             return {}
 
-    options = {"held_out": images, "num_inference_steps": 2, "num_shown": 3, "scorer": Scores()}
-    teacher = FrozenTeacher(teacher_unet)
-    results, samples = compare_to_teacher(student, scheduler, teacher, scheduler, score_teacher=False, **options)
+    options = {"num_inference_steps": 2, "num_shown": 3, "scorer": Scores()}
+    results, samples = evaluate(models, images, scored={"student"}, **options)
     assert asked == ["student"]
     assert results["rows"]["student"]["fid_x"] == 1.5
     assert "fid_x" not in results["rows"]["teacher"]
     assert results["rows"]["teacher"]["teacher_distance"] == 0
     assert results["sources"].keys() == {"student"}
-    expected = sample_images(teacher_unet, scheduler, range(3), num_inference_steps=2)
+    expected = models["teacher"].images(range(3), num_inference_steps=2)
     assert torch.equal(samples["teacher"], expected)  # it is shown all the same
     assert "| teacher |" in markdown_table(results)
 
@@ -359,15 +353,17 @@ def test_tables_show_every_row_in_columns_of_the_extractors_name(capsys):
     assert "1,234" in capsys.readouterr().out
 
 
-def test_compare_class_conditional_models(images):
+def test_class_conditional_models(images):
     """In turn: samples of both are of classes 0, 1, 2, 0, ..."""
-    images, scheduler = replace(images, labels=np.arange(20) % 3, num_classes=3), DDPMScheduler()
-    student, teacher = (tiny_unet(channels, num_class_embeds=4).eval() for channels in ((4,), (8, 16)))
-    options = {"held_out": images, "num_inference_steps": 2, "num_shown": 5}
-    results, samples = compare_to_teacher(student, scheduler, FrozenTeacher(teacher), scheduler, **options)
+    images = replace(images, labels=np.arange(20) % 3, num_classes=3)
+    unets = {"student": tiny_unet((4,), num_class_embeds=4), "teacher": tiny_unet(num_class_embeds=4)}
+    models = {name: Model.of_unet(unet, DDPMScheduler()) for name, unet in unets.items()}
+    results, samples = evaluate(models, images, num_inference_steps=2, num_shown=5)
     assert results["rows"]["teacher"]["teacher_distance"] == 0 < results["rows"]["student"]["teacher_distance"]
-    expected = sample_images(teacher, scheduler, range(5), class_labels=[0, 1, 2, 0, 1], num_inference_steps=2)
-    assert torch.equal(samples["teacher"], expected)
+    labels = {"class_labels": [0, 1, 2, 0, 1]}
+    assert torch.equal(
+        samples["teacher"], models["teacher"].images(range(5), conditioning=labels, num_inference_steps=2)
+    )
 
 
 def test_describe_models():

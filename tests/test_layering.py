@@ -26,7 +26,8 @@ CORE = FOUNDATIONS | {
     "data": {"choices", "files", "provenance"},
     "pairing": {"choices", "features"},
     "students": {"choices", "reductions", "features", "schedule"},
-    "sampling": {"choices", "hub", "pipelines", "provenance"},
+    "sampling": {"choices", "hub", "models", "pipelines", "provenance"},
+    "models": {"choices", "files", "pipelines", "provenance", "sampling", "schedule"},
     "calibration": {"features", "files", "hub", "schedule", "normalization"},
     "distillation": {
         "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",

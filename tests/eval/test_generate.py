@@ -12,7 +12,8 @@ from PIL import Image
 
 from tests.conftest import tiny_unet
 from tests.eval.conftest import EVAL
-from vkd_gen.sampling import sample_images, stock_pipeline
+from vkd_gen.models import Model
+from vkd_gen.sampling import stock_pipeline
 
 STEPS = ("--num_inference_steps", 3)
 
@@ -26,7 +27,7 @@ def test_images_are_those_of_their_seeds_in_any_batch_and_format(tmp_path, check
     run_eval("generate", checkpoint, "--output", tmp_path / "pngs", *flags)
     run_eval("generate", checkpoint, "--output", tmp_path / "odd", *flags, "--batch_size", 2)
     run_eval("generate", checkpoint, "--output", tmp_path / "array.npz", *flags, "--batch_size", 4)
-    expected = sample_images(tiny_unet(), DDPMScheduler(), range(4, 13), num_inference_steps=3).numpy()[:, 0]
+    expected = Model.of_unet(tiny_unet(), DDPMScheduler()).images(range(4, 13), num_inference_steps=3).numpy()[:, 0]
     assert expected.std() > 10
     array = np.load(tmp_path / "array.npz")["arr_0"]
     assert array.shape == (9, 8, 8, 1)
@@ -57,19 +58,17 @@ def test_two_processes_make_the_same_files(tmp_path, checkpoint, run_eval):
 @pytest.mark.parametrize("output", ["pngs", "array.npz"])
 def test_an_interrupted_call_is_completed(tmp_path, checkpoint, run_eval, monkeypatch, output, capfd):
     flags = [checkpoint, "--num_images", 6, "--batch_size", 2, *STEPS, "--output", tmp_path / output]
-    from vkd_gen.evaluation import sources
-
     made = []
-    original = sources.generate_images
+    original = Model.images
 
-    def interrupted(pipeline, seeds, **options):
+    def interrupted(model, seeds, **options):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(list(seeds))
-        return original(pipeline, seeds, **options)
+        return original(model, seeds, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "generate_images", interrupted)
+        patch.setattr(Model, "images", interrupted)
         with pytest.raises(SystemExit) as stop:
             run_eval("generate", *flags)
     assert stop.value.code == 130
@@ -78,7 +77,7 @@ def test_an_interrupted_call_is_completed(tmp_path, checkpoint, run_eval, monkey
     assert "--seed was 0 and is 1" in capfd.readouterr().err
     made.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "generate_images", interrupted)
+        patch.setattr(Model, "images", interrupted)
         run_eval("generate", *flags)
     assert made == [[4, 5]]
     straight = tmp_path / f"straight-{output}"

@@ -12,8 +12,9 @@ from PIL import Image
 
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT
-from vkd_gen.sampling import generate_images, load_pipeline, sample_images, stock_pipeline, usable_steps
-from vkd_gen.training.export import try_export
+from vkd_gen.models import Model
+from vkd_gen.sampling import load_pipeline, stock_pipeline, usable_steps
+from vkd_gen.training.export import try_saving
 
 RECIPE = "train_student_unet"
 
@@ -64,7 +65,7 @@ def test_steps_lie_within_the_schedule(num_timesteps, spacing, offset, wanted, s
     assert usable_steps(schedule, wanted) == steps
     schedule.set_timesteps(steps)
     assert 0 <= schedule.timesteps.min() <= schedule.timesteps.max() < num_timesteps
-    images = sample_images(tiny_unet(), schedule, [0], num_inference_steps=wanted)
+    images = Model.of_unet(tiny_unet(), schedule).images([0], num_inference_steps=wanted)
     assert images.shape == (1, 1, 8, 8)
 
 
@@ -129,7 +130,7 @@ def test_pipelines_whose_parts_do_not_fit(file, entries, words, tmp_path):
     stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     change(tmp_path / file, **entries)
     with pytest.raises(ValueError, match=words) as error:
-        generate_images(load_pipeline(str(tmp_path)), [0], num_inference_steps=2, name="x")
+        Model(load_pipeline(str(tmp_path))).images([0], num_inference_steps=2, name="x")
     assert "\n" not in str(error.value)
 
 
@@ -137,15 +138,13 @@ def test_a_pipeline_that_gives_no_class_labels(tmp_path):
     DDIMPipeline(tiny_unet(num_class_embeds=3), DDIMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="--sampler ddim gives it some"):
         load_pipeline(str(tmp_path))
-    assert generate_images(load_pipeline(str(tmp_path), "ddim"), [0, 1], num_inference_steps=2).shape == (2, 1, 8, 8)
+    assert Model(load_pipeline(str(tmp_path), "ddim")).images([0, 1], num_inference_steps=2).shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_ddpm_on_a_schedule_whose_teacher_learned_variances(variance):
     images = [
-        generate_images(
-            stock_pipeline(tiny_unet(), DDPMScheduler(variance_type=kind), "ddpm"), [0], num_inference_steps=3
-        )
+        Model(stock_pipeline(tiny_unet(), DDPMScheduler(variance_type=kind), "ddpm")).images([0], num_inference_steps=3)
         for kind in (variance, "fixed_small")
     ]
     assert torch.equal(*images)
@@ -198,14 +197,15 @@ def test_the_trial_leaves_nothing(tmp_path):
     unet, before = tiny_unet().train(), torch.get_rng_state()
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
     folder = tmp_path / "pipeline"
-    try_export(unet, DDPMScheduler(), folder, "---\n---\n# card", num_inference_steps=5, name="the student")
+    model = Model.of_unet(unet, DDPMScheduler())
+    try_saving(model, folder, "---\n---\n# card", num_inference_steps=5, name="the student")
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(torch.get_rng_state(), before)
     assert unet.training
     assert all(torch.equal(weights[name], value) for name, value in unet.state_dict().items())
 
 
-@pytest.mark.parametrize("broken", ["save_pretrained", "write_model_card", "load_pipeline"])
+@pytest.mark.parametrize("broken", ["save_pretrained", "save_card", "load_pipeline"])
 def test_an_export_that_fails_is_found_before_the_first_step(broken, flags, tmp_path, run_recipe, capsys, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no room\nat all")
@@ -219,7 +219,7 @@ def test_an_export_that_fails_is_found_before_the_first_step(broken, flags, tmp_
 
 
 LATE = {
-    "vkd_gen.training.export.write_model_card": (2, "python eval/score.py"),  # after the trial and the export
+    "vkd_gen.training.export.save_card": (1, "python eval/score.py"),  # after the trial
     "vkd_gen.evaluation.report.write_report": (0, "python eval/report.py"),
     "vkd_gen.evaluation.report.save_sample_grid": (0, "python eval/generate.py"),
     "vkd_gen.training.loop.save_sample_grid": (0, "training goes on"),
@@ -265,7 +265,7 @@ def test_scores_that_fail_leave_the_pipeline_and_are_made_again(
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("vkd_gen.evaluation.compare._score_models", fail)
+        patch.setattr("vkd_gen.evaluation.compare.evaluate", fail)
         line = error_of(capsys, lambda: run_recipe(recipe, *flags, "--output_dir", run))
     assert f"the pipeline is saved in {run / 'pipeline'}, but it could not be scored: the samples are gone" in line
     weights = (run / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
@@ -278,7 +278,7 @@ def test_scores_on_the_way_cost_a_line(flags, pipeline_folder, tmp_path, run_rec
     def fail(*_, **__):
         raise ValueError("12 of 12 samples of student are not finite")
 
-    monkeypatch.setattr("vkd_gen.evaluation.scorer.Scorer.score_unet", fail)
+    monkeypatch.setattr("vkd_gen.evaluation.scorer.Scorer.score_model", fail)
     extractor = Path(__file__).parents[2] / "recipes/assets/digits-features.safetensors"
     given = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--extractor", extractor, "--method", "output"]
     given += ["--score_every_steps", 1, "--output_dir", tmp_path / "run"]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_batch, tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT
 from vkd_gen.evaluation.scorer import load_statistics_file
-from vkd_gen.sampling import generate_images, sample_images, stock_pipeline
+from vkd_gen.models import Model
+from vkd_gen.sampling import stock_pipeline
 from vkd_gen.schedule import Schedule
 from vkd_gen.training.probe import check_finite
 
@@ -62,7 +63,7 @@ def test_generate_makes_no_images(weights, schedule, words, tmp_path, run_eval, 
 def test_every_sampler_is_watched(sampler):
     pipeline = stock_pipeline(broken_unet(), DDPMScheduler(), sampler)
     with pytest.raises(ValueError, match=r"2 of 2 samples of the model are not finite.*seeds 3, 4"):
-        generate_images(pipeline, [3, 4], num_inference_steps=2)
+        Model(pipeline).images([3, 4], num_inference_steps=2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -71,13 +72,13 @@ def test_a_decoder_of_latents_is_watched(value):
     decoder = VQModel(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, num_vq_embeddings=16)
     pipeline = LDMPipeline(decoder, tiny_unet(channels=(8, 8), in_channels=3), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
-    assert generate_images(pipeline, [0], num_inference_steps=1).shape == (1, 3, 8, 8)
+    assert Model(pipeline).images([0], num_inference_steps=1).shape == (1, 3, 8, 8)
     with torch.no_grad():
         decoder.decoder.conv_out.bias[0] = value
     with pytest.raises(
         ValueError, match=r"not finite, at the end \(seeds 3\): 1 of its weights .* decoder.conv_out.bias"
     ):
-        generate_images(pipeline, [3], num_inference_steps=1)
+        Model(pipeline).images([3], num_inference_steps=1)
 
 
 ROWS = {
@@ -123,14 +124,14 @@ def test_seeds_are_those_of_the_broken_class_alone(guidance_scale):
     pipeline = stock_pipeline(unet, DDPMScheduler())
     options = {"num_inference_steps": 2, "guidance_scale": guidance_scale}
     with pytest.raises(ValueError, match=r"2 of 6 samples of the model .*\(seeds 1, 4\): 1 of its weights"):
-        generate_images(pipeline, range(6), **options)
-    assert generate_images(pipeline, [0, 2], **options).shape == (2, 1, 8, 8)
+        Model(pipeline).images(range(6), **options)
+    assert Model(pipeline).images([0, 2], **options).shape == (2, 1, 8, 8)
 
 
 def test_the_mode_of_a_broken_unet_is_restored():
     unet = broken_unet().train()
     with pytest.raises(ValueError, match="not finite"):
-        sample_images(unet, DDPMScheduler(), [0], num_inference_steps=1)
+        Model.of_unet(unet, DDPMScheduler()).images([0], num_inference_steps=1)
     assert unet.training
 
 

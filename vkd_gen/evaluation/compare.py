@@ -14,8 +14,9 @@ from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.labels import label_of, score_kind
 from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.evaluation.terminal import print_columns
+from vkd_gen.models import Model
 from vkd_gen.provenance import environment
-from vkd_gen.sampling import sample_images, usable_steps
+from vkd_gen.sampling import usable_steps
 from vkd_gen.text import markdown_text, printable
 
 FORMATS: dict[str, str | None] = {
@@ -42,104 +43,58 @@ TOO_WIDE = frozenset({"fid_training", "fid_held_out", "nearest_training", "neare
 """Columns that a terminal has no room for."""
 
 
-def compare_to_teacher(
-    student: ModelMixin,
-    noise_scheduler: SchedulerMixin,
-    teacher: FrozenTeacher,
-    teacher_scheduler: SchedulerMixin,
-    *,
+def evaluate(
+    models: Mapping[str, Model],
     held_out: Images,
+    *,
     scorer: Scorer | None = None,
+    scored: Collection[str] | None = None,
     num_inference_steps: int = 50,
     batch_size: int = 64,
     num_shown: int = 32,
-    score_teacher: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Cost and scores of a student and its teacher, measured in one go on the same seeds and draws.
+    """Cost and scores of models, measured in one go on the same seeds and draws.
 
     With several processes all of them must call it: they share the sampling.
 
     Args:
-        student: the UNet to export.
-        noise_scheduler: the student's.
-        teacher: as trained with; it is brought to float32 here.
-        teacher_scheduler: the teacher's.
-        held_out: images that neither was trained on.
+        models: by name, brought to float32 here; from a `teacher` the distance of all of several is measured.
+        held_out: images that no model was trained on.
         scorer: scores samples; None leaves these scores out.
-        num_inference_steps: DDIM steps where nothing is scored, and of the timing; at most those of the schedules.
+        scored: names of the models whose samples it scores, by default all; others' rows hold cost and errors alone.
+        num_inference_steps: where nothing is scored, and of the timing; at most those of the schedules.
         batch_size: images at a time.
         num_shown: samples to return.
-        score_teacher: its samples are scored too; without, its row holds cost and errors alone.
 
     Returns:
         Results for results.json (`rows`: name -> column -> number; `protocol`; `sources`: name -> how its samples came
         about), and samples by name, uint8.
     """
-    nn.Module.float(teacher.unet)
-    unets = {"teacher": (teacher.unet, teacher_scheduler), "student": (student, noise_scheduler)}
-    scored = unets.keys() if score_teacher else {"student"}
-    return _score_models(unets, teacher, held_out, scorer, num_inference_steps, batch_size, num_shown, scored)
-
-
-def score_model(
-    name: str,
-    unet: ModelMixin,
-    noise_scheduler: SchedulerMixin,
-    *,
-    held_out: Images,
-    scorer: Scorer | None = None,
-    num_inference_steps: int = 50,
-    batch_size: int = 64,
-    num_shown: int = 32,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Cost and scores of one UNet; see `compare_to_teacher`."""
-    models = {name: (unet, noise_scheduler)}
-    return _score_models(models, None, held_out, scorer, num_inference_steps, batch_size, num_shown, {name})
-
-
-def _score_models(
-    unets: Mapping[str, tuple[ModelMixin, SchedulerMixin]],
-    teacher: FrozenTeacher | None,
-    held_out: Images,
-    scorer: Scorer | None,
-    num_inference_steps: int,
-    batch_size: int,
-    num_shown: int,
-    scored: Collection[str],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    num_inference_steps = min(usable_steps(scheduler, num_inference_steps) for _, scheduler in unets.values())
-    device = next(next(iter(unets.values()))[0].parameters()).device
-    rows: dict[str, dict[str, int | float]] = {name: {} for name in unets}
-    protocol: dict[str, Any] = {"device": str(device), "weights": "moving average"}
+    steps = min(usable_steps(model.noise_scheduler, num_inference_steps) for model in models.values())
+    for model in models.values():
+        nn.Module.float(model.network)  # past diffusers' warning about casting
+    rows: dict[str, dict[str, int | float]] = {name: {} for name in models}
+    protocol: dict[str, Any] = {"device": str(next(iter(models.values())).network.device), "weights": "moving average"}
     state = PartialState()
     if state.is_main_process:  # timed while the others wait
         num_timed = min(32, batch_size)
-        times = milliseconds_per_image(unets, num_images=num_timed, num_inference_steps=num_inference_steps)
-        errors = held_out_errors(unets, teacher, held_out, batch_size=batch_size, device=device)
-        for name, (unet, _) in unets.items():
-            rows[name] = {"parameters": count_parameters(unet), "macs": count_macs(unet), "ms_per_image": times[name]}
-            rows[name] |= errors[name]
+        rows = _costs_and_errors(models, held_out, steps, batch_size, num_timed)
         protocol |= {
-            "ms_per_image": f"batches of {num_timed}, {num_inference_steps} steps (a tenth, scaled), best of 3",
+            "ms_per_image": f"batches of {num_timed}, {steps} steps (a tenth, scaled), best of 3",
             "errors": "512 draws of (held-out image, noise, timestep), mean square per element",
         }
     state.wait_for_everyone()
     samples, sources = {}, {}
-    for name, (unet, scheduler) in unets.items():
-        if scorer and name in scored:
-            scores, features, source = scorer.score_unet(name, unet, scheduler, num_shown=num_shown)
+    for name, model in models.items():
+        if scorer and (scored is None or name in scored):
+            scores, features, source = scorer.score_model(name, model, num_shown=num_shown)
             rows[name] |= scores
             samples[name] = features.shown
             sources[name] = {**source.protocol, "images_sha256": features.content_hash}
             protocol |= {key: source.protocol[key] for key in ("sampler", "num_inference_steps", "num_images", "seeds")}
         else:
-            samples[name] = sample_images(
-                unet,
-                scheduler,
-                range(num_shown),
-                num_inference_steps=num_inference_steps,
-                batch_size=batch_size,
-                name=f"the {name}",
+            samples[name] = model.images(
+                range(num_shown), num_inference_steps=steps, batch_size=batch_size, name=f"the {name}"
             )
     if scorer:
         protocol |= scorer.protocol
@@ -147,6 +102,42 @@ def _score_models(
         rows |= {"held-out images": real} if real else {}
     protocol["environment"] = environment()
     return {"rows": rows, "protocol": protocol, "sources": sources}, samples
+
+
+def _costs_and_errors(
+    models: Mapping[str, Model], held_out: Images, num_inference_steps: int, batch_size: int, num_timed: int
+) -> dict[str, dict[str, int | float]]:
+    times = milliseconds_per_image(models, num_images=num_timed, num_inference_steps=num_inference_steps)
+    teacher = models.get("teacher") if len(models) > 1 else None
+    errors = held_out_errors(models, held_out, teacher=teacher, batch_size=batch_size)
+    rows: dict[str, dict[str, int | float]] = {}
+    for name, model in models.items():
+        counts = {"parameters": count_parameters(model.network), "macs": count_macs(model.network)}
+        rows[name] = {**counts, "ms_per_image": times[name], **errors[name]}
+    return rows
+
+
+def compare_to_teacher(
+    student: ModelMixin,
+    noise_scheduler: SchedulerMixin,
+    teacher: FrozenTeacher,
+    teacher_scheduler: SchedulerMixin,
+    *,
+    held_out: Images,
+    score_teacher: bool = True,
+    **options: Any,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`evaluate` of two bare UNets."""
+    unets = {"teacher": (teacher.unet, teacher_scheduler), "student": (student, noise_scheduler)}
+    models = {name: Model.of_unet(*parts) for name, parts in unets.items()}
+    return evaluate(models, held_out, scored=None if score_teacher else {"student"}, **options)
+
+
+def score_model(
+    name: str, unet: ModelMixin, noise_scheduler: SchedulerMixin, *, held_out: Images, **options: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`evaluate` of one bare UNet."""
+    return evaluate({name: Model.of_unet(unet, noise_scheduler)}, held_out, **options)
 
 
 def column_formats(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vkd_gen.features import copy_without_weights, example_inputs, run_without_weights
-from vkd_gen.sampling import sample_images
+from vkd_gen.models import Model
 
 
 def count_parameters(unet: ModelMixin) -> int:
@@ -36,37 +36,32 @@ def count_macs(unet: ModelMixin) -> int:
 
 
 def milliseconds_per_image(
-    unets: Mapping[str, tuple[ModelMixin, SchedulerMixin]],
+    models: Mapping[str, Model],
     *,
     num_images: int = 32,
     num_inference_steps: int = 50,
     repeats: int = 3,
 ) -> dict[str, float]:
-    """Time to sample an image with each of several UNets, taken in turns: compare the figures of one call only.
+    """Time to sample an image with each of several models, taken in turns: compare the figures of one call only.
 
     A tenth of the steps is timed and scaled up: each step costs the same.
 
     Args:
-        unets: name -> UNet on the device to measure, and its noise scheduler.
+        models: by name, on the device to measure.
         num_images: sampled at a time.
         num_inference_steps: network evaluations per image.
-        repeats: measurements per UNet; the fastest counts.
+        repeats: measurements per model; the fastest counts.
 
     Returns:
         Name -> milliseconds per image.
     """
     timed_steps = max(1, num_inference_steps // 10)
-    best = dict.fromkeys(unets, float("inf"))
+    best = dict.fromkeys(models, float("inf"))
     for turn in range(repeats + 1):  # the first turn is not counted: allocations, choices of algorithms
-        for name, (unet, noise_scheduler) in unets.items():
+        for name, model in models.items():
             start = time.perf_counter()
-            sample_images(
-                unet,
-                noise_scheduler,
-                range(num_images),
-                num_inference_steps=timed_steps,
-                batch_size=num_images,
-            )  # the images end on the CPU, so the device is done
+            # The images end on the CPU, so the device is done.
+            model.images(range(num_images), num_inference_steps=timed_steps, batch_size=num_images)
             seconds = (time.perf_counter() - start) * num_inference_steps / timed_steps
             best[name] = min(best[name], seconds / num_images * 1000) if turn else best[name]
     return best

@@ -35,10 +35,10 @@ from vkd_gen.evaluation.sources import (
     content_hash,
     extract_features,
     from_images,
-    from_pipeline,
+    from_model,
 )
 from vkd_gen.hub import read_tensors
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.models import Model
 
 logger = logging.getLogger(__name__)
 
@@ -193,30 +193,30 @@ class Scorer:
         broadcast_object_list(scores)
         return scores[0], features
 
-    def score_unet(
-        self, name: str, unet: ModelMixin, noise_scheduler: SchedulerMixin, *, num_shown: int = 32
+    def score_model(
+        self, name: str, model: Model, *, num_shown: int = 32
     ) -> tuple[dict[str, float], Features, ImageSource]:
-        """Score DDIM samples of a UNet, image i from seed i.
+        """Score a model's samples, image i from seed i.
 
         Args:
             name: of the model.
-            unet: the UNet; put into eval mode and back.
-            noise_scheduler: the schedule that it was trained with.
+            model: on the device to compute on.
             num_shown: first samples to return.
 
         Returns:
             Scores, features, and where the samples came from.
         """
-        was_training = unet.training
-        source = from_pipeline(
+        source = from_model(
             name,
-            stock_pipeline(unet.eval(), noise_scheduler),
+            model,
             count=self.options.num_score_samples,
             num_inference_steps=self.options.num_inference_steps,
         )
-        scores, features = self(source, num_shown=num_shown)
-        unet.train(was_training)
-        return scores, features, source
+        return *self(source, num_shown=num_shown), source
+
+    def score_unet(self, name: str, unet: ModelMixin, noise_scheduler: SchedulerMixin) -> tuple[Any, ...]:
+        """`score_model` of a bare UNet."""
+        return self.score_model(name, Model.of_unet(unet, noise_scheduler))
 
     def scores_of(self, features: dict[str, Tensor]) -> dict[str, float]:
         """Scores from features by layer."""

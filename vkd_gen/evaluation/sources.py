@@ -23,12 +23,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vkd_gen.choices import Precision
 from vkd_gen.data.images import Images, told_of
 from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor, hash_weights
 from vkd_gen.files import whole_file
 from vkd_gen.hub import check_file
-from vkd_gen.sampling import Precision, generate_images, num_classes, usable_steps
+from vkd_gen.models import Model
+from vkd_gen.sampling import usable_steps
 from vkd_gen.text import printable
 
 logger = logging.getLogger(__name__)
@@ -56,9 +58,9 @@ class ImageSource:
     notes: Sequence[str] = ()
 
 
-def from_pipeline(
+def from_model(
     name: str,
-    pipeline: DiffusionPipeline,
+    model: Model,
     *,
     count: int,
     first_seed: int = 0,
@@ -66,18 +68,18 @@ def from_pipeline(
     guidance_scale: float | None = None,
     precision: Precision = "no",
 ) -> ImageSource:
-    """Images that a pipeline makes: number i from seed `first_seed + i`, classes in turn if it takes labels.
+    """Images that a model makes: number i from seed `first_seed + i`, classes in turn if it takes labels.
 
     Args:
         name: of the source.
-        pipeline: on the device to compute on.
+        model: on the device to compute on.
         count: images.
         first_seed: of image 0.
         num_inference_steps: network evaluations per image; at most the schedule's.
-        guidance_scale: see `generate_images`.
-        precision: see `generate_images`.
+        guidance_scale: see `Model.images`.
+        precision: see `Model.images`.
     """
-    classes = num_classes(pipeline)
+    pipeline, classes = model.pipeline, model.num_classes
     if guidance_scale is not None and not classes:
         raise ValueError(f"{name} is unconditional: it takes no guidance_scale")
     most_steps = usable_steps(pipeline.scheduler, num_inference_steps)
@@ -86,9 +88,9 @@ def from_pipeline(
         num_inference_steps = most_steps
 
     def read(indices: Sequence[int]) -> Tensor:
-        return generate_images(
-            pipeline,
+        return model.images(
             [first_seed + index for index in indices],
+            batch_size=len(indices),
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             precision=precision,

@@ -1,6 +1,7 @@
 """The end of a run: a stock diffusers pipeline folder with a model card, and its upload."""
 
 import contextlib
+import copy
 import os
 import shlex
 import shutil
@@ -11,54 +12,53 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCardData
 
-from vkd_gen.files import CannotWriteError, own_name, whole_file, whole_folder
+from vkd_gen.files import CannotWriteError, own_name
+from vkd_gen.models import Model, save_card
 from vkd_gen.provenance import environment, only_warns
-from vkd_gen.sampling import load_pipeline, sample_images, stock_pipeline, usable_steps
+from vkd_gen.sampling import load_pipeline, usable_steps
 from vkd_gen.text import markdown_text, printable
 from vkd_gen.training.options import TrainingOptions
 
 
 def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
-    """Save a pipeline folder and its model card; it appears under its name only once it is complete.
-
-    `DiffusionPipeline.from_pretrained` loads it without this package; a class-conditional one is loaded by
-    `ClassConditionalDDIMPipeline.from_pretrained`, and its UNet alone by diffusers' own `UNet2DModel`.
-    """
-    with whole_folder(folder) as temporary:
-        stock_pipeline(unet, noise_scheduler).save_pretrained(temporary, safe_serialization=True)
-        with only_warns(f"the model card of {folder}", "the weights are saved"):
-            write_model_card(temporary, card)
+    """`Model.save` of a bare UNet."""
+    Model.of_unet(unet, noise_scheduler).save(folder, card)
 
 
 def try_export(
     unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str, *, num_inference_steps: int, name: str
 ) -> None:
+    """`try_saving` of a bare UNet."""
+    model = Model.of_unet(unet, noise_scheduler)
+    try_saving(model, folder, card, num_inference_steps=num_inference_steps, name=name)
+
+
+def try_saving(model: Model, folder: Path, card: str, *, num_inference_steps: int, name: str) -> None:
     """Do before the first step what the end of a run will do, so that it cannot fail there; nothing of it stays.
 
-    The sampler goes through all of its timesteps, the UNet through two; pipeline and card are written and read again.
-    The global random state stays as it is.
+    The sampler goes through all of its timesteps, the network through two; pipeline and card are written and read
+    again. The global random state stays as it is.
 
     Args:
-        unet: as it starts.
-        noise_scheduler: the schedule that it is trained on.
+        model: as it starts.
         folder: that the pipeline will be exported to; written is beside it.
         card: model card.
         num_inference_steps: of the scores.
-        name: of the UNet, for messages.
+        name: of the model, for messages.
 
     Raises:
         ValueError: in one line, for whatever would fail.
     """
     temporary = own_name(folder)
     try:
-        for steps in {usable_steps(noise_scheduler, wanted) for wanted in (num_inference_steps, 50)}:
-            _try_sampler(stock_pipeline(unet, noise_scheduler).scheduler, steps)
-        sample_images(unet, noise_scheduler, range(2), num_inference_steps=2, name=f"{name} at its start")
+        for steps in {usable_steps(model.noise_scheduler, wanted) for wanted in (num_inference_steps, 50)}:
+            _try_sampler(copy.deepcopy(model.pipeline.scheduler), steps)
+        model.images(range(2), num_inference_steps=2, name=f"{name} at its start")
         with torch.random.fork_rng(devices=[]):  # a loaded network is first filled with random weights
-            stock_pipeline(unet, noise_scheduler).save_pretrained(temporary, safe_serialization=True)
-            write_model_card(temporary, card)
+            model.pipeline.save_pretrained(temporary, safe_serialization=True)
+            save_card(temporary, card)
             load_pipeline(str(temporary))
     except Exception as error:  # diffusers, the system and the hub's library raise all kinds of errors
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -101,12 +101,6 @@ def after_export(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_model_card(folder: Path, card: str) -> None:
-    """Write (or replace) the card of an exported pipeline."""
-    with whole_file(folder / "README.md") as temporary:
-        ModelCard(card).save(temporary)
-
-
 def finish_export(folder: Path, card: Callable[[], str], options: TrainingOptions) -> None:
     """Give an exported and scored pipeline its card with the scores, and upload it if that is asked for.
 
@@ -119,7 +113,7 @@ def finish_export(folder: Path, card: Callable[[], str], options: TrainingOption
         ValueError: if the hub cannot be reached or refuses.
     """
     with only_warns(f"the model card of {folder}", f"python eval/score.py {folder} writes scores into it"):
-        write_model_card(folder, card())
+        save_card(folder, card())
     if options.push_to_hub:
         print(f"uploaded: {upload(folder, options.hub_model_id)}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Images from a UNet, one seed per image."""
+"""A pipeline around an exchangeable denoiser: images by seed, predictions, saving."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,15 @@ import torch
 from diffusers import DDIMPipeline, DDPMScheduler
 
 from tests.conftest import tiny_unet
+from vkd_gen.models import Model
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline
-from vkd_gen.sampling import sample_images, stock_pipeline
+from vkd_gen.sampling import stock_pipeline
 
 
-def sample(unet, seeds, scheduler=None, num_inference_steps=4, **options):
-    scheduler = scheduler or DDPMScheduler()
-    return sample_images(unet, scheduler, seeds, num_inference_steps=num_inference_steps, **options)
+def sample(unet, seeds, scheduler=None, num_inference_steps=4, class_labels=None, **options):
+    model = Model.of_unet(unet, scheduler or DDPMScheduler())
+    conditioning = None if class_labels is None else {"class_labels": class_labels}
+    return model.images(seeds, conditioning=conditioning, num_inference_steps=num_inference_steps, **options)
 
 
 def largest_difference(images, others):
@@ -142,3 +144,37 @@ def test_labels_that_do_not_fit(classes, options, message):
 def test_counts_below_one(seeds, options):
     with pytest.raises(ValueError, match="at least one seed"):
         sample(tiny_unet(), seeds, **options)
+
+
+# ---- another denoiser
+
+
+@pytest.mark.parametrize("classes", [None, 4])
+@pytest.mark.parametrize("prediction_type", [None, "v_prediction"])
+def test_a_pipeline_around_another_network_is_the_one_of_that_network(classes, prediction_type, tmp_path):
+    schedule = {"beta_schedule": "sigmoid", "clip_sample_range": 2.0}
+    teacher = Model.of_unet(tiny_unet(num_class_embeds=classes), DDPMScheduler(**schedule))
+    unet = tiny_unet((4, 8), num_class_embeds=classes, seed=1)
+    student = teacher.around(unet, prediction_type)
+    expected = Model.of_unet(unet, DDPMScheduler(**schedule, prediction_type=prediction_type or "epsilon"))
+    assert student.network is unet
+    assert student.schedule.prediction_type == expected.schedule.prediction_type == (prediction_type or "epsilon")
+    assert teacher.schedule.prediction_type == "epsilon"
+    for name, model in (("found", student), ("expected", expected)):
+        model.save(tmp_path / name, "---\n---\n# card\n")
+    files = [path.relative_to(tmp_path / "found") for path in (tmp_path / "found").rglob("*") if path.is_file()]
+    assert len(files) == 5  # index, card, scheduler, configuration, weights
+    for file in files:
+        assert (tmp_path / "found" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+    assert torch.equal(student.images([3], num_inference_steps=2), expected.images([3], num_inference_steps=2))
+
+
+def test_a_prediction_is_float32_whatever_the_network():
+    model = Model.of_unet(tiny_unet(num_class_embeds=4).bfloat16(), DDPMScheduler())
+    labels, timesteps = torch.tensor([0, 2]), torch.tensor([0, 999])
+    noisy = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        found = model.predict(noisy, timesteps, {"class_labels": labels})
+        expected = model.network(noisy.bfloat16(), timesteps, class_labels=labels).sample
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected.float())

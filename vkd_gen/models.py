@@ -1,0 +1,261 @@
+"""A model as what makes images with it: a diffusers pipeline with a denoiser that can be exchanged.
+
+B batch, C channels, H height, W width; latents and pixels alike are samples `[B, C, H, W]`.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from vkd_gen.choices import Precision
+from vkd_gen.files import whole_file, whole_folder
+from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
+from vkd_gen.provenance import only_warns
+from vkd_gen.sampling import stock_pipeline, usable_steps
+from vkd_gen.schedule import PredictionType, Schedule
+
+
+class Model:
+    """A diffusers pipeline whose denoiser, its part `unet` or `transformer`, can be exchanged.
+
+    A student is its teacher's pipeline around another network, and is sampled, scored and saved as its teacher is.
+
+    Args:
+        pipeline: whole, on the device to compute on.
+        noise_scheduler: the schedule that the denoiser is trained on; by default that of the pipeline's own sampler.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, noise_scheduler: SchedulerMixin | None = None):
+        self.pipeline = pipeline
+        self.noise_scheduler = pipeline.scheduler if noise_scheduler is None else noise_scheduler
+        self.slot = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+
+    @classmethod
+    def of_unet(cls, unet: ModelMixin, noise_scheduler: SchedulerMixin) -> "Model":
+        """A UNet in the stock pipeline that samples it by DDIM: for one that comes without a pipeline."""
+        return cls(stock_pipeline(unet, noise_scheduler), noise_scheduler)
+
+    @property
+    def network(self) -> ModelMixin:
+        """The denoiser."""
+        return getattr(self.pipeline, self.slot)
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """Noise by timestep, and what the denoiser predicts; on the CPU."""
+        return Schedule.of(self.noise_scheduler)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that images can be asked of; 0 for a model that takes no labels."""
+        if isinstance(self.pipeline, ClassConditionalDDIMPipeline):
+            return num_classes_of(self.network) or 0
+        config = self.network.config
+        return (config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0) * self._takes("class_labels")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Side in pixels and channels of the images."""
+        side = self.network.config.sample_size
+        side = side if isinstance(side, int) else side[0]
+        if self._decoder is not None:
+            return side * 2 ** (len(self._decoder.config.block_out_channels) - 1), 3
+        return side, self.network.config.in_channels
+
+    @property
+    def _decoder(self) -> ModelMixin | None:
+        """What makes pixels of latents; None where the samples are pixels."""
+        return getattr(self.pipeline, "vae", None) or getattr(self.pipeline, "vqvae", None)
+
+    def around(self, network: ModelMixin, prediction_type: PredictionType | None = None) -> "Model":
+        """The same pipeline around another denoiser, all other parts shared.
+
+        Args:
+            network: the denoiser.
+            prediction_type: what it predicts; by default what this one's does.
+        """
+        changed = {} if prediction_type is None else {"prediction_type": prediction_type}
+        sampler, noise_scheduler = (
+            type(scheduler).from_config(scheduler.config, **changed)
+            for scheduler in (self.pipeline.scheduler, self.noise_scheduler)
+        )
+        parts = {**self.pipeline.components, self.slot: network, "scheduler": sampler}
+        pipeline = type(self.pipeline)(**parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return Model(pipeline, noise_scheduler)
+
+    def predict(self, noisy_sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any] | None = None) -> Tensor:
+        """The denoiser's prediction, `[B, C, H, W]` float32, computed in the denoiser's own precision.
+
+        Args:
+            noisy_sample: `[B, C, H, W]`.
+            timesteps: indices of the schedule, `[B]`.
+            conditioning: further arguments of the denoiser, a row per sample.
+        """
+        sample = noisy_sample.to(self.network.dtype)
+        return self.network(sample, timesteps, **(conditioning or {}), return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def images(
+        self,
+        seeds: Sequence[int],
+        *,
+        conditioning: Mapping[str, Sequence[Any]] | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int = 50,
+        batch_size: int = 128,
+        precision: Precision = "no",
+        name: str = "the model",
+    ) -> UInt8[Tensor, "images channels height width"]:
+        """One image per seed, on the CPU.
+
+        An image depends on its seed and conditioning alone, up to rounding in the network: each has a generator of its
+        own, on the CPU, whatever the device. The denoiser is sampled in eval mode; its mode is restored.
+
+        Args:
+            seeds: one per image.
+            conditioning: argument of the pipeline -> a value per image, such as `class_labels`. Class labels are by
+                default each image's seed modulo the number of classes: consecutive seeds go through the classes.
+            guidance_scale: None keeps the pipeline's default.
+            num_inference_steps: network evaluations per image; at most the schedule's.
+            batch_size: images at a time.
+            precision: of the network, by autocast; the sampler works in the pipeline's dtype.
+            name: of the model, for messages.
+
+        Raises:
+            ValueError: for a count below 1, conditioning that does not fit, and, naming the seeds, for images of which
+                a pixel, or a prediction on the way, is not finite.
+        """
+        if not seeds or min(num_inference_steps, batch_size) < 1:
+            raise ValueError("sampling needs at least one seed, one inference step and one image at a time")
+        conditioning = self._conditioning(seeds, dict(conditioning or {}), guidance_scale)
+        arguments: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        arguments["num_inference_steps"] = usable_steps(self.pipeline.scheduler, num_inference_steps)
+        batches = []
+        with in_eval_mode(self.network):
+            for first in range(0, len(seeds), batch_size):
+                chosen = slice(first, first + batch_size)
+                own = {key: list(values[chosen]) for key, values in conditioning.items()}
+                batches.append(self._batch(seeds[chosen], {**arguments, **own}, precision, name))
+        return torch.cat(batches)
+
+    def _takes(self, argument: str) -> bool:
+        return argument in inspect.signature(self.pipeline.__call__).parameters
+
+    def _conditioning(
+        self, seeds: Sequence[int], given: dict[str, Sequence[Any]], guidance_scale: float | None
+    ) -> dict[str, Sequence[Any]]:
+        """What the pipeline is told of each image, once it is known to take it."""
+        classes = self.num_classes
+        if not classes and ("class_labels" in given or guidance_scale is not None):
+            raise ValueError("the model is unconditional: it takes neither class labels nor guidance")
+        for key, values in given.items():
+            if len(values) != len(seeds):
+                raise ValueError(f"{len(seeds)} seeds need as many {key.replace('_', ' ')}, not {len(values)}")
+        return ({"class_labels": [seed % classes for seed in seeds]} if classes else {}) | given
+
+    def _batch(self, seeds: Sequence[int], arguments: dict[str, Any], precision: Precision, name: str) -> Tensor:
+        if self._takes("batch_size"):
+            arguments["batch_size"] = len(seeds)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        with (
+            torch.autocast(self.pipeline.device.type, dtype=dtype, enabled=dtype is not None),
+            _finite_outputs(self.network, len(seeds)) as predictions,
+            _finite_outputs(getattr(self._decoder, "decoder", None), len(seeds)) as decoded,
+        ):
+            try:
+                made = self.pipeline(**arguments, generator=generators, output_type="np").images
+            except (TypeError, AttributeError, LookupError, RuntimeError) as error:  # diffusers checks little
+                if "memory" in str(error):
+                    raise
+                kinds = [type(part).__name__ for part in (self.pipeline, self.network, self.pipeline.scheduler)]
+                raise ValueError(
+                    f"{name} cannot be sampled: in its {kinds[0]}, {kinds[1]} and {kinds[2]} do not fit together "
+                    f"({' '.join(str(error).split())[:200]})"
+                ) from error
+        images = torch.from_numpy(made)  # [images, H, W, C] in [0, 1]
+        # [evaluations + 1, images]; as uint8 what is not finite would be black, and clipping hides what is infinite.
+        at_end = torch.stack([found.cpu() for found in (*decoded, images.isfinite().flatten(1).all(1))]).all(0)
+        is_finite = torch.stack([*(found.cpu() for found in predictions), at_end])
+        if not is_finite.all():
+            raise ValueError(_describe_broken(name, self.pipeline, is_finite, seeds, precision))
+        return images.permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
+
+    def save(self, folder: Path, card: str) -> None:
+        """Save a pipeline folder with its model card; it appears under its name once it is complete.
+
+        `DiffusionPipeline.from_pretrained` loads it without this package; a class-conditional UNet's is loaded by
+        `ClassConditionalDDIMPipeline.from_pretrained`, and its UNet alone by diffusers' own `UNet2DModel`.
+        """
+        with whole_folder(folder) as temporary:
+            self.pipeline.save_pretrained(temporary, safe_serialization=True)
+            with only_warns(f"the model card of {folder}", "the weights are saved"):
+                save_card(temporary, card)
+
+
+def save_card(folder: Path, card: str) -> None:
+    """Write, or replace, the model card in a pipeline's folder."""
+    with whole_file(folder / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """A network in eval mode for as long as the context lasts."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+@contextlib.contextmanager
+def _finite_outputs(network: nn.Module | None, num_images: int) -> Iterator[list[Tensor]]:
+    """A list that gets, at each evaluation of a network, of which images the output is finite: `[images]`, bool."""
+    found: list[Tensor] = []
+    if network is None:
+        yield found
+        return
+
+    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        prediction = output if isinstance(output, Tensor) else output[0]
+        # With guidance an image has several rows, a whole batch after the other.
+        found.append(prediction.isfinite().flatten(1).all(1).view(-1, num_images).all(0))
+
+    hook = network.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def _describe_broken(
+    name: str, pipeline: DiffusionPipeline, is_finite: Tensor, seeds: Sequence[int], precision: Precision
+) -> str:
+    broken = [seed for seed, right in zip(seeds, is_finite.all(0).tolist(), strict=True) if not right]
+    shown = ", ".join(map(str, broken[:8])) + ", ..." * (len(broken) > 8)
+    first = int((~is_finite).any(1).nonzero()[0])
+    where = f"from evaluation {first + 1} of {len(is_finite) - 1} on" if first < len(is_finite) - 1 else "at the end"
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    values = [entry for network in networks for entry in network.state_dict().items()]
+    weights = [key for key, value in values if not value.isfinite().all()]
+    if weights:
+        cause = f"{len(weights)} of its weights hold NaN or infinity, such as {weights[0]}"
+    elif precision != "no":
+        cause = f"try another precision than {precision}"
+    else:
+        cause = "its weights are finite: they do not fit its schedule, or overflow"
+    return (
+        f"{len(broken)} of {len(seeds)} samples of {name} are not finite, {where} (seeds {shown}): {cause}; no images "
+        "are made of them"
+    )
