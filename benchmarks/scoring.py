@@ -4,7 +4,6 @@ python benchmarks/scoring.py --num_images 2000
 """
 
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,19 +15,17 @@ import torch
 import torch_fidelity
 from accelerate import PartialState
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from measuring import RESULTS, print_table, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor, load_extractor
 from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.evaluation.sources import from_tensor
-from vkd_gen.provenance import environment, write_json
 from vkd_gen.training.options import default_cifar10
 
 
@@ -46,7 +43,7 @@ class ScoringConfig:
     """Network; see eval/score.py."""
     batch_size: int = 64
     """Images at a time."""
-    output: str = "benchmarks/results/scoring.json"
+    output: str = str(RESULTS / "scoring.json")
     """File for the numbers."""
 
 
@@ -74,17 +71,18 @@ class Bridge(FeatureExtractorBase):
         return False
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The asked for layers of a batch."""
+        """The layers that are asked for, of a batch."""
         layers = self.extractor(images)
         return tuple(layers[name] for name in self.features_list)
 
 
-def peers_way(samples: Tensor, reference: Path, folder: Path, name: str, batch_size: int) -> dict[str, float]:
-    """Write PNGs; read them for the Inception score; read both sides for FID. The other scores are left out."""
+def peers_way(samples: Tensor, reference: Path, folder: Path, batch_size: int) -> tuple[float, float]:
+    """FID and Inception score as repositories commonly get them: PNGs, one call for each score."""
     save_pngs(samples, folder)
-    shared = {"feature_extractor": name, "cuda": False, "batch_size": batch_size, "cache": False, "verbose": False}
+    shared = {"feature_extractor": "bridge", "cuda": False, "batch_size": batch_size, "cache": False, "verbose": False}
     scores = torch_fidelity.calculate_metrics(input1=str(folder), isc=True, **shared)
-    return scores | torch_fidelity.calculate_metrics(input1=str(folder), input2=str(reference), fid=True, **shared)
+    scores |= torch_fidelity.calculate_metrics(input1=str(folder), input2=str(reference), fid=True, **shared)
+    return scores["frechet_inception_distance"], scores["inception_score_mean"]
 
 
 def save_pngs(images: Tensor, folder: Path) -> None:
@@ -95,56 +93,50 @@ def save_pngs(images: Tensor, folder: Path) -> None:
 
 
 def main(config: ScoringConfig) -> None:
-    """Time both ways on the same images, and see that they agree."""
+    """Time both ways on the same images, and check that they agree."""
     training, test = load_images(config.dataset, resolution=config.resolution, channels=3)
-    device = PartialState().device
-    Bridge.extractor = load_extractor(config.extractor)
-    Bridge.extractor.network.to(device)
     if config.num_images > min(len(training), len(test)):
         raise ValueError(f"--num_images must be at most {min(len(training), len(test))} with {config.dataset}")
-    samples, reference = (part.pixels(range(config.num_images)) for part in (test, training))
+    Bridge.extractor = load_extractor(config.extractor)
+    Bridge.extractor.network.to(PartialState().device)
     FEATURE_EXTRACTORS_REGISTRY["bridge"] = Bridge
+    samples, reference = (part.pixels(range(config.num_images)) for part in (test, training))
     options = ScoreOptions(extractor=config.extractor, kid_subset_size=min(1000, config.num_images))
-    seconds: dict[str, float] = {}
+
+    def make_scorer() -> Scorer:
+        source = from_tensor("reference", reference)
+        return Scorer(options, source, batch_size=config.batch_size, num_samples=config.num_images)
+
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         os.environ["VKD_GEN_CACHE"] = str(folder / "cache")
         save_pngs(reference, folder / "reference")
         Bridge.extractor(samples[: config.batch_size])  # allocations are not counted on either side
-        start = time.perf_counter()
-        scorer = Scorer(
-            options, from_tensor("reference", reference), batch_size=config.batch_size, num_samples=config.num_images
-        )
-        seconds["reference, once"] = time.perf_counter() - start
-        start = time.perf_counter()
-        scorer = Scorer(
-            options, from_tensor("reference", reference), batch_size=config.batch_size, num_samples=config.num_images
-        )
+        times = [time.perf_counter()]
+        make_scorer()
+        times.append(time.perf_counter())
+        scorer = make_scorer()
         ours, _ = scorer(from_tensor("samples", samples))
-        seconds["this package, all scores, reference kept"] = time.perf_counter() - start
-        start = time.perf_counter()
-        peers = peers_way(samples, folder / "reference", folder / "samples", "bridge", config.batch_size)
-        seconds["PNGs, one tool for IS, one for FID"] = time.perf_counter() - start
-        shutil.rmtree(folder / "samples")
-    suffix = scorer.extractor.suffix
-    pairs = {
-        "fid": (ours[f"fid{suffix}"], peers["frechet_inception_distance"]),
-        "inception_score": (ours[f"inception_score{suffix}"], peers["inception_score_mean"]),
-    }
-    for name, (value, expected) in pairs.items():
+        times.append(time.perf_counter())
+        peers = peers_way(samples, folder / "reference", folder / "samples", config.batch_size)
+        times.append(time.perf_counter())
+    for name, expected in zip(("fid", "inception_score"), peers, strict=True):
+        value = ours[f"{name}{scorer.extractor.suffix}"]
         if not np.isclose(value, expected, rtol=1e-6):
             raise ValueError(f"the two ways disagree on {name}: {value} and {expected}")
-    ratio = seconds["this package, all scores, reference kept"] / seconds["PNGs, one tool for IS, one for FID"]
-    table = Table("way", "seconds")
-    for way, value in seconds.items():
-        table.add_row(way, f"{value:.1f}")
-    Console(width=100).print(table)
-    print(f"ratio {ratio:.3f}; equal scores: {', '.join(f'{name} {value:.6g}' for name, (value, _) in pairs.items())}")
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    protocol = {"num_images": config.num_images, "batch_size": config.batch_size, "extractor": config.extractor}
-    protocol |= {"threads": torch.get_num_threads(), "environment": environment()}
-    write_json(output, {"seconds": seconds, "ratio": ratio, "scores": ours, "protocol": protocol})
+    ways = ("reference, once", "this package, all scores, reference kept", "PNGs, one tool for IS, one for FID")
+    seconds = dict(zip(ways, np.diff(times).tolist(), strict=True))
+    ratio = seconds[ways[1]] / seconds[ways[2]]
+    print_table(("way", "seconds"), [(way, f"{value:.1f}") for way, value in seconds.items()])
+    print(f"ratio {ratio:.3f}; equal FID {peers[0]:.6g} and Inception score {peers[1]:.6g}")
+    write_results(
+        Path(config.output),
+        {"seconds": seconds, "ratio": ratio, "scores": ours},
+        num_images=config.num_images,
+        batch_size=config.batch_size,
+        extractor=config.extractor,
+        threads=torch.get_num_threads(),
+    )
 
 
 if __name__ == "__main__":

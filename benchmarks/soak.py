@@ -5,8 +5,8 @@ python benchmarks/soak.py --minutes 30
 Passes if memory, handles and threads do not grow and the checkpoints stay within what --checkpoints_total_limit allows.
 """
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,32 +18,29 @@ from typing import Any
 
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
+from scipy import stats
 
+from measuring import print_table, write_results
 from vkd_gen.cli import run_command
-from vkd_gen.provenance import environment, write_json
 from vkd_gen.training.checkpoints import find_fault
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "train_student_unet.py"
 WARM_UP = 0.25
-"""Share of the time that slopes leave out: the process fills its pools, and the first preview is drawn."""
+"""Share of the time that slopes leave out, in which the process fills its pools and draws the first preview."""
 BLOCKS = 20
-"""Means over this many stretches of equal length: neighbouring samples are alike, and an interval of a slope that took
-them for independent would be too narrow."""
-T_97_5 = 2.101
-"""97.5% quantile of Student's t with BLOCKS - 2 degrees of freedom."""
+"""Slopes are of the means over this many stretches of equal length: neighbouring samples are alike, and taking them for
+independent would make the interval too narrow."""
 BOUNDS = {
     ("memory_mb", "hours"): 20.0,
     ("memory_mb", "thousand_steps"): 1.0,
     ("handles", "hours"): 1.0,
     ("threads", "hours"): 1.0,
 }
-"""What a slope, with its interval's upper end, may be at most. 20 MB in an hour are 3 GB in a week; steps are counted
-too, since a busy machine makes few of them in an hour."""
+"""What the upper end of a slope's interval may be at most. 20 MB per hour are 3 GB per week; steps are counted too,
+since a busy machine makes few of them in an hour."""
 KEPT = 2
-"""--checkpoints_total_limit. One more is there while it is written."""
+"""--checkpoints_total_limit. While one more is written, three are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +48,11 @@ class SoakConfig:
     """How long to train, and where."""
 
     output_dir: str = "runs/soak"
-    """Folder for the run, every sample (samples.jsonl), the result (soak.json) and its picture (soak.png)."""
+    """Folder for the run, every sample (samples.jsonl) and the result (soak.json)."""
     minutes: float = 30.0
     """Time to train."""
     sample_every_seconds: float = 3.0
-    """Time between two looks at the processes and the folder."""
+    """Time between two samples of the processes and the folder."""
     checkpointing_steps: int = 20
     """Steps between checkpoints."""
     preset: str = "digits"
@@ -74,35 +71,28 @@ def usage_of(process: psutil.Process) -> dict[str, float] | None:
     found = {"memory_mb": 0.0, "handles": 0, "threads": 0, "processes": 0}
     try:
         tree = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return None
-    for member in tree:
-        try:
+        for member in tree:
             with member.oneshot():
                 found["memory_mb"] += member.memory_info().rss / 1e6
                 found["handles"] += member.num_fds()
                 found["threads"] += member.num_threads()
                 found["processes"] += 1
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):  # ended meanwhile
-            if member is process:
-                return None
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # the process or a child has ended meanwhile
+        return None
     return found
 
 
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder; what is removed meanwhile counts nothing."""
     size = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                size += (Path(parent) / name).stat().st_size
-            except FileNotFoundError:
-                continue
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.lstat().st_size if path.is_file() else 0
     return size
 
 
 def disk_of(folder: Path) -> dict[str, float]:
-    """MB of a run's folder, and of its checkpoints, with those being written or removed; how many those are."""
+    """Number of a run's checkpoints, with those being written or removed, and MB of these and of the whole folder."""
     checkpoints = [path for path in folder.glob("*checkpoint-*") if path.is_dir()]
     return {
         "checkpoints": len(checkpoints),
@@ -125,12 +115,10 @@ def slope(times: np.ndarray, values: np.ndarray) -> dict[str, Any]:
         raise ValueError(f"{len(times)} samples are too few for a slope over {BLOCKS} blocks; set more --minutes")
     parts = np.array_split(np.arange(len(times)), BLOCKS)
     x, y = (np.array([series[part].mean() for part in parts]) for series in (times, values))
-    centred = x - x.mean()
-    if not centred.any():
+    if np.ptp(x) == 0:
         raise ValueError("no checkpoint was made after the warm-up; set more --minutes")
-    rise = (centred @ y) / (centred @ centred)
-    residuals = y - y.mean() - rise * centred
-    error = T_97_5 * np.sqrt((residuals @ residuals) / (BLOCKS - 2) / (centred @ centred))
+    (rise, _), covariance = np.polyfit(x, y, 1, cov=True)
+    error = stats.t.ppf(0.975, BLOCKS - 2) * np.sqrt(covariance[0, 0])
     return {
         "slope": round(float(rise), 4),
         "interval": [round(float(rise - error), 4), round(float(rise + error), 4)],
@@ -140,8 +128,8 @@ def slope(times: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def watch(config: SoakConfig, run: Path) -> tuple[list[dict[str, float]], int]:
-    """Train until the time is up, then ask the run to stop; the samples, and its exit status."""
+def watch(config: SoakConfig, run: Path) -> list[dict[str, float]]:
+    """Train until the time is up, then stop the run by SIGTERM; the samples."""
     command = [sys.executable, str(RECIPE), "--preset", config.preset, "--output_dir", str(run)]
     command += ["--max_train_steps", str(10**7), "--checkpointing_steps", str(config.checkpointing_steps)]
     command += ["--checkpoints_total_limit", str(KEPT)]
@@ -169,12 +157,12 @@ def watch(config: SoakConfig, run: Path) -> tuple[list[dict[str, float]], int]:
         finally:
             training.kill()
     if status != 128 + signal.SIGTERM:
-        raise ValueError(f"the run ended with status {status}; it printed {output}")
-    return samples, status
+        raise ValueError(f"the run ended with status {status}; what it printed is in {output}")
+    return samples
 
 
 def judge(samples: Sequence[Mapping[str, float]], run: Path) -> dict[str, Any]:
-    """Slopes beside their bounds, and the disk beside what the kept checkpoints and the one being written take."""
+    """Slopes with their bounds, and the disk with what the kept checkpoints and the one being written take."""
     counted = [sample for sample in samples if sample["hours"] >= WARM_UP * samples[-1]["hours"]]
     series = {name: np.array([sample[name] for sample in counted]) for name in samples[0]}
     result: dict[str, Any] = {}
@@ -183,29 +171,10 @@ def judge(samples: Sequence[Mapping[str, float]], run: Path) -> dict[str, Any]:
         result[f"{name}/{unit}"] = {**found, "bound": bound, "passed": found["interval"][1] <= bound}
     last = RunFolder(str(run)).checkpoints()[-1]
     most, allowed = max(sample["checkpoints_mb"] for sample in samples), (KEPT + 1) * size_of(last) / 1e6
-    # A look that takes time may see one checkpoint twice, before and after it is renamed.
+    # One sample may count a checkpoint twice, before and after it is renamed.
     result["checkpoints_mb"] = {"most": most, "bound": round(1.02 * allowed, 4), "passed": most <= 1.02 * allowed}
     result["last_checkpoint"] = {"name": last.name, "fault": find_fault(last), "passed": find_fault(last) is None}
     return result
-
-
-def draw(samples: Sequence[Mapping[str, float]], path: Path) -> None:
-    """The samples over time, with the end of the warm-up marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = {"memory_mb": "memory, MB", "handles": "file handles", "threads": "threads", "checkpoints_mb": "disk, MB"}
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    minutes = [60 * sample["hours"] for sample in samples]
-    for axes, (name, title) in zip(figure.subplots(len(names), sharex=True), names.items(), strict=True):
-        values = [sample[name] for sample in samples]
-        axes.plot(minutes, values, linewidth=1)
-        axes.axvline(WARM_UP * minutes[-1], color="grey", linestyle=":")
-        axes.set_ylabel(title)
-        axes.set_ylim(0, 1.1 * max(values))
-    axes.set_xlabel("minutes; slopes are of what is right of the dotted line")
-    figure.savefig(path, dpi=80)
 
 
 def main(config: SoakConfig) -> None:
@@ -215,32 +184,31 @@ def main(config: SoakConfig) -> None:
     if run.exists():
         raise ValueError(f"{run} is there already; choose another --output_dir, or remove it")
     output.mkdir(parents=True, exist_ok=True)
-    samples, status = watch(config, run)
+    samples = watch(config, run)
     result = judge(samples, run)
     steps = checkpoint_step(Path(result["last_checkpoint"]["name"]))
-    protocol = {
-        "preset": config.preset,
-        "minutes": config.minutes,
-        "steps": steps,
-        "checkpoints": steps // config.checkpointing_steps,
-        "checkpointing_steps": config.checkpointing_steps,
-        "checkpoints_total_limit": KEPT,
-        "samples": len(samples),
-        "warm_up_share": WARM_UP,
-        "blocks": BLOCKS,
-        "status": status,
-        "environment": environment(),
-    }
-    write_json(output / "soak.json", {**result, "protocol": protocol})
-    draw(samples, output / "soak.png")
-    table = Table("what", "slope", "95% interval", "least", "most", "bound", "passed")
+    rows = []
     for name, found in result.items():
-        ends = [f"{value:.4g}" for value in found.get("interval", [])]
-        cells = [f"{found[key]:.4g}" if key in found else "" for key in ("least", "most", "bound")]
-        rise = f"{found['slope']:.4g}" if "slope" in found else ""
-        table.add_row(name, rise, " to ".join(ends), *cells, "yes" if found["passed"] else "NO")
-    Console(width=110).print(table)
-    print(f"{steps} steps, {protocol['checkpoints']} checkpoints; {output / 'soak.json'}, {output / 'soak.png'}")
+        ends = " to ".join(f"{value:.4g}" for value in found.get("interval", []))
+        slope, least, most, bound = (
+            f"{found[key]:.4g}" if key in found else "" for key in ("slope", "least", "most", "bound")
+        )
+        rows.append((name, slope, ends, least, most, bound, "yes" if found["passed"] else "NO"))
+    print_table(("what", "slope", "95% interval", "least", "most", "bound", "passed"), rows)
+    print(f"{steps} steps, {steps // config.checkpointing_steps} checkpoints")
+    write_results(
+        output / "soak.json",
+        result,
+        preset=config.preset,
+        minutes=config.minutes,
+        steps=steps,
+        checkpoints=steps // config.checkpointing_steps,
+        checkpointing_steps=config.checkpointing_steps,
+        checkpoints_total_limit=KEPT,
+        samples=len(samples),
+        warm_up_share=WARM_UP,
+        blocks=BLOCKS,
+    )
     if not all(found["passed"] for found in result.values()):
         sys.exit(1)
 

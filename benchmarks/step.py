@@ -23,16 +23,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, ModelMixin
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import vkd_gen as vkd
+from measuring import RESULTS, print_table, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.data.images import Images
 from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import LiveBytes
-from vkd_gen.provenance import environment, write_json
 from vkd_gen.students.build import unet_class
 from vkd_gen.training.accelerator import make_accelerator
 from vkd_gen.training.loop import TrainingRun, fixed_batches
@@ -41,8 +39,9 @@ from vkd_gen.training.options import MatchingOptions, TrainingOptions
 from vkd_gen.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
+NUM_IMAGES = 512
 STEPS_PER_ROUND = 10
-"""Between two refreshes of the projectors: each round holds one, and one log line."""
+"""Each round has one refresh of the projectors and one log line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +53,25 @@ class StepConfig:
     batch_size: int | None = None
     """Images per step; by default the shape's."""
     rounds: int = 5
-    """Rounds of 10 steps of each variant; the first one more is not counted."""
+    """Rounds of 10 steps of each variant, after one that is not counted."""
     variants: tuple[str, ...] = ()
-    """Which to time, such as `b d`; the floor `b` is always among them. By default all."""
+    """Which to time, such as `b d`; `b` is always timed. By default all."""
     threads: int = 1
-    """Of the CPU."""
+    """CPU threads."""
     clock: Literal["wall", "cpu"] = "wall"
-    """`cpu` counts what this process computes, whoever else does: for a step on the CPU of a busy machine."""
+    """`cpu` counts this process' own computing time: for models on the CPU of a busy machine."""
     output: str | None = None
     """File for the numbers; by default results/step-SHAPE-DEVICE.json beside this file."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if min(self.rounds, self.threads, 1 if self.batch_size is None else self.batch_size) < 1:
+            raise ValueError("--rounds, --threads and --batch_size must be at least 1")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Models and batch of one size; the teacher is the configuration of a UNet."""
+    """The teacher's configuration, how its student is made smaller, and the batch."""
 
     teacher: dict[str, Any]
     reduction: vkd.Reduction
@@ -94,15 +98,15 @@ SHAPES = {
 
 
 def random_images(config: dict[str, Any]) -> Images:
-    """512 pictures of the size that a UNet takes."""
+    """Images of random pixels, of the size that a UNet takes."""
     size, channels = config["sample_size"], config["in_channels"]
-    shape = (512, size, size) if channels == 1 else (512, size, size, 3)
+    shape = (NUM_IMAGES, size, size) if channels == 1 else (NUM_IMAGES, size, size, 3)
     pixels = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
     return Images(lambda index: Image.fromarray(pixels[index]), size, channels, "noise", np.arange(len(pixels)))
 
 
 class Bench:
-    """Teacher, data and everything else that the variants share; each has a student of its own, of equal weights."""
+    """Teacher and data, which the variants share; each variant has its own student, all with the same weights."""
 
     def __init__(self, config: StepConfig, place: Path):
         self.shape, self.place = SHAPES[config.shape], place
@@ -127,7 +131,7 @@ class Bench:
         self.noisy = self.schedule.noisy(self.sample, self.noise, self.timesteps)
 
     def options(self, **changes: Any) -> TrainingOptions:
-        """Of a run that never ends, with the log line and the refresh once a round."""
+        """Options of a run without end, with one log line in each round."""
         given = {"train_batch_size": self.batch_size, "max_train_steps": 10**9, "checkpointing_steps": 10**9}
         given |= {"output_dir": str(self.place), "log_every_steps": STEPS_PER_ROUND}
         return TrainingOptions(**{**given, **changes})
@@ -139,32 +143,24 @@ class Bench:
         student.load_state_dict(self.student_weights)
         return student.train()
 
-    def teacher_prediction(self, unet: ModelMixin, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Without gradients."""
-        with torch.no_grad():
-            return predict(unet, noisy, timesteps)
-
-    def floor_steps(self, *, with_teacher: bool) -> Iterator[None]:
-        """Forward, backward and the fastest optimizer on one batch that is there: nothing else."""
+    def floor_steps(self) -> Iterator[None]:
+        """Variant b: forward and backward passes and the fastest optimizer, always on the same batch."""
         student = self.student()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
         while True:
             prediction = predict(student, self.noisy, self.timesteps)
-            loss = F.mse_loss(prediction, self.noise)
-            if with_teacher:
-                target = self.teacher_prediction(self.teacher_unet, self.noisy, self.timesteps)
-                loss = loss + F.mse_loss(prediction, target)
-            loss.backward()
+            with torch.no_grad():
+                target = predict(self.teacher_unet, self.noisy, self.timesteps)
+            (F.mse_loss(prediction, self.noise) + F.mse_loss(prediction, target)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             yield
 
     def peer_steps(self) -> Iterator[None]:
-        """What scripts for distilling diffusion UNets have in common.
+        """Variant c: what scripts for distilling diffusion UNets have in common.
 
-        Features in dictionaries that hooks fill by name and nothing empties, free 1x1 convolutions, float32 copies for
-        the loss, a wait for the device per logged loss, noise and timesteps drawn on the CPU, torch's default AdamW and
-        a moving average parameter by parameter.
+        Hooks that fill dictionaries, free 1x1 convolutions, float32 copies for the loss, a wait for the device for each
+        logged loss, noise drawn on the CPU, torch's default AdamW, a moving average parameter by parameter.
         """
         teacher_unet = copy.deepcopy(self.teacher_unet)
         student = self.student()
@@ -191,7 +187,8 @@ class Bench:
                 timesteps = torch.randint(1000, (len(sample),)).to(self.device)
                 noisy = self.noise_scheduler.add_noise(sample.to(self.device), noise, timesteps)
                 prediction = predict(student, noisy, timesteps)
-                teacher_prediction = self.teacher_prediction(teacher_unet, noisy, timesteps)
+                with torch.no_grad():
+                    teacher_prediction = predict(teacher_unet, noisy, timesteps)
                 losses = [F.mse_loss(prediction, noise), F.mse_loss(prediction, teacher_prediction)]
                 for pair, connector in zip(self.pairs, connectors, strict=True):
                     feature = connector(captured["student"][pair.student]).float()
@@ -207,18 +204,18 @@ class Bench:
                 yield
 
     def draws(self, number: int) -> Iterator[dict[str, Any]]:
-        """Batches that no step trains on, as recipes calibrate on."""
+        """Batches to calibrate on."""
         return fixed_batches(self.images, self.schedule, number, seed=0, batch_size=self.batch_size, device=self.device)
 
     def our_steps(
         self, name: str, *, matching_changes: Mapping[str, Any] = MappingProxyType({}), **options_changes: Any
     ) -> Iterator[None]:
-        """The loop of recipes/train_student_unet.py with `--method vkd`: one step, log lines and refreshes included.
+        """Variant d: steps of recipes/train_student_unet.py with `--method vkd`, log lines and refreshes included.
 
-        Looks at gradients are the recipe's too, once in 200 steps: no round here sees one.
+        The recipe's diagnostics of gradients come once in 200 steps: no round here has one.
         """
         student, teacher_unet = self.student(), self.teacher_unet
-        # Few draws: only the cost counts, and nothing here is normalised by what they say.
+        # Few draws: their statistics do not change what a step costs.
         matching = resolve_matching(MatchingOptions(calibration_samples=64, **matching_changes))
         pairs = pair_named_or_all(matching, student, teacher_unet)
         teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
@@ -265,14 +262,18 @@ class Bench:
     def variants(self) -> dict[str, Callable[[], Iterator[None]]]:
         """Name -> steps without end. Those after d are d with one thing changed."""
         return {
-            "a": lambda: self.floor_steps(with_teacher=False),
-            "b": lambda: self.floor_steps(with_teacher=True),
+            "b": self.floor_steps,
             "c": self.peer_steps,
             "d": lambda: self.our_steps("d"),
             "refresh each step": lambda: self.our_steps("refresh", matching_changes={"projector_refresh_steps": 1}),
             "log each step": lambda: self.our_steps("log", log_every_steps=1),
             "no features": lambda: self.our_steps("features", matching_changes={"feature_weight": 0.0}),
         }
+
+    def captured_bytes(self) -> int:
+        """Bytes of a batch's paired features, of student and teacher, as they are captured."""
+        entries = sum(math.prod(pair.student_shape) + math.prod(pair.teacher_shape) for pair in self.pairs)
+        return entries * self.batch_size * torch.float32.itemsize
 
 
 def timed(steps: Iterator[None], device: torch.device, clock: Callable[[], float]) -> float:
@@ -286,17 +287,11 @@ def timed(steps: Iterator[None], device: torch.device, clock: Callable[[], float
 
 
 def peak_bytes(steps: Iterator[None]) -> int:
-    """Bytes of tensors that a step adds to those which are there all the time, at most, over two steps."""
+    """The most bytes of tensors that two steps add to those which are there all the time."""
     with LiveBytes() as live:
         next(steps)
         next(steps)
     return live.peak
-
-
-def captured_bytes(bench: Bench) -> int:
-    """Of the paired features of a batch, the student's and the teacher's, as they are captured."""
-    entries = sum(math.prod(pair.student_shape) + math.prod(pair.teacher_shape) for pair in bench.pairs)
-    return entries * bench.batch_size * torch.float32.itemsize
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -343,57 +338,47 @@ def measure(bench: Bench, config: StepConfig) -> dict[str, Any]:
 
 
 def show(variants: dict[str, Any], captured: int) -> None:
-    """A table, and what a step of d takes beside b and the features."""
-    table = Table("variant", "time / b", "quartiles", "ms", "images/s", "MB a step adds")
+    """A table, and the memory of a step of d beside b and the features."""
+    rows = []
     for name, result in variants.items():
-        ratio = result["ratio_to_b"]
-        table.add_row(
-            name,
-            f"{ratio['median']:.3f}",
-            f"{ratio['low']:.3f} {ratio['high']:.3f}",
-            f"{1000 * result['seconds_per_step']['median']:.1f}",
-            f"{result['images_per_second']:.0f}",
-            f"{result['peak_bytes_of_a_step'] / 1e6:.1f}",
-        )
-    Console(width=100).print(table)
+        ratio, milliseconds = result["ratio_to_b"], 1000 * result["seconds_per_step"]["median"]
+        cells = [f"{ratio['median']:.3f}", f"{ratio['low']:.3f} {ratio['high']:.3f}", f"{milliseconds:.1f}"]
+        memory = result["peak_bytes_of_a_step"] / 1e6
+        rows.append([name, *cells, f"{result['images_per_second']:.0f}", f"{memory:.1f}"])
+    print_table(("variant", "time / b", "quartiles", "ms", "images/s", "MB a step adds"), rows)
     if "d" in variants:
         peaks = {name: result["peak_bytes_of_a_step"] for name, result in variants.items()}
         share = peaks["d"] / (peaks["b"] + captured)
-        print(f"d adds {share:.3f} of what b and the captured features take ({captured / 1e6:.1f} MB)")
+        print(
+            f"memory of a step of d: {share:.3f} of b's and the captured features' ({captured / 1e6:.1f} MB) together"
+        )
 
 
 def main(config: StepConfig) -> None:
     """Build, time, show and write."""
-    if min(config.rounds, config.threads, 1 if config.batch_size is None else config.batch_size) < 1:
-        raise ValueError("--rounds, --threads and --batch_size must be at least 1")
     torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(config, Path(place))
         results = measure(bench, config)
-    captured = captured_bytes(bench)
-    show(results, captured)
-    default = Path(__file__).parent / "results" / f"step-{config.shape}-{bench.device.type}.json"
-    output = Path(config.output) if config.output else default
-    output.parent.mkdir(parents=True, exist_ok=True)
-    protocol = {
-        "shape": config.shape,
-        "parameters": {
+    show(results, bench.captured_bytes())
+    write_results(
+        Path(config.output or RESULTS / f"step-{config.shape}-{bench.device.type}.json"),
+        {"variants": results},
+        shape=config.shape,
+        parameters={
             "teacher": sum(value.numel() for value in bench.teacher_unet.parameters()),
             "student": sum(value.numel() for value in bench.student_weights.values()),
         },
-        "batch_size": bench.batch_size,
-        "layer_pairs": [f"{pair.student}:{pair.teacher}" for pair in bench.pairs],
-        "captured_feature_bytes": captured,
-        "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU",
-        "clock": config.clock,
-        "threads": torch.get_num_threads(),
-        "num_rounds": config.rounds,
-        "peak_resident_bytes_of_the_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "environment": environment(),
-    }
-    write_json(output, {"variants": results, "protocol": protocol})
-    print(f"written to {output}")
+        batch_size=bench.batch_size,
+        layer_pairs=[f"{pair.student}:{pair.teacher}" for pair in bench.pairs],
+        captured_feature_bytes=bench.captured_bytes(),
+        device=torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU",
+        clock=config.clock,
+        threads=torch.get_num_threads(),
+        num_rounds=config.rounds,
+        peak_resident_bytes_of_the_process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
 
 
 if __name__ == "__main__":
