@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import vkd_gen as vkd
 from measuring import RESULTS, print_table, write_results
 from vkd_gen.cli import run_command
-from vkd_gen.distillation import predict, projected_losses
-from vkd_gen.features import copy_without_weights
-from vkd_gen.students.build import unet_class
-from vkd_gen.students.specs import TEACHERS
+from vkd_gen.distillation import projected_losses
+from vkd_gen.families import copy_without_weights
+from vkd_gen.families.build import unet_class
+from vkd_gen.families.specs import TEACHERS
+from vkd_gen.families.unet import call
 from vkd_gen.training.matching import METHODS, NUM_DIAGNOSTIC_DRAWS, build_matching, resolve_matching
 from vkd_gen.training.options import MatchingOptions
 
@@ -147,7 +148,7 @@ def count_floor(student: ModelMixin, teacher: ModelMixin, batch_size: int) -> di
     for name, unet in (("teacher_forward", teacher), ("student_forward_backward", student)):
         copy = copy_without_weights(unet).requires_grad_(unet is student)
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            prediction = predict(copy, *inputs_of(copy, batch_size))
+            prediction = call(copy, *inputs_of(copy, batch_size))
             if unet is student:
                 prediction.sum().backward()
         counts[name] = float(counter.get_total_flops())

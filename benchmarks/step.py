@@ -29,9 +29,9 @@ import vkd_gen as vkd
 from measuring import RESULTS, print_table, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.data.images import Images
-from vkd_gen.distillation import predict
 from vkd_gen.evaluation.cost import LiveBytes
-from vkd_gen.students.build import unet_class
+from vkd_gen.families.build import unet_class
+from vkd_gen.families.unet import call
 from vkd_gen.training.accelerator import make_accelerator
 from vkd_gen.training.loop import TrainingRun, fixed_batches
 from vkd_gen.training.matching import build_projected_student, pair_named_or_all, resolve_matching
@@ -148,9 +148,9 @@ class Bench:
         student = self.student()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
         while True:
-            prediction = predict(student, self.noisy, self.timesteps)
+            prediction = call(student, self.noisy, self.timesteps)
             with torch.no_grad():
-                target = predict(self.teacher_unet, self.noisy, self.timesteps)
+                target = call(self.teacher_unet, self.noisy, self.timesteps)
             (F.mse_loss(prediction, self.noise) + F.mse_loss(prediction, target)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -186,9 +186,9 @@ class Bench:
                 noise = torch.randn(sample.shape).to(self.device)
                 timesteps = torch.randint(1000, (len(sample),)).to(self.device)
                 noisy = self.noise_scheduler.add_noise(sample.to(self.device), noise, timesteps)
-                prediction = predict(student, noisy, timesteps)
+                prediction = call(student, noisy, timesteps)
                 with torch.no_grad():
-                    teacher_prediction = predict(teacher_unet, noisy, timesteps)
+                    teacher_prediction = call(teacher_unet, noisy, timesteps)
                 losses = [F.mse_loss(prediction, noise), F.mse_loss(prediction, teacher_prediction)]
                 for pair, connector in zip(self.pairs, connectors, strict=True):
                     feature = connector(captured["student"][pair.student]).float()

@@ -48,7 +48,7 @@ class CostConfig:
 
 def read_configs(config: CostConfig) -> dict[str, dict[str, Any]]:
     """Name -> configuration of each UNet, students of the first model behind the others."""
-    from vkd_gen.students import reduce_config
+    from vkd_gen.families import reduce_config
     from vkd_gen.training.models import read_unet_config
 
     configs = {}
@@ -72,8 +72,8 @@ def main(config: CostConfig) -> None:
     from accelerate import PartialState
 
     from vkd_gen.evaluation.cost import count_macs, count_parameters, forward_costs
+    from vkd_gen.families import build_student, published_cost
     from vkd_gen.provenance import environment, write_json
-    from vkd_gen.students import build_student, published_cost
     from vkd_gen.training.models import check_memory, unet_without_weights
 
     torch.set_float32_matmul_precision("high")

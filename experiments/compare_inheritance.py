@@ -112,7 +112,7 @@ def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, 
     """For each choice of channels and each rescaling the student's error before any training."""
     import torch
 
-    from vkd_gen.students import build_student, inherit_weights, step0_error
+    from vkd_gen.families import build_student, inherit_weights, step0_error
 
     teacher, schedule, train_batches, tests = load(config, folder, dataset)
     rows: dict[str, list[float]] = {}
@@ -145,7 +145,7 @@ def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, 
 
 def errors_by_layers(config: ComparisonConfig, folder: str, dataset: str) -> list[dict[str, Any]]:
     """With one layer in each block: the error before training for every choice of the teacher's layers."""
-    from vkd_gen.students import build_student, compare_layer_choices, layer_choices
+    from vkd_gen.families import build_student, compare_layer_choices, layer_choices
 
     teacher, schedule, train_batches, tests = load(config, folder, dataset)
     student = build_student(teacher, Reduction(layers_per_block=1))

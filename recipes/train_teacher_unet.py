@@ -180,11 +180,11 @@ def main(config: TeacherConfig) -> None:
     import torch
     from diffusers import DDPMScheduler
 
-    from vkd_gen.distillation import predict
     from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
     from vkd_gen.evaluation.cost import count_parameters
     from vkd_gen.evaluation.report import save_results
     from vkd_gen.evaluation.scorer import make_scorer
+    from vkd_gen.families.unet import call
     from vkd_gen.losses import prediction_loss
     from vkd_gen.pictures import to_uint8
     from vkd_gen.pipelines import num_classes_of
@@ -282,7 +282,7 @@ def main(config: TeacherConfig) -> None:
     for batch in run.batches():
         sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
         noisy_sample = run.schedule.noisy(sample, noise, timesteps)
-        prediction = predict(run.model, noisy_sample, timesteps, batch.get("conditioning"))
+        prediction = call(run.model, noisy_sample, timesteps, batch.get("conditioning"))
         target = run.schedule.target(sample, noise, timesteps)
         run.backward({"total": prediction_loss(prediction, target)})
 

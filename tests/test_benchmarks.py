@@ -16,7 +16,7 @@ from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from vkd_gen.calibration import calibrate
 from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.evaluation.cost import LiveBytes, count_macs
-from vkd_gen.features import copy_without_weights
+from vkd_gen.families import copy_without_weights
 from vkd_gen.pairing import LayerPair
 
 # ---- operations

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, ModelMixin
-from diffusers.configuration_utils import ConfigMixin
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from torch import nn
 
 from tests.conftest import make_batch, tiny_unet
@@ -110,11 +109,11 @@ def test_effective_rank_does_not_know_rotations_gains_and_shifts():
 # ---- a network of one weight, of which everything is known
 
 
-class OneWeight(ModelMixin, ConfigMixin):
-    """`predict` times the sample, beside a `feature` times the sample; a student's are the same weight."""
+class OneWeight(UNet2DModel):
+    """`prediction` times the sample, beside a `feature` times the sample; a student's are the same weight."""
 
     def __init__(self, feature, prediction=None):
-        super().__init__()
+        ModelMixin.__init__(self)
         self.feature = nn.Conv2d(1, 1, 1, bias=False)
         self.feature.weight.data.fill_(feature)
         self.prediction = prediction

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from torch import nn
 
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
@@ -26,7 +26,7 @@ from vkd_gen import (
     distillation_losses,
     pair_layers,
 )
-from vkd_gen.distillation import predict
+from vkd_gen.families.unet import call
 from vkd_gen.losses import feature_loss
 from vkd_gen.projectors import orthonormality_error
 from vkd_gen.schedule import Schedule
@@ -252,7 +252,7 @@ def test_initialize_projectors_solves_for_the_given_batches(models, schedule):
             capture = FeatureCapture(unet, [getattr(layer, name)])
             capture.start()
             with torch.no_grad():
-                predict(unet, noisy, batch["timesteps"])
+                call(unet, noisy, batch["timesteps"])
             feature = capture.stop()[getattr(layer, name)].double()
             collected[name].append(feature.flatten(2).transpose(1, 2).flatten(0, 1).numpy())
             capture.remove()
@@ -464,11 +464,11 @@ def test_the_teacher_is_no_part_of_the_module_that_trains(models):
 # ---- unlike prediction types, timestep weights, conditioning
 
 
-class Translated(ModelMixin):
+class Translated(UNet2DModel):
     """The teacher's network, speaking another prediction type: a perfect student."""
 
     def __init__(self, unet, schedule, source):
-        super().__init__()
+        ModelMixin.__init__(self)
         self.unet, self.schedule, self.source = unet, schedule, source
 
     def forward(self, sample, timestep, return_dict=True):

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import tiny_condition_unet, tiny_unet
+from vkd_gen.families import feature_shapes
 from vkd_gen.features import (
     FeatureCapture,
     check_layers,
-    feature_shapes,
     nearest_names,
     pool,
     to_rows,

@@ -6,8 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from tests.conftest import make_batch, tiny_unet
-from vkd_gen.features import example_inputs
-from vkd_gen.students import (
+from vkd_gen.families import (
     REDUCTIONS,
     Reduction,
     best_layers,
@@ -17,11 +16,12 @@ from vkd_gen.students import (
     layer_choices,
     step0_error,
 )
-from vkd_gen.students.activations import Reading
-from vkd_gen.students.channels import choose_channels, keep_highest, keep_restorable
-from vkd_gen.students.links import default_layers, link_layers, match_stages
-from vkd_gen.students.restore import fit_layers
-from vkd_gen.students.streams import Stream
+from vkd_gen.families.activations import Reading
+from vkd_gen.families.channels import choose_channels, keep_highest, keep_restorable
+from vkd_gen.families.links import default_layers, link_layers, match_stages
+from vkd_gen.families.restore import fit_layers
+from vkd_gen.families.streams import Stream
+from vkd_gen.families.unet import example
 
 CHOICES = ("activation", "magnitude", "first", "random")
 
@@ -112,7 +112,7 @@ WITH_FREQUENCIES = [family for family in FAMILIES if family != "learned time"]
 
 
 def inputs_of(unet, batch_size=2):
-    inputs = example_inputs(unet) if unet.config.class_embed_type is None else conditional_inputs(unet)
+    inputs = example(unet) if unet.config.class_embed_type is None else conditional_inputs(unet)
     generator = torch.Generator().manual_seed(1)
 
     def fill(value):

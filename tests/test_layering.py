@@ -24,15 +24,15 @@ CORE = FOUNDATIONS | {
     "provenance": {"files", "text"},
     "normalization": {"choices"},
     "data": {"choices", "files", "provenance"},
-    "pairing": {"choices", "features"},
-    "students": {"choices", "reductions", "features", "schedule"},
+    "pairing": {"choices", "families", "features"},
+    "families": {"choices", "reductions", "features", "schedule"},
     "sampling": {"choices", "hub", "models", "pipelines", "provenance"},
     "models": {"choices", "files", "pipelines", "provenance", "sampling", "schedule"},
     "calibration": {"features", "files", "hub", "schedule", "normalization"},
     "distillation": {
-        "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
+        "families", "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
     },
-    "diagnostics": {"distillation", "features", "projectors", "normalization", "losses", "schedule"},
+    "diagnostics": {"distillation", "families", "features", "projectors", "normalization", "losses", "schedule"},
 }  # fmt: skip
 SHELL = {*CORE, "cli", "vkd_gen"}
 ALLOWED = CORE | {"cli": {"files", "text", "version"}, "training": SHELL, "evaluation": SHELL, "__init__": set(CORE)}

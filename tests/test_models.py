@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DMode
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_condition_unet, tiny_unet
+from vkd_gen.families import TEACHERS
 from vkd_gen.schedule import Schedule
-from vkd_gen.students import TEACHERS
 from vkd_gen.training.models import (
     check_memory,
     load_teacher,

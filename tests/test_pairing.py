@@ -6,14 +6,18 @@ from jaxtyping import TypeCheckError
 
 from tests.conftest import tiny_condition_unet, tiny_unet
 from vkd_gen import REDUCTIONS, LayerPair, Reduction, build_student, pair_layers
-from vkd_gen.features import feature_shapes
-from vkd_gen.pairing import pair_table, self_attention_layers, stage_layers
+from vkd_gen.families import family_of, feature_shapes
+from vkd_gen.pairing import pair_table
 
 REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
 
 
 def names(pairs):
     return [(pair.student, pair.teacher) for pair in pairs]
+
+
+def stage_layers(unet):
+    return [stage.layer for stage in family_of(unet).stages(unet)]
 
 
 def same(*layers):
@@ -171,8 +175,9 @@ def test_self_attention_of_unconditional_unets_and_where_it_is_dropped():
 
 def test_cross_attention_is_no_self_attention():
     teacher = tiny_condition_unet(only_cross_attention=(True, False))
-    assert self_attention_layers(teacher, "down_blocks.0") == []
-    assert self_attention_layers(teacher, "mid_block") == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    found = {stage.layer: stage.self_attention for stage in family_of(teacher).stages(teacher)}
+    assert found["down_blocks.0"] == ()
+    assert found["mid_block"] == ("mid_block.attentions.0.transformer_blocks.0.attn1",)
 
 
 # ---- named pairs

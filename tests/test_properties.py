@@ -13,6 +13,7 @@ from tests.conftest import tiny_condition_unet, tiny_unet
 from vkd_gen.data.draws import DrawBatches, TrainingDraws
 from vkd_gen.data.images import Images
 from vkd_gen.evaluation.sources import blocks_of_process
+from vkd_gen.families import Reduction, build_student, family_of, kept_stages, reduce_config
 from vkd_gen.limits import check_sizes
 from vkd_gen.normalization import (
     FeatureNormalizer,
@@ -20,7 +21,7 @@ from vkd_gen.normalization import (
     timestep_bins,
     width_floor,
 )
-from vkd_gen.pairing import pair_layers, stage_layers
+from vkd_gen.pairing import pair_layers
 from vkd_gen.projectors import (
     IdentityProjector,
     LeastSquaresProjector,
@@ -29,7 +30,6 @@ from vkd_gen.projectors import (
     RunningCrossCovariance,
     orthonormality_error,
 )
-from vkd_gen.students import Reduction, build_student, kept_stages, reduce_config
 
 settings.register_profile(
     "fast",
@@ -281,8 +281,8 @@ def test_pairs_are_of_equal_resolution(layers, student_channels, teacher_channel
     pairs = or_one_line(lambda: pair_layers(student, teacher, layers=layers))
     for pair in pairs or ():
         assert pair.student_shape[1:] == pair.teacher_shape[1:]
-        assert pair.student.split("/")[0] in stage_layers(student)
-        assert pair.teacher.split("/")[0] in stage_layers(teacher)
+        assert pair.student.split("/")[0] in [stage.layer for stage in family_of(student).stages(student)]
+        assert pair.teacher.split("/")[0] in [stage.layer for stage in family_of(teacher).stages(teacher)]
     assert len({pair.student for pair in pairs or ()}) == len(pairs or ())
 
 

@@ -31,11 +31,12 @@ from vkd_gen import (
     reduce_config,
 )
 from vkd_gen.evaluation.cost import count_parameters
-from vkd_gen.features import example_inputs, split_pooling
+from vkd_gen.families import TEACHERS as KNOWN
+from vkd_gen.families import kept_stages
+from vkd_gen.families.unet import example
+from vkd_gen.features import split_pooling
 from vkd_gen.sampling import stock_pipeline
 from vkd_gen.schedule import Schedule
-from vkd_gen.students import TEACHERS as KNOWN
-from vkd_gen.students import kept_stages
 
 CHANNELS = (8, 16, 16)
 CROSS = {
@@ -97,7 +98,7 @@ CASES = [case if case in BY_DEFAULT else pytest.param(*case, marks=pytest.mark.s
 
 def batch_for(unet, batch_size=2):
     """A batch for `distillation_losses` with what the UNet is conditioned on."""
-    inputs = example_inputs(unet)
+    inputs = example(unet)
     shape = (batch_size, *inputs.pop("sample").shape[1:])
     del inputs["timestep"]
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import tiny_unet
 from vkd_gen.evaluation.cost import count_macs, count_parameters
-from vkd_gen.students import PUBLISHED, REDUCTIONS, TEACHERS, Reduction, build_student, published_cost, reduce_config
+from vkd_gen.families import PUBLISHED, REDUCTIONS, TEACHERS, Reduction, build_student, published_cost, reduce_config
 
 
 def on_meta(teacher, student=None):

@@ -14,6 +14,16 @@ from vkd_gen.version import __version__ as __version__
 if TYPE_CHECKING:
     from vkd_gen.calibration import calibrate, load_statistics, save_statistics
     from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
+    from vkd_gen.families import (
+        REDUCTIONS,
+        Inheritance,
+        Reduction,
+        best_layers,
+        build_student,
+        inherit_weights,
+        published_cost,
+        reduce_config,
+    )
     from vkd_gen.features import FeatureCapture
     from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
     from vkd_gen.pairing import LayerPair, pair_layers, pair_table
@@ -25,16 +35,6 @@ if TYPE_CHECKING:
         parameter_groups,
     )
     from vkd_gen.schedule import Schedule
-    from vkd_gen.students import (
-        REDUCTIONS,
-        Inheritance,
-        Reduction,
-        best_layers,
-        build_student,
-        inherit_weights,
-        published_cost,
-        reduce_config,
-    )
 
 __all__ = [
     "REDUCTIONS",
@@ -75,7 +75,7 @@ _MODULES = {
     "pairing": "LayerPair pair_layers pair_table",
     "projectors": "IdentityProjector LeastSquaresProjector LinearProjector OrthogonalProjector parameter_groups",
     "schedule": "Schedule",
-    "students": (
+    "families": (
         "REDUCTIONS Inheritance Reduction best_layers build_student inherit_weights published_cost reduce_config"
     ),
 }

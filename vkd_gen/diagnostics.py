@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
+from vkd_gen.families import family_of
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss
 from vkd_gen.normalization import timestep_bins, width_floor
@@ -75,7 +76,8 @@ class Diagnostics:
         if num_timestep_bins < 1:
             raise ValueError(f"num_timestep_bins must be at least 1, not {num_timestep_bins}")
         self._num_bins = num_timestep_bins
-        self._capture = FeatureCapture(projected.student, [pair.student for pair in projected.layer_pairs])
+        student, layers = projected.student, [pair.student for pair in projected.layer_pairs]
+        self._capture = FeatureCapture(student, layers, family_of(student).feature)
         self._teacher_ranks: dict[str, float] = {}
 
     def __call__(self, weights: LossWeights) -> dict[str, float]:

@@ -17,6 +17,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vkd_gen.families import family_of
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss, feature_losses, prediction_loss, squared_errors, weighted_mean
 from vkd_gen.normalization import FeatureNormalizer, width_floor
@@ -63,7 +64,8 @@ class FrozenTeacher:
     def __init__(self, unet: ModelMixin, layers: Iterable[str] = (), *, prediction_type: PredictionType = "epsilon"):
         self.unet = unet.eval().requires_grad_(False)
         self.prediction_type = prediction_type
-        self._capture = FeatureCapture(unet, dict.fromkeys(layers))
+        self._family = family_of(unet)
+        self._capture = FeatureCapture(unet, dict.fromkeys(layers), self._family.feature)
         self._compiled: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
 
     @torch.no_grad()
@@ -85,7 +87,7 @@ class FrozenTeacher:
         if with_features:
             self._capture.start()
         dtype = next(self.unet.parameters()).dtype  # its own property walks through all modules
-        prediction = predict(self.unet, noisy_sample.to(dtype), timesteps, _cast(conditioning, dtype))
+        prediction = self._family.call(self.unet, noisy_sample.to(dtype), timesteps, _cast(conditioning, dtype))
         return prediction.float(), self._capture.stop() if with_features else {}
 
     def compiled(
@@ -162,7 +164,8 @@ class ProjectedStudent(nn.Module):
         self.normalizers = nn.ModuleList(normalizers)
         # A weight of the feature loss that follows the gradients; here, so that checkpoints hold it.
         self.register_buffer("feature_scale", torch.ones((), dtype=torch.float64))
-        self._capture = FeatureCapture(student, [pair.student for pair in layer_pairs])
+        self._family = family_of(student)
+        self._capture = FeatureCapture(student, [pair.student for pair in layer_pairs], self._family.feature)
         self._has_compared = False
         # Statistics are kept equal by their own reductions; DDP would overwrite them by the first process' sums.
         parts = {"projectors": self.projectors, "normalizers": self.normalizers}
@@ -197,14 +200,14 @@ class ProjectedStudent(nn.Module):
         dtype = next(self.student.parameters()).dtype  # noise is added in float32 whatever the student's precision
         noisy_sample, conditioning = noisy_sample.to(dtype), _cast(conditioning or {}, dtype)
         if teacher_features is None:
-            return predict(self.student, noisy_sample, timesteps, conditioning), {}
+            return self._family.call(self.student, noisy_sample, timesteps, conditioning), {}
         missing = [pair.teacher for pair in self.layer_pairs if pair.teacher not in teacher_features]
         if missing:
             raise ValueError(f"the teacher does not capture {', '.join(missing)}; name them in FrozenTeacher's layers")
         if self.training:
             self._has_compared = True
         self._capture.start()
-        prediction = predict(self.student, noisy_sample, timesteps, conditioning)
+        prediction = self._family.call(self.student, noisy_sample, timesteps, conditioning)
         features = self._capture.stop()
         losses = {}
         for pair, projector, normalizer in zip(self.layer_pairs, self.projectors, self.normalizers, strict=True):
@@ -392,10 +395,3 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Mapping):
         return {name: _cast(entry, dtype) for name, entry in value.items()}
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def predict(
-    unet: ModelMixin, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any] | None = None
-) -> Tensor:
-    """One forward pass of a diffusers UNet, the prediction alone, `[B, C, H, W]`."""
-    return unet(sample, timesteps, **(conditioning or {}), return_dict=False)[0]

@@ -1,18 +1,16 @@
-"""Read the outputs of named blocks of a diffusers UNet.
+"""Read the outputs of named blocks of a network.
 
-A layer is named as the UNet names its submodules, such as `down_blocks.1`; `down_blocks.1/2` is its output averaged
+A layer is named as the network names its submodules, such as `down_blocks.1`; `down_blocks.1/2` is its output averaged
 over squares of 2 x 2 positions. B batch, C channels, H height, W width, N positions (H*W, or tokens).
 """
 
 import difflib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -73,16 +71,9 @@ def bare(model: Any) -> Any:
     return model
 
 
-def bare_unet(model: Any) -> Any:
-    """The model itself, once it is known to be in no wrapper and a UNet that is read here.
-
-    Raises:
-        ValueError: for a pipeline, a folder's name, a model of another kind, and what `bare` refuses.
-    """
-    if not isinstance(bare(model), UNet2DModel | UNet2DConditionModel):
-        advice = "; pass its `.unet`" if isinstance(getattr(model, "unet", None), nn.Module) else ""
-        raise ValueError(f"a {type(model).__name__} is neither a UNet2DModel nor a UNet2DConditionModel{advice}")
-    return model
+def first_output(_module: nn.Module, output: Any) -> Tensor:
+    """A module's output, of several the first: down blocks return (hidden states, skip states)."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 class FeatureCapture:
@@ -96,7 +87,9 @@ class FeatureCapture:
     Args:
         module: the model to read from.
         layers: dotted submodule names, such as `down_blocks.1`, `mid_block` or `up_blocks.0.resnets.1`; with `/2`
-            behind it a layer's output comes average-pooled by 2 in height and width, see `pool`.
+            after it a layer's output comes average-pooled by 2 in height and width, see `pool`.
+        feature: (module, its output) -> the feature, as a `Family` has it. By default the output itself, and of a
+            tuple the first: right for the UNets of diffusers.
 
     Raises:
         ValueError: for an unknown or repeated layer name.
@@ -110,8 +103,11 @@ class FeatureCapture:
         torch.Size([1, 3])
     """
 
-    def __init__(self, module: nn.Module, layers: Iterable[str]):
+    def __init__(
+        self, module: nn.Module, layers: Iterable[str], feature: Callable[[nn.Module, Any], Tensor] = first_output
+    ):
         self.layers = check_layers(bare(module), layers)
+        self._feature = feature
         self._pooling = {layer: split_pooling(layer) for layer in self.layers}
         self._features: dict[str, Tensor] = {}
         self._recording = False
@@ -121,10 +117,9 @@ class FeatureCapture:
             for layer, (name, _) in self._pooling.items()
         ]
 
-    def _record(self, layer: str, _module: nn.Module, _inputs: tuple, output: Any) -> None:
+    def _record(self, layer: str, module: nn.Module, _inputs: tuple, output: Any) -> None:
         if self._recording:
-            # Down blocks return (hidden states, skip states), some attention layers a one-element tuple.
-            self._features[layer] = output[0] if isinstance(output, tuple) else output
+            self._features[layer] = self._feature(module, output)
 
     def start(self) -> None:
         """Record from now on; what an interrupted pass left behind is dropped."""
@@ -186,100 +181,3 @@ def to_rows(feature: Tensor) -> Float[Tensor, "batch positions channels"]:
         case 2:
             return feature.unsqueeze(1)
     raise ValueError(f"a feature has shape [B, C, H, W], [B, N, C] or [B, C], not {list(feature.shape)}")
-
-
-def feature_shapes(unet: ModelMixin, layers: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the named layers' outputs for one sample, without the batch axis and without computing anything.
-
-    A copy of the model without weights (on the meta device) is run, so this is fast and free of memory at any size.
-
-    Args:
-        unet: a diffusers UNet (`UNet2DModel` or `UNet2DConditionModel`).
-        layers: as for `FeatureCapture`.
-
-    Returns:
-        Layer name -> `(C, H, W)` for maps, `(N, C)` for tokens.
-
-    Raises:
-        ValueError: for an unknown layer name, or if the sample size does not fit the number of stages.
-    """
-    layers = check_layers(bare(unet), layers)
-    copy = copy_without_weights(unet)
-    capture = FeatureCapture(copy, layers)
-    capture.start()
-    run_without_weights(copy)
-    return {layer: tuple(feature.shape[1:]) for layer, feature in capture.stop().items()}
-
-
-def run_without_weights(copy: ModelMixin) -> None:
-    """One forward pass of a model from `copy_without_weights`.
-
-    Raises:
-        ValueError: in one line, if it cannot be run on a sample of its own size, or on any conditions known here.
-    """
-    _check_conditions(copy)
-    with torch.device("meta"), torch.no_grad():
-        try:
-            copy(**example_inputs(copy))
-        except Exception as error:  # diffusers checks little: what does not fit may end in any kind of error
-            size, reason = copy.config.sample_size, " ".join(str(error).split())[:300]
-            raise ValueError(f"{type(copy).__name__} cannot take a sample of size {size}: {reason}") from error
-
-
-def copy_without_weights(unet: ModelMixin) -> ModelMixin:
-    """The same UNet on the meta device: it has shapes, but neither weights nor memory."""
-    # diffusers' private notes say, for one, which entries to reset to their defaults.
-    unet = bare_unet(unet)
-    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    with torch.device("meta"):
-        return type(unet).from_config(config)
-
-
-KNOWN_CONDITIONS: dict[str, tuple[Any, ...]] = {
-    "class_embed_type": (None, "timestep", "projection", "simple_projection"),
-    "addition_embed_type": (None, "text", "text_time"),
-    "encoder_hid_dim_type": (None, "text_proj"),
-    "dual_cross_attention": (None, False),
-}
-"""Entries of a configuration that say what else a UNet takes, and the values whose inputs `example_inputs` knows."""
-
-
-def example_inputs(unet: ModelMixin) -> dict[str, Any]:
-    """Inputs of the right shapes for one forward pass of a diffusers UNet, batch size 1, on the default device.
-
-    Raises:
-        ValueError: for a UNet without a sample size, or that takes conditions which are not known here.
-    """
-    _check_conditions(unet)
-    config, size = unet.config, unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    inputs: dict[str, Any] = {
-        "sample": torch.zeros(1, config.in_channels, height, width),
-        "timestep": torch.zeros(1, dtype=torch.long),
-    }
-    if "cross_attention_dim" in config:
-        width = config.get("encoder_hid_dim") or config.cross_attention_dim
-        width = width[0] if isinstance(width, list | tuple) else width
-        inputs["encoder_hidden_states"] = None if width is None else torch.zeros(1, 8, width)
-    if config.class_embed_type == "timestep":
-        inputs["class_labels"] = torch.zeros(1)
-    elif config.class_embed_type is not None:
-        inputs["class_labels"] = torch.zeros(1, config.projection_class_embeddings_input_dim)
-    elif config.num_class_embeds is not None:
-        inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
-    if config.get("addition_embed_type") == "text_time":
-        text_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, text_width), "time_ids": torch.zeros(1, 6)}
-    return inputs
-
-
-def _check_conditions(unet: ModelMixin) -> None:
-    config = unet.config
-    for entry, known in KNOWN_CONDITIONS.items():
-        if config.get(entry) not in known:
-            raise ValueError(
-                f"{type(unet).__name__} with {entry} {config[entry]!r} takes conditions that are not known here; known "
-                f"are {', '.join(map(str, known))}"
-            )
-    if config.sample_size is None:
-        raise ValueError(f"{type(unet).__name__} names no sample_size in its config; set one to know its shapes")

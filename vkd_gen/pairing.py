@@ -1,15 +1,14 @@
 """Which student layer learns from which teacher layer."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from diffusers import ModelMixin
-from diffusers.models.attention_processor import Attention
 
 from vkd_gen.choices import PairedLayers
-from vkd_gen.features import bare_unet, feature_shapes, split_pooling
+from vkd_gen.families import Stage, family_of, feature_shapes
+from vkd_gen.features import split_pooling
 
 
 @dataclass(frozen=True)
@@ -37,28 +36,6 @@ class LayerPair:
     def teacher_channels(self) -> int:
         """Channels of the teacher's feature."""
         return self.teacher_shape[0 if len(self.teacher_shape) == 3 else -1]
-
-
-def stage_layers(unet: ModelMixin) -> list[str]:
-    """Names of the stages of a diffusers UNet, in the order they run."""
-    layers = [f"down_blocks.{number}" for number in range(len(unet.down_blocks))]
-    layers += ["mid_block"] if unet.mid_block is not None else []
-    return layers + [f"up_blocks.{number}" for number in range(len(unet.up_blocks))]
-
-
-def self_attention_layers(unet: ModelMixin, stage: str) -> list[str]:
-    """Names of a stage's self-attention layers, in the order they run.
-
-    In a `UNet2DConditionModel` these are the `attn1` of its transformer blocks (token features, `[B, N, C]`), in a
-    `UNet2DModel` its `attentions` (maps).
-    """
-    return [
-        f"{stage}.{name}"
-        for name, module in unet.get_submodule(stage).named_modules()
-        if isinstance(module, Attention)
-        and not module.is_cross_attention
-        and (name.endswith(".attn1") or re.fullmatch(r"attentions\.\d+", name))
-    ]
 
 
 def pair_layers(
@@ -89,7 +66,8 @@ def pair_layers(
         ValueError: for an unknown name, a student layer named twice, samples of unlike sizes, resolutions of which
             neither divides the other, or no pair at all.
     """
-    sizes = [_sides(bare_unet(unet).config.sample_size) for unet in (student, teacher)]
+    student_stages, teacher_stages = (family_of(network).stages(network) for network in (student, teacher))
+    sizes = [_sides(network.config.sample_size) for network in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the student takes samples of size {student.config.sample_size} and the teacher of "
@@ -103,66 +81,65 @@ def pair_layers(
         student_shapes = feature_shapes(student, [pair[0] for pair in pairs])
         teacher_shapes = feature_shapes(teacher, dict.fromkeys(pair[1] for pair in pairs))
         return [_pool_finer(s, t, student_shapes[s], teacher_shapes[t]) for s, t in pairs]
-    student_shapes, teacher_shapes = (feature_shapes(unet, _candidates(unet)) for unet in (student, teacher))
-    stages = _match_stages(_working_places(student, student_shapes), _working_places(teacher, teacher_shapes))
-    chosen = _choose(student, teacher, stages, layers)
+    student_shapes = feature_shapes(student, _candidates(student_stages))
+    teacher_shapes = feature_shapes(teacher, _candidates(teacher_stages))
+    matched = _match_stages(_by_place(student_stages, student_shapes), _by_place(teacher_stages, teacher_shapes))
+    chosen = _choose(matched, layers)
     if not chosen:
+        stages = ", ".join(stage.layer for stage, _ in matched) or "none"
         raise ValueError(
             f"no layer of the student has a counterpart in the teacher for layers {layers!r}; the stages that "
-            f"match are {', '.join(pair[0] for pair in stages) or 'none'}; choose other layers or name the pairs"
+            f"match are {stages}; choose other layers or name the pairs"
         )
     return [_pool_finer(s, t, student_shapes[s], teacher_shapes[t]) for s, t in chosen]
 
 
-def _candidates(unet: ModelMixin) -> list[str]:
+def _candidates(stages: Sequence[Stage]) -> list[str]:
     """Layers that may be paired, and those that tell at which resolution a stage works."""
     return [
         layer
-        for stage in stage_layers(unet)
-        for layer in (stage, f"{stage}.resnets.0", *self_attention_layers(unet, stage))
+        for stage in stages
+        for layer in (stage.layer, *([stage.works_at] if stage.works_at else ()), *stage.self_attention)
     ]
 
 
-def _choose(
-    student: ModelMixin, teacher: ModelMixin, stages: list[tuple[str, str]], layers: PairedLayers
-) -> list[tuple[str, str]]:
+def _choose(matched: Sequence[tuple[Stage, Stage]], layers: PairedLayers) -> list[tuple[str, str]]:
     """Those of the matched stages, or of the layers in them, that `layers` names."""
     match layers:
         case "all":
-            return stages
+            return [(student.layer, teacher.layer) for student, teacher in matched]
         case "mid_and_up":
-            return [pair for pair in stages if not pair[0].startswith("down_blocks")]
+            return [(student.layer, teacher.layer) for student, teacher in matched if student.part != "down_blocks"]
         case "last_up":
-            return [pair for pair in stages if pair[0].startswith("up_blocks")][-1:]
+            return [(student.layer, teacher.layer) for student, teacher in matched if student.part == "up_blocks"][-1:]
         case "self_attention":
             return [
-                pair
-                for student_stage, teacher_stage in stages
-                for pair in _spread(
-                    self_attention_layers(student, student_stage), self_attention_layers(teacher, teacher_stage)
-                )
+                pair for student, teacher in matched for pair in _spread(student.self_attention, teacher.self_attention)
             ]
     raise ValueError(f"unknown choice of layers {layers!r}; choose all, mid_and_up, last_up or self_attention")
 
 
-def _working_places(unet: ModelMixin, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple]:
-    """Stage -> its part and the resolution it works at before it resamples at its end; of the middle the part alone."""
-    return {
-        stage: ("mid_block",) if stage == "mid_block" else (stage.split(".")[0], *shapes[f"{stage}.resnets.0"][1:])
-        for stage in stage_layers(unet)
-    }
+def _by_place(stages: Sequence[Stage], shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple, list[Stage]]:
+    """Stages by their place: the part, and the resolution they work at before they resample at their end."""
+    places: dict[tuple, list[Stage]] = {}
+    for stage in stages:
+        resolution = shapes[stage.works_at][1:] if stage.works_at else ()
+        places.setdefault((stage.part, *resolution), []).append(stage)
+    return places
 
 
-def _match_stages(student: Mapping[str, tuple], teacher: Mapping[str, tuple]) -> list[tuple[str, str]]:
-    """Stages at equal places, in the student's order; of several at one place, as of maps of 1 x 1, the last ones."""
-    matched: dict[str, str] = {}
-    for place in student.values():
-        alike = [[stage for stage, other in stages.items() if other == place] for stages in (student, teacher)]
-        matched |= dict(zip(reversed(alike[0]), reversed(alike[1]), strict=False))
-    return [(stage, matched[stage]) for stage in student if stage in matched]
+def _match_stages(
+    student: Mapping[tuple, Sequence[Stage]], teacher: Mapping[tuple, Sequence[Stage]]
+) -> list[tuple[Stage, Stage]]:
+    """Stages at equal places; of several at one place, as of maps of 1 x 1, the last ones."""
+    return [
+        pair
+        for place, alike in student.items()
+        for pair in reversed(list(zip(reversed(alike), reversed(teacher.get(place, ())), strict=False)))
+    ]
 
 
-def _spread(student_layers: list[str], teacher_layers: list[str]) -> list[tuple[str, str]]:
+def _spread(student_layers: Sequence[str], teacher_layers: Sequence[str]) -> list[tuple[str, str]]:
     """Each student layer with the teacher layer that ends the same share of the stage; the last with the last."""
     count = len(student_layers)
     return [

@@ -41,4 +41,4 @@ REDUCTIONS = {
     "ddpm-20m": Reduction(width=0.75),
 }
 """Students by name. They are rules: `bk-tiny` of a teacher of three stages has two. With the teachers of
-`vkd_gen.students.PUBLISHED` they have the published sizes."""
+`vkd_gen.families.PUBLISHED` they have the published sizes."""

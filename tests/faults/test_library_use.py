@@ -10,7 +10,7 @@ import vkd_gen as vkd
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from tests.recipes.conftest import recipe_runner
 from vkd_gen.evaluation.cost import count_macs
-from vkd_gen.features import feature_shapes
+from vkd_gen.families import feature_shapes
 
 
 class Wrapper(torch.nn.Module):

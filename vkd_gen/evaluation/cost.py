@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from vkd_gen.features import copy_without_weights, example_inputs, run_without_weights
+from vkd_gen.families import copy_without_weights, family_of, run_without_weights
 from vkd_gen.models import Model
 
 
@@ -99,7 +99,7 @@ def _inputs(unet: ModelMixin, batch_size: int) -> dict[str, Any]:
             return {name: enlarged(part) for name, part in value.items()}
         return value.expand(batch_size, *value.shape[1:]).contiguous().to(unet.device)
 
-    return {name: enlarged(value) for name, value in example_inputs(unet).items()}
+    return {name: enlarged(value) for name, value in family_of(unet).example(unet).items()}
 
 
 @torch.no_grad()

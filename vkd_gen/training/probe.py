@@ -7,7 +7,8 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from vkd_gen.distillation import FrozenTeacher, predict
+from vkd_gen.distillation import FrozenTeacher
+from vkd_gen.families import family_of
 from vkd_gen.schedule import Schedule
 
 
@@ -56,7 +57,7 @@ def check_finite(unet: ModelMixin | FrozenTeacher, schedule: Schedule, batch: Ma
         if isinstance(unet, FrozenTeacher):
             prediction, features = unet(noisy_sample, timesteps, conditioning)
         else:
-            prediction, features = predict(unet, noisy_sample, timesteps, conditioning), {}
+            prediction, features = family_of(unet).call(unet, noisy_sample, timesteps, conditioning), {}
         for part, value in {"prediction": prediction, **features}.items():
             if not value.isfinite().all():
                 raise ValueError(_describe(network, name, timestep, part))

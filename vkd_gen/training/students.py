@@ -7,8 +7,7 @@ from typing import Any
 
 from diffusers import ModelMixin, UNet2DModel
 
-from vkd_gen.schedule import Schedule
-from vkd_gen.students import (
+from vkd_gen.families import (
     REDUCTIONS,
     Inheritance,
     Reduction,
@@ -17,6 +16,7 @@ from vkd_gen.students import (
     inherit_weights,
     reduce_config,
 )
+from vkd_gen.schedule import Schedule
 from vkd_gen.training.models import check_memory, load_unet, read_student_config, unet_without_weights
 from vkd_gen.training.options import StudentOptions
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vkd_gen.choices import ChannelChoice
-from vkd_gen.students.activations import Reading, Readings
-from vkd_gen.students.streams import Link, Stream, weights_by_stream
+from vkd_gen.families.activations import Reading, Readings
+from vkd_gen.families.streams import Link, Stream, weights_by_stream
 
 TIE = 1e-3
 """Weight of what a channel is worth without any restoring; decides between channels that restore the same."""

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vkd_gen.families.build import PER_STAGE, complete_config, reduce_config, unet_class
 from vkd_gen.reductions import REDUCTIONS, Reduction
-from vkd_gen.students.build import PER_STAGE, complete_config, reduce_config, unet_class
 
 STABLE_DIFFUSION = {
     "_class_name": "UNet2DConditionModel",

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from vkd_gen.families.activations import Batches, predict_noisy
+from vkd_gen.families.streams import Layer, Link, Stream
 from vkd_gen.features import to_rows
 from vkd_gen.schedule import Schedule
-from vkd_gen.students.activations import Batches, predict_noisy
-from vkd_gen.students.streams import Layer, Link, Stream
 
 RIDGE = 1e-3
 """Share of the mean variance of a layer's inputs that holds its weights at the teacher's."""

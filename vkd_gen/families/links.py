@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from vkd_gen.students.streams import Layer, Link, Stream, channels_of
+from vkd_gen.families.streams import Layer, Link, Stream, channels_of
 
 BlockLayers = Mapping[str, Sequence[int]]
 """Student block -> the teacher's layer that each of its layers copies, such as `{"up_blocks.0": (0, 2)}`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
-from vkd_gen.features import bare_unet
+from vkd_gen.families.unet import bare_unet
 from vkd_gen.reductions import Reduction
 
 PER_STAGE = (

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from diffusers import ModelMixin
 
+from vkd_gen.families.activations import Batches, step0_error
+from vkd_gen.families.channels import ChannelChoice
+from vkd_gen.families.inherit import Rescaling, inherit_weights
+from vkd_gen.families.links import default_layers, link_layers, match_stages
 from vkd_gen.schedule import Schedule
-from vkd_gen.students.activations import Batches, step0_error
-from vkd_gen.students.channels import ChannelChoice
-from vkd_gen.students.inherit import Rescaling, inherit_weights
-from vkd_gen.students.links import default_layers, link_layers, match_stages
 
 
 def layer_choices(

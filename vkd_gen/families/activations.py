@@ -8,9 +8,10 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from vkd_gen.families.streams import Layer, Link, Stream, weights_by_stream
+from vkd_gen.families.unet import call
 from vkd_gen.features import to_rows
 from vkd_gen.schedule import Schedule
-from vkd_gen.students.streams import Layer, Link, Stream, weights_by_stream
 
 Batches = Iterable[Mapping[str, Any]]
 """Batches with `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]` and, if the UNet needs it, `conditioning`."""
@@ -42,9 +43,9 @@ def predict_noisy(unet: ModelMixin, batch: Mapping[str, Any], schedule: Schedule
     parameter = next(unet.parameters())
     noisy_sample = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
     was_training = unet.training
-    prediction = unet.eval()(
-        noisy_sample.to(parameter), batch["timesteps"].to(parameter.device), **(batch.get("conditioning") or {})
-    ).sample
+    prediction = call(
+        unet.eval(), noisy_sample.to(parameter), batch["timesteps"].to(parameter.device), batch.get("conditioning")
+    )
     unet.train(was_training)
     return prediction
 

@@ -8,13 +8,13 @@ import torch
 from diffusers import ModelMixin
 
 from vkd_gen.choices import ChannelChoice, Rescaling
-from vkd_gen.features import bare_unet
+from vkd_gen.families.activations import Batches, read_channels
+from vkd_gen.families.channels import check_choice, choose_channels, undecided
+from vkd_gen.families.links import BlockLayers, link_layers
+from vkd_gen.families.restore import channel_index, fit_layers
+from vkd_gen.families.streams import Layer, Link, channel_axes
+from vkd_gen.families.unet import bare_unet
 from vkd_gen.schedule import Schedule
-from vkd_gen.students.activations import Batches, read_channels
-from vkd_gen.students.channels import check_choice, choose_channels, undecided
-from vkd_gen.students.links import BlockLayers, link_layers
-from vkd_gen.students.restore import channel_index, fit_layers
-from vkd_gen.students.streams import Layer, Link, channel_axes
 
 
 @dataclass(frozen=True)
