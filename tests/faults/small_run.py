@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import DDPMScheduler
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 
 import vkd_gen as vkd
 from tests.conftest import tiny_unet
+from tests.recipes.conftest import load_recipe, skip_what_costs
 from vkd_gen.cli import one_line_errors
 from vkd_gen.data.images import Images
 from vkd_gen.training.accelerator import make_accelerator
@@ -31,7 +33,7 @@ from vkd_gen.training.options import TrainingOptions, flat_config
 from vkd_gen.training.run_folder import RunFolder
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.faults.small_run"])
+SERVER.set_forkserver_preload(["tests.faults.small_run", "sklearn.datasets", "torch_fidelity", "tensorboard"])
 STEPS = 12
 
 
@@ -196,6 +198,17 @@ def at_file_event(folder, number, action):
 def kill_self():
     """As the kernel does when memory runs out, or a cluster does after its grace."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_student(flags, fault=None, value=None):
+    """The student recipe as its command; `fault(value)` breaks the process or its disk first."""
+    torch.set_num_threads(1)
+    skip_what_costs(pytest.MonkeyPatch())
+    module = load_recipe("train_student_unet")
+    sys.argv = ["recipes/train_student_unet.py", *map(str, flags)]
+    if fault is not None:
+        fault(value)
+    module.run_recipe(module.main, module.PRESETS, module.__doc__, default="digits")
 
 
 def train_and_be_killed(options, number):

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.eval.conftest import EVAL
-from tests.faults.small_run import options_of, run_to_end
-from tests.recipes.conftest import SHORT_STUDENT, load_recipe
+from tests.faults.small_run import options_of, run_student, run_to_end
+from tests.recipes.conftest import SHORT_STUDENT
 from vkd_gen.evaluation.sources import save_images
 from vkd_gen.files import CannotWriteError, whole_file
 from vkd_gen.training.options import flat_config
@@ -112,16 +112,6 @@ def fill_disk_at(name):
 
 def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def run_student(flags, fault=None, value=None):
-    """The recipe as its command, on a disk that has no room from its start on."""
-    torch.set_num_threads(1)
-    module = load_recipe("train_student_unet")
-    sys.argv = ["recipes/train_student_unet.py", *map(str, flags)]
-    if fault is not None:
-        fault(value)
-    module.run_recipe(module.main, module.PRESETS, module.__doc__, default="digits")
 
 
 PLACES = [

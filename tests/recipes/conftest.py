@@ -1,14 +1,20 @@
 """Recipes run in this process, as their command line would run them."""
 
+import contextlib
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.figure
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from safetensors.torch import load_file
 
 import vkd_gen.evaluation.cost as cost
 from vkd_gen.training.loop import TrainingRun
@@ -74,22 +80,79 @@ def run_recipe(monkeypatch, tmp_path):
     return recipe_runner(monkeypatch, tmp_path)
 
 
-@pytest.fixture
-def run_interrupted(run_recipe, monkeypatch):
-    """Run a recipe, interrupted after step 3, then run it again with other random numbers at its start."""
+@contextlib.contextmanager
+def interrupted_after(step):
+    """Ctrl-C after a step of the run that is made inside."""
     after_step = TrainingRun._after_step
 
     def interrupt(run):
         after_step(run)
-        if run.step == 3:
+        if run.step == step:
             raise KeyboardInterrupt
 
-    def run(name, *flags):
-        with monkeypatch.context() as patch:
-            patch.setattr(TrainingRun, "_after_step", interrupt)
-            with pytest.raises(SystemExit):
-                run_recipe(name, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "_after_step", interrupt)
+        try:
+            yield
+        except SystemExit as error:
+            assert error.code == 130
+        else:
+            pytest.fail("the run has ended")
+
+
+@pytest.fixture
+def run_interrupted(run_recipe):
+    """Run a recipe, interrupted after step 3, then run it again with other random numbers at its start."""
+
+    def run(name, *flags, step=3):
+        with interrupted_after(step):
+            run_recipe(name, *flags)
         torch.manual_seed(7)
         run_recipe(name, *flags)
 
     return run
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(metrics):
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in metrics]
+
+
+def weights_of(run):
+    return load_file(run / "pipeline/unet/diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(run, other):
+    first, second = weights_of(run), weights_of(other)
+    assert first.keys() == second.keys()
+    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+def assert_same_run(run, other):
+    """Bit for bit, and nothing left behind."""
+    assert without_times(read_metrics(run)) == without_times(read_metrics(other))
+    assert_same_weights(run, other)
+    assert not list(run.glob(".*"))
+
+
+def images_in(folder, count=6, side=8, **others):
+    """Random images, and files beside them that are none: name -> content."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 255, (side, side), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    for name, content in others.items():
+        (folder / f"{name}.png").write_bytes(content)
+    return folder
+
+
+def launch(recipe, *flags, processes=2, launcher=None, **environment):
+    """The recipe as its users start it, by `accelerate launch`."""
+    launcher = launcher or ["--multi_gpu", "--num_processes", processes]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, RECIPES / f"{recipe}.py", *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)

@@ -10,14 +10,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
 
 from tests.conftest import tiny_condition_unet, tiny_unet
-from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, load_recipe, recipe_runner
+from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, images_in, load_recipe, recipe_runner
 from vkd_gen.calibration import load_statistics
 from vkd_gen.sampling import stock_pipeline
 
@@ -26,18 +24,6 @@ STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
 
 def unet_in(folder, unet, **options):
     unet.save_pretrained(folder, **options)
-    return folder
-
-
-def images_in(folder, count=6, side=8, **others):
-    """Random images, and files beside them that are none: name -> content."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        pixels = generator.integers(0, 255, (side, side), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    for name, content in others.items():
-        (folder / f"{name}.png").write_bytes(content)
     return folder
 
 

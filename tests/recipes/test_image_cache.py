@@ -7,9 +7,7 @@ import sys
 
 import pytest
 
-from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT
-from tests.recipes.test_bad_input import images_in
-from tests.recipes.test_train_student_unet import assert_same_weights, read_metrics
+from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, assert_same_weights, images_in, read_metrics
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
 

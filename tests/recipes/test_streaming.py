@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT
-from tests.recipes.test_train_student_unet import assert_same_weights, read_metrics, without_times
+from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, assert_same_weights, read_metrics, without_times
 from tests.test_image_files import encoded
 from tests.test_streaming import write_shards
 
