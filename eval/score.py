@@ -120,8 +120,8 @@ def open_reference(
     config: ScoreConfig, size: int
 ) -> "tuple[ImageSource | tuple[torch.Tensor, torch.Tensor], ImageSource | None]":
     """The images (or statistics) to compare to, and held-out images where there are some."""
+    from vkd_gen.data.embedded import EMBEDDED
     from vkd_gen.data.sources import load_images
-    from vkd_gen.data.tables import EMBEDDED
     from vkd_gen.evaluation.scorer import holds_statistics, load_statistics_file
     from vkd_gen.evaluation.sources import from_array, from_images
 

@@ -58,9 +58,9 @@ def main(config: FeatureNetworkConfig) -> None:
     check_output_file(output)
     announce(f"a feature network of {config.dataset}, to {output}")
 
+    from vkd_gen.data.embedded import EMBEDDED
     from vkd_gen.data.images import told_of
     from vkd_gen.data.sources import load_images
-    from vkd_gen.data.tables import EMBEDDED
     from vkd_gen.evaluation.feature_network import (
         accuracy,
         check_network_name,

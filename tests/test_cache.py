@@ -10,9 +10,9 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from tests.faults.small_run import end_of, start_processes
+from vkd_gen.data import cache
+from vkd_gen.data.cache import KeptRows, keep_rows
 from vkd_gen.provenance import write_json
-from vkd_gen.training import cache
-from vkd_gen.training.cache import KeptRows, keep_rows
 
 FACTS = {"seed": 0}
 

@@ -14,8 +14,9 @@ from scipy import stats  # comes with scikit-learn
 
 from tests.conftest import CIFAR10
 from vkd_gen.data.draws import DrawBatches, TrainingDraws
+from vkd_gen.data.embedded import embedded_pixels
 from vkd_gen.data.images import Images, evenly_spaced
-from vkd_gen.data.sources import embedded_pixels, load_images
+from vkd_gen.data.sources import load_images
 from vkd_gen.training.options import default_cifar10
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vkd_gen.data import cache as cache_module
+from vkd_gen.data.cache import cache_images
 from vkd_gen.data.draws import TrainingDraws
 from vkd_gen.data.images import evenly_spaced
 from vkd_gen.data.sources import load_images
-from vkd_gen.training import image_cache
-from vkd_gen.training.image_cache import cache_images
 
 
 def write_images(folder, count=14, size=(9, 7), seed=0):
@@ -161,16 +161,10 @@ def test_a_table_and_its_column_are_in_the_name(table, tmp_path):
     assert folders_of(load(path, image_column="image")[0], cache=cache) == 3
 
 
-def test_pixels_are_in_the_name_where_there_is_nothing_else(folder, tmp_path):
-    images = replace(load(folder)[0], identity=None)
-    dark = replace(images, read=lambda number: Image.new("RGB", (4, 4)))
-    assert folders_of(images, images, dark, cache=tmp_path / "cache") == 2
-
-
 def test_the_decoders_version_is_in_the_name(folder, tmp_path, monkeypatch):
     images, _ = load(folder)
     cache_images(images, tmp_path / "cache")
-    monkeypatch.setattr(image_cache.PIL, "__version__", "0")
+    monkeypatch.setattr(cache_module.PIL, "__version__", "0")
     assert folders_of(images, cache=tmp_path / "cache") == 2
 
 

@@ -23,7 +23,7 @@ CORE = FOUNDATIONS | {
     "pictures": {"files", "text"},
     "provenance": {"files", "text"},
     "normalization": {"choices"},
-    "data": {"choices", "files", "provenance"},
+    "data": {"choices", "files", "provenance", "text"},
     "pairing": {"choices", "families", "features"},
     "families": {"choices", "reductions", "features", "schedule"},
     "sampling": {"choices", "hub", "models", "pipelines", "provenance"},

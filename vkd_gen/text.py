@@ -15,6 +15,12 @@ def printable(text: object) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or else its name."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
 def html_text(text: object) -> str:
     """Text inside of an HTML element."""
     return html.escape(printable(text))

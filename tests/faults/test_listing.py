@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vkd_gen.data.images import data_facts, told_of
-from vkd_gen.data.listing import SHARD, SPLIT_WORDS, find_splits, list_files
+from vkd_gen.data.images import ImageSpec, data_facts, told_of
+from vkd_gen.data.listing import SHARD, list_files
 from vkd_gen.data.sources import load_images
+from vkd_gen.data.splits import SPLIT_WORDS, find_splits
 from vkd_gen.data.streaming import stream_images
 from vkd_gen.evaluation.sources import from_folder
 
@@ -34,6 +35,11 @@ def save(folder, count, *, start=0, end="png", side=8):
 
 def load(source, **options):
     return load_images(str(source), **{"resolution": 8, "channels": 1, **options})
+
+
+def stream(source, **options):
+    spec = ImageSpec(**{"resolution": 8, "channels": 1, **options})
+    return stream_images(str(source), spec, head_size=20, buffer_size=4)[1:]
 
 
 def levels(images):
@@ -129,12 +135,7 @@ def test_tables_and_streams_hold_out_the_same(tmp_path, names, streaming):
     for name, numbers in zip(names, (range(12), range(50, 54)), strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         table_of(numbers).to_parquet(tmp_path / f"{name}.parquet")
-    if streaming:
-        _, train, held_out = stream_images(
-            str(tmp_path), resolution=8, channels=1, head_size=20, buffer_size=4, image_column=None
-        )
-    else:
-        train, held_out = load(tmp_path)
+    train, held_out = (stream if streaming else load)(tmp_path)
     assert (levels(train), levels(held_out)) == (list(range(12)), [50, 51, 52, 53])
 
 
@@ -347,16 +348,15 @@ def test_paths_out_of_the_folder_are_told_and_never_streamed(tmp_path, kind):
     train, _ = load(table, image_column="image")
     assert told_of(train) == [f"12 images lie outside {tmp_path / 'set'}, such as {tmp_path / 'private/000.png'}"]
     with pytest.raises(ValueError, match=rf"it is .*private/0..\.png, outside {tmp_path / 'set'}"):
-        stream_images(str(table), resolution=8, channels=1, head_size=6, buffer_size=4, image_column="image")[1].stack()
+        stream(table, image_column="image")[0].stack()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables_of_unlike_columns_are_named(tmp_path, streaming):
     table_of(range(6)).to_parquet(tmp_path / "a.parquet")
     table_of(range(6), height=list(range(6))).to_parquet(tmp_path / "b.parquet")
-    options = {"head_size": 6, "buffer_size": 4} if streaming else {}
     with pytest.raises(ValueError, match=r"b\.parquet has height, which .*a\.parquet has not .its columns are image"):
-        (stream_images if streaming else load_images)(str(tmp_path), resolution=8, channels=1, **options)
+        (stream if streaming else load)(tmp_path)
 
 
 def test_tables_of_unlike_types_say_why(tmp_path):

@@ -1,6 +1,7 @@
-"""One image file, or its bytes, as an image: upright, opaque, 8 bits."""
+"""One image file, or its bytes, as an image: upright, opaque, 8 bits. And hashes over image files."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -12,17 +13,37 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vkd_gen.data.listing import image_formats
+from vkd_gen.text import one_line
 
 ADVICE = "repair or remove it"
+COMMON_FORMATS = frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"})
+NO_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
+"""Formats that PIL knows, but does not decode by itself: PostScript is a program, which it hands to Ghostscript, and
+the others need a system's or an application's own decoder. PDF it only writes."""
+NO_SUFFIXES = frozenset({".pfm"})
+"""Depth maps: floating point numbers, which are not images here."""
 HASHED_BYTES = 2**33
-"""Of a set of files up to this size all is hashed to know it again, of a larger one each image's first bytes."""
+"""Files of up to this size in all are hashed whole, of larger sets each image's first bytes."""
 FIRST_BYTES = 2**12
 """How many those are."""
 
 
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """The formats that this installation of PIL decodes by itself, the common ones first."""
+    Image.init()
+    return tuple(sorted((name for name in Image.ID if name not in NO_FORMATS), key=lambda n: n not in COMMON_FORMATS))
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Ends of the names of such files, in lower case, with the dot."""
+    formats = set(image_formats())
+    return frozenset(end for end, name in Image.registered_extensions().items() if name in formats) - NO_SUFFIXES
+
+
 def check_headers(files: Mapping[str, Path]) -> None:
-    """The headers alone: fast, and finds most of what is no image before the training starts.
+    """Read the headers alone: fast, and finds most of what is no image before the training starts.
 
     Args:
         files: by the names that messages give them.
@@ -113,18 +134,11 @@ def _reason(error: Exception) -> str:
     return one_line(error)
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says, or else its name."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
-
-
-def files_identity(files: list[Path], beside: str | Path) -> str:
-    """Over names, from a folder on, or beside a fingerprint; sizes and times of change."""
-    digest = hashlib.sha256()
+def files_identity(files: list[Path], root: Path, beside: str = "") -> str:
+    """A hash over the files' names below a folder, sizes and times of change, and over what is given beside them."""
+    digest = hashlib.sha256(beside.encode())
     for file in files:
-        name = file.relative_to(beside) if isinstance(beside, Path) else f"{beside} {file}"
-        line = f"{name}\n"
+        line = f"{os.path.relpath(file, root)}\n"
         if file.is_file():  # else one that --on_bad_image skip leaves out
             line += f"{file.stat().st_size} {file.stat().st_mtime_ns}\n"
         digest.update(os.fsencode(line))

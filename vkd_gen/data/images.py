@@ -11,6 +11,57 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from vkd_gen.choices import OnBadImage
+
+LONGEST = 16
+"""Of an image that is longer than this many times its shorter side, only the middle is resized."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """How the images of a source are read.
+
+    Attributes:
+        resolution: height and width to bring them to, pixels.
+        channels: 1 (grey) or 3 (RGB).
+        held_out_fraction: share to hold out where the source has no test split of its own; the same images in every
+            run. 0 holds out none.
+        image_column: a table's column of images; by default the only one.
+        with_labels: read the classes too. In a folder of images these are its folders, in the order of their names
+            and below `train/` and `test/` if there are such, as in torchvision's ImageFolder.
+        label_column: a table's column of classes, whole numbers from 0; by default the only one of classes (datasets'
+            ClassLabel), else the one called `label`.
+        num_classes: how many classes the model knows; by default as many as the source has.
+        on_bad_image: what happens to an image that cannot be read: it is damaged, empty, of another kind than its name
+            says, of floating point numbers, or of more pixels than PIL takes for safe (`Image.MAX_IMAGE_PIXELS`).
+            `refuse` makes it an error: headers of files are checked at once, the rest when it is read. `skip` decodes
+            every image once at the start and leaves bad ones out; which others are held out does not depend on it.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    resolution: int
+    channels: int
+    held_out_fraction: float = 1 / 6
+    image_column: str | None = None
+    with_labels: bool = False
+    label_column: str | None = None
+    num_classes: int | None = None
+    on_bad_image: OnBadImage = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(
+                f"images have 1 or 3 channels, not {self.channels}; the model's in_channels must be one of these"
+            )
+        if self.resolution < 1:
+            raise ValueError(f"resolution must be at least 1 pixel, not {self.resolution}")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction must be at least 0 and below 1, not {self.held_out_fraction}")
+        if self.on_bad_image not in ("refuse", "skip"):
+            raise ValueError(f"on_bad_image must be refuse or skip, not {self.on_bad_image!r}")
+
 
 @dataclass(frozen=True)
 class Images:
@@ -22,14 +73,13 @@ class Images:
         resolution: height and width in pixels that `__getitem__` crops and resizes to.
         channels: 1 (grey) or 3 (RGB).
         name: where they come from, for messages and model cards.
-        indices: numbers in the whole source, of the images that these are.
-        labels: class of each image of the whole source, 0 to `num_classes` - 1; None if they were not asked for.
+        indices: which images of the source these are.
+        labels: class of each image of the source, 0 to `num_classes` - 1; None if they were not asked for.
         num_classes: how many classes there are; 0 without labels.
-        skipped: what was left out because it cannot be read, a line each: which image, and why.
-        notes: how the source was understood, a line each: what of it is no data, which names say what is held out, what
-            is unlike what was asked for. Of the training images alone.
-        revision: commit of the data set on the hub; None for another source, or where it is not known.
-        identity: gives a hash that changes with the source, without decoding it; None where there is none.
+        skipped: one line for each image that was left out because it cannot be read.
+        notes: one line for each decision about the source that a user should know, such as which files are not data.
+        revision: commit of the data set on the hub, where it is known.
+        identity: gives a hash that changes when the source's files change, without reading them.
         contents: gives a hash of what the source holds, wherever it lies; None where its name or commit says that.
     """
 
@@ -55,19 +105,15 @@ class Images:
 
     def _pixels(self, index: int) -> np.ndarray:
         """Image `index`, uint8, `[H, W, C]`: resized so that the shorter side fits, then cropped at the centre."""
-        image = self.read(int(self.indices[index]))
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        image = self.read(int(self.indices[index])).convert("L" if self.channels == 1 else "RGB")
         longest = LONGEST * min(image.size)
         if max(image.size) > longest:  # else one line of 60,000 pixels would be made into 512 lines of 30 million
-            width, height = (min(side, longest) for side in image.size)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
+            image = _crop(image, *(min(side, longest) for side in image.size))
         if image.size != (self.resolution, self.resolution):
             scale = self.resolution / min(image.size)
             width, height = (max(self.resolution, round(side * scale)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
-            image = image.crop((left, top, left + self.resolution, top + self.resolution))
+            image = _crop(image, self.resolution, self.resolution)
         return np.asarray(image).reshape(self.resolution, self.resolution, self.channels)
 
     def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "images channels height width"]:
@@ -80,9 +126,14 @@ class Images:
         return int(self.labels[self.indices[index]])
 
     def stack(self, count: int | None = None) -> Float[Tensor, "images channels height width"]:
-        """`count` images, evenly spaced (default: all), as one tensor; sets are often sorted by class."""
-        count = min(count or len(self), len(self))
-        return torch.stack([self[number * len(self) // count] for number in range(count)])
+        """`count` evenly spaced images (default: all) as one tensor."""
+        some = self if count is None else evenly_spaced(self, count)
+        return torch.stack([some[index] for index in range(len(some))])
+
+
+def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def evenly_spaced(images: Images, count: int) -> Images:
@@ -91,26 +142,21 @@ def evenly_spaced(images: Images, count: int) -> Images:
     return replace(images, indices=images.indices[np.arange(count) * len(images) // count])
 
 
-LONGEST = 16
-"""Of an image that is longer than this many times its shorter side, the middle alone is resized."""
-
-
 def told_of(*parts: Images) -> list[str]:
-    """What a user is to know of images: their notes, and how many cannot be read, a line each."""
-    skipped = [line for images in parts for line in images.skipped]
+    """What a user should know of images, one line each: their notes, and how many cannot be read."""
     lines = [note for images in parts for note in images.notes]
-    return lines + (
-        [f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}"] if skipped else []
-    )
+    skipped = [line for images in parts for line in images.skipped]
+    if skipped:
+        lines.append(f"{len(skipped):,} images that cannot be read are left out, such as: {skipped[0]}")
+    return lines
 
 
 def data_facts(train: Images, held_out: Images) -> dict[str, Any]:
     """What a run's configuration keeps of its data; a resumed run must find the same.
 
     Returns:
-        `num_skipped_images`; `image_numbers_sha256`, over which images are trained on and which are held out;
-        `dataset_sha256`, over what files and tables here hold, with the classes; and `dataset_revision`, the commit on
-        the hub, where it is known.
+        `num_skipped_images`; `image_numbers_sha256`, over which images are trained on and which are held out; and
+        `dataset_revision`, the commit on the hub, or `dataset_sha256`, over files, tables and classes, where known.
     """
     digest = hashlib.sha256()
     for images in (train, held_out):

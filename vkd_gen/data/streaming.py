@@ -6,6 +6,7 @@ epoch and reader alone, and a reader's `Position` a few whole numbers: from ther
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,16 +17,16 @@ import numpy as np
 from torch import Tensor
 
 from vkd_gen.choices import OnBadImage
-from vkd_gen.data.images import Images
+from vkd_gen.data.embedded import EMBEDDED
+from vkd_gen.data.images import Images, ImageSpec
 from vkd_gen.data.sources import split_images
 from vkd_gen.data.tables import (
-    EMBEDDED,
     Tables,
     Whereabouts,
     label_column_of,
     open_source,
     read_cell,
-    table_reader,
+    table_images,
     undecoded_images,
 )
 
@@ -197,18 +198,7 @@ def _read_shard(table: Any, shard: int, source: str) -> Iterator[Mapping[str, An
 
 
 def stream_images(
-    source: str,
-    *,
-    resolution: int,
-    channels: int,
-    head_size: int,
-    buffer_size: int,
-    held_out_fraction: float = 1 / 6,
-    image_column: str | None = None,
-    with_labels: bool = False,
-    label_column: str | None = None,
-    num_classes: int | None = None,
-    on_bad_image: OnBadImage = "refuse",
+    source: str, spec: ImageSpec, *, head_size: int, buffer_size: int
 ) -> tuple[ImageStream, Images, Images]:
     """Open a set as a stream, and read its head into memory, undecoded, for all that needs images at hand.
 
@@ -218,18 +208,11 @@ def stream_images(
     Args:
         source: a parquet or arrow file or a folder of them, or a data set's id on the Hugging Face hub, `ID@REVISION`
             for a certain commit, tag or branch. Nothing of it is copied to the disk.
-        resolution: height and width to bring the images to, pixels.
-        channels: 1 (grey) or 3 (RGB).
+        spec: how images are read. Bad ones that are skipped are named in `Images.skipped` if they are of the head,
+            others in a warning each, in the first epoch.
         head_size: images of the head; fewer where there are fewer, or the shards are short.
         buffer_size: images that a reader holds to shuffle among, undecoded. Shards are read in another order in each
             epoch, but a shard from front to back.
-        held_out_fraction: share of the head to hold out where the source has no test split of its own.
-        image_column: see `load_images`.
-        with_labels: read the classes too; their number must be known, from the table or from `num_classes`.
-        label_column: see `load_images`.
-        num_classes: how many classes the model knows; by default as many as the table says.
-        on_bad_image: `refuse` makes a bad image an error when it is read. `skip` leaves it out; those of the head are
-            named in `Images.skipped`, others in a warning each, in the first epoch.
 
     Returns:
         The stream, and of its head the training images and the held-out ones.
@@ -237,73 +220,57 @@ def stream_images(
     Raises:
         ValueError: in one line, for a source that cannot be streamed, and for what `load_images` refuses.
     """
-    for name, value in (("stream_head", head_size), ("stream_buffer", buffer_size)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-    tables = None if source in EMBEDDED else open_source(source, image_column, streaming=True)
+    tables = None if source in EMBEDDED else open_source(source, spec.image_column, streaming=True)
     if not isinstance(tables, Tables):
         raise ValueError(
             f"{source} is no set of parquet or arrow files, nor on the hub, with images to train on: it cannot be "
             "streamed; leave out --streaming"
         )
-    train = tables.splits["train"]
-    if train.features is None:
-        raise ValueError(f"{source} does not say which columns it has: it cannot be streamed; leave out --streaming")
-    if with_labels and (label_column_of(train, label_column, tables.name)[1] or num_classes) is None:
-        raise ValueError(
-            f"{source} does not say how many classes it has, which a stream cannot count; leave out --streaming"
-        )
-    chosen = {
-        split: _chosen_columns(table, image_column, label_column, with_labels, tables.name)
-        for split, table in tables.splits.items()
-    }
+    chosen = {split: _chosen_columns(table, spec, tables.name) for split, table in tables.splits.items()}
     heads = {split: _read_head(table, head_size, tables.name) for split, (table, _, _) in chosen.items()}
-    images, held_out = split_images(
-        {
-            split: table_reader(_as_table(rows, chosen[split][0]), *chosen[split][1:], tables)
-            for split, rows in heads.items()
-        },
-        source,
-        resolution=resolution,
-        channels=channels,
-        held_out_fraction=held_out_fraction,
-        with_labels=with_labels,
-        num_classes=num_classes,
-        on_bad_image=on_bad_image,
-    )
-    left_out: dict[int, set[int]] = {}
-    if not heads.get("test"):
-        for number in held_out.indices.tolist():
-            row = heads["train"][number]
-            left_out.setdefault(row.shard, set()).add(row.number)
+    splits = {
+        split: table_images(source, tables, split, spec, _as_table(rows, chosen[split][0]))
+        for split, rows in heads.items()
+    }
+    train, held_out = split_images(splits, spec)
+    left_out: dict[int, set[int]] = defaultdict(set)
+    for number in () if heads.get("test") else held_out.indices.tolist():
+        row = heads["train"][number]
+        left_out[row.shard].add(row.number)
+    table, image_column, label_column = chosen["train"]
     stream = ImageStream(
-        *chosen["train"],
-        images=replace(
-            images,
-            read=_no_image,
-            indices=images.indices[:0],
-            labels=None,
-            skipped=(),
-            notes=(),
-            identity=None,
-            contents=None,
+        table,
+        image_column,
+        label_column,
+        images=Images(
+            _no_image,
+            spec.resolution,
+            spec.channels,
+            source,
+            train.indices[:0],
+            num_classes=train.num_classes,
+            revision=train.revision,
         ),
         held_out={shard: frozenset(rows) for shard, rows in left_out.items()},
         buffer_size=buffer_size,
-        on_bad_image=on_bad_image,
+        on_bad_image=spec.on_bad_image,
         whereabouts=tables.whereabouts,
     )
-    return stream, images, held_out
+    return stream, train, held_out
 
 
-def _chosen_columns(
-    table: Any, image_column: str | None, label_column: str | None, with_labels: bool, source: str
-) -> tuple[Any, str, str | None]:
+def _chosen_columns(table: Any, spec: ImageSpec, source: str) -> tuple[Any, str, str | None]:
     """A table of the images, undecoded, and of their classes if asked for; the column of each."""
-    table, image_column = undecoded_images(table, image_column, source)
-    if not with_labels:
+    if table.features is None:
+        raise ValueError(f"{source} does not say which columns it has: it cannot be streamed; leave out --streaming")
+    table, image_column = undecoded_images(table, spec.image_column, source)
+    if not spec.with_labels:
         return table.select_columns([image_column]), image_column, None
-    label_column, _ = label_column_of(table, label_column, source)
+    label_column, num_classes = label_column_of(table, spec.label_column, source)
+    if not (num_classes or spec.num_classes):
+        raise ValueError(
+            f"{source} does not say how many classes it has, which a stream cannot count; leave out --streaming"
+        )
     return table.select_columns([image_column, label_column]), image_column, label_column
 
 

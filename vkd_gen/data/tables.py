@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,48 +21,20 @@ from vkd_gen.data.decoding import (
     decode_image,
     files_contents,
     files_identity,
-    one_line,
 )
-from vkd_gen.data.listing import TABLE_SUFFIXES, Listing, list_files, shown
+from vkd_gen.data.embedded import EMBEDDED
+from vkd_gen.data.images import Images, ImageSpec
+from vkd_gen.data.listing import TABLE_SUFFIXES, Listing, list_files
 from vkd_gen.provenance import hub_revision, split_revision
-
-EMBEDDED = ("digits", "mnist")
-"""Sets of images that packages carry."""
-
-Labels = tuple[np.ndarray, int | None]
-"""Class of each image, int64, and how many classes the source says there are."""
-
-
-class Reader(NamedTuple):
-    """One split of a source.
-
-    Attributes:
-        read: image number -> image.
-        num_images: how many there are.
-        labels: read when asked for.
-        check_headers: raises ValueError for what can be seen to be no image without decoding it.
-        revision: commit on the hub.
-        identity: see `Images`.
-        notes: see `Images`.
-        contents: see `Images`.
-    """
-
-    read: Callable[[int], Image.Image]
-    num_images: int
-    labels: Callable[[], Labels]
-    check_headers: Callable[[], None] = lambda: None
-    revision: str | None = None
-    identity: Callable[[], str] | None = None
-    notes: tuple[str, ...] = ()
-    contents: Callable[[], str] | None = None
+from vkd_gen.text import one_line, printable
 
 
 class Whereabouts(NamedTuple):
-    """Where the images lie of which a table holds the paths. A table is data: it does not say what else to read.
+    """Where the images lie whose paths a table holds. A table is data: it does not decide what else is read.
 
     Attributes:
         folders: absolute; paths are relative to the first.
-        may_leave: paths may lead elsewhere, which `load_images` tells.
+        may_leave: paths may lead elsewhere, and a note says so.
     """
 
     folders: tuple[Path, ...]
@@ -93,12 +65,12 @@ class Tables(NamedTuple):
 
 
 def open_source(source: str, image_column: str | None = None, *, streaming: bool = False) -> Tables | Listing:
-    """What a source is: tables, of a file, a folder or the hub, or the files of a folder of images.
+    """Open tables, of a file, a folder or the hub, or list the files of a folder of images.
 
     Args:
         source: see `load_images`.
-        image_column: see `load_images`.
-        streaming: open tables as datasets' IterableDataset, of which nothing is copied to the disk here.
+        image_column: see `ImageSpec`.
+        streaming: open tables as datasets' IterableDataset; nothing of them is copied to the disk here.
 
     Raises:
         ValueError: in one line, for a source that does not exist or cannot be read.
@@ -126,19 +98,18 @@ def _local_tables(listing: Listing, streaming: bool) -> Tables:
     files = [file for chosen in listing.splits.values() for file in chosen]
     kinds = {TABLE_SUFFIXES[file.suffix.lower()]: file for file in files}
     if len(kinds) > 1:
-        raise ValueError(
-            f"{listing.root} holds tables of two kinds: {' and '.join(map(shown, kinds.values()))}; name one"
-        )
+        both = " and ".join(map(printable, kinds.values()))
+        raise ValueError(f"{listing.root} holds tables of two kinds: {both}; name one")
     try:
         data_files = {split: [str(file) for file in chosen] for split, chosen in listing.splits.items()}
         tables = datasets.load_dataset(next(iter(kinds)), data_files=data_files, streaming=streaming)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
-        those = f"{shown(files[0])}{f' and {len(files) - 1:,} more' if len(files) > 1 else ''}"
+        more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ValueError(f"cannot read {those}: {reason}") from error
+        raise ValueError(f"cannot read {printable(files[0])}{more}: {reason}") from error
     parents = {file.parent for file in files}
     folder = parents.pop() if len(parents) == 1 else listing.root
-    name = shown(files[0] if len(files) == 1 else listing.root)
+    name = printable(files[0] if len(files) == 1 else listing.root)
     return Tables(tables, name, Whereabouts((folder.absolute(),), may_leave=not streaming), notes=listing.notes)
 
 
@@ -151,70 +122,77 @@ def _hub_tables(source: str, streaming: bool) -> Tables:
         if streaming:
             builder = datasets.load_dataset_builder(repository, revision=revision)
             tables = builder.as_streaming_dataset()
-            addresses = [[*(builder.config.data_files or {}).values(), *(builder.info.download_checksums or ())]]
+            addresses = [*(builder.config.data_files or {}).values(), *(builder.info.download_checksums or ())]
         else:
             tables = datasets.load_dataset(repository, revision=revision)
-            addresses = [table.info.download_checksums for table in tables.values()]
+            addresses = [address for table in tables.values() for address in table.info.download_checksums or ()]
     except Exception as error:  # not found, offline, gated and malformed each have a class of their own
         raise ValueError(
             f"{source!r} is neither embedded ({', '.join(EMBEDDED)}) nor a folder or file here, and the Hugging Face "
             f"hub did not give it: {one_line(error)}"
         ) from error
-    commits = {_hub_commit(found) for found in addresses}
+    # datasets notes in the files' addresses which commit they are of.
+    commits = set(re.findall(r"hf://datasets/[^@]+@([0-9a-f]{40})/", " ".join(map(str, addresses))))
     if revision is not None:  # where the hub does not answer, datasets takes whichever revision it has
         wanted = hub_revision(source, "dataset")
-        if commits != {wanted} or wanted is None:
-            have = ", ".join(str(commit) for commit in commits)
+        if commits != {wanted}:
             raise ValueError(
                 f"{source} could not be had at that revision, which is {wanted or 'not known here'}; what was loaded "
-                f"is of {have}; go online, or name a commit by all its 40 digits"
+                f"is of {', '.join(sorted(commits)) or 'none that is known'}; go online, or name a commit by all its "
+                "40 digits"
             )
     splits = {split: table for split, table in tables.items() if split in ("train", "test")}
     if "train" not in splits:
         raise ValueError(f"{source} has no split called train; its splits are {', '.join(map(str, tables))}")
-    others = [f"the split {split}" for split in tables if split not in splits]
+    others = ", ".join(f"the split {split}" for split in tables if split not in splits)
     return Tables(
         splits,
         source,
         Whereabouts((Path(datasets.config.HF_DATASETS_CACHE).absolute(), Path(HF_HUB_CACHE).absolute())),
         commits.pop() if len(commits) == 1 else None,
-        (f"left out: {', '.join(others)}",) if others else (),
+        (f"left out: {others}",) if others else (),
     )
 
 
-def table_reader(table: Any, image_column: str | None, label_column: str | None, tables: Tables) -> Reader:
-    """The reader of a table, of which each image is decoded when it is asked for.
+def table_images(source: str, tables: Tables, split: str, spec: ImageSpec, table: Any = None) -> Images:
+    """The images of a split, each decoded when it is asked for.
 
     Args:
-        table: datasets' Dataset.
-        image_column: see `load_images`.
-        label_column: see `load_images`.
-        tables: that it is one of.
+        source: its name.
+        tables: its tables.
+        split: the one to read.
+        spec: how to read it.
+        table: datasets' Dataset, where it is not the split itself: the head of a streamed one.
     """
-    undecoded, column = undecoded_images(table, image_column, tables.name)
-    places = {number: tables.whereabouts.find(path) for number, path in _paths(undecoded, column).items()}
+    table = tables.splits[split] if table is None else table
+    undecoded, column = undecoded_images(table, spec.image_column, tables.name)
+    whereabouts, notes = tables.whereabouts, tables.notes
+    places = {number: whereabouts.find(path) for number, path in _paths(undecoded, column).items()}
     outside = [file for file, is_inside in places.values() if not is_inside]
-    files = {
-        f"image {number} of {tables.name}, {shown(file)}": file
+    if outside and whereabouts.may_leave:
+        notes += (f"{len(outside):,} images lie outside {whereabouts.folders[0]}, such as {printable(outside[0])}",)
+    named_files = {
+        f"image {number} of {tables.name}, {printable(file)}": file
         for number, (file, is_inside) in places.items()
-        if is_inside or tables.whereabouts.may_leave
+        if is_inside or whereabouts.may_leave
     }
-    notes = tables.notes
-    if outside and tables.whereabouts.may_leave:
-        notes += (f"{len(outside):,} images lie outside {tables.whereabouts.folders[0]}, such as {shown(outside[0])}",)
-
-    return Reader(
-        partial(read_cell, undecoded, column, tables.name, tables.whereabouts),
-        len(table),
-        partial(_table_labels, table, label_column, tables.name),
-        partial(check_headers, files),
-        tables.revision,
-        # The fingerprint is over the files' times or commit, the split and the column.
-        partial(files_identity, list(files.values()), undecoded._fingerprint)
-        if files
-        else partial(str, undecoded._fingerprint),
-        notes,
-        None if tables.revision else partial(_cells_contents, undecoded, column, list(files.values())),
+    if spec.on_bad_image == "refuse":
+        check_headers(named_files)
+    labels, num_classes = _table_labels(table, spec.label_column, tables.name) if spec.with_labels else (None, None)
+    files = list(named_files.values())
+    return Images(
+        partial(read_cell, undecoded, column, tables.name, whereabouts),
+        spec.resolution,
+        spec.channels,
+        source,
+        np.arange(len(table)),
+        labels=labels,
+        num_classes=num_classes or 0,
+        notes=notes,
+        revision=tables.revision,
+        # The fingerprint is over the table's files' times or commit, the split and the column.
+        identity=partial(files_identity, files, whereabouts.folders[0], undecoded._fingerprint),
+        contents=None if tables.revision else partial(_cells_contents, undecoded, column, files),
     )
 
 
@@ -230,7 +208,7 @@ def _cells_contents(table: Any, column: str, files: list[Path]) -> str:
 
 
 def _paths(table: Any, column: str) -> dict[int, str]:
-    """The paths of those images of a table that are not in it themselves, by number."""
+    """The paths of those images of a table that are not in it themselves, by number; found without copying bytes."""
     import pyarrow.compute
 
     paths: dict[int, str] = {}
@@ -267,15 +245,6 @@ def undecoded_images(table: Any, image_column: str | None, source: str) -> tuple
         raise ValueError(f"column {column!r} of {source} does not hold images: {one_line(error)}") from error
 
 
-def _hub_commit(addresses: Any) -> str | None:
-    """The commit that a table's files are of, which datasets notes in their addresses."""
-    for address in addresses or ():
-        found = re.search(r"hf://datasets/[^@]+@([0-9a-f]{40})/", str(address))
-        if found:
-            return found[1]
-    return None
-
-
 def label_column_of(table: Any, label_column: str | None, source: str) -> tuple[str, int | None]:
     """The column that holds a table's classes, and how many of them it says there are.
 
@@ -295,7 +264,7 @@ def label_column_of(table: Any, label_column: str | None, source: str) -> tuple[
     return column, table.features[column].num_classes if column in classes else None
 
 
-def _table_labels(table: Any, label_column: str | None, source: str) -> Labels:
+def _table_labels(table: Any, label_column: str | None, source: str) -> tuple[np.ndarray, int | None]:
     column, num_classes = label_column_of(table, label_column, source)
     kind = table.features[column]
     cells = table.select_columns([column])[:][column]
@@ -323,9 +292,9 @@ def read_cell(table: Any, column: str, source: str, whereabouts: Whereabouts, in
         return decode_image(io.BytesIO(content), name)
     if not path:
         raise ValueError(f"cannot read {name}: the cell is empty; {ADVICE}")
-    if "://" in path:  # a table is data: it does not say what to fetch from where
-        raise ValueError(f"cannot read {name}: it is the address {shown(path[:200])}; download it first; {ADVICE}")
+    if "://" in path:  # a table is data: it does not decide what is fetched from where
+        raise ValueError(f"cannot read {name}: it is the address {printable(path[:200])}; download it first; {ADVICE}")
     file, is_inside = whereabouts.find(path)
     if not is_inside and not whereabouts.may_leave:
-        raise ValueError(f"cannot read {name}: it is {shown(file)}, outside {whereabouts.folders[0]}; {ADVICE}")
-    return decode_image(file, f"{name}, {shown(file)}")
+        raise ValueError(f"cannot read {name}: it is {printable(file)}, outside {whereabouts.folders[0]}; {ADVICE}")
+    return decode_image(file, f"{name}, {printable(file)}")

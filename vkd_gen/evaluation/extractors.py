@@ -14,10 +14,10 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from vkd_gen.data.decoding import one_line
 from vkd_gen.evaluation.feature_network import check_network_name, load_feature_network
 from vkd_gen.hub import explain_names
 from vkd_gen.provenance import hash_tensors
+from vkd_gen.text import one_line
 
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the Inception network of Heusel et al., 2017, whose FID is `FID` without a further name."""

@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vkd_gen.data.decoding import one_line
 from vkd_gen.data.images import Images
 from vkd_gen.files import whole_file
 from vkd_gen.hub import check_layout, read_tensors, stored_layout
+from vkd_gen.text import one_line
 
 
 class FeatureNetwork(nn.Module):

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vkd_gen.data.decoding import one_line
 from vkd_gen.files import reason_of
+from vkd_gen.text import one_line
 
 MANIFEST = "manifest.json"
 

@@ -1,14 +1,14 @@
-"""The images of a training recipe: what its user chooses, and how they are had."""
+"""The images of a training recipe, as its user chose them."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from vkd_gen.data.images import Images, told_of
+from vkd_gen.data.cache import cache_images
+from vkd_gen.data.images import Images, ImageSpec, told_of
 from vkd_gen.data.sources import load_images
 from vkd_gen.data.streaming import ImageStream, stream_images
-from vkd_gen.training.image_cache import cache_images
 from vkd_gen.training.options import DataOptions
 
 
@@ -29,40 +29,28 @@ class Loaded(NamedTuple):
 def load_data(
     options: DataOptions, *, resolution: int, channels: int, with_labels: bool, num_classes: int | None = None
 ) -> Loaded:
-    """The images that a recipe's user chose.
-
-    Args:
-        options: of the recipe.
-        resolution: height and width to bring the images to, pixels.
-        channels: 1 (grey) or 3 (RGB).
-        with_labels: read the classes too.
-        num_classes: how many classes the model knows; by default as many as the source has.
+    """The images that a recipe's user chose; see `ImageSpec` for what the model decides of them.
 
     Raises:
         ValueError: in one line, see `load_images` and `stream_images`.
     """
-    wanted: dict[str, Any] = {
-        "resolution": resolution,
-        "channels": channels,
-        "image_column": options.image_column,
-        "on_bad_image": options.on_bad_image,
-        "with_labels": with_labels,
-        "label_column": options.label_column,
-        "num_classes": num_classes,
-    }
+    spec = ImageSpec(
+        resolution=resolution,
+        channels=channels,
+        image_column=options.image_column,
+        with_labels=with_labels,
+        label_column=options.label_column,
+        num_classes=num_classes,
+        on_bad_image=options.on_bad_image,
+    )
     if options.streaming:
-        wanted |= {"head_size": options.stream_head, "buffer_size": options.stream_buffer}
-        return Loaded(*stream_images(options.dataset, **wanted))
-    return Loaded(None, *load_images(options.dataset, **wanted))
+        sizes = {"head_size": options.stream_head, "buffer_size": options.stream_buffer}
+        return Loaded(*stream_images(options.dataset, spec, **sizes))
+    return Loaded(None, *load_images(options.dataset, spec))
 
 
 def prepare_data(loaded: Loaded, accelerator: Accelerator, options: DataOptions) -> Loaded:
     """Say what was loaded, and keep the training images decoded if that was asked for; called by all processes.
-
-    Args:
-        loaded: see `load_data`.
-        accelerator: to speak through.
-        options: with the folder to keep them in, if any.
 
     Raises:
         ValueError: in one line, see `cache_images`.

@@ -10,13 +10,13 @@ import torch
 from accelerate.utils import load
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
-from vkd_gen.data.decoding import one_line
 from vkd_gen.families import REDUCTIONS, TEACHERS
 from vkd_gen.families.build import complete_config, unet_class
 from vkd_gen.hub import check_betas, check_file, check_memory, hub_folder, load_model, model_files, read_json
 from vkd_gen.limits import check_sizes
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.provenance import split_revision
+from vkd_gen.text import one_line
 
 CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
 """What a UNet and its schedule are known by, in a repository of the hub."""
