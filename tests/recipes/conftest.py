@@ -1,6 +1,5 @@
 """Recipes run in this process, as their command line would run them."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -80,9 +79,8 @@ def run_recipe(monkeypatch, tmp_path):
     return recipe_runner(monkeypatch, tmp_path)
 
 
-@contextlib.contextmanager
-def interrupted_after(step):
-    """Ctrl-C after a step of the run that is made inside."""
+def run_until(step, run, *flags):
+    """Ctrl-C after a step."""
     after_step = TrainingRun._after_step
 
     def interrupt(run):
@@ -92,12 +90,9 @@ def interrupted_after(step):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingRun, "_after_step", interrupt)
-        try:
-            yield
-        except SystemExit as error:
-            assert error.code == 130
-        else:
-            pytest.fail("the run has ended")
+        with pytest.raises(SystemExit) as exit_status:
+            run(*flags)
+    assert exit_status.value.code == 130
 
 
 @pytest.fixture
@@ -105,8 +100,7 @@ def run_interrupted(run_recipe):
     """Run a recipe, interrupted after step 3, then run it again with other random numbers at its start."""
 
     def run(name, *flags, step=3):
-        with interrupted_after(step):
-            run_recipe(name, *flags)
+        run_until(step, run_recipe, name, *flags)
         torch.manual_seed(7)
         run_recipe(name, *flags)
 

@@ -1,14 +1,8 @@
 """Students that start from their teacher, as the commands start them."""
 
-import json
-
 import pytest
 
-from tests.recipes.conftest import SHORT_STUDENT
-
-
-def first_losses(run):
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+from tests.recipes.conftest import SHORT_STUDENT, read_metrics
 
 
 @pytest.mark.parametrize(
@@ -19,7 +13,8 @@ def first_losses(run):
     ],
 )
 def test_a_student_that_inherits_starts_closer_to_its_teacher(flags, tmp_path, run_recipe, capsys):
-    teacher = "recipes/assets/digits-teacher"
+    settings = ["--teacher", "recipes/assets/digits-teacher", "--max_train_steps", 1, "--train_batch_size", 32]
+    settings += ["--method", "output", "--extractor", "none", "--no-score_teacher"]
     losses = {}
     ways = {
         "random": ["--no-inherit_weights"],
@@ -28,8 +23,7 @@ def test_a_student_that_inherits_starts_closer_to_its_teacher(flags, tmp_path, r
     }
     for name, way in ways.items():
         run = tmp_path / name
-        settings = ["--teacher", teacher, "--max_train_steps", 1, "--train_batch_size", 32, "--method", "output"]
         run_recipe("train_student_unet", *SHORT_STUDENT, *settings, *flags, *way, "--output_dir", run)
-        losses[name] = first_losses(run)["loss/output"]
+        losses[name] = read_metrics(run)[0]["loss/output"]
         assert ("0 left random" in capsys.readouterr().out) == (name != "random")
     assert losses["fitted"] < 0.5 * losses["plain"] < 0.5 * losses["random"]

@@ -19,10 +19,10 @@ from tests.recipes.conftest import (
     assert_same_run,
     assert_same_weights,
     images_in,
-    interrupted_after,
     launch,
     read_metrics,
     recipe_runner,
+    run_until,
     weights_of,
     without_times,
 )
@@ -167,8 +167,7 @@ def test_the_published_method_interrupted_at_any_step(dropout_teacher, tmp_path,
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "straight")
     for step in range(1, 7):
         run = ["--output_dir", tmp_path / str(step)]
-        with interrupted_after(step):
-            run_recipe(RECIPE, *flags, *run)
+        run_until(step, run_recipe, RECIPE, *flags, *run)
         torch.manual_seed(step)
         run_recipe(RECIPE, *flags, *run)
         assert_same_run(tmp_path / "straight", tmp_path / str(step))
