@@ -21,19 +21,15 @@ from vkd_gen.families import copy_without_weights
 from vkd_gen.families.build import unet_class
 from vkd_gen.families.specs import TEACHERS
 from vkd_gen.families.unet import call
-from vkd_gen.training.matching import METHODS, NUM_DIAGNOSTIC_DRAWS, build_matching, resolve_matching
-from vkd_gen.training.options import MatchingOptions
+from vkd_gen.training.matching import NUM_DIAGNOSTIC_DRAWS, build_matching
+from vkd_gen.training.options import METHODS, MatchingOptions
 
 STUDENTS = {"half width": vkd.Reduction(width=0.5), "bk-small": vkd.REDUCTIONS["bk-small"]}
 NUM_TOKENS = 77
 
-DEFAULT = resolve_matching(MatchingOptions())
+DEFAULT = METHODS["vkd"]
 VARIANTS: dict[str, MatchingOptions] = {
-    **{
-        f"--method {name}": resolve_matching(MatchingOptions(method=name))
-        for name, method in METHODS.items()
-        if "projector" in method
-    },
+    **{f"--method {name}": method for name, method in METHODS.items() if method.feature_weight},
     "refresh each step": replace(DEFAULT, projector_refresh_steps=1),
     **{f"projector {kind}": replace(DEFAULT, projector=kind) for kind in ("least_squares", "cayley", "matrix_exp")},
     **{f"normalization {kind}": replace(DEFAULT, feature_normalization=kind) for kind in ("whiten", "batch_whiten")},

@@ -34,7 +34,7 @@ from vkd_gen.families.build import unet_class
 from vkd_gen.families.unet import call
 from vkd_gen.training.accelerator import make_accelerator
 from vkd_gen.training.loop import TrainingRun, fixed_batches
-from vkd_gen.training.matching import build_projected_student, pair_named_or_all, resolve_matching
+from vkd_gen.training.matching import build_projected_student, pair_named_or_all
 from vkd_gen.training.options import MatchingOptions, TrainingOptions
 from vkd_gen.training.run_folder import RunFolder
 
@@ -216,7 +216,7 @@ class Bench:
         """
         student, teacher_unet = self.student(), self.teacher_unet
         # Few draws: their statistics do not change what a step costs.
-        matching = resolve_matching(MatchingOptions(calibration_samples=64, **matching_changes))
+        matching = MatchingOptions(calibration_samples=64, **matching_changes)
         pairs = pair_named_or_all(matching, student, teacher_unet)
         teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
         options = self.options(output_dir=str(self.place / name), **options_changes)

@@ -14,7 +14,7 @@ import tyro
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.choices import OnBadImage, Precision, Sampler
 from vkd_gen.cli import announce, repository_path, run_command
-from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
+from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.files import hold_folder
 from vkd_gen.provenance import RESULT_FILES
 
@@ -64,7 +64,7 @@ class ScoreConfig:
     """Write the scores into the model cards of pipelines that runs exported, in the runs' own folders."""
     update_foreign_cards: bool = False
     """Also into those of other pipelines in local folders."""
-    scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(num_score_samples=10_000))
+    scores: ScoreOptions = field(default_factory=lambda: ScoreOptions(num_score_samples=10_000))
     """What images are scored by."""
 
     def __post_init__(self) -> None:

@@ -10,26 +10,23 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 import vkd_gen as vkd
 from vkd_gen.cli import announce, repository_path, run_recipe
 from vkd_gen.evaluation.labels import data_label
-from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
+from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.reductions import REDUCTIONS
 from vkd_gen.training.options import (
+    METHODS,
     DataOptions,
     MatchingOptions,
-    SharedDataOptions,
-    SharedMatchingOptions,
-    SharedOptions,
-    SharedStudentOptions,
     StudentOptions,
     TrainingOptions,
+    complete,
     default_cifar10,
     flat_config,
-    with_warmup,
 )
 
 if TYPE_CHECKING:
@@ -45,37 +42,18 @@ class StudentConfig:
     teacher: str = ""
     """Folder of a diffusers pipeline, of a UNet or of a recipe's run, or a hub id. Wherever a hub id is taken,
     ID@REVISION is a commit, tag or branch of it."""
-    data: SharedDataOptions = field(default_factory=DataOptions)
+    data: DataOptions = field(default_factory=DataOptions)
     """Images to train on."""
-    resolution: int | None = None
-    """Height and width of the images in pixels; by default the teacher's sample size."""
-    max_train_samples: int | None = None
-    """Train on so many of the images, evenly spaced; scores still compare to all of them."""
-    student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the student predicts; by default what the teacher does."""
-    dry_run: bool = False
-    """Print the student, its cost beside the teacher's, the layer pairs and the resolved configuration, then stop.
-    Needs no data and no weights: --teacher may also be a config.json, or stable-diffusion-1, stable-diffusion-2,
-    stable-diffusion-xl or ddpm-cifar10-32."""
-    matching: SharedMatchingOptions = field(default_factory=MatchingOptions)
+    matching: MatchingOptions = field(default_factory=MatchingOptions)
     """How the student learns from the teacher."""
-    start: SharedStudentOptions = field(default_factory=StudentOptions)
+    start: StudentOptions = field(default_factory=StudentOptions)
     """The student and what it starts from."""
-    scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
+    scores: ScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
     """What samples are scored by."""
     score_teacher: bool = True
     """Score the teacher's samples too; without, its row holds its cost and errors alone."""
-    training: SharedOptions
+    training: TrainingOptions
     """Options of the training loop."""
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without loading anything."""
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            raise ValueError(f"--max_train_samples must be at least 1, not {self.max_train_samples}")
-        if self.data.streaming and self.max_train_samples is not None:
-            raise ValueError(
-                "--max_train_samples chooses among all images, which a stream's are not: leave it or --streaming out"
-            )
 
 
 DIGITS = StudentConfig(
@@ -127,17 +105,6 @@ CUSTOM = replace(
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
 
-def resolve(config: StudentConfig) -> StudentConfig:
-    """Fill in what --method, the data and the length of the run decide."""
-    from vkd_gen.evaluation.scorer import check_score_options, choose_extractor
-    from vkd_gen.training.matching import resolve_matching
-
-    scores = choose_extractor(config.scores, config.data.dataset)
-    check_score_options(scores, config.training.score_every_steps)
-    training = with_warmup(config.training, at_most=1000 if config.preset in ("cifar10", "custom") else 50)
-    return replace(config, matching=resolve_matching(config.matching), scores=scores, training=training)
-
-
 def show_plan(config: StudentConfig, start: StudentOptions, teacher: "ModelMixin", show: Callable[[str], None]) -> None:
     """What would be trained, from configurations alone."""
     from diffusers import UNet2DModel
@@ -169,15 +136,16 @@ def show_plan(config: StudentConfig, start: StudentOptions, teacher: "ModelMixin
 
 def main(config: StudentConfig) -> None:
     """Distil, export, score and show one student."""
-    if not config.teacher or not config.data.dataset:
+    if not config.teacher:
         raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
+    config = complete(config)
     preset, teacher_path = PRESETS[config.preset], repository_path(config.teacher, __file__)
     if config.teacher == preset.teacher and not Path(teacher_path).exists():
         raise ValueError(
             f"there is no {config.teacher}, the teacher of --preset {config.preset}: recipes/train_teacher_unet.py "
             f"--preset {config.preset} makes it; or name another by --teacher"
         )
-    aim = "what would be trained" if config.dry_run else f"into {config.training.output_dir}"
+    aim = "what would be trained" if config.training.dry_run else f"into {config.training.output_dir}"
     announce(f"distilling {config.teacher} on {config.data.dataset}, {aim}")
 
     import torch
@@ -204,25 +172,24 @@ def main(config: StudentConfig) -> None:
     from vkd_gen.training.finished import show_if_finished
     from vkd_gen.training.images import load_data, prepare_data
     from vkd_gen.training.loop import TrainingRun, fixed_batches
-    from vkd_gen.training.matching import build_projected_student, ends_early, pair_named_or_all
+    from vkd_gen.training.matching import build_projected_student, pair_named_or_all
     from vkd_gen.training.models import check_checkpoint, load_teacher
     from vkd_gen.training.probe import check_finite, check_time_embedding
     from vkd_gen.training.run_folder import RunFolder
     from vkd_gen.training.students import build_resolved_student, inherit, num_starting_draws
 
     torch.set_float32_matmul_precision("high")
-    config = resolve(config)
     options, matching = config.training, config.matching
     folder = RunFolder(options.output_dir)
     scored_by = {**asdict(config.scores), "score_teacher": config.score_teacher}
-    if not config.dry_run:  # which writes nothing, whatever the folder holds
+    if not options.dry_run:  # which writes nothing, whatever the folder holds
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
         check_upload(options)
     accelerator = make_accelerator(
         options,
         # A loss of features alone does not reach the output layer, one without features no trained projector.
-        find_unused_parameters=not (matching.denoising_weight or matching.output_weight) or ends_early(matching),
+        find_unused_parameters=not (matching.denoising_weight or matching.output_weight) or matching.ends_early,
     )
 
     if config.teacher == preset.teacher and data_label(config.data.dataset) != data_label(preset.data.dataset):
@@ -231,18 +198,18 @@ def main(config: StudentConfig) -> None:
             f"{config.data.dataset}, and its students make what it makes; for images of your own: --preset custom "
             "--teacher FOLDER_OR_HUB_ID, such as one that train_teacher_unet.py --preset custom trains"
         )
-    last = math.ceil((matching.feature_decay_end or 0) * options.max_train_steps)
+    last = math.ceil(matching.feature_decay_end * options.max_train_steps)
     if matching.feature_weight and last <= (options.lr_warmup_steps or 0) and options.lr_scheduler != "constant":
         accelerator.print(
             f"note: the feature loss ends at step {last}, before the learning rate has risen (--lr_warmup_steps "
             f"{options.lr_warmup_steps}): features hardly train the student"
         )
-    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(teacher_path, without_weights=config.dry_run)
-    if config.resolution is not None:
-        teacher_unet.register_to_config(sample_size=config.resolution)
+    teacher_unet, teacher_scheduler, schedule_origin = load_teacher(teacher_path, without_weights=options.dry_run)
+    if config.start.resolution is not None:
+        teacher_unet.register_to_config(sample_size=config.start.resolution)
     prediction_type = vkd.Schedule.of(teacher_scheduler).prediction_type
     noise_scheduler = DDPMScheduler.from_config(
-        teacher_scheduler.config, prediction_type=config.student_prediction_type or prediction_type
+        teacher_scheduler.config, prediction_type=config.start.student_prediction_type or prediction_type
     )
     schedule = vkd.Schedule.of(noise_scheduler).to(accelerator.device)
     schedule.check_convertible(prediction_type)
@@ -252,7 +219,7 @@ def main(config: StudentConfig) -> None:
         f"{prediction_type}, the student {schedule.prediction_type} (from {schedule_origin})"
     )
     start = replace(config.start, student=repository_path(config.start.student, __file__))
-    if config.dry_run:
+    if options.dry_run:
         show_plan(config, start, teacher_unet, accelerator.print)
         return
     student, has_weights = build_resolved_student(start, teacher_unet)
@@ -270,8 +237,8 @@ def main(config: StudentConfig) -> None:
     stream, images, held_out = prepare_data(loaded, accelerator, config.data)
     scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
-    if config.max_train_samples is not None:
-        images = evenly_spaced(images, config.max_train_samples)
+    if config.data.max_train_samples is not None:
+        images = evenly_spaced(images, config.data.max_train_samples)
         accelerator.print(f"training on {len(images):,} of them")
     facts = {**flat_config(config), **run_facts(accelerator, images, stream)}
     for name, source in (("teacher_revision", config.teacher), ("student_revision", config.start.student)):
@@ -363,7 +330,7 @@ def main(config: StudentConfig) -> None:
             schedule=schedule,
             teacher=teacher_in_steps,
             weights=balance.weights(run.step),
-            feature_loss_kind=matching.feature_loss or "mse",
+            feature_loss_kind=matching.feature_loss,
             timestep_weighting=matching.timestep_weighting,
             snr_gamma=matching.snr_gamma,
         )
@@ -400,4 +367,4 @@ def main(config: StudentConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, PRESETS, __doc__, default="digits")
+    run_recipe(main, PRESETS, __doc__, default="digits", methods=METHODS)

@@ -14,15 +14,13 @@ from vkd_gen.cli import announce, repository_path, run_recipe
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.evaluation.labels import data_label
-from vkd_gen.evaluation.options import ScoreOptions, SharedScoreOptions
+from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.training.options import (
     DataOptions,
-    SharedDataOptions,
-    SharedOptions,
     TrainingOptions,
+    complete,
     default_cifar10,
     flat_config,
-    with_warmup,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ class TeacherConfig:
 
     preset: str = "digits"
     """Which of digits, mnist, cifar10 and custom to start from; every flag overrides a field of it."""
-    data: SharedDataOptions
+    data: DataOptions
     """Images to train on."""
     class_conditional: bool = False
     """Learn images of given classes: the labels come from the data, and their number decides the network's."""
@@ -55,11 +53,9 @@ class TeacherConfig:
     """What the network predicts."""
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
     """Noise schedule, 1,000 steps."""
-    dry_run: bool = False
-    """Print the configuration and the model's size, then stop."""
-    scores: SharedScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
+    scores: ScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
     """What samples are scored by."""
-    training: SharedOptions
+    training: TrainingOptions
     """Options of the training loop."""
 
 
@@ -114,16 +110,6 @@ CUSTOM = replace(
 PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
 
 
-def resolve(config: TeacherConfig) -> TeacherConfig:
-    """Fill in what the data and the length of the run decide."""
-    from vkd_gen.evaluation.scorer import check_score_options, choose_extractor
-
-    scores = choose_extractor(config.scores, config.data.dataset)
-    check_score_options(scores, config.training.score_every_steps)
-    training = with_warmup(config.training, at_most=1000 if config.preset in ("cifar10", "custom") else 50)
-    return replace(config, scores=scores, training=training)
-
-
 def build_unet(config: TeacherConfig, num_classes: int = 0) -> "UNet2DModel":
     """The UNet that the configuration describes; with classes it knows one label more, for no class."""
     from diffusers import UNet2DModel
@@ -172,9 +158,8 @@ def build_unet(config: TeacherConfig, num_classes: int = 0) -> "UNet2DModel":
 
 def main(config: TeacherConfig) -> None:
     """Train, export and sample one teacher."""
-    if not config.data.dataset:
-        raise ValueError(f"--preset {config.preset} needs --dataset")
-    aim = "what would be trained" if config.dry_run else f"into {config.training.output_dir}"
+    config = complete(config)
+    aim = "what would be trained" if config.training.dry_run else f"into {config.training.output_dir}"
     announce(f"a teacher of {config.data.dataset}, {aim}")
 
     import torch
@@ -205,11 +190,10 @@ def main(config: TeacherConfig) -> None:
     from vkd_gen.training.run_folder import RunFolder
 
     torch.set_float32_matmul_precision("high")
-    config = resolve(config)
     options = config.training
     folder = RunFolder(options.output_dir)
     scored_by = asdict(config.scores)
-    if not config.dry_run:  # which writes nothing, whatever the folder holds
+    if not config.training.dry_run:  # which writes nothing, whatever the folder holds
         folder.check(flat_config(config), options.resume_from_checkpoint)
         check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
         check_upload(options)
@@ -236,7 +220,7 @@ def main(config: TeacherConfig) -> None:
     classes = f", for {num_classes} classes" if num_classes else ""
     data = data_label(config.data.dataset)
     accelerator.print(f"{data}: a UNet of {count_parameters(unet):,} parameters{classes}")
-    if config.dry_run:
+    if config.training.dry_run:
         accelerator.print(json.dumps(flat_config(config), indent=2))
         return
     stream, images, held_out = prepare_data(loaded or load(), accelerator, config.data)

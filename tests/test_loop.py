@@ -194,8 +194,8 @@ def test_a_step_waits_for_nothing_between_log_lines_and_refreshes(pipeline_folde
         5,
         "--max_train_samples",
         8,
-        "--feature_decay_start",  # features to the end
-        0,
+        "--feature_decay_end",  # features to the end
+        1,
     ]
     with waits:
         recipe_runner(monkeypatch, tmp_path)("train_student_unet", *flags)

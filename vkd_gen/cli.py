@@ -7,6 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,11 +24,15 @@ Config = TypeVar("Config")
 RESUMES = "--resume_from_checkpoint latest goes on from the last checkpoint, if there is one"
 GOES_ON = "the same command goes on with what is done already, or starts anew"
 
+HELP_ALL = "--help_all"
+
 USER_ERROR = 2
 """Exit status for a mistake in the command line, the configuration, the data or the models."""
 
 
-def parse_command_line(presets: Mapping[str, Config], description: str, default: str) -> Config:
+def parse_command_line(
+    presets: Mapping[str, Config], description: str, default: str, methods: Mapping[str, Any] | None = None
+) -> Config:
     """Make a recipe's configuration from `--preset NAME` (default: `default`) and flags that override its fields.
 
     Exits with status 2 and one line on standard error for anything that cannot be understood, 0 after `--help`.
@@ -35,31 +41,41 @@ def parse_command_line(presets: Mapping[str, Config], description: str, default:
         presets: name -> complete configuration, frozen dataclasses of one type with a field `preset`.
         description: first paragraph of the help text.
         default: the preset in use where none is named.
+        methods: name -> the value of the field `matching` that `--method NAME` starts from.
     """
-    arguments = sys.argv[1:]
+    preset: Any = presets[_named("preset", presets, default)]
+    if methods is not None:
+        preset = dataclasses.replace(preset, matching=methods[_named("method", methods, preset.matching.method)])
+    return _parse(type(preset), preset, description, sys.argv[1:])
+
+
+def _named(flag: str, known: Mapping[str, Any], default: str) -> str:
+    """The value of a flag that decides the defaults of others: read before they are."""
     name = default
-    for position, argument in enumerate(arguments):
-        if argument == "--preset" and position + 1 < len(arguments):
-            name = arguments[position + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
-    if name not in presets:
-        _exit(f"there is no preset {name!r}; choose one of {', '.join(presets)}")
-    return _parse(type(presets[name]), presets[name], description, arguments)
+    for argument, following in pairwise([*sys.argv[1:], ""]):
+        if argument == f"--{flag}" and following:
+            name = following
+        elif argument.startswith(f"--{flag}="):
+            name = argument.removeprefix(f"--{flag}=")
+    if name not in known:
+        _exit(f"there is no {flag} {name!r}; choose one of {', '.join(known)}")
+    return name
 
 
 def _parse(kind: type[Config], default: Config | None, description: str, arguments: list[str]) -> Config:
     messages = io.StringIO()
     # Only a line behind an empty one stays a line of its own in the help.
     description = re.sub(r"\n+(?=(?:python|accelerate) )", "\n\n", description)
+    if HELP_ALL in arguments:
+        arguments = ["--help"]
+    elif default is not None:
+        description = f"{description}\n\n{HELP_ALL} shows the flags that few people change too."
     try:
         with contextlib.redirect_stderr(messages):
             # Underscores, as documents and messages write flags; dashes are read too.
-            if default is None:
-                return _expand_home(tyro.cli(kind, description=description, args=arguments, use_underscores=True))
-            return _expand_home(
-                tyro.cli(kind, default=default, description=description, args=arguments, use_underscores=True)
-            )
+            cli = partial(tyro.cli, description=description, args=arguments, use_underscores=True)
+            settings = {} if default is None else {"default": default}
+            return _expand_home(cli(kind, config=(tyro.conf.OmitArgPrefixes,), **settings))
     except SystemExit as error:
         if error.code in (0, None):
             raise
@@ -200,11 +216,17 @@ def repository_path(path: str, script: str) -> str:
     return str(inside) if path and not Path(path).exists() and inside.exists() else path
 
 
-def run_recipe(main: Callable[[Config], None], presets: Mapping[str, Config], description: str, default: str) -> None:
+def run_recipe(
+    main: Callable[[Config], None],
+    presets: Mapping[str, Config],
+    description: str,
+    default: str,
+    methods: Mapping[str, Any] | None = None,
+) -> None:
     """Parse the command line and run `main` on it, with users' mistakes told in one line."""
     trains = any(hasattr(config, "training") for config in presets.values())
     with one_line_errors(RESUMES if trains else GOES_ON), tensors_alone():
-        main(parse_command_line(presets, description, default))
+        main(parse_command_line(presets, description, default, methods))
 
 
 def run_command(main: Callable[[Config], None], kind: type[Config], description: str) -> None:

@@ -25,6 +25,7 @@ from plan import PRESETS, plan
 from records import RunRecords, curve_of, read_run, training_speed
 from tests.recipes.conftest import load_recipe
 from vkd_gen.cli import parse_command_line, run_recipe
+from vkd_gen.training.options import METHODS, complete
 
 DRAW = {name: getattr(figures, name) for name in ("draw_differences", "draw_curves", "draw_samples")}
 SCREEN = PRESETS["screen"]
@@ -137,7 +138,7 @@ def test_train_student_unet_understands_every_arm(arm, monkeypatch):
     config = replace(SCREEN, arms=(arm,), control=arm, num_seeds=1, extra=("calibration_samples 300",))
     command = planning.command_of(plan(config)[0], knows_teacher=False)
     monkeypatch.setattr(sys, "argv", command[1:])
-    parsed = recipe.resolve(parse_command_line(recipe.PRESETS, "", "digits"))
+    parsed = complete(parse_command_line(recipe.PRESETS, "", "digits", METHODS))
     matching = parsed.matching
     assert (matching.calibration_samples, parsed.training.train_batch_size) == (300, 32)
     assert matching.method == ARMS[arm].flags[1]

@@ -208,7 +208,7 @@ def run_student(flags, fault=None, value=None):
     sys.argv = ["recipes/train_student_unet.py", *map(str, flags)]
     if fault is not None:
         fault(value)
-    module.run_recipe(module.main, module.PRESETS, module.__doc__, default="digits")
+    module.run_recipe(module.main, module.PRESETS, module.__doc__, "digits", getattr(module, "METHODS", None))
 
 
 def train_and_be_killed(options, number):

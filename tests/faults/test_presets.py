@@ -17,8 +17,9 @@ from tests.recipes.conftest import SHORT, SHORT_STUDENT, load_recipe
 from vkd_gen.cli import parse_command_line
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.labels import data_label
-from vkd_gen.evaluation.scorer import ScoreOptions, choose_extractor, note_foreign_features
-from vkd_gen.training.options import TrainingOptions, with_warmup
+from vkd_gen.evaluation.options import ScoreOptions, choose_extractor
+from vkd_gen.evaluation.scorer import note_foreign_features
+from vkd_gen.training.options import complete
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
 
@@ -27,7 +28,7 @@ def parse(monkeypatch, name, *flags):
     """The configuration that a recipe works with."""
     recipe = load_recipe(name)
     monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, flags)])
-    return recipe.resolve(parse_command_line(recipe.PRESETS, recipe.__doc__, "digits"))
+    return complete(parse_command_line(recipe.PRESETS, recipe.__doc__, "digits", getattr(recipe, "METHODS", None)))
 
 
 def parse_comparison(monkeypatch, *flags):
@@ -78,9 +79,9 @@ def test_the_presets_own_runs_are_warmed_up_as_ever(monkeypatch):
     ("given", "steps", "scheduler", "expected"),
     [(0, 20, "cosine", 0), (15, 20, "linear", 15), (20, 20, "cosine", 20), (99, 20, "constant", 99)],
 )
-def test_a_warm_up_that_is_asked_for_is_kept(given, steps, scheduler, expected):
-    options = TrainingOptions(output_dir="x", lr_warmup_steps=given, max_train_steps=steps, lr_scheduler=scheduler)
-    assert with_warmup(options).lr_warmup_steps == expected
+def test_a_warm_up_that_is_asked_for_is_kept(given, steps, scheduler, expected, monkeypatch):
+    flags = ["--lr_warmup_steps", given, "--max_train_steps", steps, "--lr_scheduler", scheduler]
+    assert parse(monkeypatch, STUDENT, *flags).training.lr_warmup_steps == expected
 
 
 def told(capfd):
@@ -357,7 +358,7 @@ def test_a_comparison_hands_on_teacher_and_data(monkeypatch):
     command = planning.command_of(planning.plan(config)[0], knows_teacher=False)
     monkeypatch.setattr(sys, "argv", command[1:])
     student = load_recipe(STUDENT)
-    parsed = student.resolve(parse_command_line(student.PRESETS, "", "digits"))
+    parsed = complete(parse_command_line(student.PRESETS, "", "digits", student.METHODS))
     assert (parsed.teacher, parsed.data.dataset, parsed.scores.extractor) == ("a/b", "my birds", "none")
 
 

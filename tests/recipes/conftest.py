@@ -68,7 +68,7 @@ def recipe_runner(monkeypatch, folder, *, whole=False):
         monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, flags)])
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
-        module.run_recipe(module.main, module.PRESETS, module.__doc__, default="digits")
+        module.run_recipe(module.main, module.PRESETS, module.__doc__, "digits", getattr(module, "METHODS", None))
 
     return run
 

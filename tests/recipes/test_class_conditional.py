@@ -76,12 +76,8 @@ def test_teacher_and_student_are_trained_on_the_labels_of_the_draws(tmp_path, te
     """Calibration, projectors and steps: the same labels to both, some of them dropped."""
     found = given_labels(monkeypatch)
     flags = ["--train_batch_size", 32, "--guidance_dropout", 0.4, "--eval_batch_size", 64]
-    flags += [
-        *NO_SCORES,
-        "--feature_weighting",
-        "constant",
-    ]  # which looks at no draws of its own before the first step,
-    flags += ["--feature_decay_start", 0]  # nor before the last
+    # A constant weight looks at no draws of its own before the first step, features to the end at none before the last.
+    flags += [*NO_SCORES, "--feature_weighting", "constant", "--feature_decay_end", 1]
     run_recipe(STUDENT, *SHORT_STUDENT, "--teacher", teacher_folder, *flags, "--output_dir", tmp_path / "run")
     images, _ = load_images("digits", resolution=8, channels=1, with_labels=True)
 

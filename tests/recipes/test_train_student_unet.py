@@ -177,7 +177,16 @@ def test_the_feature_weight_follows(dropout_teacher, tmp_path, run_recipe):
     """What is found before the first step weighs the first step's loss; then the weight moves at every look."""
     flags = [*SHORT_STUDENT, *NO_SCORES, "--teacher", dropout_teacher, "--max_train_steps", 5]
     flags += ["--projector", "least_squares", "--projector_refresh_steps", 2, "--diagnostics_every_steps", 2]
-    flags += ["--feature_weighting", "gradient_ratio", "--feature_weight", 0.5, "--feature_decay_start", 1]
+    flags += [
+        "--feature_weighting",
+        "gradient_ratio",
+        "--feature_weight",
+        0.5,
+        "--feature_decay_start",
+        1,
+        "--feature_decay_end",
+        1,
+    ]
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "run")
     metrics = read_metrics(tmp_path / "run")
     found = {line["step"]: line for line in metrics if "diagnostics/feature_weight" in line}
@@ -194,7 +203,15 @@ def test_the_feature_weight_follows(dropout_teacher, tmp_path, run_recipe):
 def test_looking_changes_nothing(dropout_teacher, tmp_path, run_recipe):
     """With a constant weight a run with diagnostics ends bit for bit as one without, dropout and all."""
     flags = [*SHORT_STUDENT, *NO_SCORES, "--teacher", dropout_teacher, "--max_train_steps", 3, "--student_width", 1]
-    flags += ["--no-inherit_weights", "--feature_weighting", "constant", "--feature_decay_start", 1]
+    flags += [
+        "--no-inherit_weights",
+        "--feature_weighting",
+        "constant",
+        "--feature_decay_start",
+        1,
+        "--feature_decay_end",
+        1,
+    ]
     for every in (0, 1):
         run_recipe(RECIPE, *flags, "--diagnostics_every_steps", every, "--output_dir", tmp_path / str(every))
     assert_same_weights(tmp_path / "0", tmp_path / "1")
@@ -220,7 +237,7 @@ def test_compiled_by_the_launcher(case, tmp_path, run_recipe, monkeypatch, reque
     flags += ["--mixed_precision", case[1], "--max_train_steps", 4, "--projector_refresh_steps", 2]
     flags += ["--preview_every_steps", 4, "--diagnostics_every_steps", 2, "--checkpointing_steps", 2]
     flags += ["--gradient_accumulation_steps", 2]
-    flags += ["--feature_decay_start", 0]  # features to the end: steps without them are another graph
+    flags += ["--feature_decay_end", 1]  # features to the end: steps without them are another graph
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "plain")
 
     torch._dynamo.reset()
@@ -240,7 +257,7 @@ def test_compiled_by_the_launcher(case, tmp_path, run_recipe, monkeypatch, reque
 
 
 def test_accumulated_passes_equal_one_large_batch(student_flags, tmp_path, run_recipe):
-    student_flags = [*student_flags, "--feature_decay_start", 0]  # features to the end
+    student_flags = [*student_flags, "--feature_decay_end", 1]  # features to the end
     run_recipe(RECIPE, *student_flags, "--train_batch_size", 8, "--output_dir", tmp_path / "large")
     flags = [*student_flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2]
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "accumulated")
@@ -387,7 +404,7 @@ def test_cifar10_from_teacher_to_samples(tmp_path, run_recipe):
     assert len(json.loads((tmp_path / "student/results.json").read_text())["rows"]) == 2
 
 
-ALONE = ["--denoising_weight", 0, "--output_weight", 0, "--feature_weighting", "constant"]
+ALONE = ["--output_weight", 0, "--feature_weighting", "constant", "--feature_decay_end", 1]
 
 
 @pytest.mark.parametrize(
@@ -413,7 +430,7 @@ ALONE = ["--denoising_weight", 0, "--output_weight", 0, "--feature_weighting", "
             ["--feature_normalization", "whiten", "--whitening_rank", 3, "--whitening_exponent", 0.5],
             ["--student_width", 2, "--feature_normalization", "center"],
             [*EVERY_STEP, "--projector", "least_squares", "--mixed_precision", "bf16", "--gradient_checkpointing"],
-            [*EVERY_STEP, "--feature_loss", "cka", "--timestep_weighting", "min_snr", "--feature_decay_start", 0],
+            [*EVERY_STEP, "--feature_loss", "cka", "--timestep_weighting", "min_snr", "--feature_decay_end", 1],
             [*EVERY_STEP, "--method", "vkd-paper", "--denoising_weight", 0],
             [*EVERY_STEP, "--student_width", 2, "--projector", "least_squares"],
             [*EVERY_STEP, "--method", "output"],

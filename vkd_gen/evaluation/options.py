@@ -1,9 +1,10 @@
 """What users choose about scores. Loads nothing heavy: flags are read before torch is loaded."""
 
-from dataclasses import dataclass
-from typing import Annotated
+import logging
+import os
+from dataclasses import dataclass, replace
 
-import tyro
+logger = logging.getLogger(__name__)
 
 LEAST_IMAGES = 10
 """Images that the scores need at least: one for each split of the Inception score, more than a neighbourhood."""
@@ -35,5 +36,23 @@ class ScoreOptions:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
 
 
-SharedScoreOptions = Annotated[ScoreOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a command's field `scores`: its flags carry no prefix."""
+OF_DATA = {name: f"recipes/assets/{name}-features.safetensors" for name in ("digits", "mnist")}
+"""Data set -> the feature network that was trained on it, which knows nothing of other data."""
+
+
+def choose_extractor(options: ScoreOptions, dataset: str) -> ScoreOptions:
+    """Replace the extractor `auto` by a small network trained on the data, or by none.
+
+    Args:
+        options: of the scores.
+        dataset: that a recipe trains on.
+    """
+    if options.extractor != "auto":
+        return options
+    if dataset not in OF_DATA and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "note: samples are not scored: no extractor here was trained on %s; name one by --extractor, such as "
+            "inception, or a network that recipes/train_feature_network.py makes of your data",
+            dataset,
+        )
+    return replace(options, extractor=OF_DATA.get(dataset, "none"))

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +41,6 @@ from vkd_gen.hub import read_tensors
 from vkd_gen.models import Model
 
 logger = logging.getLogger(__name__)
-
-
-OF_DATA = {name: f"recipes/assets/{name}-features.safetensors" for name in EMBEDDED}
-"""Data set -> the feature network that was trained on it, which knows nothing of other data."""
-
-
-def choose_extractor(options: ScoreOptions, dataset: str) -> ScoreOptions:
-    """Fill in the extractor `auto`: a small network of the data's own, or none.
-
-    Args:
-        options: of the scores.
-        dataset: that a recipe trains on.
-    """
-    if options.extractor != "auto":
-        return options
-    if dataset not in OF_DATA and os.environ.get("RANK", "0") == "0":
-        logger.warning(
-            "note: samples are not scored: no extractor here was trained on %s; name one by --extractor, such as "
-            "inception, or a network that recipes/train_feature_network.py makes of your data",
-            dataset,
-        )
-    return replace(options, extractor=OF_DATA.get(dataset, "none"))
 
 
 def note_foreign_features(extractor: Extractor, data: str) -> None:
@@ -249,19 +227,6 @@ class Scorer:
         return sample_scores(
             self.reference.held_out, self.reference.training, self.extractor, kid_subset_size=kid_subset_size
         )
-
-
-def check_score_options(options: ScoreOptions, score_every_steps: int) -> None:
-    """Find out before a run begins whether its samples can be scored at all.
-
-    Raises:
-        ValueError: if scores during training are asked for and no extractor, or torch-fidelity is not there.
-    """
-    if options.extractor == "none":
-        if score_every_steps:
-            raise ValueError("--score_every_steps needs an --extractor, such as inception")
-        return
-    import_torch_fidelity()
 
 
 def make_scorer(options: ScoreOptions, images: Images, held_out: Images, *, batch_size: int) -> Scorer | None:

@@ -40,7 +40,7 @@ from vkd_gen.training.accelerator import on_main_process
 from vkd_gen.training.checkpoints import problem_of
 from vkd_gen.training.guards import Flags, Watch, check_state
 from vkd_gen.training.interruption import StopRequest, outlive_sigterm
-from vkd_gen.training.options import TrainingOptions, with_warmup
+from vkd_gen.training.options import TrainingOptions
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step, num_processes_of
 
 
@@ -166,7 +166,7 @@ class TrainingRun:
         self.learning_rate = get_scheduler(
             options.lr_scheduler,
             optimizer,
-            num_warmup_steps=with_warmup(options).lr_warmup_steps,
+            num_warmup_steps=options.lr_warmup_steps,
             num_training_steps=options.max_train_steps,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)

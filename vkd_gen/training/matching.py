@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +17,6 @@ from vkd_gen.training.options import MatchingOptions
 
 NUM_DIAGNOSTIC_DRAWS = 64
 """Draws of training images, with noise that no step sees, that the diagnostics look at."""
-
-METHODS: dict[str, dict[str, Any]] = {
-    "vkd": {
-        "denoising_weight": 0.0,
-        "feature_weighting": "gradient_ratio",
-        "feature_weight": 0.3,
-        "feature_decay_start": 0.0,
-        "feature_decay_end": 0.3,
-        "projector": "solved",
-        "feature_normalization": "none",
-        "feature_loss": "mse",
-    },
-    "vkd-paper": {
-        "feature_weight": 0.3,
-        "projector": "matrix_exp",
-        "feature_normalization": "batch_whiten",
-        "feature_loss": "smooth_l1",
-    },
-    "fitnet": {"feature_weight": 0.3, "projector": "linear", "feature_normalization": "none", "feature_loss": "mse"},
-    "output": {"feature_weight": 0.0},
-    "none": {"feature_weight": 0.0, "output_weight": 0.0},
-}
-"""What each --method stands for. Where they are not named, the weights of denoising and output are 1, and the feature
-weight is constant and stays."""
-
-
-def resolve_matching(options: MatchingOptions) -> MatchingOptions:
-    """Fill in what --method decides.
-
-    Raises:
-        ValueError: for options that contradict each other.
-    """
-    asked = bool(options.layer_pairs or options.projector or options.feature_normalization)
-    defaults: dict[str, Any] = {"denoising_weight": 1.0, "output_weight": 1.0}
-    defaults |= {"feature_weighting": "constant", "feature_decay_start": 1.0, "feature_decay_end": 1.0}
-    defaults |= METHODS[options.method]
-    if options.feature_decay_start is not None or (options.denoising_weight == options.output_weight == 0):
-        defaults["feature_decay_end"] = 1.0  # the method's end belongs to its start, and to what is left behind it
-    options = replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
-    if options.feature_weight and None in (options.projector, options.feature_normalization, options.feature_loss):
-        raise ValueError(
-            f"--method {options.method} has no feature loss; for one of your own set --projector, "
-            "--feature_normalization and --feature_loss too, or choose --method vkd"
-        )
-    weights = options.weights
-    start, end = options.feature_decay_start, options.feature_decay_end
-    assert start is not None
-    assert end is not None
-    if start > end or (start == end < 1):
-        raise ValueError(
-            f"the feature weight falls from --feature_decay_start {start} to --feature_decay_end {end}: "
-            "the end must lie behind the start"
-        )
-    if weights.feature and end < 1 and not weights.denoising + weights.output:
-        raise ValueError(
-            f"nothing is left to train on behind --feature_decay_end {end}; set it to 1, or --denoising_weight or "
-            "--output_weight above 0"
-        )
-    if asked and not weights.feature:
-        raise ValueError(
-            "the feature weight is 0: there is no feature loss for --layer_pairs, --projector or "
-            "--feature_normalization to act on; choose another --method, or set --feature_weight"
-        )
-    if options.feature_weighting == "gradient_ratio" and weights.feature:
-        if not options.diagnostics_every_steps:
-            raise ValueError(
-                "--feature_weighting gradient_ratio follows the diagnostics; set --diagnostics_every_steps above 0"
-            )
-        if not weights.denoising + weights.output:
-            raise ValueError(
-                "--feature_weighting gradient_ratio needs another term to be in proportion to; set "
-                "--denoising_weight or --output_weight above 0, or --feature_weighting constant"
-            )
-    return options
-
-
-def ends_early(options: MatchingOptions) -> bool:
-    """Whether the run, of resolved options, goes on without a feature loss that it began with."""
-    return bool(options.feature_weight) and options.feature_decay_end != 1
 
 
 def pair_named_or_all(options: MatchingOptions, student: ModelMixin, teacher: ModelMixin) -> list[vkd.LayerPair]:
@@ -131,7 +51,6 @@ def build_matching(
     options: MatchingOptions, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics
 ) -> tuple[Projector, vkd.FeatureNormalizer]:
     """Projector and normaliser of one layer pair."""
-    assert options.feature_normalization is not None
     try:
         normalizer = vkd.FeatureNormalizer(
             options.feature_normalization,
@@ -213,17 +132,17 @@ def build_projected_student(
         teacher,
         draws(NUM_DIAGNOSTIC_DRAWS),
         schedule=schedule,
-        feature_loss_kind=options.feature_loss or "mse",
+        feature_loss_kind=options.feature_loss,
         timestep_weighting=options.timestep_weighting,
         snr_gamma=options.snr_gamma,
     )
     balance = FeatureBalance(
         projected,
         diagnostics,
-        weighting=options.feature_weighting or "constant",
+        weighting=options.feature_weighting,
         weights=options.weights,
-        decay_start=1.0 if options.feature_decay_start is None else options.feature_decay_start,
-        decay_end=1.0 if options.feature_decay_end is None else options.feature_decay_end,
+        decay_start=options.feature_decay_start,
+        decay_end=options.feature_decay_end,
         num_steps=num_steps,
         every_steps=options.diagnostics_every_steps,
     )

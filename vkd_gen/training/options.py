@@ -1,17 +1,44 @@
 """What training recipes let their users choose. Loads nothing heavy: flags are read before torch is loaded."""
 
 import dataclasses
+import math
 import os
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 import vkd_gen as vkd
 from vkd_gen.choices import ChannelChoice, FeatureLoss, Normalization, OnBadImage, PairedLayers, Rescaling
+from vkd_gen.evaluation.options import choose_extractor
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Rare = Annotated[T, None]
+else:
+    Rare = Annotated[T, tyro.conf.Suppress if "--help" in sys.argv or "-h" in sys.argv else None]
+"""The type of a flag that few people change: --help leaves it out, --help_all shows it."""
 
 FeatureWeighting = Literal["constant", "gradient_ratio"]
 ProjectorChoice = Literal["solved", "cayley", "matrix_exp", "random", "pca", "least_squares", "linear", "identity"]
+
+
+def check_at_least(options: Any, minima: Mapping[str, float]) -> None:
+    """Check that options are finite and not too small, None aside.
+
+    Args:
+        options: with the names as attributes.
+        minima: name of a flag -> its least value.
+
+    Raises:
+        ValueError: in one line, naming the flag.
+    """
+    for name, least in minima.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name} must be at least {least}{' and finite' * (value > least)}, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +47,8 @@ class TrainingOptions:
 
     output_dir: str
     """Folder of the run: checkpoints, metrics, samples and the exported pipeline."""
+    dry_run: bool = False
+    """Show what would be trained, from configurations alone, and stop."""
     seed: int = 0
     """Seed of initialisation, data order, noise and timesteps; 0 or above."""
     train_batch_size: int = 128
@@ -79,10 +108,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        for name, least in MINIMA.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < float("inf"):
-                raise ValueError(f"--{name} must be at least {least}{' and finite' * (value > least)}, not {value}")
+        check_at_least(self, MINIMA)
         if not self.output_dir or "\0" in self.output_dir:
             raise ValueError("--output_dir must name a folder")
         if self.seed >= 2**32:
@@ -91,26 +117,6 @@ class TrainingOptions:
             raise ValueError(f"--ema_max_decay must be at least 0 and below 1, not {self.ema_max_decay}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be above 0 and finite, not {self.learning_rate}")
-
-
-def with_warmup(options: TrainingOptions, *, at_most: int = 50) -> TrainingOptions:
-    """Fill in the steps of the warm-up where --lr_warmup_steps leaves them open: a tenth of the run.
-
-    Args:
-        options: of the run.
-        at_most: so many steps.
-
-    Raises:
-        ValueError: for a warm-up that is longer than the run.
-    """
-    if options.lr_warmup_steps is None:
-        return dataclasses.replace(options, lr_warmup_steps=min(at_most, options.max_train_steps // 10))
-    if options.lr_warmup_steps > options.max_train_steps and options.lr_scheduler != "constant":
-        raise ValueError(
-            f"--lr_warmup_steps {options.lr_warmup_steps} is more than --max_train_steps {options.max_train_steps}: "
-            "the learning rate would never reach --learning_rate; leave it out for a tenth of the run"
-        )
-    return options
 
 
 MINIMA = {
@@ -132,9 +138,6 @@ MINIMA = {
     "checkpoints_keep_every_steps": 0,
 }
 
-SharedOptions = Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `training`: its flags carry no prefix."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -144,6 +147,8 @@ class DataOptions:
     """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
     image_column: str | None = None
     """Column of the images in a table; by default the only one that holds images."""
+    max_train_samples: int | None = None
+    """Train on so many of the images, evenly spaced; scores still compare to all of them."""
     on_bad_image: OnBadImage = "refuse"
     """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
     the run, leaves bad ones out and names them in skipped_images.json."""
@@ -170,17 +175,15 @@ class DataOptions:
         """Check what can be checked without loading anything."""
         if not 0 <= self.guidance_dropout < 1:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
-        for name in ("stream_head", "stream_buffer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        check_at_least(self, {"max_train_samples": 1, "stream_head": 1, "stream_buffer": 1})
+        if self.streaming and self.max_train_samples is not None:
+            raise ValueError(
+                "--max_train_samples chooses among all images, which a stream's are not: leave it or --streaming out"
+            )
         if self.streaming and self.image_cache:
             raise ValueError(
                 "--image_cache keeps all images on the disk, which --streaming is to spare: leave one of them out"
             )
-
-
-SharedDataOptions = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `data`: its flags carry no prefix."""
 
 
 def default_cifar10() -> str:
@@ -208,6 +211,10 @@ class StudentOptions:
     """Leave out the middle block."""
     student_drop_attention: tuple[int, ...] = ()
     """Stages of the teacher that lose their attention."""
+    student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the student predicts; by default what the teacher does."""
+    resolution: int | None = None
+    """Height and width of the images in pixels; by default the teacher's sample size."""
     inherit_weights: bool = True
     """Start from the teacher's weights, if the student comes without weights of its own."""
     inherit_channels: ChannelChoice = "activation"
@@ -225,107 +232,137 @@ class StudentOptions:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        if self.inherit_samples < 1:
-            raise ValueError(f"--inherit_samples must be at least 1, not {self.inherit_samples}")
-
-
-SharedStudentOptions = Annotated[StudentOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `start`: its flags carry no prefix."""
+        check_at_least(self, {"inherit_samples": 1, "resolution": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingOptions:
-    """How the student learns from the teacher. What --method decides is left empty here and can be overridden."""
+    """How the student learns from the teacher. --method sets the defaults of the flags below it (see `METHODS`)."""
 
     method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
-    """vkd: the teacher's output, and features by a solved orthogonal projector, their gradient at first 0.3 of the
+    """vkd: the teacher's output, and features through a solved orthogonal projector, their gradient at first 0.3 of the
     output's and falling to 0 within the first 0.3 of the run; no denoising loss. vkd-paper: denoising, output, and
-    features by a learned orthogonal projector, full whitening by batch statistics, smooth-L1, as published. fitnet:
-    denoising, output, and features by a free 1x1 convolution. output: denoising and output. none: denoising alone."""
+    features through a learned orthogonal projector, full whitening by batch statistics, smooth-L1, as published.
+    fitnet: denoising, output, and features through a free 1x1 convolution. output: denoising and output. none:
+    denoising alone."""
+    denoising_weight: float = 0.0
+    """Weight of the denoising loss; 0 removes it."""
+    output_weight: float = 1.0
+    """Weight of the output distillation loss."""
+    feature_weight: float = 0.3
+    """Weight of the feature loss, summed over layers, or the ratio that --feature_weighting keeps."""
+    feature_weighting: FeatureWeighting = "gradient_ratio"
+    """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to
+    that of the other terms, over the student's weights, and the weight follows."""
+    feature_decay_start: float = 0.0
+    """Share of the run after which the feature weight falls linearly; 1 keeps it."""
+    feature_decay_end: float = 0.3
+    """Share of the run at which it has fallen to 0; after that features cost nothing. 1 for the whole run."""
     layers: PairedLayers = "all"
     """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
     self-attention layers of all stages."""
-    layer_pairs: tuple[str, ...] = ()
+    layer_pairs: Rare[tuple[str, ...]] = ()
     """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
     average-pooled by 2."""
-    denoising_weight: float | None = None
-    """Weight of the denoising loss; 0 removes it. By default 1, or 0 for --method vkd."""
-    output_weight: float | None = None
-    """Weight of the output distillation loss; by default 1, or 0 for --method none."""
-    feature_weight: float | None = None
-    """Weight of the feature loss, summed over layers; by default what --method uses (`METHODS` in
-    vkd_gen/training/matching.py)."""
-    feature_decay_start: float | None = None
-    """Share of the run after which the feature weight falls linearly; 1 keeps it. By default 1, or 0 for --method
-    vkd."""
-    feature_decay_end: float | None = None
-    """Share of the run at which it has fallen to 0; from there on features cost nothing. By default 1, or 0.3 for
-    --method vkd with its own start."""
-    feature_weighting: FeatureWeighting | None = None
-    """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to
-    that of the other terms, over the student's weights, and the weight follows. By default what --method uses."""
-    diagnostics_every_steps: int = 200
-    """Steps between looks at what the feature loss does: its gradient against the others', losses by timestep and their
-    floors, ranks and gains, in metrics.jsonl under diagnostics/; --feature_weighting gradient_ratio follows at these
-    steps. Where features last for less than ten times as many steps, there are further looks. 0 looks never."""
-    feature_loss: FeatureLoss | None = None
-    """Feature loss; `cka` compares relations between positions. By default what --method uses."""
-    projector: ProjectorChoice | None = None
-    """Map from the student's to the teacher's channels; by default what --method uses. solved and least_squares are
-    found in closed form, orthogonal and free; cayley and matrix_exp (orthogonal) and linear (free) are trained."""
-    projector_start: Literal["identity", "procrustes"] = "identity"
+    projector: ProjectorChoice = "solved"
+    """Map from the student's to the teacher's channels. solved and least_squares are found in closed form, orthogonal
+    and free; cayley and matrix_exp (orthogonal) and linear (free) are trained."""
+    projector_start: Rare[Literal["identity", "procrustes"]] = "identity"
     """Where cayley and matrix_exp start."""
-    projector_refresh_steps: int = 10
+    projector_refresh_steps: Rare[int] = 10
     """Steps between two solutions of a solved or least-squares projector."""
-    feature_normalization: Normalization | None = None
-    """Normalisation of the teacher's features; by default what --method uses."""
-    whitening_rank: int | None = None
+    feature_normalization: Normalization = "none"
+    """Normalisation of the teacher's features."""
+    feature_loss: FeatureLoss = "mse"
+    """Feature loss; `cka` compares relations between positions."""
+    whitening_rank: Rare[int | None] = None
     """Directions that `whiten` keeps; by default as many as the student's layer has channels."""
-    whitening_exponent: float = 1.0
+    whitening_exponent: Rare[float] = 1.0
     """From 0, rotation only, to 1, full whitening."""
-    whitening_shrinkage: float = 1e-3
+    whitening_shrinkage: Rare[float] = 1e-3
     """Share of the mean variance mixed into what is inverted."""
-    calibration_samples: int = 2048
+    diagnostics_every_steps: Rare[int] = 200
+    """Steps between measurements of what the feature loss does: its gradient against the others', losses by timestep
+    and their floors, ranks and gains, in metrics.jsonl under diagnostics/; gradient_ratio follows at these steps. Where
+    features last for less than ten times as many steps, there are further ones. 0 measures never."""
+    calibration_samples: Rare[int] = 2048
     """Draws of (image, noise, timestep) that the teacher's statistics are taken from."""
-    num_timestep_bins: int = 10
+    num_timestep_bins: Rare[int] = 10
     """Bins that the teacher's features are centred in."""
     timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
     """Weight of the timesteps in every term."""
-    snr_gamma: float = 5.0
+    snr_gamma: Rare[float] = 5.0
     """Bound of min_snr."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        for name in ("feature_decay_start", "feature_decay_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+        start, end = self.feature_decay_start, self.feature_decay_end
+        for name, value in (("feature_decay_start", start), ("feature_decay_end", end)):
+            if not 0 <= value <= 1:
                 raise ValueError(f"--{name} must lie between 0 and 1, not {value}")
-        least = {
-            "diagnostics_every_steps": 0,
-            "calibration_samples": 1,
-            "num_timestep_bins": 1,
-            "projector_refresh_steps": 1,
-        }
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
+        check_at_least(self, {"denoising_weight": 0, "output_weight": 0, "feature_weight": 0})
+        check_at_least(self, {"diagnostics_every_steps": 0, "num_timestep_bins": 1, "projector_refresh_steps": 1})
         if self.calibration_samples < self.num_timestep_bins:
             raise ValueError(
                 f"too few samples to calibrate on: --num_timestep_bins {self.num_timestep_bins} need at least as many "
                 f"--calibration_samples, not {self.calibration_samples}"
             )
+        has_others = bool(self.denoising_weight + self.output_weight)
+        if not self.feature_weight:
+            if not has_others:
+                raise ValueError("all weights are 0: nothing is left to train on")
+            if self.layer_pairs:
+                raise ValueError(
+                    "the feature weight is 0: there is no feature loss for --layer_pairs to act on; choose another "
+                    "--method, or set --feature_weight"
+                )
+            return
+        if start > end or start == end < 1:
+            raise ValueError(
+                f"the feature weight falls from --feature_decay_start {start} to --feature_decay_end {end}: the end "
+                "must come after the start (1 and 1 keep it)"
+            )
+        if end < 1 and not has_others:
+            raise ValueError(
+                f"nothing is left to train on after --feature_decay_end {end}; set it to 1, or --denoising_weight or "
+                "--output_weight above 0"
+            )
+        if self.feature_weighting == "gradient_ratio" and not (has_others and self.diagnostics_every_steps):
+            raise ValueError(
+                "--feature_weighting gradient_ratio needs another term to be in proportion to and measurements to "
+                "follow: set --denoising_weight or --output_weight, and --diagnostics_every_steps, above 0, or choose "
+                "--feature_weighting constant"
+            )
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the run goes on without the feature loss that it began with."""
+        return bool(self.feature_weight) and self.feature_decay_end < 1
 
     @property
     def weights(self) -> "vkd.LossWeights":
-        """Of the terms at the start of the run; of resolved options."""
-        assert self.denoising_weight is not None
-        assert self.output_weight is not None
-        assert self.feature_weight is not None
+        """Of the terms at the start of the run."""
         return vkd.LossWeights(denoising=self.denoising_weight, output=self.output_weight, feature=self.feature_weight)
 
 
-SharedMatchingOptions = Annotated[MatchingOptions, tyro.conf.OmitArgPrefixes]
-"""The type of a recipe's field `matching`: its flags carry no prefix."""
+VKD = MatchingOptions()
+DENOISING_TOO = replace(
+    VKD, denoising_weight=1.0, feature_weighting="constant", feature_decay_start=1.0, feature_decay_end=1.0
+)
+METHODS = {
+    "vkd": VKD,
+    "vkd-paper": replace(
+        DENOISING_TOO,
+        method="vkd-paper",
+        projector="matrix_exp",
+        feature_normalization="batch_whiten",
+        feature_loss="smooth_l1",
+    ),
+    "fitnet": replace(DENOISING_TOO, method="fitnet", projector="linear"),
+    "output": replace(DENOISING_TOO, method="output", feature_weight=0.0),
+    "none": replace(DENOISING_TOO, method="none", feature_weight=0.0, output_weight=0.0),
+}
+"""What each --method sets; every flag overrides a field of it."""
 
 
 FREE_TO_CHANGE = frozenset(
@@ -337,6 +374,43 @@ FREE_TO_CHANGE = frozenset(
     | {"kid_subset_size", "score_teacher"}
 )
 """Fields that may differ between a run and its resumption: they do not touch what is trained."""
+
+
+def complete(config: Any) -> Any:
+    """A recipe's configuration with all filled in that other flags decide: the warm-up and the extractor.
+
+    Args:
+        config: of a recipe, with `preset`, `data`, `scores` and `training`.
+
+    Raises:
+        ValueError: in one line, for options that contradict each other.
+    """
+    data, training = config.data, config.training
+    if not data.dataset:
+        raise ValueError(f"--preset {config.preset} needs --dataset")
+    steps, warmup = training.max_train_steps, training.lr_warmup_steps
+    if warmup is None:
+        longest = 1000 if config.preset in ("cifar10", "custom") else 50
+        training = replace(training, lr_warmup_steps=min(longest, steps // 10))
+    elif warmup > steps and training.lr_scheduler != "constant":
+        raise ValueError(
+            f"--lr_warmup_steps {warmup} is more than --max_train_steps {steps}: the learning rate would never reach "
+            "--learning_rate; leave it out for a tenth of the run"
+        )
+    matching = getattr(config, "matching", VKD)
+    of_features = [getattr(matching, name) for name in ("projector", "feature_normalization", "feature_loss")]
+    of_method = [
+        getattr(METHODS[matching.method], name) for name in ("projector", "feature_normalization", "feature_loss")
+    ]
+    if not matching.feature_weight and of_features != of_method:
+        raise ValueError(
+            "the feature weight is 0: there is no feature loss for --projector, --feature_normalization or "
+            "--feature_loss to act on; choose another --method, or set --feature_weight"
+        )
+    scores = choose_extractor(config.scores, data.dataset)
+    if scores.extractor == "none" and training.score_every_steps:
+        raise ValueError("--score_every_steps needs an --extractor, such as inception")
+    return replace(config, scores=scores, training=training)
 
 
 def flat_config(config: Any) -> dict[str, Any]:
