@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vkd_gen.data.embedded import EMBEDDED
 from vkd_gen.data.images import Images
 from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity, load_extractor
 from vkd_gen.evaluation.labels import data_label
