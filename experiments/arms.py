@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arm:
-    """One method: its flags, a line that describes it, and its steps as a multiple of the others'."""
+    """A method: its flags, a line that describes it, and its steps as a multiple of the others'."""
 
     flags: tuple[str, ...]
     what: str
@@ -25,7 +25,7 @@ def features(
     decay_end: float = 1,
     denoising: int = 1,
 ) -> tuple[str, ...]:
-    """Flags of an arm with a feature loss, written in full: what --method stands for may change."""
+    """Flags of an arm with a feature loss, in full, since what --method stands for may change."""
     flags = ["--method", method, "--projector", projector, "--feature_normalization", normalization]
     flags += ["--feature_loss", loss, "--feature_weighting", weighting, "--feature_weight", str(weight)]
     flags += ["--feature_decay_start", str(decay_start), "--feature_decay_end", str(decay_end)]
@@ -37,8 +37,6 @@ POOLED = ("down_blocks.0/4", "down_blocks.1/4", "mid_block/4", "up_blocks.0/8", 
 FREE: dict[str, Any] = {"projector": "linear", "method": "fitnet"}
 CKA: dict[str, Any] = {"projector": "random", "loss": "cka"}
 RATIO: dict[str, Any] = {"weighting": "gradient_ratio"}
-DECAYED: dict[str, Any] = {"decay_start": 0}
-EARLY: dict[str, Any] = {"decay_start": 0, "decay_end": 0.3}
 
 ARMS: dict[str, Arm] = {
     # No feature loss.
@@ -78,25 +76,25 @@ ARMS: dict[str, Arm] = {
     "cka": Arm(features(**CKA), "relations between positions, by linear CKA"),
     # Output and features, without denoising.
     "solved-raw-no-denoising": Arm(features("solved", denoising=0), "solved, without denoising"),
-    "cka-no-denoising": Arm(features(**CKA, denoising=0), "linear CKA, without denoising"),
     "solved-raw-ratio-0.3-no-denoising": Arm(
         features("solved", **RATIO, denoising=0), "solved, weight by gradient ratio 0.3, without denoising"
     ),
+    "cka-no-denoising": Arm(features(**CKA, denoising=0), "linear CKA, without denoising"),
     "solved-raw-ratio-0.3-decayed-no-denoising": Arm(
-        features("solved", **DECAYED, **RATIO, denoising=0),
+        features("solved", **RATIO, decay_start=0, denoising=0),
         "solved, weight by gradient ratio 0.3 falling to 0 over the run, without denoising",
     ),
     "solved-raw-ratio-1-decayed-no-denoising": Arm(
-        features("solved", **DECAYED, **RATIO, weight=1, denoising=0),
+        features("solved", **RATIO, weight=1, decay_start=0, denoising=0),
         "solved, weight by gradient ratio 1 falling to 0 over the run, without denoising",
     ),
     "solved-raw-ratio-0.3-early-no-denoising": Arm(
-        features("solved", **EARLY, **RATIO, denoising=0),
+        features("solved", **RATIO, decay_start=0, decay_end=0.3, denoising=0),
         "the default, --method vkd: solved, weight by gradient ratio 0.3 falling to 0 within the first 0.3 of the run, "
         "without denoising",
     ),
 }
-"""What can be compared. The flags hold all that sets an arm apart: defaults may change, records must not."""
+"""What can be compared. The flags name all that distinguishes an arm: defaults may change, records must not."""
 
 STARTS = {"inherited": ("--inherit_weights",), "random": ("--no-inherit_weights",)}
 """Flags of what a student starts from."""

@@ -4,23 +4,21 @@ python experiments/compare_inheritance.py
 python experiments/compare_inheritance.py --num_seeds 1 --widths 0.5
 """
 
+import hashlib
 import itertools
 import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from tables import TextTable, decimals_for, print_tables
-from vkd_gen.cli import announce, repository_path, run_recipe
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
+from vkd_gen.cli import announce, repository_path, run_command
 from vkd_gen.evaluation.labels import label_of
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.reductions import Reduction
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from vkd_gen.data.images import Images
 
 ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "experiments" / "results" / "inheritance.json"
 
 ARMS = {
     "random initialisation": ("--no-inherit_weights",),
@@ -38,27 +37,24 @@ ARMS = {
     "first channels, fitted": ("--inherit_channels", "first"),
     "largest weights, fitted": ("--inherit_channels", "magnitude"),
     "activation-aware, fitted": ("--inherit_channels", "activation"),
-    "activation-aware": ("--inherit_channels", "activation", "--inherit_rescaling", "none"),
 }
 """Flags of train_student_unet.py for each way that is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonConfig:
+class InheritanceConfig:
     """Compare ways to start a student from its teacher. What is done already is not done again."""
 
-    preset: str = "default"
-    """There is one preset."""
     widths: tuple[float, ...] = (0.5, 0.25)
     """Factors on the teacher's channels."""
     step0_teachers: tuple[str, ...] = ("recipes/assets/digits-teacher=digits", "recipes/assets/mnist-teacher=mnist")
-    """Teachers to measure the error before training on, each as FOLDER=DATASET."""
+    """Teachers whose students' errors are measured before training, each as FOLDER=DATASET."""
     num_draws: int = 256
-    """Draws that students start from, and as many, of other images, to measure them on."""
+    """Draws that students start from, and draws of other images to measure them on."""
     num_seeds: int = 3
-    """Runs of every way, and random choices before training."""
+    """Runs of each way, and random choices before training."""
     max_train_steps: int = 300
-    """Steps of each run on the digits; 0 for none."""
+    """Steps of each run on the digits; 0 for no runs."""
     train_batch_size: int = 64
     """Images per step."""
     num_score_samples: int = 300
@@ -66,7 +62,7 @@ class ComparisonConfig:
     output_dir: str = "runs/inheritance"
     """Folder of the runs."""
     results: str = ""
-    """File to write; by default experiments/results/inheritance.json, or inheritance.json in --output_dir where a flag
+    """File to write; by default experiments/results/inheritance.json, or inheritance.json in --output_dir if a flag
     changes what is compared."""
 
     def __post_init__(self) -> None:
@@ -78,8 +74,11 @@ class ComparisonConfig:
         if wrong := [text for text in self.step0_teachers if text.count("=") != 1]:
             raise ValueError(f"--step0_teachers takes FOLDER=DATASET, not {wrong[0]}")
 
-
-PRESETS = {"default": ComparisonConfig()}
+    @property
+    def results_file(self) -> Path:
+        """The committed file for the default comparison only."""
+        is_default = self == replace(InheritanceConfig(), output_dir=self.output_dir, results=self.results)
+        return Path(self.results or (COMMITTED if is_default else f"{self.output_dir}/inheritance.json"))
 
 
 def summary(values: list[float]) -> dict[str, Any]:
@@ -88,8 +87,8 @@ def summary(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "standard_deviation": spread, "values": values}
 
 
-def load(config: ComparisonConfig, folder: str, dataset: str) -> "tuple[Any, Any, Any, list[dict[str, Tensor]]]":
-    """A teacher, its schedule, batches to start students from by seed, and batches of other images to test on."""
+def load(config: InheritanceConfig, folder: str, dataset: str) -> "tuple[Any, Any, Any, list[dict[str, Tensor]]]":
+    """A teacher, its schedule, a function seed -> batches to start students from, and batches of other images."""
     import torch
 
     from vkd_gen.data.sources import load_images
@@ -108,42 +107,31 @@ def load(config: ComparisonConfig, folder: str, dataset: str) -> "tuple[Any, Any
     return teacher, schedule, partial(draws, images), draws(held_out, seed=1_000_003)
 
 
-def errors_before_training(config: ComparisonConfig, folder: str, dataset: str, width: float) -> dict[str, Any]:
+def errors_before_training(config: InheritanceConfig, folder: str, dataset: str, width: float) -> dict[str, Any]:
     """For each choice of channels and each rescaling the student's error before any training."""
     import torch
 
     from vkd_gen.families import build_student, inherit_weights, step0_error
 
     teacher, schedule, train_batches, tests = load(config, folder, dataset)
+    ways: list[Any] = [None]
+    ways += itertools.product(("random", "first", "magnitude", "activation"), ("none", "fan_in", "least_squares"))
     rows: dict[str, list[float]] = {}
     for seed in range(config.num_seeds):
         batches = train_batches(seed)
-        channels: Any  # one of the library's names, but for the first
-        for channels in ("random initialisation", "random", "first", "magnitude", "activation"):
-            for rescaling in ("none", "fan_in", "least_squares"):
-                torch.manual_seed(seed)
-                student = build_student(teacher, Reduction(width=width))
-                name = channels
-                if channels != "random initialisation":
-                    inherit_weights(
-                        student,
-                        teacher,
-                        channels=channels,
-                        rescaling=rescaling,
-                        batches=batches,
-                        schedule=schedule,
-                        seed=seed,
-                    )
-                    name = f"{channels}, {rescaling}"
-                elif rescaling != "none":
-                    continue
-                error = step0_error(student, teacher, tests, schedule)
-                rows.setdefault(name, []).append(error)
+        for way in ways:
+            torch.manual_seed(seed)
+            student = build_student(teacher, Reduction(width=width))
+            if way:
+                options = dict(zip(("channels", "rescaling"), way, strict=True))
+                inherit_weights(student, teacher, **options, batches=batches, schedule=schedule, seed=seed)
+            name = ", ".join(way) if way else "random initialisation"
+            rows.setdefault(name, []).append(step0_error(student, teacher, tests, schedule))
         print(f"{dataset} width {width}: seed {seed} of {config.num_seeds} measured", flush=True)
     return {name: summary(values) for name, values in rows.items()}
 
 
-def errors_by_layers(config: ComparisonConfig, folder: str, dataset: str) -> list[dict[str, Any]]:
+def errors_by_layers(config: InheritanceConfig, folder: str, dataset: str) -> list[dict[str, Any]]:
     """With one layer in each block: the error before training for every choice of the teacher's layers."""
     from vkd_gen.families import build_student, compare_layer_choices, layer_choices
 
@@ -155,11 +143,11 @@ def errors_by_layers(config: ComparisonConfig, folder: str, dataset: str) -> lis
     return [{"error": error, "layers": layers, "default": layers == default} for error, layers in results]
 
 
-def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[str, float]:
-    """The student's row of results.json of one run of train_student_unet.py, which is made if it is not there."""
-    name = arm.replace(" ", "-").replace(",", "")
-    folder = Path(config.output_dir) / f"width-{width}" / f"{name}-seed-{seed}"
-    settings: dict[str, int | str] = {
+def train(config: InheritanceConfig, width: float, arm: str, seed: int) -> dict[str, float]:
+    """The student's scores from one run of train_student_unet.py, which is made if it is not there."""
+    settings = {
+        "student_width": width,
+        "seed": seed,
         "max_train_steps": config.max_train_steps,
         "lr_warmup_steps": min(50, config.max_train_steps),
         "train_batch_size": config.train_batch_size,
@@ -168,37 +156,31 @@ def train(config: ComparisonConfig, width: float, arm: str, seed: int) -> dict[s
         "kid_subset_size": config.num_score_samples // 2,
         "inherit_samples": config.num_draws,
     }
-    if (folder / "results.json").exists():
-        made_by = json.loads((folder / "config.json").read_text())
-        if changed := [
-            f"--{name} {made_by.get(name)}" for name, value in settings.items() if made_by.get(name) != value
-        ]:
-            raise ValueError(f"{folder} holds a run by {' '.join(changed)}; choose another --output_dir")
-    else:
+    flags = [*ARMS[arm], *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
+    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]  # a run of other flags has another folder
+    folder = Path(config.output_dir) / f"{arm.replace(' ', '-').replace(',', '')}-seed-{seed}-{digest}"
+    if not (folder / "results.json").exists():
         command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes" / "train_student_unet.py")]
-        command += ["--student_width", str(width), "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm]]
-        settings |= {"resume_from_checkpoint": "latest", "preview_every_steps": 0}
-        command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-        started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
+        command += [*flags, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+        done = subprocess.run([*command, "--preview_every_steps", "0"], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"the run in {folder} failed: {done.stderr[-500:]}")
-        print(f"{folder}: {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"{folder}: done", flush=True)
     return json.loads((folder / "results.json").read_text())["rows"]["student"]
 
 
 def before_training_table(*files: dict[str, Any]) -> TextTable:
-    """The error before training, for each choice of channels and each rescaling, of every teacher and width."""
+    """The error before training of each choice of channels and each rescaling, for every teacher and width."""
     columns = {name: rows for known in files for name, rows in known["before_training"].items()}
     return _table("Error before training", columns, dict.fromkeys(columns, 4))
 
 
 def layers_table(*files: dict[str, Any]) -> TextTable:
-    """For students with one layer in each block: what the choice of the teacher's layers is worth before training."""
+    """The error before training of students with one layer in each block, by the choice of the teacher's layers."""
     header = ["teacher", "choices", "the rule", "best", "worst with the very last layer", "best without it"]
     rows = []
     for teacher, choices in ((name, rows) for known in files for name, rows in known["layers"].items()):
-        if len(choices) < 2:  # as of a teacher with one layer in each block
+        if len(choices) < 2:  # the teacher has one layer in each block
             continue
         errors = [choice["error"] for choice in choices]  # in rising order
         rule = next(choice["error"] for choice in choices if choice["default"])
@@ -224,24 +206,18 @@ def after_training_table(known: dict[str, Any], width: str) -> TextTable:
 
 def _table(title: str, columns: dict[str, dict[str, dict[str, Any]]], decimals: dict[str, int]) -> TextTable:
     """A table of means and standard deviations over seeds: column -> row -> cell."""
-    names = list(dict.fromkeys(name for rows in columns.values() for name in rows))
-    rows = []
-    for name in names:
-        cells = [(rows.get(name), decimals[column]) for column, rows in columns.items()]
-        rows.append(
-            [
-                name,
-                *(f"{cell['mean']:.{n}f} ± {cell['standard_deviation']:.{n}f}" if cell else "-" for cell, n in cells),
-            ]
-        )
+
+    def text(cell: dict[str, Any] | None, places: int) -> str:
+        return f"{cell['mean']:.{places}f} ± {cell['standard_deviation']:.{places}f}" if cell else "-"
+
+    names = dict.fromkeys(name for rows in columns.values() for name in rows)
+    rows = [[name, *(text(cells.get(name), decimals[key]) for key, cells in columns.items())] for name in names]
     return TextTable(title, ["", *columns], rows)
 
 
-def main(config: ComparisonConfig) -> None:
-    """Measure before training, then train, and write after every step what is known so far."""
-    is_as_preset = config == replace(PRESETS["default"], output_dir=config.output_dir, results=config.results)
-    committed = ROOT / "experiments" / "results" / "inheritance.json"  # of the preset's own comparison alone
-    path = Path(config.results or (committed if is_as_preset else f"{config.output_dir}/inheritance.json"))
+def read_results(config: InheritanceConfig) -> dict[str, Any]:
+    """What is known already of the same comparison; what is there of another one is dropped."""
+    path = config.results_file
     try:
         known = dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError, OSError) as error:
@@ -250,25 +226,31 @@ def main(config: ComparisonConfig) -> None:
     protocol = {name: getattr(config, name) for name in names}
     if known.get("protocol") != protocol:
         known = {"protocol": protocol, "before_training": {}, "layers": {}, "after_training": {}}
+    return known | {"environment": environment()}
+
+
+def main(config: InheritanceConfig) -> None:
+    """Measure before training, then train, and write after every step what is known so far."""
+    path, known = config.results_file, read_results(config)
     announce(f"comparing starts of students, into {path}")
-    known["environment"] = environment()
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in config.step0_teachers:
         folder, dataset = text.split("=")
-        if Path(folder).name not in known.setdefault("layers", {}):
-            known["layers"][Path(folder).name] = errors_by_layers(config, folder, dataset)
+        name = Path(folder).name
+        if name not in known["layers"]:
+            known["layers"][name] = errors_by_layers(config, folder, dataset)
             write_json(path, known)
         for width in config.widths:
-            name = f"{Path(folder).name} width {width}"
-            if name not in known["before_training"]:
-                known["before_training"][name] = errors_before_training(config, folder, dataset, width)
+            column = f"{name} width {width}"
+            if column not in known["before_training"]:
+                known["before_training"][column] = errors_before_training(config, folder, dataset, width)
                 write_json(path, known)
-    console = Console(width=140)
-    print_tables([before_training_table(known), layers_table(known)], console)
+    tables = [before_training_table(known), layers_table(known)]
+    print_tables([table for table in tables if table.rows])
     if not config.max_train_steps:
         return
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
-    # Whole rounds, so that a comparison that is cut short compares like with like.
+    # Seed by seed, so that a comparison that is cut short compares equal seeds.
     for seed, width, arm in itertools.product(range(config.num_seeds), config.widths, ARMS):
         row = train(config, width, arm, seed)
         cells = scores.setdefault(f"width {width}", {}).setdefault(arm, {})
@@ -279,8 +261,8 @@ def main(config: ComparisonConfig) -> None:
             for title, rows in scores.items()
         }
         write_json(path, known)
-    print_tables([after_training_table(known, width) for width in known["after_training"]], console)
+    print_tables([after_training_table(known, width) for width in known["after_training"]])
 
 
 if __name__ == "__main__":
-    run_recipe(main, PRESETS, __doc__, default="default")
+    run_command(main, InheritanceConfig, __doc__)

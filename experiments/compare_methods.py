@@ -7,15 +7,13 @@ python experiments/compare_methods.py --student_preset custom --teacher FOLDER_O
 A run that the results file holds is not made again, and one that was interrupted goes on from its checkpoint.
 """
 
+import contextlib
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
-
-from rich.console import Console
-from rich.markup import escape
 
 import plan as planning
 from arms import ARMS
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from tables import Comparison
 
 
-def make_runs(runs: Sequence[Run], config: ComparisonConfig, records: RunRecords, console: Console) -> dict[str, str]:
+def make_runs(runs: Sequence[Run], config: ComparisonConfig, records: RunRecords) -> dict[str, str]:
     """Make the runs that have no record yet, seed by seed, the longest of a seed first.
 
     Returns:
@@ -47,7 +45,7 @@ def make_runs(runs: Sequence[Run], config: ComparisonConfig, records: RunRecords
             if status:
                 raise ValueError(f"status {status}: {job.last_words()}")
             record, teacher = read_run(run.folder)
-            head = {"arm": run.arm, "start": run.start, "seed": run.seed, "steps": run.steps, "flags": run.flags}
+            head = {"arm": run.arm, "start": run.start, "seed": run.seed, "flags": run.flags, "steps": run.steps}
             cost = {"seconds": seconds, "threads": int(job.place["OMP_NUM_THREADS"]), "reference": reference}
             records.add({**head, **record, **cost}, teacher)
             if "teacher_distance" in record["student"]:
@@ -55,29 +53,30 @@ def make_runs(runs: Sequence[Run], config: ComparisonConfig, records: RunRecords
         except ValueError as error:
             failed[run.name] = f"{error} (see {run.folder / 'log.txt'})"
             words += ", failed"
-        done = len(failed) + sum(records.find(run.flags) is not None for run in runs)
-        console.print(f"{done} of {len(runs)}: {escape(run.name)}: {words}", highlight=False)
+        print(f"{len(failed) + num_done(runs, records)} of {len(runs)}: {run.name}: {words}", flush=True)
 
     def command_of(run: Run) -> list[str]:
         return planning.command_of(run, knows_teacher=reference in records.references)
 
     if missing:
-        console.print(f"{len(missing)} of {len(runs)} runs to make, in {config.runs_folder}", highlight=False)
+        print(f"{len(missing)} of {len(runs)} runs to make, in {config.runs_folder}", flush=True)
         run_side_by_side(missing, places(config.jobs), command_of=command_of, on_end=on_end)
     return failed
 
 
-def show_plan(config: ComparisonConfig, runs: Sequence[Run], records: RunRecords, console: Console) -> None:
-    """What would be run."""
+def num_done(runs: Sequence[Run], records: RunRecords) -> int:
+    """How many of the runs have a record."""
+    return sum(records.find(run.flags) is not None for run in runs)
+
+
+def show_plan(config: ComparisonConfig, runs: Sequence[Run], records: RunRecords) -> None:
+    """Print what would be run."""
     for name in config.arms:
-        console.print(f"{name}: {ARMS[name].what}", highlight=False, markup=False)
+        print(f"{name}: {ARMS[name].what}")
     for run in runs:
         word = "to do" if records.find(run.flags) is None else "done"
-        command = shlex.join(planning.command_of(run, knows_teacher=False))
-        console.print(f"{word}: {run.name}\n    {command}", highlight=False, markup=False, soft_wrap=True)
-    num_done = sum(records.find(run.flags) is not None for run in runs)
-    words = f"{len(runs)} runs, {num_done} of them done; {len(places(config.jobs))} side by side"
-    console.print(words, highlight=False)
+        print(f"{word}: {run.name}\n    {shlex.join(planning.command_of(run, knows_teacher=False))}")
+    print(f"{len(runs)} runs, {num_done(runs, records)} of them done; {len(places(config.jobs))} side by side")
 
 
 def comparison_of(config: ComparisonConfig, records: RunRecords) -> "Comparison | None":
@@ -97,34 +96,26 @@ def comparison_of(config: ComparisonConfig, records: RunRecords) -> "Comparison 
     )
 
 
-def show_results(config: ComparisonConfig, runs: Sequence[Run], records: RunRecords, console: Console) -> None:
-    """Print the table of the runs that were asked for, write it down, and draw the figures."""
-    import figures  # here, since it takes seconds to load: flags are read before
-    from tables import markdown_table, notes_of, print_tables, tables_of
+def show_results(config: ComparisonConfig, records: RunRecords) -> None:
+    """Print the tables of the runs that were asked for, write them down, and draw the figure."""
+    from figures import draw_differences  # here, since it takes seconds to load: flags are read before
+    from tables import markdown_page, notes_of, print_tables, tables_of
 
     comparison = comparison_of(config, records)
     if comparison is None:
         return
-    print_tables(tables_of(comparison), console)
-    for note in notes_of(comparison)[:3]:
-        console.print(note, highlight=False)
-    table, folder = config.runs_folder / "table.md", config.figures_folder
-    with whole_file(table) as temporary:
-        temporary.write_text(markdown_table(comparison))
-    written = [table, records.path]
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, draw in (("", figures.draw_differences), ("-curves", figures.draw_curves)):
-        if (figure := draw(comparison)) is not None:
-            written.append(folder / f"{config.preset}{suffix}.png")
-            with whole_file(written[-1]) as temporary:
-                figure.savefig(temporary, bbox_inches="tight")
-    first = {f"{run.arm}, {run.start} weights": run.folder for run in runs if run.seed == config.seed}
-    if (sheet := figures.draw_samples(first)) is not None:
-        written.append(folder / f"{config.preset}-samples.png")
+    print_tables(tables_of(comparison))
+    print("", *notes_of(comparison)[:3], sep="\n")
+    written = [config.runs_folder / "table.md", records.path]
+    with whole_file(written[0]) as temporary:
+        temporary.write_text(markdown_page(comparison))
+    if (figure := draw_differences(comparison)) is not None:
+        config.figures_folder.mkdir(parents=True, exist_ok=True)
+        written.append(config.figures_folder / f"{config.preset}.png")
         with whole_file(written[-1]) as temporary:
-            sheet.save(temporary)
+            figure.savefig(temporary, bbox_inches="tight")
     for path in written:
-        console.print(f"written: {path}", highlight=False, markup=False)
+        print(f"written: {path}")
 
 
 def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
@@ -133,37 +124,32 @@ def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main(config: ComparisonConfig) -> None:
-    """Make the runs that are missing, then show what came of all."""
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    """Make the runs that are missing, then show the results of all."""
     records, runs = RunRecords(config.results_file), plan(config)
     is_own = config.dataset and data_label(config.dataset) != config.student_preset
     if is_own and not any("--teacher" in shlex.split(run.flags) for run in runs):
-        console.print(
+        print(
             f"note: the teacher of --student_preset {config.student_preset} was not trained on {config.dataset}; for "
-            "data of your own: --student_preset custom --teacher FOLDER_OR_HUB_ID",
-            highlight=False,
-            markup=False,
+            "data of your own: --student_preset custom --teacher FOLDER_OR_HUB_ID"
         )
     if config.dry_run:
-        show_plan(config, runs, records, console)
+        show_plan(config, runs, records)
         return
-    held = hold_folder(config.runs_folder)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        records.path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the runs
-        failed = make_runs(runs, config, records, console)
-        show_results(config, runs, records, console)
+        with hold_folder(config.runs_folder) or contextlib.nullcontext():
+            records.path.parent.mkdir(parents=True, exist_ok=True)  # before the runs, in case it cannot be written
+            failed = make_runs(runs, config, records)
+            show_results(config, records)
     except KeyboardInterrupt as error:
-        done = sum(records.find(run.flags) is not None for run in runs)
-        print(f"interrupted: {done} of {len(runs)} runs are done and kept; the same command goes on", file=sys.stderr)
+        done = f"{num_done(runs, records)} of {len(runs)} runs are done and kept"
+        print(f"interrupted: {done}; the same command goes on", file=sys.stderr)
         sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before)
-        if held is not None:
-            held.close()
+    for name, words in failed.items():
+        print(f"failed: {name}: {words}")
     if failed:
-        for name, words in failed.items():
-            console.print(f"failed: {name}: {words}", highlight=False, markup=False)
         names = "; ".join(failed)
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the same command tries again: {names}")
 

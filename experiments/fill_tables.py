@@ -1,16 +1,16 @@
 """Write the tables of RESULTS.md anew from the results files: python experiments/fill_tables.py.
 
 A table stands between `<!-- COMMAND -->`, such as `compare_methods.py --preset mnist --control output`, and
-`<!-- end -->`. Behind a `|` in it may stand `scores` or `differences`, for one kind of table alone.
+`<!-- end -->`. `| scores` or `| differences` after the command keeps one kind of table.
 """
 
 import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+import tyro
 
 import compare_inheritance
 from compare_methods import comparison_of
@@ -22,22 +22,10 @@ FOLDER = Path(__file__).parent
 BLOCK = re.compile(r"^(<!-- (compare_\w+)\.py (.*?)(?: \| (\w+))? -->)\n.*?\n(<!-- end -->)$", re.MULTILINE | re.DOTALL)
 
 
-def config_of(words: Sequence[str]) -> ComparisonConfig:
-    """The comparison that `--preset`, `--control`, `--arms` and `--starts` name."""
-    flags: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            flags[word.removeprefix("--")] = []
-        else:
-            flags[list(flags)[-1]].append(word)
-    changes: dict[str, Any] = {name: tuple(flags[name]) for name in ("arms", "starts") if name in flags}
-    changes |= {name: flags[name][0] for name in ("control",) if name in flags}
-    return replace(PRESETS[flags["preset"][0]], **changes)
-
-
 def methods_tables(words: Sequence[str]) -> list[TextTable]:
     """The tables that compare_methods.py prints, of the runs that the results file holds."""
-    config = config_of(words)
+    preset = PRESETS[words[words.index("--preset") + 1]]
+    config = tyro.cli(ComparisonConfig, default=preset, args=words, use_underscores=True)
     comparison = comparison_of(config, RunRecords(FOLDER.parent / config.results_file))
     if comparison is None:
         raise ValueError(f"{config.results_file} holds no run of {' '.join(words)}")

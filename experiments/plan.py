@@ -15,17 +15,15 @@ from vkd_gen.evaluation.labels import data_label
 
 ROOT = Path(__file__).parents[1]
 OWN = ("preset", "output_dir", "resume_from_checkpoint", "seed", "max_train_steps", "train_batch_size", "dry_run")
-"""Flags of a run that --extra must not have: this command sets them."""
+"""Flags that this command sets itself for every run; --extra must not have them."""
 OWN_DATA = ("teacher", "dataset")
-"""Flags that replace the student preset's."""
+"""Flags that replace those of the student preset."""
 WHERE = ("jobs", "output_dir", "figures", "dry_run")
 """Fields that say where and how fast runs are made, not which."""
 WHICH = ("arms", "control", "starts", "seed", "num_seeds")
-"""Fields that choose among the runs that a preset's results file is for."""
-TEACHER_IS_KNOWN: tuple[str, ...] = ("--no-score_teacher",)
-"""Flags of runs that need not score the teacher again, once the results file has its scores."""
-NUM_POINTS = 20
-"""Points of a record's curves, and so log lines of a run."""
+"""Fields that choose among the runs of a preset's results file."""
+NUM_LOG_LINES = 20
+"""Log lines of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ class ComparisonConfig:
     starts: tuple[Literal["inherited", "random"], ...] = ("inherited",)
     """What students start from: the teacher's weights, or random ones."""
     seed: int = 0
-    """First seed: of initialisation, data order, noise and timesteps."""
+    """First seed; it decides initialisation, data order, noise and timesteps."""
     num_seeds: int = 2
     """Runs of every arm from every start."""
     student_preset: Literal["digits", "mnist", "cifar10", "custom"] = "digits"
@@ -51,29 +49,28 @@ class ComparisonConfig:
     dataset: str = ""
     """Images to train on, as for train_student_unet.py; by default the student preset's."""
     max_train_steps: int = 1000
-    """Optimizer steps of each run, times the arm's own factor."""
+    """Optimizer steps of each run, multiplied by the arm's own factor."""
     train_batch_size: int = 32
     """Images per step."""
     learning_rate: float | None = None
     """Peak learning rate; by default the student preset's."""
     num_score_samples: int = 500
-    """Samples that a student is scored by."""
+    """Samples of each student to score."""
     score_every_steps: int = 0
-    """Steps between scores during training, for the curves; 0 for none."""
+    """Steps between scores during training, which eval/report.py draws; 0 for none."""
     extra: tuple[str, ...] = ()
     """Further flags of every run, each with its values in one string and without dashes, as "max_train_samples 150"."""
     jobs: int | None = None
-    """Runs side by side; by default one per GPU, else one per core. The cores, or GPUs, are shared out."""
+    """Runs at a time; by default one per GPU, else one per core. They share the cores, or GPUs, equally."""
     output_dir: str = ""
-    """Folder of the runs, and of table.md; by default runs/PRESET, or runs/PRESET-NAME for data or a teacher of your
-    own."""
+    """Folder of the runs and of table.md; by default runs/PRESET, or runs/PRESET-NAME for your own data or teacher."""
     results: str = ""
-    """File of finished runs; by default the preset's in experiments/results where only arms, starts and seeds differ
-    from the preset, else results.json in --output_dir."""
+    """File of finished runs; by default the preset's in experiments/results if only arms, starts and seeds differ from
+    the preset, else results.json in --output_dir."""
     figures: str = ""
-    """Folder of the figures; by default that of the results, or --output_dir where a flag changed the comparison."""
+    """Folder of the figure; by default that of the results, or --output_dir if a flag changed the comparison."""
     dry_run: bool = False
-    """Print what would be run and what is done already, then stop."""
+    """Print what would be run and what is done, then stop."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -87,7 +84,7 @@ class ComparisonConfig:
         for text in self.extra:
             try:
                 name = (shlex.split(text) or [""])[0].lstrip("-")
-            except ValueError as error:  # of a quotation mark without its twin
+            except ValueError as error:  # a quotation mark without its twin
                 raise ValueError(f"--extra {text!r} cannot be read as a shell would: {error}") from error
             if not name or name in OWN:
                 what = f"{name} is this command's own" if name else "there is an empty one"
@@ -113,7 +110,7 @@ class ComparisonConfig:
 
     @property
     def results_file(self) -> Path:
-        """File of finished runs; the committed ones hold the presets' own comparisons alone."""
+        """File of finished runs; the committed ones hold the presets' own comparisons only."""
         if self.results != PRESETS[self.preset].results:  # which the user chose
             return Path(self.results)
         if not self._is_as_preset(but_for=(*WHERE, *WHICH)):
@@ -122,7 +119,7 @@ class ComparisonConfig:
 
     @property
     def figures_folder(self) -> Path:
-        """Folder of the figures: the results' own only if they show what the preset compares, by its records."""
+        """Folder of the figure: that of the results only if it shows what the preset compares, by its records."""
         if self.figures:
             return Path(self.figures)
         return self.results_file.parent if self._is_as_preset(but_for=WHERE) else self.runs_folder
@@ -138,16 +135,7 @@ FINALISTS = (
     *("denoising", "denoising-longer", "output", "output-alone", "fitnet"),
     *("solved-raw", "solved-raw-ratio-0.3-no-denoising", "cka-no-denoising"),
 )
-SCREEN = ComparisonConfig(
-    arms=(
-        *("denoising", "denoising-longer", "output", "output-alone", "fitnet", "fitnet-layer-norm"),
-        *("learned-identity-layer-norm", "fixed-random-layer-norm"),
-        *("solved-raw", "solved-center", "solved-layer-norm", "solved-standardize"),
-        *("solved-whiten-0.5", "solved-whiten-1", "vkd-paper", "solved-raw-pooled", "cka"),
-        *("solved-raw-no-denoising", "solved-raw-ratio-0.3-no-denoising", "cka-no-denoising"),
-        *(DECAYED, "solved-raw-ratio-1-decayed-no-denoising"),
-    )
-)
+SCREEN = ComparisonConfig(arms=tuple(arm for arm in ARMS if arm not in ("denoising-same-time", DEFAULT)))
 CONFIRMATION = replace(SCREEN, preset="confirmation", arms=FINALISTS, seed=100, num_seeds=5, max_train_steps=600)
 SECOND_CONFIRMATION = replace(
     CONFIRMATION,
@@ -211,15 +199,14 @@ CIFAR10 = replace(
 PRESETS = {
     config.preset: config
     for config in (
-        *(SCREEN, CONFIRMATION, SECOND_CONFIRMATION, RANDOM_START),
-        *(MNIST, MNIST_SAME_TIME, DIGITS_TENTH, CIFAR10),
+        *(SCREEN, CONFIRMATION, SECOND_CONFIRMATION, RANDOM_START, MNIST, MNIST_SAME_TIME, DIGITS_TENTH, CIFAR10),
     )
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run to make: its flags decide its result, and are what its record is known by."""
+    """One run to make: its flags decide its result and identify its record."""
 
     arm: str
     start: str
@@ -227,16 +214,16 @@ class Run:
     steps: int
     flags: str
     folder: Path
-    """No run with other flags has it."""
+    """A run with other flags has another one."""
 
     @property
     def name(self) -> str:
-        """For people; no other run of a comparison has it."""
+        """What people read; unique in a comparison."""
         return f"{self.arm}, {self.start}, seed {self.seed}"
 
 
 def teacher_flags(config: ComparisonConfig) -> list[str]:
-    """What decides the scores of the teacher and of held-out images, but for --extra."""
+    """The flags that decide the scores of the teacher and of held-out images; --extra may add to them."""
     subset = max(2, min(250, config.num_score_samples // 2))
     flags = ["--preset", config.student_preset, "--num_score_samples", str(config.num_score_samples)]
     for name in OWN_DATA:
@@ -246,14 +233,14 @@ def teacher_flags(config: ComparisonConfig) -> list[str]:
 
 
 def extra_flags(config: ComparisonConfig) -> list[str]:
-    """What --extra says, as words of a command line; --teacher and --dataset replace those of a preset's --extra."""
+    """--extra as words of a command line; --teacher and --dataset replace those of a preset's --extra."""
     lines = [(words[0].lstrip("-"), *words[1:]) for words in map(shlex.split, config.extra)]
     lines = [words for words in lines if words[0] not in OWN_DATA or not getattr(config, words[0])]
     return [word for name, *values in lines for word in (f"--{name}", *values)]
 
 
 def plan(config: ComparisonConfig) -> list[Run]:
-    """All runs that were asked for, in whole rounds, so that a comparison cut short compares like with like."""
+    """All runs that were asked for, seed by seed, so that a comparison that is cut short compares equal seeds."""
     runs = []
     for seed in range(config.seed, config.seed + config.num_seeds):
         for arm in config.arms:
@@ -273,8 +260,8 @@ def plan(config: ComparisonConfig) -> list[Run]:
 
 
 def command_of(run: Run, *, knows_teacher: bool) -> list[str]:
-    """The command that makes a run, or goes on with it."""
+    """The command that makes a run, or resumes it; a teacher whose scores are known is not scored again."""
     command = [sys.executable, str(ROOT / "recipes" / "train_student_unet.py"), *shlex.split(run.flags)]
     command += ["--output_dir", str(run.folder), "--resume_from_checkpoint", "latest", "--preview_every_steps", "0"]
-    command += ["--log_every_steps", str(-(-run.steps // NUM_POINTS)), "--checkpoints_total_limit", "1"]
-    return [*command, *(TEACHER_IS_KNOWN if knows_teacher else ())]
+    command += ["--log_every_steps", str(-(-run.steps // NUM_LOG_LINES)), "--checkpoints_total_limit", "1"]
+    return [*command, *(["--no-score_teacher"] if knows_teacher else [])]

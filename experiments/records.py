@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import NUM_POINTS
 from vkd_gen.provenance import environment, is_number, write_json
 
 FORMAT = "vkd-gen comparison of methods, 1"
@@ -22,7 +21,7 @@ SETTINGS = (
 class RunRecords:
     """A file of finished runs (`runs`), and of what their teachers and held-out images score (`references`).
 
-    A run is known by its `flags`, one string that decides its result.
+    A run is identified by its `flags`, one string that decides its result.
 
     Args:
         path: JSON, existing or not; its folder is made when it is written.
@@ -52,12 +51,12 @@ class RunRecords:
         return next((record for record in self.runs if record["flags"] == flags), None)
 
     def add(self, record: dict[str, Any], reference: dict[str, Any] | None = None) -> None:
-        """Add a finished run and write the file.
+        """Add a finished run, in place of one with the same flags, and write the file.
 
         Args:
             record: with `flags`, `arm`, `start`, `seed`, `reference`, and what `read_run` gives.
             reference: scores of the teacher and of held-out images under the name `record["reference"]`; the first
-                that comes is kept.
+                one is kept.
         """
         self.runs = [known for known in self.runs if known["flags"] != record["flags"]] + [record]
         self.runs.sort(key=lambda run: (run["start"], run["arm"], run["seed"], run["flags"]))
@@ -69,29 +68,20 @@ class RunRecords:
 
 
 def _is_run(record: Any) -> bool:
-    texts, numbers = ("flags", "arm", "start", "reference"), ("seed", "steps", "seconds")
     return (
         isinstance(record, dict)
-        and all(isinstance(record.get(name), str) for name in texts)
-        and all(is_number(record.get(name)) for name in numbers)
-        and _is_of_numbers(record.get("student"))
-        and isinstance(record.get("curve"), list)
-        and all(_is_of_numbers(point) and "step" in point for point in record["curve"])
+        and all(isinstance(record.get(name), str) for name in ("flags", "arm", "start", "reference"))
+        and all(is_number(record.get(name)) for name in ("seed", "steps", "seconds"))
+        and isinstance(record.get("student"), dict)
+        and all(map(is_number, record["student"].values()))
     )
 
 
-def _is_of_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(is_number, value.values()))
-
-
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What a finished run of train_student_unet.py says.
-
-    Args:
-        folder: of the run.
+    """What the folder of a finished run of train_student_unet.py says.
 
     Returns:
-        `student` (score -> value), `settings`, `curve`, `training_seconds`, `images_per_second`, `commit`, and
+        `student` (score -> value), `settings`, `training_seconds`, `images_per_second`, `commit`, and the last
         `diagnostics` if there are; and `rows` and `protocol` of the teacher and the held-out images, None if the run
         did not score its teacher though it had an extractor to do it with.
 
@@ -106,24 +96,15 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         commit = json.loads((folder / "environment.json").read_text())["commit"]
         rows = {name: row for name, row in outcome.results["rows"].items() if name != "student"}
         student = outcome.results["rows"]["student"]
-        if not isinstance(config, dict) or not is_number(config.get("train_batch_size", 1)):
-            raise ValueError("config.json is none of a run")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        seconds, rate = training_speed(outcome.metrics, float(config.get("train_batch_size", 1)))
+        record = {"settings": {name: config[name] for name in SETTINGS if name in config}, "student": student}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder} does not hold a whole run: {type(error).__name__} {error}") from error
-    seconds, rate = training_speed(outcome.metrics, config.get("train_batch_size", 1))
-    record = {
-        "settings": {name: config[name] for name in SETTINGS if name in config},
-        "student": student,
-        "training_seconds": seconds,
-        "images_per_second": rate,
-        "commit": commit,
-        "curve": curve_of(outcome.metrics),
-    }
+    record |= {"training_seconds": seconds, "images_per_second": rate, "commit": commit}
     last: dict[str, float] = {}
     for line in outcome.metrics:
         last |= {name: short(value) for name, value in line.items() if name.startswith("diagnostics/")}
-    if last:
-        record["diagnostics"] = last
+    record |= {"diagnostics": last} if last else {}
     protocol = {name: value for name, value in outcome.results["protocol"].items() if name != "environment"}
     is_scored = any(name.startswith("fid") for name in rows.get("teacher", {})) or config.get("extractor") == "none"
     return record, {"rows": rows, "protocol": protocol} if is_scored else None
@@ -138,25 +119,7 @@ def short(value: float) -> float:
     return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
-def curve_of(metrics: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """At most 20 lines of losses, and as many of scores, the last ones among them.
-
-    Args:
-        metrics: lines of metrics.jsonl.
-    """
-    curve = []
-    for prefix in ("loss/", "score/"):
-        lines = []
-        for line in metrics:
-            values = {name: short(value) for name, value in line.items() if name.startswith(prefix)}
-            values = {name: value for name, value in values.items() if name.count("/") == 1}  # none of a single layer
-            lines += [{"step": line["step"], **values}] if values else []
-        stride = max(1, -(-len(lines) // NUM_POINTS))
-        curve += lines[::-1][::stride]
-    return sorted(curve, key=lambda line: line["step"])
-
-
-def training_speed(metrics: Sequence[Mapping[str, float]], batch_size: int) -> tuple[float, float | None]:
+def training_speed(metrics: Sequence[Mapping[str, float]], batch_size: float) -> tuple[float, float | None]:
     """Seconds that the steps took, without start, checkpoints and scores, and images per second.
 
     Args:

@@ -1,4 +1,4 @@
-"""Several runs at a time, each a process of its own with its share of the cores, or a GPU."""
+"""Several runs at a time, each in its own process with its share of the cores, or a GPU."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from plan import Run
 from vkd_gen.provenance import write_json
@@ -19,21 +19,21 @@ SECONDS_BETWEEN_POLLS = 0.1
 
 @dataclass
 class Job:
-    """A run that is being made, or has ended.
+    """A run that is being made, or has ended; its folder gets log.txt and seconds.json beside the run's own files.
 
     Attributes:
-        run: what is made; its folder gets log.txt and seconds.json beside what the run writes itself.
-        process: that makes it.
-        place: environment variables that it was given.
-        started: by time.perf_counter.
+        run: what is made.
+        process: the process that makes it.
+        place: the environment variables that it was given.
         log_start: bytes of its log that an earlier start wrote.
+        started: by time.perf_counter.
     """
 
     run: Run
     process: subprocess.Popen[bytes]
     place: Mapping[str, str]
-    started: float
     log_start: int
+    started: float = field(default_factory=time.perf_counter)
 
     def last_words(self) -> str:
         """The error in its log, or the last lines."""
@@ -42,12 +42,22 @@ class Job:
         errors = [line for line in lines if line.startswith("error: ")]
         return "\n".join(errors[-1:] or lines[-3:]) or "nothing in its log"
 
+    def note_seconds(self) -> float:
+        """Add how long it ran to seconds.json, and return the sum over all starts of the run."""
+        path = self.run.folder / "seconds.json"
+        before: list[float] = []
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(path.read_text())
+        seconds = [*before, round(time.perf_counter() - self.started, 2)]
+        write_json(path, seconds)
+        return round(sum(seconds), 2)
+
 
 def places(num_jobs: int | None) -> list[dict[str, str]]:
-    """For each of the runs side by side environment variables: threads, an equal share of the cores, and its GPU.
+    """Environment variables for each of the runs side by side: an equal share of the cores as threads, and a GPU.
 
     Args:
-        num_jobs: how many; by default one per GPU, else one per core. More than GPUs share them in turn.
+        num_jobs: how many; by default one per GPU, else one per core. More jobs than GPUs share them in turn.
     """
     import torch  # here, since it takes seconds to load
 
@@ -72,12 +82,13 @@ def run_side_by_side(
 ) -> None:
     """Make runs in their order, as many at a time as there are places.
 
-    What ends this early, as Ctrl-C, asks the running processes to stop, and after a minute kills those that did not.
+    Whatever ends this early, such as Ctrl-C, asks the running processes to stop, and kills those that did not within a
+    minute.
 
     Args:
-        runs: in order.
+        runs: the runs, in order.
         places: from `places`.
-        command_of: the command of a run, asked for when it starts.
+        command_of: gives the command of a run, when it starts.
         on_end: gets a job that has ended, whatever its status, and the seconds that the run took in all its starts.
     """
     waiting, free, running = list(runs), list(places), list[Job]()
@@ -90,7 +101,7 @@ def run_side_by_side(
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 free.append(job.place)
-                on_end(job, _note_seconds(job))
+                on_end(job, job.note_seconds())
     finally:
         _end(running)
 
@@ -104,22 +115,11 @@ def _start(run: Run, command: list[str], place: Mapping[str, str]) -> Job:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # As from a launcher: a run that knows of one stops, with a checkpoint, when it dies.
+            # As if started by a launcher: such a run stops, with a checkpoint, when its parent dies.
             env={**os.environ, **place, "ACCELERATE_DYNAMO_BACKEND": "NO"},
-            start_new_session=True,  # Ctrl-C is for this process, which hands it on
+            start_new_session=True,  # Ctrl-C reaches this process alone, which asks the runs to stop
         )
-    return Job(run, process, place, time.perf_counter(), log_start)
-
-
-def _note_seconds(job: Job) -> float:
-    """Write down how long it ran; the sum over all its starts."""
-    path = job.run.folder / "seconds.json"
-    before: list[float] = []
-    with contextlib.suppress(OSError, ValueError):
-        before = json.loads(path.read_text())
-    seconds = [*before, round(time.perf_counter() - job.started, 2)]
-    write_json(path, seconds)
-    return round(sum(seconds), 2)
+    return Job(run, process, place, log_start)
 
 
 def _end(running: Sequence[Job]) -> None:
@@ -134,4 +134,4 @@ def _end(running: Sequence[Job]) -> None:
                 os.killpg(job.process.pid, signal.SIGKILL)
             job.process.wait()
         with contextlib.suppress(OSError):  # a full disk may be what ended it
-            _note_seconds(job)
+            job.note_seconds()

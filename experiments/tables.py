@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from paired import PairedDifference, paired_difference, share_of_gap, summarize
 from vkd_gen.evaluation.labels import label_of
 
-SHOWN = re.compile("teacher_distance|denoising_error|fid(_(?!training|held_out).+)?|kid(_(?!std).+)?")
-"""Scores that are compared; less of them is better. All others stand in the results file."""
+SHOWN = ("teacher_distance", "denoising_error", r"fid(_(?!training|held_out).+)?", r"kid(_(?!std).+)?")
+"""Patterns of the scores that are compared, the least noisy first; less of them is better. The results file has all."""
 BASELINE = "denoising"
 """The arm that the gap to the teacher is measured from."""
 
@@ -23,7 +20,7 @@ class Comparison:
     """What tables and figures are made of.
 
     Attributes:
-        records: finished runs, each with `arm`, `start`, `seed`, `steps`, `student` (score -> value) and `curve`.
+        records: finished runs, each with `arm`, `start`, `seed`, `steps` and `student` (score -> value).
         arms: in the order to show them in.
         starts: what students started from, likewise.
         control: the arm that the others are compared to.
@@ -52,12 +49,15 @@ class Comparison:
         """To the control."""
         return paired_difference(self.scores(start, arm, score), self.scores(start, self.control, score))
 
+    def decimals(self, start: str, score: str) -> int:
+        """Decimals that a score is shown with."""
+        return decimals_for([value for arm in self.arms for value in self.scores(start, arm, score).values()])
+
     @property
     def shown_scores(self) -> list[str]:
-        """The scores of the tables, the least noisy first."""
-        found = {name for record in self.records for name in record["student"] if SHOWN.fullmatch(name)}
-        kinds = ["teacher_distance", "denoising_error", "fid", "kid"]
-        return sorted(found, key=lambda name: (next(i for i, kind in enumerate(kinds) if name.startswith(kind)), name))
+        """The scores of the tables."""
+        names = sorted({name for record in self.records for name in record["student"]})
+        return [name for pattern in SHOWN for name in names if re.fullmatch(pattern, name)]
 
     @property
     def frechet_distance(self) -> str | None:
@@ -94,39 +94,28 @@ def tables_of(comparison: Comparison) -> list[TextTable]:
     return tables
 
 
-def _decimals(comparison: Comparison, start: str) -> dict[str, int]:
-    return {
-        score: decimals_for(
-            [value for arm in comparison.arms for value in comparison.scores(start, arm, score).values()]
-        )
-        for score in comparison.shown_scores
-    }
-
-
 def _scores_table(comparison: Comparison, start: str) -> TextTable:
-    scores, decimals = comparison.shown_scores, _decimals(comparison, start)
+    scores = {score: comparison.decimals(start, score) for score in comparison.shown_scores}
     frechet = comparison.frechet_distance if BASELINE in comparison.arms else None
-    target = comparison.reference.get("rows", {}).get("teacher", {}).get(frechet)
+    references = comparison.reference.get("rows", {})
+    target = references.get("teacher", {}).get(frechet)
     rows = []
     for arm in comparison.arms:
         runs = comparison.runs(start, arm)
         cells = [arm, f"{len(runs)} of {comparison.num_seeds}"]
-        for score in scores:
-            values = list(comparison.scores(start, arm, score).values())
-            cells.append(_with_spread(values, decimals[score]))
+        for score, decimals in scores.items():
+            cells.append(_with_spread(list(comparison.scores(start, arm, score).values()), decimals))
         if frechet:
             baseline = comparison.scores(start, BASELINE, frechet)
             share = None if target is None else share_of_gap(comparison.scores(start, arm, frechet), baseline, target)
             cells.append("-" if share is None else f"{share:.0%}")
         steps = {record["steps"] for record in runs.values()}
-        cells.append("-" if not steps else f"{steps.pop():,}")
-        rows.append(cells)
-    for name, row in comparison.reference.get("rows", {}).items():
-        known = [f"{row[score]:.{decimals[score]}f}" if score in row else "-" for score in scores]
+        rows.append([*cells, f"{steps.pop():,}" if steps else "-"])
+    for name, row in references.items():
+        known = [f"{row[score]:.{decimals}f}" if score in row else "-" for score, decimals in scores.items()]
         rows.append([name, "-", *known, *(["-"] if frechet else []), "-"])
-    header = ["", "runs", *(label_of(score) for score in scores)]
-    header += ["share of the gap"] if frechet else []
-    return TextTable(f"Scores, {start} weights", [*header, "steps"], rows)
+    header = ["", "runs", *map(label_of, scores), *(["share of the gap"] if frechet else []), "steps"]
+    return TextTable(f"Scores, {start} weights", header, rows)
 
 
 def _with_spread(values: Sequence[float], decimals: int) -> str:
@@ -138,14 +127,13 @@ def _with_spread(values: Sequence[float], decimals: int) -> str:
 
 
 def _differences_table(comparison: Comparison, start: str) -> TextTable:
-    scores, decimals = comparison.shown_scores, _decimals(comparison, start)
-    rows = []
-    for arm in comparison.arms:
-        if arm != comparison.control:
-            found = {score: comparison.difference(start, arm, score) for score in scores}
-            rows.append([arm, *(_in_words(found[score], decimals[score]) for score in scores)])
-    title = f"Differences to {comparison.control}, {start} weights"
-    return TextTable(title, ["", *(label_of(score) for score in scores)], rows)
+    scores = {score: comparison.decimals(start, score) for score in comparison.shown_scores}
+    rows = [
+        [arm, *(_in_words(comparison.difference(start, arm, score), decimals) for score, decimals in scores.items())]
+        for arm in comparison.arms
+        if arm != comparison.control
+    ]
+    return TextTable(f"Differences to {comparison.control}, {start} weights", ["", *map(label_of, scores)], rows)
 
 
 def _in_words(difference: PairedDifference | None, decimals: int) -> str:
@@ -157,21 +145,20 @@ def _in_words(difference: PairedDifference | None, decimals: int) -> str:
 
 
 def notes_of(comparison: Comparison) -> list[str]:
-    """How to read the tables, and what they were measured by."""
+    """How to read the tables, and how the scores were measured."""
     from vkd_gen.evaluation.compare import describe  # here, since it loads torch, which takes seconds
 
     notes = [
         "Scores are means over seeds ± standard deviation; less is better in all of them.",
-        f"Differences are to {comparison.control} on equal seeds, with 95 % t-intervals; * marks an interval off zero, "
-        "in brackets stands in how many seeds the arm is better.",
+        f"Differences are to {comparison.control} on equal seeds, with 95 % t-intervals; * marks an interval that "
+        "excludes zero, and the brackets count the seeds in which the arm is better.",
     ]
     if comparison.frechet_distance and BASELINE in comparison.arms:
         name = label_of(comparison.frechet_distance)
         notes.append(f"The share of the gap is that of {name} between {BASELINE} and the teacher.")
-    threads = sorted({record["threads"] for record in comparison.records if "threads" in record})
-    commits = sorted({record["commit"] for record in comparison.records if "commit" in record})
-    notes += [f"threads per run: {', '.join(map(str, threads))}"] if threads else []
-    notes += [f"commits: {', '.join(commits)}"] if commits else []
+    for key, words in (("threads", "threads per run"), ("commit", "commits")):
+        if found := sorted({record[key] for record in comparison.records if key in record}):
+            notes.append(f"{words}: {', '.join(map(str, found))}")
     protocol = comparison.reference.get("protocol", {})
     return notes + [f"{label_of(name)}: {describe(value)}" for name, value in protocol.items()]
 
@@ -180,24 +167,23 @@ def markdown_tables(tables: Sequence[TextTable]) -> str:
     """Tables as Markdown, each under its title."""
     lines = []
     for table in tables:
-        rows = ["| " + " | ".join(cells) + " |" for cells in table.rows]
-        head = "| " + " | ".join(table.header) + " |"
-        lines += [f"### {table.title}", "", head, "|---" + "|---:" * (len(table.header) - 1) + "|", *rows, ""]
+        rows = ["| " + " | ".join(cells) + " |" for cells in (table.header, *table.rows)]
+        rule = "|---" + "|---:" * (len(table.header) - 1) + "|"
+        lines += [f"### {table.title}", "", rows[0], rule, *rows[1:], ""]
     return "\n".join(lines)
 
 
-def markdown_table(comparison: Comparison) -> str:
+def markdown_page(comparison: Comparison) -> str:
     """Tables and notes as Markdown; the same runs give the same text."""
     notes = "\n".join(f"- {note}" for note in notes_of(comparison))
     return f"{markdown_tables(tables_of(comparison))}\n{notes}\n"
 
 
-def print_tables(tables: Sequence[TextTable], console: Console) -> None:
-    """Tables for a terminal."""
-    for text in tables:
-        table = Table(title=text.title, title_justify="left", title_style="bold")
-        for number, name in enumerate(text.header):
-            table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
-        for cells in text.rows:
-            table.add_row(*cells)
-        console.print(table)
+def print_tables(tables: Sequence[TextTable]) -> None:
+    """Tables for a terminal, each under its title."""
+    from vkd_gen.evaluation.terminal import print_columns
+
+    for table in tables:
+        names, *columns = zip(*table.rows, strict=True)
+        print(f"\n{table.title}")
+        print_columns(names, list(zip(table.header[1:], columns, strict=True)))

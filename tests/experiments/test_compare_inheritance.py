@@ -1,12 +1,16 @@
 """The comparison of ways to start a student: what it measures, keeps and prints."""
 
 import json
+import shlex
+import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import compare_inheritance
-from vkd_gen.cli import run_recipe
+from vkd_gen.cli import run_command
 
 
 @pytest.fixture
@@ -16,7 +20,7 @@ def compare(monkeypatch, tmp_path):
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["experiments/compare_inheritance.py", *map(str, flags)])
-        run_recipe(compare_inheritance.main, compare_inheritance.PRESETS, "", default="default")
+        run_command(compare_inheritance.main, compare_inheritance.InheritanceConfig, "")
 
     return run
 
@@ -52,7 +56,7 @@ def test_tables_by_hand():
 
 def test_comparison_before_training(tmp_path, pipeline_folder, compare, capsys):
     results = tmp_path / "docs" / "inheritance.json"
-    flags = ["--preset", "default", "--step0_teachers", f"{pipeline_folder}=digits", "--widths", 0.5, "--num_seeds", 2]
+    flags = ["--step0_teachers", f"{pipeline_folder}=digits", "--widths", 0.5, "--num_seeds", 2]
     flags += ["--num_draws", 16, "--max_train_steps", 0, "--results", results]
     compare(*flags)
     rows = json.loads(results.read_text())["before_training"]["teacher width 0.5"]
@@ -80,39 +84,46 @@ def damaged_results(tmp_path):
     return ["--results", path], "cannot read the results in"
 
 
-def run_of_other_flags(tmp_path):
-    folder = tmp_path / "runs" / "width-0.5" / "random-initialisation-seed-0"
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text('{"rows": {"student": {"fid_digits": 0.0}}}')
-    (folder / "config.json").write_text('{"max_train_steps": 300}')
-    flags = ["--max_train_steps", 20, "--output_dir", tmp_path / "runs", "--widths", 0.5, "--step0_teachers"]
-    return flags, "holds a run by --max_train_steps 300"
-
-
-@pytest.mark.parametrize(
-    "case", [lambda _: (["--step0_teachers", "folder"], "takes FOLDER=DATASET"), damaged_results, run_of_other_flags]
-)
+@pytest.mark.parametrize("case", [lambda _: (["--step0_teachers", "folder"], "takes FOLDER=DATASET"), damaged_results])
 def test_comparison_refuses_in_one_line(case, compare, tmp_path, capsys):
     flags, words = case(tmp_path)
     with pytest.raises(SystemExit) as status:
-        compare("--preset", "default", *flags)
+        compare(*flags)
     assert status.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
 
 
 @pytest.mark.parametrize(
-    ("flags", "results"),
+    ("changes", "results"),
     [
-        (["--num_draws", 8], "runs/inheritance/inheritance.json"),
-        (["--num_seeds", 1, "--output_dir", "o"], "o/inheritance.json"),
-        (["--widths", 0.5, "--results", "r.json"], "r.json"),
+        ({"num_draws": 8}, "runs/inheritance/inheritance.json"),
+        ({"num_seeds": 1, "output_dir": "o"}, "o/inheritance.json"),
+        ({"widths": (0.5,), "results": "r.json"}, "r.json"),
+        ({"output_dir": "o"}, str(compare_inheritance.COMMITTED)),
     ],
 )
-def test_what_a_flag_changes_stays_out_of_the_committed_results(flags, results, compare, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    committed = compare_inheritance.ROOT / "experiments" / "results" / "inheritance.json"
-    before = committed.read_bytes()
-    compare("--preset", "default", "--step0_teachers", "--max_train_steps", 0, *flags)
-    assert f"into {results}" in capsys.readouterr().out
-    assert committed.read_bytes() == before
+def test_what_a_flag_changes_stays_out_of_the_committed_results(changes, results):
+    assert str(compare_inheritance.InheritanceConfig(**changes).results_file) == results
+
+
+def test_a_trained_run_is_made_once_and_by_its_flags(tmp_path, monkeypatch):
+    made = []
+
+    def stand_in(command, **_options):
+        made.append(command)
+        folder = Path(command[command.index("--output_dir") + 1])
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"rows": {"student": {"fid_digits": len(made)}}}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", stand_in)
+    config = compare_inheritance.InheritanceConfig(output_dir=str(tmp_path))
+    for changes, number in (({}, 1), ({}, 1), ({"max_train_steps": 20}, 2), ({"num_draws": 8}, 3)):
+        changed = replace(config, **changes)
+        scores = compare_inheritance.train(changed, 0.5, "first channels, fitted", seed=7)
+        assert scores == {"fid_digits": number}
+    command = shlex.join(made[1])
+    for words in ("--inherit_channels first", "--student_width 0.5", "--seed 7", "--max_train_steps 20"):
+        assert words in command
+    assert "--lr_warmup_steps 20" in command

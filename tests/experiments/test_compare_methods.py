@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,12 +21,12 @@ import records as records_module
 import side_by_side
 from arms import ARMS, Arm
 from plan import PRESETS, plan
-from records import RunRecords, curve_of, read_run, training_speed
+from records import RunRecords, read_run, training_speed
 from tests.recipes.conftest import load_recipe
 from vkd_gen.cli import parse_command_line, run_recipe
 from vkd_gen.training.options import METHODS, complete
 
-DRAW = {name: getattr(figures, name) for name in ("draw_differences", "draw_curves", "draw_samples")}
+DRAW = figures.draw_differences
 SCREEN = PRESETS["screen"]
 
 STAND_IN = """
@@ -79,8 +78,7 @@ def compare(monkeypatch, tmp_path):
         return [sys.executable, "-S", "-E", str(script), str(run.folder), *shlex.split(run.flags)]
 
     monkeypatch.setattr(planning, "command_of", command_of)
-    for name in DRAW:  # they take most of the time
-        monkeypatch.setattr(figures, name, lambda *_: None)
+    monkeypatch.setattr(figures, "draw_differences", lambda *_: None)  # it takes most of the time
     monkeypatch.setattr(records_module, "environment", dict)
     monkeypatch.setattr(side_by_side, "SECONDS_BETWEEN_POLLS", 0.01)
     output_dir, results, pictures = tmp_path / "runs", tmp_path / "out/results.json", tmp_path / "f"
@@ -192,7 +190,6 @@ def test_a_record_tells_what_the_run_was(compare):
     assert record["flags"] == expected
     assert (record["start"], record["seed"], record["steps"], record["commit"]) == ("inherited", 0, 1000, "abc")
     assert record["settings"] == {"method": "output", "feature_weight": 0.5}
-    assert record["curve"] == [{"step": 2, "loss/denoising": 0.5, "loss/total": 0.75}]
     assert (record["training_seconds"], record["images_per_second"]) == (4.0, 4.0)  # 2 steps of 8 images, 4 a second
     assert 0.01 <= record["student"]["teacher_distance"] <= 0.02
     assert record["threads"] >= 1
@@ -432,10 +429,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(compare, capsys):
     assert sorted(compare.output_dir.rglob("*")) == before
 
 
-def test_table_and_figures_are_of_the_runs_asked_for(compare, monkeypatch):
+def test_table_and_figure_are_of_the_runs_asked_for(compare, monkeypatch):
     compare()
-    monkeypatch.setattr(figures, "draw_differences", DRAW["draw_differences"])
-    monkeypatch.setattr(figures, "draw_curves", DRAW["draw_curves"])
+    monkeypatch.setattr(figures, "draw_differences", DRAW)
     compare("--arms", "output", "fitnet", "--num_seeds", 1)
     table = (compare.output_dir / "table.md").read_text()
     assert "denoising |" not in table
@@ -443,12 +439,11 @@ def test_table_and_figures_are_of_the_runs_asked_for(compare, monkeypatch):
     found = {record["arm"]: record["student"] for record in records(compare) if record["seed"] == 0}
     difference = found["fitnet"]["fid_digits"] - found["output"]["fid_digits"]
     assert f"| {difference:+.2f} ({int(difference < 0)}/1) |" in table
-    for name in ("screen.png", "screen-curves.png"):
-        assert (compare.figures / name).read_bytes().startswith(b"\x89PNG")
+    assert (compare.figures / "screen.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_of_a_changed_comparison_lie_beside_its_runs(compare, monkeypatch):
-    monkeypatch.setattr(figures, "draw_differences", DRAW["draw_differences"])
+def test_the_figure_of_a_changed_comparison_lies_beside_its_runs(compare, monkeypatch):
+    monkeypatch.setattr(figures, "draw_differences", DRAW)
     compare("--num_seeds", 1, "--figures", "")
     assert (compare.output_dir / "screen.png").is_file()
     preset = PRESETS["mnist"]
@@ -459,32 +454,7 @@ def test_figures_of_a_changed_comparison_lie_beside_its_runs(compare, monkeypatc
         assert replace(preset, **change).figures_folder == preset.runs_folder
 
 
-def test_samples_stand_in_the_order_of_the_arms_the_teacher_on_top(tmp_path):
-    images = {name: np.full((20, 8, 8, 1), value, np.uint8) for name, value in (("teacher", 1), ("student", 2))}
-    for name, kept in (("a", ["student"]), ("b", ["teacher", "student"]), ("c", [])):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text('{"rows": {"student": {"x": 1}}, "protocol": {}}')
-        np.savez(tmp_path / name / "samples.npz", **{key: images[key] for key in kept})
-    rows = figures.samples_of({name: tmp_path / name for name in ("b", "a", "c", "not there")}, count=16)
-    assert list(rows) == ["teacher", "b", "a"]
-    assert rows["teacher"].shape == (16, 1, 8, 8)
-    assert int(rows["teacher"].max()) == 1
-    assert int(rows["a"].min()) == 2
-
-
 # ---- records
-
-
-def test_curves_are_thinned_and_keep_their_end():
-    metrics = [{"step": step, "loss/total": 1 / step, "loss/feature/mid": 1.0, "lr": 1.0} for step in range(1, 102)]
-    metrics += [{"step": step, "score/fid": 1 / 3} for step in (50, 101)]
-    curve = curve_of(metrics)
-    losses = [line for line in curve if "loss/total" in line]
-    assert len(losses) <= 20
-    assert losses[-1] == {"step": 101, "loss/total": 0.00990099}
-    assert [line for line in curve if "score/fid" in line] == [{"step": s, "score/fid": 0.333333} for s in (50, 101)]
-    assert [line["step"] for line in curve] == sorted(line["step"] for line in curve)
-    assert curve_of([]) == []
 
 
 def test_speed_counts_every_step_once():
@@ -517,7 +487,7 @@ def test_a_run_made_again_takes_the_place_of_its_record(tmp_path):
     known = RunRecords(tmp_path / "results.json")
     head = {"flags": "--x", "arm": "a", "start": "random", "seed": 0, "steps": 1, "seconds": 1.0, "reference": "r"}
     for score in (1.0, 2.0):
-        known.add({**head, "student": {"x": score}, "curve": []}, {"rows": {"score": score}})
+        known.add({**head, "student": {"x": score}}, {"rows": {"score": score}})
     again = RunRecords(tmp_path / "results.json")
     assert [record["student"] for record in again.runs] == [{"x": 2.0}]
     assert again.references == {"r": {"rows": {"score": 1.0}}}
@@ -530,7 +500,7 @@ def test_real_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("VKD_GEN_CACHE", str(tmp_path / "cache"))
     extra = ["kid_subset_size 10", "num_inference_steps 2", "calibration_samples 192", "inherit_samples 16"]
     flags = ["--arms", "output", "solved-raw", "--num_seeds", 2, "--max_train_steps", 2, "--train_batch_size", 4]
-    flags += ["--num_score_samples", 12, "--score_every_steps", 1, "--jobs", 2, "--extra", *extra]
+    flags += ["--num_score_samples", 12, "--jobs", 2, "--extra", *extra]
     flags += ["--output_dir", tmp_path / "runs", "--results", tmp_path / "results.json", "--figures", tmp_path]
     monkeypatch.setattr(sys, "argv", ["experiments/compare_methods.py", "--preset", "screen", *map(str, flags)])
     for _ in range(2):
@@ -539,9 +509,6 @@ def test_real_runs(tmp_path, monkeypatch, capfd):
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert len(runs) == 4
     assert all(record["student"]["teacher_distance"] > 0 for record in runs)
-    assert {line["step"] for line in runs[0]["curve"]} == {1, 2}
-    assert runs[0]["student"]["fid_digits"] == pytest.approx(runs[0]["curve"][-1]["score/fid_digits"], rel=1e-3)
     assert "| solved-raw | 2 of 2 |" in table
-    for name in ("screen.png", "screen-curves.png", "screen-samples.png"):
-        assert (tmp_path / name).exists()
+    assert (tmp_path / "screen.png").exists()
     assert "of 4: solved-raw, inherited, seed 0" in capfd.readouterr().out

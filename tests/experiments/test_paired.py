@@ -8,25 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from paired import paired_difference, share_of_gap, student_t_quantile, summarize
-
-
-@pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)])
-def test_quantiles_of_printed_tables(degrees, quantile):
-    assert student_t_quantile(degrees) == pytest.approx(quantile, abs=5e-4)
-
-
-@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 8, 99, 100])
-def test_quantiles_are_scipys(degrees, confidence):
-    expected = stats.t.ppf((1 + confidence) / 2, degrees)
-    assert student_t_quantile(degrees, confidence) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(("degrees", "confidence"), [(0, 0.95), (-1, 0.95), (3, 0.0), (3, 1.0)])
-def test_no_quantile(degrees, confidence):
-    with pytest.raises(ValueError, match="no quantile"):
-        student_t_quantile(degrees, confidence)
+from paired import paired_difference, share_of_gap, summarize
 
 
 def test_a_difference_worked_out_by_hand():
@@ -76,11 +58,9 @@ def test_equal_differences_are_off_zero():
 def test_summary_is_numpys():
     values = [3.0, 1.0, 4.0, 1.0, 5.0]
     summary = summarize(values)
-    assert (summary.mean, summary.count) == (pytest.approx(np.mean(values)), 5)
+    assert summary.mean == pytest.approx(np.mean(values))
     assert summary.standard_deviation == pytest.approx(np.std(values, ddof=1))
     assert summarize([2.0]).standard_deviation is None
-    with pytest.raises(ValueError, match="no values"):
-        summarize([])
 
 
 def test_share_of_the_gap():

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from figures import OPEN, draw_curves, draw_differences, mean_curve
-from tables import Comparison, decimals_for, markdown_table, print_tables, tables_of
+from figures import OPEN, draw_differences
+from tables import Comparison, decimals_for, markdown_page, print_tables, tables_of
 
 DISTANCES = {  # arm -> by seed
     "denoising": (0.0140, 0.0160, 0.0150),
@@ -21,9 +20,8 @@ REFERENCE = {
 def record(arm, seed, start="inherited", **changes):
     distance = DISTANCES[arm][seed]
     scores = {"teacher_distance": distance, "fid_digits": 1000 * distance, "fid_training_digits": 3.0, "kid_std": 1.0}
-    curve = [{"step": step, "loss/denoising": distance + 1 / step} for step in (10, 20)]
     head = {"arm": arm, "start": start, "seed": seed, "steps": 20, "seconds": 10.0 * (seed + 1), "threads": 1}
-    return {**head, "student": scores, "curve": curve, **changes}
+    return {**head, "student": scores, **changes}
 
 
 def comparison(records=None, **changes):
@@ -73,12 +71,12 @@ def test_what_is_missing_is_shown_as_missing():
 def test_the_order_of_records_does_not_show():
     records = list(comparison().records)
     shuffled = [records[i] for i in np.random.default_rng(0).permutation(len(records))]
-    assert markdown_table(comparison(shuffled)) == markdown_table(comparison())
+    assert markdown_page(comparison(shuffled)) == markdown_page(comparison())
 
 
 def test_markdown_has_a_heading_per_start_and_the_protocol():
     records = [record(arm, seed, start) for arm in DISTANCES for seed in range(2) for start in ("inherited", "random")]
-    text = markdown_table(comparison(records, starts=["random", "inherited"]))
+    text = markdown_page(comparison(records, starts=["random", "inherited"]))
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings == [
         f"### {words}, {start} weights"
@@ -92,7 +90,7 @@ def test_markdown_has_a_heading_per_start_and_the_protocol():
 
 
 def test_the_terminal_shows_the_same_cells(capsys):
-    print_tables(tables_of(comparison()), Console(width=150))
+    print_tables(tables_of(comparison()))
     shown = capsys.readouterr().out
     for table in tables_of(comparison()):
         assert all(cell in shown for row in table.rows for cell in row)
@@ -142,19 +140,3 @@ def test_an_interval_beyond_the_panel_ends_in_an_arrow():
 def test_nothing_to_compare_is_no_figure():
     assert draw_differences(comparison([record("output", 0)])) is None
     assert draw_differences(comparison([])) is None
-    assert draw_curves(comparison([])) is None
-    assert draw_curves(comparison([record("output", 0, curve=[])])) is None
-
-
-def test_curves_are_means_over_seeds_where_all_have_a_point():
-    runs = comparison().runs("inherited", "output")
-    assert mean_curve(runs, "loss/denoising") == [
-        (10, pytest.approx(0.111), pytest.approx(0.001)),
-        (20, pytest.approx(0.061), pytest.approx(0.001)),
-    ]
-    runs[1]["curve"].pop()
-    assert [step for step, *_ in mean_curve(runs, "loss/denoising")] == [10]
-    assert mean_curve(runs, "loss/output") == []
-    (axis,) = draw_curves(comparison()).axes
-    assert [line.get_label() for line in axis.lines] == list(DISTANCES)
-    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 3
