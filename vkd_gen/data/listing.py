@@ -220,13 +220,11 @@ def table_columns(file: Path) -> dict[str, bool]:
     """A table's columns, and whether each is said to hold images; only its schema is read.
 
     Raises:
-        ValueError: in one line, for a file that is no such table, or without the package pyarrow.
+        ValueError: in one line, for a file that is no such table.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("reading tables needs the package datasets: pip install datasets") from error
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         if not file.is_file():  # reading from a pipe would not end
             raise OSError("there is no such file" if not file.exists() else "it is no file")

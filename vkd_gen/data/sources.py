@@ -49,7 +49,7 @@ def load_images(source: str, spec: ImageSpec | None = None, /, **fields: Any) ->
     tables = open_source(source, spec.image_column)
     if isinstance(tables, Listing):
         return split_images(_folder_images(source, tables, spec), spec)
-    return split_images({split: table_images(source, tables, split, spec) for split in tables.splits}, spec)
+    return split_images({split: table_images(table, tables, spec) for split, table in tables.splits.items()}, spec)
 
 
 def split_images(found: Mapping[str, Images], spec: ImageSpec) -> tuple[Images, Images]:

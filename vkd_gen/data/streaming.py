@@ -33,19 +33,19 @@ from vkd_gen.data.tables import (
 logger = logging.getLogger(__name__)
 
 HEAD_SHARDS = 16
-"""The head is taken from the fronts of so many shards, if they are long enough: sets are often sorted by class."""
+"""The head is the fronts of so many shards, if they are long enough: sets are often sorted by class."""
 ROWS_AT_A_TIME = 32
-"""Rows that are taken out of a shard at once."""
+"""Rows that are read from a shard at once."""
 
 
 class Position(NamedTuple):
     """How far a reader has come.
 
     Attributes:
-        epoch: passes through the set that are behind it.
-        place: where in the epoch's order of shards its buffer's first image lies.
-        row: of that image in its shard.
-        given: images of the buffer that are behind it.
+        epoch: which pass through the set it is in.
+        place: of the shard that its buffer begins in, in the epoch's order.
+        row: of that shard that its buffer begins with.
+        given: images of the buffer that it has given.
     """
 
     epoch: int = 0
@@ -55,14 +55,7 @@ class Position(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One image, undecoded.
-
-    Attributes:
-        place: of its shard in the epoch's order.
-        shard: number of the shard.
-        number: of the row in the shard.
-        cells: column -> what it holds.
-    """
+    """One image, undecoded: the place of its shard in the epoch's order, the shard, its row there, and its cells."""
 
     place: int
     shard: int
@@ -78,7 +71,7 @@ class ImageStream:
         table: datasets' IterableDataset of the images, undecoded, and of their classes.
         image_column: column of the images.
         label_column: column of the classes; None without labels.
-        images: what the images are like: size, channels, name, classes. None of them is in it.
+        images: none, but of the size, channels, name and classes of those in the stream.
         held_out: shard -> rows that are held out.
         buffer_size: images that a reader shuffles among.
         on_bad_image: `skip` leaves out what cannot be read.
@@ -107,14 +100,8 @@ class ImageStream:
         A buffer of images is read, and given in an order of its own; while it is, the next one fills, so that at no
         time more than `buffer_size` images are held. Going on from a position reads its buffer again.
 
-        Args:
-            position: from where on.
-            seed: of the run.
-            reader: which reader this is.
-            num_readers: how many share the set.
-
         Yields:
-            The position behind the image; the image, `[C, H, W]` float32; its class, 0 without labels.
+            The position after the image; the image, `[C, H, W]` float32; its class, 0 without labels.
 
         Raises:
             ValueError: for an image that cannot be read, unless those are left out, and for a reader without images.
@@ -206,13 +193,12 @@ def stream_images(
     is that part then. What is held out is never in the stream; the rest of the head is.
 
     Args:
-        source: a parquet or arrow file or a folder of them, or a data set's id on the Hugging Face hub, `ID@REVISION`
-            for a certain commit, tag or branch. Nothing of it is copied to the disk.
-        spec: how images are read. Bad ones that are skipped are named in `Images.skipped` if they are of the head,
-            others in a warning each, in the first epoch.
+        source: tables or a data set of the hub, see `load_images`. Nothing of it is copied to the disk.
+        spec: how images are read. Skipped ones are named in `Images.skipped` if they are of the head, others in a
+            warning each, in the first epoch.
         head_size: images of the head; fewer where there are fewer, or the shards are short.
-        buffer_size: images that a reader holds to shuffle among, undecoded. Shards are read in another order in each
-            epoch, but a shard from front to back.
+        buffer_size: images that a reader shuffles among, undecoded. Each epoch has its own order of shards, but a shard
+            is read from front to back.
 
     Returns:
         The stream, and of its head the training images and the held-out ones.
@@ -226,13 +212,10 @@ def stream_images(
             f"{source} is no set of parquet or arrow files, nor on the hub, with images to train on: it cannot be "
             "streamed; leave out --streaming"
         )
-    chosen = {split: _chosen_columns(table, spec, tables.name) for split, table in tables.splits.items()}
-    heads = {split: _read_head(table, head_size, tables.name) for split, (table, _, _) in chosen.items()}
-    splits = {
-        split: table_images(source, tables, split, spec, _as_table(rows, chosen[split][0]))
-        for split, rows in heads.items()
-    }
-    train, held_out = split_images(splits, spec)
+    chosen = {split: _chosen_columns(table, spec, source) for split, table in tables.splits.items()}
+    heads = {split: _read_head(table, head_size, source) for split, (table, _, _) in chosen.items()}
+    splits = {split: _as_table(rows, chosen[split][0]) for split, rows in heads.items()}
+    train, held_out = split_images({split: table_images(table, tables, spec) for split, table in splits.items()}, spec)
     left_out: dict[int, set[int]] = defaultdict(set)
     for number in () if heads.get("test") else held_out.indices.tolist():
         row = heads["train"][number]
@@ -242,19 +225,18 @@ def stream_images(
         table,
         image_column,
         label_column,
-        images=Images(
+        Images(
             _no_image,
             spec.resolution,
             spec.channels,
             source,
             train.indices[:0],
             num_classes=train.num_classes,
-            revision=train.revision,
         ),
-        held_out={shard: frozenset(rows) for shard, rows in left_out.items()},
-        buffer_size=buffer_size,
-        on_bad_image=spec.on_bad_image,
-        whereabouts=tables.whereabouts,
+        {shard: frozenset(rows) for shard, rows in left_out.items()},
+        buffer_size,
+        spec.on_bad_image,
+        tables.whereabouts,
     )
     return stream, train, held_out
 

@@ -50,15 +50,15 @@ class Tables(NamedTuple):
     """The splits of a source of tables.
 
     Attributes:
+        source: their name.
         splits: split -> datasets' Dataset, or IterableDataset where it is streamed.
-        name: for messages.
         whereabouts: of images whose paths are in the tables.
-        revision: commit on the hub.
+        revision: see `Images`.
         notes: see `Images`.
     """
 
+    source: str
     splits: Mapping[str, Any]
-    name: str
     whereabouts: Whereabouts
     revision: str | None = None
     notes: tuple[str, ...] = ()
@@ -77,40 +77,36 @@ def open_source(source: str, image_column: str | None = None, *, streaming: bool
     """
     if Path(source).exists():
         listing = list_files(source, image_column)
-        return _local_tables(listing, streaming) if listing.is_tables else listing
+        return _local_tables(source, listing, streaming) if listing.is_tables else listing
     if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
     return _hub_tables(source, streaming)
 
 
 def _datasets():
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError("reading tables and hub data sets needs the package datasets: pip install datasets") from error
+    import datasets
+
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs tracebacks; its errors are told in one line here
     return datasets
 
 
-def _local_tables(listing: Listing, streaming: bool) -> Tables:
-    datasets = _datasets()
+def _local_tables(source: str, listing: Listing, streaming: bool) -> Tables:
     files = [file for chosen in listing.splits.values() for file in chosen]
     kinds = {TABLE_SUFFIXES[file.suffix.lower()]: file for file in files}
     if len(kinds) > 1:
         both = " and ".join(map(printable, kinds.values()))
-        raise ValueError(f"{listing.root} holds tables of two kinds: {both}; name one")
+        raise ValueError(f"{source} holds tables of two kinds: {both}; name one")
     try:
         data_files = {split: [str(file) for file in chosen] for split, chosen in listing.splits.items()}
-        tables = datasets.load_dataset(next(iter(kinds)), data_files=data_files, streaming=streaming)
+        tables = _datasets().load_dataset(next(iter(kinds)), data_files=data_files, streaming=streaming)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
         more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ValueError(f"cannot read {printable(files[0])}{more}: {reason}") from error
     parents = {file.parent for file in files}
     folder = parents.pop() if len(parents) == 1 else listing.root
-    name = printable(files[0] if len(files) == 1 else listing.root)
-    return Tables(tables, name, Whereabouts((folder.absolute(),), may_leave=not streaming), notes=listing.notes)
+    return Tables(source, tables, Whereabouts((folder.absolute(),), may_leave=not streaming), notes=listing.notes)
 
 
 def _hub_tables(source: str, streaming: bool) -> Tables:
@@ -146,45 +142,43 @@ def _hub_tables(source: str, streaming: bool) -> Tables:
         raise ValueError(f"{source} has no split called train; its splits are {', '.join(map(str, tables))}")
     others = ", ".join(f"the split {split}" for split in tables if split not in splits)
     return Tables(
-        splits,
         source,
+        splits,
         Whereabouts((Path(datasets.config.HF_DATASETS_CACHE).absolute(), Path(HF_HUB_CACHE).absolute())),
         commits.pop() if len(commits) == 1 else None,
         (f"left out: {others}",) if others else (),
     )
 
 
-def table_images(source: str, tables: Tables, split: str, spec: ImageSpec, table: Any = None) -> Images:
-    """The images of a split, each decoded when it is asked for.
+def table_images(table: Any, tables: Tables, spec: ImageSpec) -> Images:
+    """The images of a table, each decoded when it is asked for.
 
     Args:
-        source: its name.
-        tables: its tables.
-        split: the one to read.
+        table: datasets' Dataset: a split, or the head of a streamed one.
+        tables: that it is one of.
         spec: how to read it.
-        table: datasets' Dataset, where it is not the split itself: the head of a streamed one.
     """
-    table = tables.splits[split] if table is None else table
-    undecoded, column = undecoded_images(table, spec.image_column, tables.name)
+    source = printable(tables.source)
+    undecoded, column = undecoded_images(table, spec.image_column, source)
     whereabouts, notes = tables.whereabouts, tables.notes
     places = {number: whereabouts.find(path) for number, path in _paths(undecoded, column).items()}
     outside = [file for file, is_inside in places.values() if not is_inside]
     if outside and whereabouts.may_leave:
         notes += (f"{len(outside):,} images lie outside {whereabouts.folders[0]}, such as {printable(outside[0])}",)
     named_files = {
-        f"image {number} of {tables.name}, {printable(file)}": file
+        f"image {number} of {source}, {printable(file)}": file
         for number, (file, is_inside) in places.items()
         if is_inside or whereabouts.may_leave
     }
     if spec.on_bad_image == "refuse":
         check_headers(named_files)
-    labels, num_classes = _table_labels(table, spec.label_column, tables.name) if spec.with_labels else (None, None)
+    labels, num_classes = _table_labels(table, spec.label_column, source) if spec.with_labels else (None, None)
     files = list(named_files.values())
     return Images(
-        partial(read_cell, undecoded, column, tables.name, whereabouts),
+        partial(read_cell, undecoded, column, source, whereabouts),
         spec.resolution,
         spec.channels,
-        source,
+        tables.source,
         np.arange(len(table)),
         labels=labels,
         num_classes=num_classes or 0,
