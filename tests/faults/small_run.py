@@ -4,7 +4,6 @@ Processes are forked from a server that has imported everything: tens of millise
 seconds.
 """
 
-import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 
 import vkd_gen as vkd
 from tests.conftest import tiny_unet
-from tests.recipes.conftest import load_recipe, skip_what_costs
+from tests.recipes.conftest import load_recipe, read_metrics, skip_what_costs, without_times
 from vkd_gen.cli import one_line_errors
 from vkd_gen.data.images import Images
 from vkd_gen.training.accelerator import make_accelerator
@@ -165,17 +164,33 @@ def end_of(processes, *, within):
     return statuses
 
 
-def read_metrics(folder):
-    """All lines of metrics.jsonl without what takes time."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+def error_of(output):
+    """The one line that a command which fails ends with; no traceback."""
+    lines = [line for line in output.replace("\r", "\n").splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(lines) == 1, output
+    return lines[0]
 
 
 def assert_same_end(folder, straight):
     """Weights, moving average, projectors and metrics bit for bit, and nothing left behind."""
     assert (folder / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
-    assert read_metrics(folder) == read_metrics(straight)
+    assert without_times(read_metrics(folder)) == without_times(read_metrics(straight))
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".") or path.suffix == ".tmp"]
+
+
+def end_as(straight, options, output, function=None, *arguments):
+    """What is printed by a run that goes on, as a process of its own, and ends as the undisturbed one."""
+    status, output = run_to_end(function or train, options, *arguments, output=output)
+    assert status == 0, output
+    assert_same_end(Path(options.output_dir), straight)
+    return output
+
+
+def end_pair(output, function, *arguments, statuses=(0, 0), **environment):
+    """What process 0 of two connected ones prints, which end with these statuses."""
+    processes = start_processes(2, function, *arguments, output=output, **environment)
+    assert end_of(processes, within=120) == list(statuses), Path(output).read_text()
+    return Path(output).read_text()
 
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile", "shutil.rmtree"}

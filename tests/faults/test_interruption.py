@@ -8,16 +8,7 @@ import time
 
 import pytest
 
-from tests.faults.small_run import (
-    SERVER,
-    assert_same_end,
-    end_of,
-    options_of,
-    run_to_end,
-    start,
-    start_processes,
-    train,
-)
+from tests.faults.small_run import SERVER, assert_same_end, end_as, end_pair, options_of, run_to_end, start, train
 from tests.recipes.conftest import RECIPES, SHORT_STUDENT
 from vkd_gen.training import interruption
 from vkd_gen.training.interruption import StopRequest
@@ -37,59 +28,37 @@ def train_and_signal(options, number, step, to_group=False, late=False):
     train(options, late=late, before_step=send)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("number", "step", "to_group", "late", "stopped_after"),
+    [
+        slow(signal.SIGTERM, 4, False, False, 5),
+        (signal.SIGTERM, 4, True, False, 5),  # those that read images are spared
+        slow(signal.SIGINT, 4, False, False, 5),
+        slow(signal.SIGTERM, 5, False, False, 6),  # where a checkpoint is due anyway
+        slow(signal.SIGTERM, 11, False, False, 12),  # in the last step
+        slow(signal.SIGTERM, 3, False, True, 5),  # read a step later, as on a GPU
+    ],
 )
-def test_signal_finishes_the_step_and_saves(number, status, straight, tmp_path):
-    options = options_of(tmp_path / "run")
-    ended, output = run_to_end(train_and_signal, options, number, 4, output=tmp_path / "output")
-    assert ended == status, output
-    told = f"stopped by {number.name} after step 5; checkpoint-5 is kept, and --resume_from_checkpoint latest goes on"
-    assert told in output
-    assert RunFolder(tmp_path / "run").checkpoints()[-1].name == "checkpoint-5"
-    ended, output = run_to_end(train, options, output=tmp_path / "output")
-    assert ended == 0, output
-    assert_same_end(tmp_path / "run", straight)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [5, 11])  # at a checkpoint, in the last step
-def test_a_signal_when_a_checkpoint_is_due_anyway(step, straight, tmp_path):
-    options = options_of(tmp_path / "run")
-    ended, output = run_to_end(train_and_signal, options, signal.SIGTERM, step, output=tmp_path / "output")
-    assert ended == 143, output
-    ended, output = run_to_end(train, options, output=tmp_path / "output")
-    assert ended == 0, output
-    assert_same_end(tmp_path / "run", straight)
-
-
-def test_a_signal_that_is_read_late_stops_one_step_later(straight, tmp_path):
-    options = options_of(tmp_path / "run")
-    ended, output = run_to_end(train_and_signal, options, signal.SIGTERM, 3, False, True, output=tmp_path / "output")
-    assert ended == 143, output
-    assert "stopped by SIGTERM after step 5; checkpoint-5 is kept" in output
-    ended, output = run_to_end(train, options, output=tmp_path / "output")
-    assert ended == 0, output
-    assert_same_end(tmp_path / "run", straight)
-
-
-def test_a_signal_to_all_processes_spares_those_that_read_images(straight, tmp_path):
-    options = options_of(tmp_path / "run", dataloader_num_workers=1)
-    ended, output = run_to_end(train_and_signal, options, signal.SIGTERM, 4, True, output=tmp_path / "output")
-    assert ended == 143, output
-    assert "after step 5" in output
-    ended, output = run_to_end(train, options, output=tmp_path / "output")
-    assert ended == 0, output
-    assert_same_end(tmp_path / "run", straight)
+def test_a_signal_finishes_the_step_and_saves(number, step, to_group, late, stopped_after, straight, tmp_path):
+    options = options_of(tmp_path / "run", dataloader_num_workers=int(to_group))
+    given = (train_and_signal, options, number, step, to_group, late)
+    status, output = run_to_end(*given, output=tmp_path / "output")
+    assert status == 128 + number, output
+    told = f"stopped by {number.name} after step {stopped_after}; checkpoint-{stopped_after} is kept, and "
+    assert f"{told}--resume_from_checkpoint latest goes on" in output
+    assert RunFolder(tmp_path / "run").checkpoints()[-1].name == f"checkpoint-{stopped_after}"
+    end_as(straight, options, tmp_path / "output")
 
 
 def test_all_processes_stop_at_the_step_in_which_one_is_asked(straight_pair, tmp_path):
     options = options_of(tmp_path / "run", train_batch_size=2)
-    processes = start_processes(2, train_and_signal, options, signal.SIGTERM, 4, output=tmp_path / "output")
-    assert end_of(processes, within=120) == [143, 143], (tmp_path / "output").read_text()
+    end_pair(tmp_path / "output", train_and_signal, options, signal.SIGTERM, 4, statuses=(143, 143))
     assert RunFolder(tmp_path / "run").checkpoints()[-1].name == "checkpoint-5"
-    processes = start_processes(2, train, options, output=tmp_path / "output")
-    assert end_of(processes, within=120) == [0, 0]
+    end_pair(tmp_path / "output", train, options)
     assert_same_end(tmp_path / "run", straight_pair)
 
 
@@ -179,49 +148,35 @@ def test_the_launchers_death_saves_and_ends(straight, tmp_path):
     while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert "stopped by SIGTERM after step" in (tmp_path / "output").read_text()
-    ended, output = run_to_end(train, options, output=tmp_path / "output")
-    assert ended == 0, output
-    assert_same_end(tmp_path / "run", straight)
+    end_as(straight, options, tmp_path / "output")
 
 
-def wait_for_steps(folder, process):
-    deadline = time.monotonic() + 300
-    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number", "status"),
+    [
+        ([], signal.SIGTERM, 143),
+        ([], signal.SIGINT, 130),
+        # SIGTERM to the launcher: with one process it dies and its child notices; with more it tells them all.
+        (["--num_processes", "1", "--cpu"], signal.SIGTERM, None),
+        (["--multi_gpu", "--num_processes", "2"], signal.SIGTERM, None),
+    ],
+)
+def test_the_real_command(launcher, number, status, pipeline_folder, tmp_path):
+    flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
+    flags += ["--max_train_steps", 3000, "--resume_from_checkpoint", "latest", "--log_every_steps", 1]
+    launch = ["-m", "accelerate.commands.launch", *launcher] if launcher else []
+    command = [sys.executable, *launch, RECIPES / "train_student_unet.py", *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+    while not metrics.exists() or not metrics.read_text():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_real_command_behind_its_launcher(processes, pipeline_folder, tmp_path):
-    """SIGTERM to `accelerate launch`: with one process it dies and its child notices; with more it tells them all."""
-    flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
-    flags += ["--max_train_steps", 3000, "--resume_from_checkpoint", "latest", "--log_every_steps", 1]
-    launch = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else ["--num_processes", "1", "--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, RECIPES / "train_student_unet.py", *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
-    wait_for_steps(tmp_path / "run", process)
-    process.terminate()
+    process.send_signal(number)
     errors = process.communicate(timeout=120)[1]  # ends when the last of them has closed it
-    assert process.returncode != 0
-    assert "stopped by SIGTERM after step" in errors
+    assert process.returncode == status or (status is None and process.returncode != 0)
+    assert f"stopped by {number.name} after step" in errors
     checkpoint = RunFolder(tmp_path / "run").resume_point("latest")
     assert f"{checkpoint.name} is kept" in errors
-
-
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
-@pytest.mark.slow
-def test_the_real_command(number, status, pipeline_folder, tmp_path):
-    flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
-    flags += ["--max_train_steps", 3000, "--log_every_steps", 1]
-    command = [sys.executable, RECIPES / "train_student_unet.py", *flags]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    wait_for_steps(tmp_path / "run", process)
-    process.send_signal(number)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == status
-    assert f"stopped by {number.name} after step" in errors
