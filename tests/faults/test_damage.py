@@ -15,17 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.faults.small_run import (
-    STEPS,
-    assert_same_end,
-    end_of,
-    options_of,
-    read_metrics,
-    run_to_end,
-    start_processes,
-    train,
-)
-from vkd_gen.training.accelerator import make_accelerator
+from tests.faults.small_run import STEPS, end_as, end_of, error_of, options_of, run_to_end, start_processes, train
+from tests.recipes.conftest import read_metrics, without_times
 from vkd_gen.training.checkpoints import find_fault, read_manifest, seal
 from vkd_gen.training.options import flat_config
 from vkd_gen.training.run_folder import RunFolder
@@ -62,16 +53,31 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_is_found(damage, file, straight, tmp_path, capsys):
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.fixture
+def checkpoint(straight, tmp_path):
+    """The last checkpoint of a copy of the undisturbed run."""
     shutil.copytree(straight, tmp_path / "run")
-    path = tmp_path / "run" / f"checkpoint-{STEPS}" / file
-    before = path.read_bytes()
-    DAMAGES[damage](path)
-    if path.is_file() and path.read_bytes() == before:
+    return tmp_path / "run" / f"checkpoint-{STEPS}"
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (damage, file) if file == "model.safetensors" or damage == "flipped in the middle" else slow(damage, file)
+        for damage in DAMAGES
+        for file in FILES
+    ],
+)
+def test_every_damage_is_found(damage, file, checkpoint, capsys):
+    before = (checkpoint / file).read_bytes()
+    DAMAGES[damage](checkpoint / file)
+    if (checkpoint / file).is_file() and (checkpoint / file).read_bytes() == before:
         pytest.skip("that file is the same in both checkpoints")
-    folder = RunFolder(tmp_path / "run")
+    folder = RunFolder(checkpoint.parent)
     assert folder.resume_point("latest").name == "checkpoint-9"
     assert folder.resume_point("latest").name == "checkpoint-9"
     told = capsys.readouterr().out
@@ -103,48 +109,24 @@ def test_large_files_are_left_to_the_first_process(tmp_path):
     assert find_fault(folder) == "large is not as it was written"
 
 
-def test_none_whole_is_no_reason_to_start_anew(straight, tmp_path):
-    shutil.copytree(straight, tmp_path / "run")
-    for checkpoint in RunFolder(tmp_path / "run").checkpoints():
-        (checkpoint / "optimizer.bin").unlink()
+def test_none_whole_is_no_reason_to_start_anew(checkpoint):
+    folder = RunFolder(checkpoint.parent)
+    for each in folder.checkpoints():
+        (each / "optimizer.bin").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*remove them"):
-        RunFolder(tmp_path / "run").resume_point("latest")
+        folder.resume_point("latest")
 
 
-def test_a_run_goes_on_from_before_the_damage(straight, tmp_path):
-    shutil.copytree(straight, tmp_path / "run")
-    (tmp_path / "run" / "weights.safetensors").unlink()
-    flip(tmp_path / "run" / f"checkpoint-{STEPS}" / "optimizer.bin", 0.5)
-    flip(tmp_path / "run" / "calibration.safetensors", 0.5)  # the checkpoint has its own
-    status, output = run_to_end(train, options_of(tmp_path / "run"), output=tmp_path / "output")
-    assert status == 0, output
+def test_a_run_goes_on_from_before_the_damage(checkpoint, straight, tmp_path):
+    run = checkpoint.parent
+    (run / "weights.safetensors").unlink()
+    flip(checkpoint / "optimizer.bin", 0.5)
+    flip(run / "calibration.safetensors", 0.5)  # the checkpoint has its own
+    output = end_as(straight, options_of(run), tmp_path / "output")
     assert "optimizer.bin is not as it was written" in output
     assert "going on from" in output
-    assert_same_end(tmp_path / "run", straight)
-    assert find_fault(tmp_path / "run" / f"checkpoint-{STEPS}") is None
-    assert (tmp_path / "run" / f"set-aside-checkpoint-{STEPS}").is_dir()
-
-
-@pytest.mark.parametrize(
-    "file",
-    ["training.pt"]
-    + [pytest.param(file, marks=pytest.mark.slow) for file in ("optimizer.bin", "random_states_0.pkl", "process-0.pt")],
-)
-def test_a_pickle_in_a_checkpoint_is_not_executed(file, straight, tmp_path):
-    """Even one whose manifest is right: whoever made it made that too."""
-
-    class Payload:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "executed",))
-
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    checkpoint = run / f"checkpoint-{STEPS}"
-    torch.save(Payload(), checkpoint / file)
-    (checkpoint / "manifest.json").unlink()
-    seal(checkpoint, {"step": STEPS, "num_processes": 1})
-    run_to_end(train, options_of(run), output=tmp_path / "output")
-    assert not (tmp_path / "executed").exists()
+    assert find_fault(checkpoint) is None
+    assert (run / f"set-aside-checkpoint-{STEPS}").is_dir()
 
 
 def reseal(checkpoint, facts=None):
@@ -152,6 +134,20 @@ def reseal(checkpoint, facts=None):
     said = {name: value for name, value in read_manifest(checkpoint).items() if name != "files"}
     (checkpoint / "manifest.json").unlink()
     seal(checkpoint, {**said, **(facts or {})})
+
+
+@pytest.mark.parametrize("file", ["training.pt", *map(slow, ("optimizer.bin", "random_states_0.pkl", "process-0.pt"))])
+def test_a_pickle_in_a_checkpoint_is_not_executed(file, checkpoint, tmp_path):
+    """Even one whose manifest is right: whoever made it made that too."""
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save(Payload(), checkpoint / file)
+    reseal(checkpoint)
+    run_to_end(train, options_of(checkpoint.parent), output=tmp_path / "output")
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
@@ -169,14 +165,12 @@ def reseal(checkpoint, facts=None):
         ('{"gradient_accumulation_steps": 0}', "gradient_accumulation_steps is '0'"),
     ],
 )
-def test_a_configuration_that_is_none_is_told_in_one_line(text, words, straight, tmp_path):
-    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
-    shutil.copytree(straight / checkpoint.name, checkpoint)
+def test_a_configuration_that_is_none_is_told_in_one_line(text, words, checkpoint):
     (checkpoint / "config.json").write_text(text)
     reseal(checkpoint)
-    now = {**flat_config(options_of(tmp_path / "run")), "num_processes": 1}
+    now = {**flat_config(options_of(checkpoint.parent)), "num_processes": 1}
     with pytest.raises(ValueError, match=f"config.json is damaged: .*{words}") as error:
-        RunFolder(tmp_path / "run").check(now, "latest")
+        RunFolder(checkpoint.parent).check(now, "latest")
     assert "\n" not in str(error.value)
 
 
@@ -185,16 +179,18 @@ def test_a_configuration_that_is_none_is_told_in_one_line(text, words, straight,
     [
         ({"seed": "0", "learning_rate": [1]}, r"--seed was '0' and is 0; --learning_rate was \[1\] and is 0.01"),
         ({"lr_scheduler": {"a": None}}, "--lr_scheduler was {'a': None} and is 'cosine'"),
+        ({"seed": 7, "learning_rate": 0.5}, "--seed was 7 and is 0; --learning_rate was 0.5 and is 0.01"),
+        ({"train_batch_size": 2}, r"2 images per step \(1 x 2 images in 1 forward pass\), now there are 4"),
+        ({"gradient_accumulation_steps": 2}, r"8 images per step \(1 x 4 images in 2 forward passes\), now there are"),
     ],
 )
-def test_flags_of_another_type_are_another_run(values, words, straight, tmp_path):
-    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
-    shutil.copytree(straight / checkpoint.name, checkpoint)
+def test_other_flags_or_of_another_type_are_another_run(values, words, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
     reseal(checkpoint)
+    now = {**flat_config(options_of(checkpoint.parent)), "num_processes": 1}
     with pytest.raises(ValueError, match=words):
-        RunFolder(tmp_path / "run").check(flat_config(options_of(tmp_path / "run")), "latest")
+        RunFolder(checkpoint.parent).check(now, "latest")
 
 
 @pytest.mark.parametrize(
@@ -202,9 +198,7 @@ def test_flags_of_another_type_are_another_run(values, words, straight, tmp_path
     [{"step": "12"}, {"step": None}, {"step": True}, {"num_processes": "one"}, {"num_processes": [1]}],
     ids=str,
 )
-def test_a_manifest_of_other_types_is_a_fault(facts, straight, tmp_path):
-    checkpoint = tmp_path / f"checkpoint-{STEPS}"
-    shutil.copytree(straight / checkpoint.name, checkpoint)
+def test_a_manifest_of_other_types_is_a_fault(facts, checkpoint):
     reseal(checkpoint, facts)
     assert find_fault(checkpoint) == "manifest.json is of no checkpoint"
 
@@ -243,19 +237,18 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("file", [pytest.param(f, marks=[pytest.mark.slow] * (f != "training.pt")) for f in OTHERS])
-def test_what_is_whole_but_something_else_is_told_in_one_line(file, straight, tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", [file if file == "training.pt" else slow(file) for file in OTHERS])
+def test_what_is_whole_but_something_else_is_told_in_one_line(file, checkpoint, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
-    shutil.copytree(straight / checkpoint.name, checkpoint)
+    (checkpoint.parent / "weights.safetensors").unlink()
     OTHERS[file](checkpoint / file)
     reseal(checkpoint)
     with pytest.raises(
         ValueError, match=r"checkpoint-12 cannot be loaded: |cannot read statistics of features"
     ) as error:
-        train(options_of(tmp_path / "run"))
+        train(options_of(checkpoint.parent))
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    assert not (checkpoint.parent / "weights.safetensors").exists()
 
 
 # ---- which checkpoints are kept
@@ -299,19 +292,16 @@ def train_on_a_disk_that_fills(options, number):
 def check_failed_write(status, output, run, straight, tmp_path):
     """One line, status 2, the checkpoint before it whole, no temporary; with room the run ends as it should."""
     assert status == 2, output
-    errors = [line for line in output.splitlines() if line.startswith(("error", "Traceback"))]
-    assert len(errors) == 1, output
-    assert "checkpoint-3 is kept, and --resume_from_checkpoint latest goes on from it" in errors[0]
+    error = error_of(output)
+    assert "checkpoint-3 is kept, and --resume_from_checkpoint latest goes on from it" in error
     assert [path.name for path in run.glob("*checkpoint*")] == ["checkpoint-3"]
     assert not list(run.glob(".*"))
     assert find_fault(run / "checkpoint-3") is None
-    status, output = run_to_end(train, options_of(run), output=tmp_path / "output")
-    assert status == 0, output
-    assert_same_end(run, straight)
-    return errors[0]
+    end_as(straight, options_of(run), tmp_path / "again")
+    return error
 
 
-@pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.slow] * (n != 6)) for n in range(1, 8)])
+@pytest.mark.parametrize("number", [6, *map(slow, (1, 2, 3, 4, 5, 7))])
 def test_no_space_left_at_any_operation(number, straight, tmp_path):
     options = options_of(tmp_path / "run")
     status, output = run_to_end(train_on_a_disk_that_fills, options, number, output=tmp_path / "output")
@@ -331,14 +321,11 @@ def train_with_short_files(options, size):
     train(options, before_step=limit)
 
 
-SIZES = [6_000, 15_000, 30_000, 60_000, 80_000, 99_000]
-
-
-@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.slow) for size in SIZES])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [6_000, 30_000, 99_000])
 def test_a_write_refused_at_any_byte(size, straight, tmp_path):
     options = options_of(tmp_path / "run")
-    output = tmp_path / "output"
-    status, output = run_to_end(train_with_short_files, options, size, output=output)
+    status, output = run_to_end(train_with_short_files, options, size, output=tmp_path / "output")
     check_failed_write(status, output, tmp_path / "run", straight, tmp_path)
 
 
@@ -363,10 +350,7 @@ def mount(tmp_path):
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-DISKS = [440, 500, 560, 620]
-
-
-@pytest.mark.parametrize("kilobytes", [pytest.param(n, marks=[pytest.mark.slow] * (n != 560)) for n in DISKS])
+@pytest.mark.parametrize("kilobytes", [560, *map(slow, (440, 500, 620))])
 def test_a_disk_that_is_really_full(kilobytes, straight, mount, tmp_path):
     disk = mount(kilobytes)
     status, output = run_to_end(train, options_of(disk / "run"), output=tmp_path / "output")
@@ -400,10 +384,8 @@ def test_a_run_on_a_disk_that_is_read_only_does_not_start(straight, mount, tmp_p
         options = options_of(disk / "run", resume_from_checkpoint=resume)
         status, output = run_to_end(train, options, output=tmp_path / "output")
         assert status == 2, output
-        errors = [line for line in output.splitlines() if line.startswith(("error", "Traceback"))]
-        assert len(errors) == 1
-        assert "Read-only file system" in errors[0]
-        assert str(disk / "run") in errors[0]
+        assert "Read-only file system" in error_of(output)
+        assert str(disk / "run") in error_of(output)
 
 
 @pytest.mark.slow
@@ -413,28 +395,13 @@ def test_a_disk_that_becomes_read_only(step, straight, mount, tmp_path):
     options = options_of(disk / "run", log_every_steps=5 if step == 3 else 12)
     status, output = run_to_end(train_until_read_only, options, disk, step, output=tmp_path / "output")
     assert status == 2, output
-    errors = [line for line in output.splitlines() if line.startswith(("error", "Traceback"))]
-    assert len(errors) == 1, output
-    assert "Read-only file system" in errors[0]
-    assert ("metrics.jsonl cannot be written" if step == 3 else "checkpoint-6 could not be written") in errors[0]
-    assert "checkpoint-3 is kept" in errors[0]
+    error = error_of(output)
+    assert "Read-only file system" in error
+    assert ("metrics.jsonl cannot be written" if step == 3 else "checkpoint-6 could not be written") in error
+    assert "checkpoint-3 is kept" in error
     assert find_fault(disk / "run" / "checkpoint-3") is None
-    shutil.copytree(disk / "run", tmp_path / "run")
-    status, output = run_to_end(
-        train, options_of(tmp_path / "run", log_every_steps=options.log_every_steps), output=tmp_path / "output"
-    )
-    assert status == 0, output
-    weights = "weights.safetensors"
-    assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
-
-
-@pytest.mark.slow
-def test_a_checkpoint_on_a_read_only_disk_is_gone_on_from(straight, mount, tmp_path):
-    disk = mount(2000)
-    shutil.copytree(straight / "checkpoint-9", disk / "checkpoint-9")
-    make_read_only(disk)
-    options = options_of(tmp_path / "run", resume_from_checkpoint=str(disk / "checkpoint-9"))
-    status, output = run_to_end(train, options, output=tmp_path / "output")
+    options = options_of(tmp_path / "run", resume_from_checkpoint=str(disk / "run" / "checkpoint-3"))
+    status, output = run_to_end(train, options, output=tmp_path / "again")
     assert status == 0, output
     weights = "weights.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
@@ -452,10 +419,7 @@ def train_without(options, name):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_is_deleted_meanwhile_is_not_missed(straight, tmp_path):
-    options = options_of(tmp_path / "run")
-    status, output = run_to_end(train_without, options, "checkpoint-3", output=tmp_path / "output")
-    assert status == 0, output
-    assert_same_end(tmp_path / "run", straight)
+    end_as(straight, options_of(tmp_path / "run"), tmp_path / "output", train_without, "checkpoint-3")
 
 
 def test_a_run_whose_folder_is_deleted_ends(tmp_path):
@@ -483,34 +447,14 @@ def half(tmp_path_factory):
 def test_what_may_change_is_told(half, straight, tmp_path):
     shutil.copytree(half, tmp_path / "run")
     changes = {"checkpoints_total_limit": 1, "checkpointing_steps": 4, "checkpoints_keep_every_steps": 6}
-    status, output = run_to_end(train, options_of(tmp_path / "run", **changes), output=tmp_path / "output")
-    assert status == 0, output
-    assert_same_end(tmp_path / "run", straight)
+    output = end_as(straight, options_of(tmp_path / "run", **changes), tmp_path / "output")
     told = next(line for line in output.splitlines() if "without effect on what is trained" in line)
     for words in ("--checkpoints_total_limit was 9 and is 1", "--checkpointing_steps was 3 and is 4"):
         assert words in told
     assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()] == ["checkpoint-6", "checkpoint-12"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"learning_rate": 0.5, "seed": 7}, "--seed was 0 and is 7; --learning_rate was 0.01 and is 0.5"),
-        ({"train_batch_size": 2}, "4 images per step (1 x 4 images in 1 forward pass), now there are 2"),
-        (
-            {"train_batch_size": 4, "gradient_accumulation_steps": 2},
-            "now there are 8 (1 x 4 images in 2 forward passes)",
-        ),
-    ],
-)
-def test_what_makes_another_run_is_refused(changes, words, half, capsys):
-    now = {**flat_config(options_of(half, **changes)), "num_processes": 1}
-    with pytest.raises(ValueError) as error:
-        RunFolder(half).check(now, "latest")
-    assert words in str(error.value)
-
-
-@pytest.mark.parametrize(("processes", "size", "passes"), [(2, 2, 1), pytest.param(1, 2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "size", "passes"), [(2, 2, 1), slow(1, 2, 2)])
 def test_another_split_of_the_same_batch_goes_on(processes, size, passes, half, straight, tmp_path):
     shutil.copytree(half, tmp_path / "run")
     changes = {"train_batch_size": size, "gradient_accumulation_steps": passes}
@@ -521,7 +465,7 @@ def test_another_split_of_the_same_batch_goes_on(processes, size, passes, half, 
     output = (tmp_path / "output").read_text()
     assert statuses == [0] * processes, output
     assert "not equal bit for bit are the order of sums, random numbers inside the model (dropout)" in output
-    same, other = read_metrics(straight), read_metrics(tmp_path / "run")
+    same, other = (without_times(read_metrics(run)) for run in (straight, tmp_path / "run"))
     assert [line["step"] for line in other] == [line["step"] for line in same]
     assert other[0] == same[0]  # made before
     for name in ("loss/denoising", "loss/feature", "gradient_norm"):  # dropout differs, the images do not
@@ -530,10 +474,3 @@ def test_another_split_of_the_same_batch_goes_on(processes, size, passes, half, 
 
 def train_without_dropout(options):
     train(options, dropout=0.0)
-
-
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_shards_are_refused_before_anything_is_made(name, tmp_path, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=f"do not train under {name}: .*--multi_gpu"):
-        make_accelerator(options_of(tmp_path / "run"))
