@@ -23,6 +23,7 @@ from vkd_gen import (
     LossWeights,
     OrthogonalProjector,
     ProjectedStudent,
+    calibrate,
     distillation_losses,
     pair_layers,
 )
@@ -238,6 +239,52 @@ def test_a_look_in_eval_mode_is_nothing_to_solve_after(models, schedule, monkeyp
         projected.train()
         projected.after_step(1 + is_training)
     assert steps == [2] * len(projected.projectors)
+
+
+@pytest.mark.parametrize("normalization", ["none", "whiten"])
+def test_calibrate_fills_normalizers_and_starts_projectors(normalization):
+    """With a schedule of 100 steps; the same as by hand, and a module that is loaded needs none of it."""
+    schedule = Schedule.of(DDPMScheduler(num_train_timesteps=100))
+    projected, empty = (
+        make_projected(tiny_unet((8, 16), seed=1), tiny_unet((16, 32), seed=2), normalization=normalization)[0]
+        for _ in range(2)
+    )
+    teacher = FrozenTeacher(tiny_unet((16, 32), seed=2), STAGES)
+    batches = [make_batch(20, seed=seed) | {"timesteps": torch.arange(20) * 5} for seed in range(2)]
+    projected.calibrate(teacher, iter(batches), schedule, start_batches=batches[:1])
+    statistics = calibrate(teacher, batches, schedule)
+    for normalizer, pair in zip(projected.normalizers, projected.layer_pairs, strict=True):
+        by_hand = FeatureNormalizer(normalization, statistics[pair.teacher])
+        rows = torch.randn(20, 3, pair.teacher_channels)
+        assert torch.equal(normalizer(rows, batches[0]["timesteps"]), by_hand(rows, batches[0]["timesteps"]))
+        assert torch.equal(normalizer.target_covariance(), by_hand.target_covariance())
+        if normalization == "whiten":
+            expected = statistics[pair.teacher].mean[torch.arange(20) // 2].float()[:, None]
+            torch.testing.assert_close(normalizer(expected, batches[0]["timesteps"]), torch.zeros_like(expected))
+    started = ProjectedStudent(projected.student, projected.layer_pairs, empty.projectors, projected.normalizers)
+    started.initialize_projectors(teacher, batches[:1], schedule)
+    assert_states_equal(projector_state(projected), projector_state(started), rtol=0, atol=0)
+    empty = make_projected(tiny_unet((8, 16)), tiny_unet((16, 32)), normalization=normalization)[0]
+    if normalization == "whiten":
+        with pytest.raises(ValueError, match=r"layer down_blocks.0: .*calibrate\(\)"):
+            distillation_losses(empty, batches[0], schedule=schedule, teacher=teacher)
+    empty.load_state_dict(projected.state_dict())
+    losses = [
+        distillation_losses(module.eval(), batches[0], schedule=schedule, teacher=teacher)
+        for module in (projected, empty)
+    ]
+    assert_states_equal(*losses, rtol=0, atol=0)
+
+
+def test_calibrate_names_the_layer_that_does_not_vary(models, schedule):
+    teacher_unet = tiny_unet((16, 32))
+    torch.nn.init.zeros_(teacher_unet.up_blocks[1].resnets[-1].conv2.weight)
+    torch.nn.init.zeros_(teacher_unet.up_blocks[1].resnets[-1].conv2.bias)
+    torch.nn.init.zeros_(teacher_unet.up_blocks[1].resnets[-1].conv_shortcut.weight)
+    torch.nn.init.zeros_(teacher_unet.up_blocks[1].resnets[-1].conv_shortcut.bias)
+    projected, teacher = make_projected(tiny_unet(), teacher_unet, normalization="center", layers="last_up")
+    with pytest.raises(ValueError, match=r"layer up_blocks.1: the teacher's features do not vary"):
+        projected.calibrate(teacher, [make_batch(20) | {"timesteps": torch.arange(20) * 50}], schedule)
 
 
 def test_initialize_projectors_solves_for_the_given_batches(models, schedule):

@@ -305,8 +305,9 @@ def test_bins_known_values(kind, expected):
         share=torch.tensor([0.5, 0.5]).double(),
         covariance=torch.diag(torch.tensor([4.0, 16.0])).double(),
         layer_norm_covariance=torch.eye(2).double(),
+        num_train_timesteps=100,
     )
-    normalizer = FeatureNormalizer(kind, statistics, shrinkage=0.0, num_train_timesteps=100)
+    normalizer = FeatureNormalizer(kind, statistics, shrinkage=0.0)
     torch.testing.assert_close(normalizer(torch.tensor([[[5.0, 10.0]]]), torch.tensor([70]))[0], torch.tensor(expected))
 
 
@@ -403,14 +404,10 @@ def test_discarded_share_known_value():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "center", "channels": 6}, "'center' needs the statistics"),
-        ({"kind": "standardize", "channels": 6}, "'standardize' needs the statistics"),
-        ({"kind": "whiten", "channels": 6}, "'whiten' needs the statistics"),
         ({"kind": "none"}, "channels"),
-        ({"kind": "layer_norm"}, "channels"),
         ({"kind": "batch_norm", "channels": 6}, "batch_norm"),
-        ({"kind": "whiten", "statistics": statistics_of(random_covariance()), "rank": 7}, "rank must lie between"),
-        ({"kind": "whiten", "statistics": statistics_of(random_covariance()), "exponent": 2.0}, "exponent must lie"),
+        ({"kind": "whiten", "channels": 6, "rank": 7}, "rank must lie between"),
+        ({"kind": "whiten", "channels": 6, "exponent": 2.0}, "exponent must lie"),
         ({"kind": "batch_whiten", "channels": 6, "shrinkage": -1.0}, "shrinkage must lie between 0 and 1, not -1.0"),
         ({"kind": "center", "statistics": statistics_of(torch.zeros(6, 6))}, "do not vary at all"),
         ({"kind": "standardize", "statistics": statistics_of(torch.zeros(6, 6))}, "do not vary at all"),
@@ -431,10 +428,36 @@ def test_normalizer_refuses(arguments, message):
         FeatureNormalizer(**arguments)
 
 
-@pytest.mark.parametrize("kind", ["none", "layer_norm"])
-def test_target_covariance_needs_statistics(kind):
-    with pytest.raises(ValueError, match="calibrate"):
-        FeatureNormalizer(kind, channels=4).target_covariance()
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_normalizer_says_what_it_lacks(kind):
+    normalizer = FeatureNormalizer(kind, channels=4)
+    assert not normalizer.is_filled
+    with pytest.raises(ValueError, match=r"calibrate\(\)"):
+        normalizer.target_covariance()
+    if kind in ("center", "standardize", "whiten"):
+        with pytest.raises(ValueError, match=rf"'{kind}' has no statistics .*calibrate\(\)"):
+            normalizer(torch.randn(2, 3, 4), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_is_loaded_equals_the_one_that_was_filled(kind, rows_and_statistics):
+    rows, timesteps, statistics = rows_and_statistics
+    rank = CHANNELS - 2 if kind == "whiten" else None
+    filled = FeatureNormalizer(kind, statistics, rank=rank)
+    empty = FeatureNormalizer(kind, channels=CHANNELS, rank=rank, num_timestep_bins=4)
+    empty.load_state_dict(empty.state_dict())
+    assert not empty.is_filled
+    empty.load_state_dict(filled.state_dict())
+    assert empty.is_filled
+    assert torch.equal(empty(rows, timesteps), filled(rows, timesteps))
+    assert torch.equal(empty.target_covariance(), filled.target_covariance())
+    assert empty.discarded_share() == filled.discarded_share()
+
+
+@pytest.mark.parametrize("sizes", [{"channels": 5}, {"channels": CHANNELS, "num_timestep_bins": 3}])
+def test_statistics_of_other_sizes_are_refused(sizes, rows_and_statistics):
+    with pytest.raises(ValueError, match="cannot take statistics of"):
+        FeatureNormalizer("center", **{"num_timestep_bins": 4, **sizes}).fill(rows_and_statistics[2])
 
 
 # width_floor

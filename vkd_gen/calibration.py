@@ -42,7 +42,7 @@ class _Moments:
         self.layer_norm_sum += normed.sum(0)
         self.layer_norm_product += normed.T @ normed
 
-    def statistics(self) -> FeatureStatistics:
+    def statistics(self, num_train_timesteps: int) -> FeatureStatistics:
         total = self.count.sum()
         mean = self.sum / self.count.clamp(min=1)[:, None]
         share = self.count / total
@@ -55,6 +55,7 @@ class _Moments:
             layer_norm_covariance=(
                 self.layer_norm_product / total - torch.outer(layer_norm_mean, layer_norm_mean)
             ).cpu(),
+            num_train_timesteps=num_train_timesteps,
         )
 
 
@@ -96,7 +97,7 @@ def calibrate(
             if layer not in moments:
                 moments[layer] = _Moments(rows.shape[-1], num_timestep_bins, rows.device)
             moments[layer].add(rows, bins)
-    statistics = {layer: moment.statistics() for layer, moment in moments.items()}
+    statistics = {layer: moment.statistics(len(schedule)) for layer, moment in moments.items()}
     if any(bool((entry.share == 0).any()) for entry in statistics.values()) or not statistics:
         raise ValueError(f"too few samples to calibrate on: not every one of {num_timestep_bins} timestep bins has one")
     return statistics
@@ -108,6 +109,7 @@ def save_statistics(statistics: Mapping[str, FeatureStatistics], path: Path) -> 
         f"{layer}/{name}": value.contiguous()
         for layer, entry in statistics.items()
         for name, value in vars(entry).items()
+        if isinstance(value, Tensor)
     }
     with whole_file(path) as temporary:
         save_file(tensors, temporary)
@@ -119,7 +121,7 @@ def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
     Raises:
         ValueError: in one line, for a file that is damaged or holds anything else.
     """
-    grouped: dict[str, dict[str, Tensor]] = {}
+    grouped: dict[str, dict[str, Any]] = {}
     try:
         for key, value in read_tensors(path).items():
             layer, name = key.rsplit("/", 1)
@@ -129,9 +131,10 @@ def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
         raise ValueError(f"cannot read statistics of features from {path}: {' '.join(str(error).split())}") from error
     for layer, entry in statistics.items():
         bins, channels = entry.share.numel(), entry.layer_norm_covariance.shape[-1:].numel()
-        shapes = [value.shape for value in vars(entry).values()]
+        tensors = [value for value in vars(entry).values() if isinstance(value, Tensor)]
+        shapes = [value.shape for value in tensors]
         if shapes != [(bins, channels), (bins,), (channels, channels), (channels, channels)]:
             raise ValueError(f"{path} holds no statistics of features: {layer} has shapes {[*map(list, shapes)]}")
-        if not all(value.isfinite().all() for value in vars(entry).values()):
+        if not all(value.isfinite().all() for value in tensors):
             raise ValueError(f"{path} holds statistics of {layer} that are not finite")
     return statistics

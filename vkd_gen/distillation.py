@@ -17,6 +17,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vkd_gen.calibration import calibrate
 from vkd_gen.families import family_of
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss, feature_losses, prediction_loss, squared_errors, weighted_mean
@@ -230,6 +231,40 @@ class ProjectedStudent(nn.Module):
         self._has_compared = False
         for projector in self.projectors:
             projector.after_step(step)
+
+    def calibrate(
+        self,
+        teacher: FrozenTeacher,
+        batches: Iterable[Mapping[str, Any]],
+        schedule: Schedule,
+        *,
+        start_batches: Iterable[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Before the first step: give the normalisers the teacher's statistics, and the projectors their start.
+
+        All of it is in the module's buffers, so a module that is loaded from a checkpoint needs no calibration.
+
+        Args:
+            teacher: with the features that the pairs name.
+            batches: as for `distillation_losses`, the same on every process; a few thousand samples are plenty.
+            schedule: the student's.
+            start_batches: fewer batches for the projectors' start; by default the same.
+
+        Raises:
+            ValueError: for features that a normaliser can make nothing of, with the layer's name.
+        """
+        if not self.layer_pairs:
+            return
+        if start_batches is None:
+            start_batches = batches = list(batches)
+        normalizers: list[FeatureNormalizer] = list(self.normalizers)  # type: ignore[arg-type]
+        statistics = calibrate(teacher, batches, schedule, num_timestep_bins=normalizers[0].num_timestep_bins)
+        for pair, normalizer in zip(self.layer_pairs, normalizers, strict=True):
+            try:
+                normalizer.fill(statistics[pair.teacher])
+            except ValueError as error:
+                raise ValueError(f"layer {pair.teacher}: {error}") from error
+        self.initialize_projectors(teacher, start_batches, schedule)
 
     @torch.no_grad()
     def initialize_projectors(

@@ -6,6 +6,7 @@ where they are made and float32 where they are applied, never under autocast.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
@@ -25,12 +26,14 @@ class FeatureStatistics:
         share: each bin's share of the rows, `[M]`.
         covariance: within the bins, pooled over them, `[C, C]`.
         layer_norm_covariance: of the layer-normed rows, over all timesteps, `[C, C]`.
+        num_train_timesteps: of the schedule, which the bins divide.
     """
 
     mean: Float[Tensor, "bins channels"]
     share: Float[Tensor, " bins"]
     covariance: Float[Tensor, "channels channels"]
     layer_norm_covariance: Float[Tensor, "channels channels"]
+    num_train_timesteps: int = 1000
 
     @property
     def total_covariance(self) -> Float[Tensor, "channels channels"]:
@@ -39,7 +42,9 @@ class FeatureStatistics:
         return self.covariance + (offset * self.share[:, None]).T @ offset
 
 
-def timestep_bins(timesteps: Int[Tensor, " batch"], num_bins: int, num_train_timesteps: int) -> Int[Tensor, " batch"]:
+def timestep_bins(
+    timesteps: Int[Tensor, " batch"], num_bins: int, num_train_timesteps: int | Tensor
+) -> Int[Tensor, " batch"]:
     """Index of the bin that each timestep falls into; bins are of equal width in the timestep."""
     return (timesteps * num_bins).div(num_train_timesteps, rounding_mode="floor").clamp(0, num_bins - 1)
 
@@ -59,6 +64,16 @@ def descending_eigh(covariance: Float[Tensor, "channels channels"]) -> tuple[Ten
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
+def check_whitening(channels: int, rank: int, exponent: float, shrinkage: float) -> None:
+    """Raise a ValueError for what `whitening_matrix` does not take."""
+    if not 1 <= rank <= channels:
+        raise ValueError(f"whitening rank must lie between 1 and the teacher layer's {channels} channels, not {rank}")
+    if not 0 <= exponent <= 1:
+        raise ValueError(f"whitening exponent must lie between 0 and 1, not {exponent}")
+    if not 0 <= shrinkage <= 1:
+        raise ValueError(f"whitening shrinkage must lie between 0 and 1, not {shrinkage}")
+
+
 def whitening_matrix(
     covariance: Float[Tensor, "channels channels"], rank: int, exponent: float = 1.0, shrinkage: float = 1e-3
 ) -> Float[Tensor, "channels rank"]:
@@ -76,13 +91,7 @@ def whitening_matrix(
     Raises:
         ValueError: for a value outside its range, or a covariance without any variance to whiten.
     """
-    channels = len(covariance)
-    if not 1 <= rank <= channels:
-        raise ValueError(f"whitening rank must lie between 1 and the teacher layer's {channels} channels, not {rank}")
-    if not 0 <= exponent <= 1:
-        raise ValueError(f"whitening exponent must lie between 0 and 1, not {exponent}")
-    if not 0 <= shrinkage <= 1:
-        raise ValueError(f"whitening shrinkage must lie between 0 and 1, not {shrinkage}")
+    check_whitening(len(covariance), rank, exponent, shrinkage)
     values, vectors = descending_eigh(shrink(covariance, shrinkage))
     values, vectors = values[:rank], vectors[:, :rank]
     if values[0] <= 0 or (exponent and values[-1] <= 1e-14 * values[0]):
@@ -143,25 +152,31 @@ class FeatureNormalizer(nn.Module):
         whiten: minus the bin's mean, then `whitening_matrix`; keeps `rank` directions.
         batch_whiten: `whiten_batch`, by the statistics of one forward pass over all processes, not over accumulation.
 
+    It is empty until `fill`, or `load_state_dict` of one that was filled: `center`, `standardize` and `whiten` cannot
+    be used before, of the others only `target_covariance` is not known.
+
     Args:
         kind: see above.
-        statistics: from `calibrate`, for `center`, `standardize` and `whiten`; for the other kinds only needed by
-            `target_covariance`.
-        channels: teacher channels; taken from the statistics where those are given.
+        statistics: to fill it with at once; channels and bins are then theirs.
+        channels: teacher channels.
         rank: directions that `whiten` keeps; default: all.
         exponent: of `whiten`, from 0 (rotate) to 1 (whiten).
         shrinkage: of the covariance that `standardize`, `whiten` and `batch_whiten` invert.
-        num_train_timesteps: of the noise schedule, for the bins.
+        num_timestep_bins: M, that `calibrate` takes means in.
 
     Attributes:
         target_channels: K, the channels of the result.
+        is_filled: whether the teacher's statistics are here.
 
     Raises:
-        ValueError: for an unknown kind, missing statistics or a value outside its range.
+        ValueError: for an unknown kind or a value outside its range.
     """
 
     mean: Tensor
     matrix: Tensor
+    covariance: Tensor
+    discarded: Tensor
+    num_train_timesteps: Tensor
 
     def __init__(
         self,
@@ -172,37 +187,89 @@ class FeatureNormalizer(nn.Module):
         rank: int | None = None,
         exponent: float = 1.0,
         shrinkage: float = 1e-3,
-        num_train_timesteps: int = 1000,
+        num_timestep_bins: int = 10,
     ):
         super().__init__()
-        if statistics is None and (channels is None or kind in ("center", "standardize", "whiten")):
-            needed = "the statistics that calibrate() gives" + (", or channels" if channels is None else "")
-            raise ValueError(f"normalization {kind!r} needs {needed}")
-        self.kind, self.statistics = kind, statistics
-        self.exponent, self.shrinkage, self.num_train_timesteps = exponent, shrinkage, num_train_timesteps
         if statistics is not None:
-            channels = statistics.covariance.shape[0]
-        assert channels is not None
-        self.channels, self.target_channels = channels, channels
+            num_timestep_bins, channels = statistics.mean.shape
+        if channels is None:
+            raise ValueError("a normalizer needs the teacher's channels, or the statistics that calibrate() gives")
+        self.kind, self.channels, self.target_channels = kind, channels, channels
+        self.exponent, self.shrinkage = exponent, shrinkage
+        self.num_timestep_bins: int = num_timestep_bins
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie between 0 and 1, not {shrinkage}")
+        bins = (num_timestep_bins, channels)
         match kind:
             case "none" | "layer_norm" | "batch_whiten":
-                mean, matrix = torch.zeros(1, 1), torch.ones(1, 1)
+                shapes = (1, 1), (1, 1)
             case "center":
-                mean, matrix = statistics.mean, statistics.covariance.diagonal().mean().rsqrt().view(1, 1)
+                shapes = bins, (1, 1)
             case "standardize":
-                mean, matrix = statistics.mean, shrink(statistics.covariance, shrinkage).diagonal().rsqrt()[None]
+                shapes = bins, (1, channels)
             case "whiten":
                 self.target_channels = channels if rank is None else rank
-                mean = statistics.mean
-                matrix = whitening_matrix(statistics.covariance, self.target_channels, exponent, shrinkage)
+                check_whitening(channels, self.target_channels, exponent, shrinkage)
+                shapes = bins, (channels, self.target_channels)
             case _:
                 raise ValueError(f"unknown normalization {kind!r}")
+        self.register_buffer("mean", torch.zeros(shapes[0], dtype=torch.float32))
+        self.register_buffer("matrix", torch.ones(shapes[1], dtype=torch.float32))
+        size = (self.target_channels, self.target_channels)
+        self.register_buffer("covariance", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("discarded", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("num_train_timesteps", torch.zeros((), dtype=torch.long))  # 0 until it is filled
+        self.is_filled = False
+        self.register_load_state_dict_post_hook(_note_filled)
+        self.statistics = statistics
+        if statistics is not None:
+            self.fill(statistics)
+
+    @torch.no_grad()
+    def fill(self, statistics: FeatureStatistics) -> None:
+        """Take over what a calibration has found.
+
+        Raises:
+            ValueError: for statistics of other sizes, or of features that do not vary.
+        """
+        if statistics.mean.shape != (self.num_timestep_bins, self.channels):
+            raise ValueError(
+                f"a normalizer of {self.num_timestep_bins} bins and {self.channels} channels cannot take statistics of "
+                f"{len(statistics.mean)} bins and {statistics.mean.shape[1]} channels"
+            )
+        within = statistics.covariance
+        match self.kind:
+            case "center":
+                matrix = within.diagonal().mean().rsqrt().view(1, 1)
+            case "standardize":
+                matrix = shrink(within, self.shrinkage).diagonal().rsqrt()[None]
+            case "whiten":
+                matrix = whitening_matrix(within, self.target_channels, self.exponent, self.shrinkage)
+                values = descending_eigh(within)[0]
+                self.discarded.copy_(1 - values[: self.target_channels].sum() / values.sum())
+            case _:
+                matrix = torch.ones(1, 1)
         if not matrix.isfinite().all():
             raise ValueError("the teacher's features do not vary at all in this layer; pair another one")
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("matrix", matrix.float())
+        self.matrix.copy_(matrix)
+        if self.kind in ("center", "standardize", "whiten"):
+            self.mean.copy_(statistics.mean)
+        self.num_train_timesteps.fill_(statistics.num_train_timesteps)
+        self.covariance.copy_(self._target_covariance(statistics, matrix.float().double()))
+        self.is_filled = True
+
+    def _target_covariance(self, statistics: FeatureStatistics, matrix: Tensor) -> Tensor:
+        match self.kind:
+            case "none":
+                return statistics.total_covariance
+            case "layer_norm":
+                return statistics.layer_norm_covariance
+            case "batch_whiten":
+                return torch.eye(self.channels, dtype=torch.float64)
+            case "whiten":
+                return matrix.T @ statistics.covariance @ matrix
+        scale = matrix.expand(1, self.channels)
+        return scale.T * statistics.covariance * scale
 
     def forward(
         self, rows: Float[Tensor, "batch positions channels"], timesteps: Int[Tensor, " batch"]
@@ -212,6 +279,9 @@ class FeatureNormalizer(nn.Module):
         Args:
             rows: the teacher's, `[B, N, C]`.
             timesteps: `[B]`.
+
+        Raises:
+            ValueError: before it is filled, if its kind needs statistics.
         """
         rows = rows.detach().float()
         if self.kind == "none":
@@ -222,6 +292,7 @@ class FeatureNormalizer(nn.Module):
                     return F.layer_norm(rows, rows.shape[-1:])
                 case "batch_whiten":
                     return whiten_batch(rows.flatten(0, 1), self.shrinkage).view_as(rows)
+            self._check_filled()
             bins = timestep_bins(timesteps, len(self.mean), self.num_train_timesteps)
             centred = rows - self.mean[bins].unsqueeze(1)
             return centred @ self.matrix if self.kind == "whiten" else centred * self.matrix
@@ -230,33 +301,30 @@ class FeatureNormalizer(nn.Module):
         """Covariance of the normalised rows that the statistics imply, float64; what a projector has to reach.
 
         Raises:
-            ValueError: without statistics.
+            ValueError: before it is filled.
         """
-        if self.kind == "batch_whiten":
-            return torch.eye(self.target_channels, dtype=torch.float64)
-        if self.statistics is None:
-            raise ValueError("the covariance of the targets is only known with the statistics that calibrate() gives")
-        match self.kind:
-            case "none":
-                return self.statistics.total_covariance
-            case "layer_norm":
-                return self.statistics.layer_norm_covariance
-            case "whiten":
-                matrix = self.matrix.double()
-                return matrix.T @ self.statistics.covariance @ matrix
-        scale = self.matrix.double().expand(1, self.channels)
-        return scale.T * self.statistics.covariance * scale
+        self._check_filled()
+        return self.covariance.cpu()
 
     def discarded_share(self) -> float:
         """Share of the teacher layer's variance that truncated whitening leaves out, from 0 to 1."""
-        if self.kind != "whiten":
-            return 0.0
-        values = descending_eigh(self.statistics.covariance)[0]
-        return float(1 - values[: self.target_channels].sum() / values.sum())
+        return self.discarded.item()
+
+    def _check_filled(self) -> None:
+        if not self.is_filled:
+            raise ValueError(
+                f"normalization {self.kind!r} has no statistics of the teacher yet: call ProjectedStudent.calibrate() "
+                "first, or load a checkpoint"
+            )
 
     def extra_repr(self) -> str:
         """Shown by print."""
         return f"{self.kind}, {self.channels} -> {self.target_channels}"
+
+
+def _note_filled(normalizer: FeatureNormalizer, _incompatible_keys: Any) -> None:
+    """After loading."""
+    normalizer.is_filled = bool(normalizer.num_train_timesteps > 0)
 
 
 def width_floor(
