@@ -4,7 +4,6 @@ python benchmarks/features.py
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from diffusers import ModelMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 import vkd_gen as vkd
-from measuring import RESULTS, print_table, write_results
+from measuring import RESULTS, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.distillation import projected_losses
+from vkd_gen.evaluation.terminal import print_columns
 from vkd_gen.families import copy_without_weights
 from vkd_gen.families.build import unet_class
 from vkd_gen.families.specs import TEACHERS
@@ -48,59 +48,17 @@ class FeatureCostConfig:
     """File for the numbers."""
 
 
-# Operations of what torch's counter does not know, from Golub and Van Loan, Matrix Computations, 4th edition.
-
-
-def _eigenvectors(matrix: Sequence[int], *_args: Any, **_options: Any) -> int:
-    """By reduction to tridiagonal form and QR (8.3). LAPACK's way, divide and conquer, takes less."""
-    return 9 * matrix[-1] ** 3
-
-
-def _cholesky(matrix: Sequence[int], *_args: Any, **_options: Any) -> int:
-    """The factor of a positive definite matrix (4.2)."""
-    return matrix[-1] ** 3 // 3
-
-
-def _triangular_solve(matrix: Sequence[int], other: Sequence[int], *_args: Any, **_options: Any) -> int:
-    """One triangle against as many columns, or rows, as the other side has (3.1)."""
-    return matrix[-1] * math.prod(other)
-
-
-def _cholesky_solve(other: Sequence[int], factor: Sequence[int], *_args: Any, **_options: Any) -> int:
-    """Two triangles (3.1)."""
-    return 2 * factor[-1] * math.prod(other)
-
-
-def _solve(matrix: Sequence[int], other: Sequence[int], *_args: Any, **_options: Any) -> int:
-    """LU factors (3.2) and two triangles."""
-    return 2 * matrix[-1] ** 3 // 3 + 2 * matrix[-1] * math.prod(other)
-
-
-def _lu_solve(factors: Sequence[int], _pivots: Any, other: Sequence[int], *_args: Any, **_options: Any) -> int:
-    """Two triangles, in the backward pass of `_solve`."""
-    return 2 * factors[-1] * math.prod(other)
-
-
-def _exponential(matrix: Sequence[int], *_args: Any, **_options: Any) -> int:
-    """Five products, for 1-norms up to 1.09: the polynomial of Bader, Blanes and Casas, 2019, Mathematics 7(12)."""
-    return 5 * 2 * matrix[-1] ** 3
-
-
 OPERATIONS = {
-    torch.ops.aten._linalg_eigh: _eigenvectors,
-    torch.ops.aten.linalg_cholesky_ex: _cholesky,
-    torch.ops.aten.linalg_solve_triangular: _triangular_solve,
-    torch.ops.aten.cholesky_solve: _cholesky_solve,
-    torch.ops.aten._linalg_solve_ex: _solve,
-    torch.ops.aten.linalg_lu_solve: _lu_solve,
-    torch.ops.aten.linalg_matrix_exp: _exponential,
+    torch.ops.aten._linalg_eigh: lambda a, *_, **__: 9 * a[-1] ** 3,  # 8.3; LAPACK's divide and conquer takes less
+    torch.ops.aten.linalg_cholesky_ex: lambda a, *_, **__: a[-1] ** 3 / 3,  # 4.2
+    torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: a[-1] * math.prod(b),  # 3.1
+    torch.ops.aten.cholesky_solve: lambda b, a, *_, **__: 2 * a[-1] * math.prod(b),
+    torch.ops.aten._linalg_solve_ex: lambda a, b, **_: 2 / 3 * a[-1] ** 3 + 2 * a[-1] * math.prod(b),  # 3.2
+    torch.ops.aten.linalg_lu_solve: lambda a, _pivots, b, **_: 2 * a[-1] * math.prod(b),
+    # Five products, for 1-norms up to 1.09: the polynomial of Bader, Blanes and Casas, 2019, Mathematics 7(12).
+    torch.ops.aten.linalg_matrix_exp: lambda a, *_, **__: 5 * 2 * a[-1] ** 3,
 }
-
-
-def random_statistics(channels: int) -> vkd.FeatureStatistics:
-    """Of features without structure: what they are does not change what a step costs."""
-    covariance = torch.eye(channels, dtype=torch.float64)
-    return vkd.FeatureStatistics(torch.zeros(1, channels), torch.ones(1), covariance, covariance)
+"""What torch's counter does not count, after Golub and Van Loan, Matrix Computations, 4th edition, by chapter."""
 
 
 def pair_operations(pair: vkd.LayerPair, batch_size: int, options: MatchingOptions) -> float:
@@ -109,10 +67,12 @@ def pair_operations(pair: vkd.LayerPair, batch_size: int, options: MatchingOptio
     The recipe's own parts make the steps, on random rows of the pair's shapes.
     """
     generator = torch.Generator().manual_seed(0)
-    projector, normalizer = build_matching(options, pair, random_statistics(pair.teacher_channels))
+    covariance = torch.eye(pair.teacher_channels, dtype=torch.float64)  # what features are does not change the cost
+    mean, scale = torch.zeros(1, pair.teacher_channels), torch.ones(1)
+    projector, normalizer = build_matching(options, pair, vkd.FeatureStatistics(mean, scale, covariance, covariance))
     every = options.projector_refresh_steps
 
-    def step(number: int, samples: int, positions: int) -> int:
+    def step(number: int, samples: int, positions: int) -> float:
         rows = torch.randn(samples, positions, pair.student_channels, generator=generator, requires_grad=True)
         target = torch.randn(samples, positions, pair.teacher_channels, generator=generator)
         with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
@@ -192,11 +152,11 @@ def main(config: FeatureCostConfig) -> None:
     counted = {name: count(teacher, reduction, config.batch_size, VARIANTS) for name, reduction in STUDENTS.items()}
     for name, result in counted.items():
         total = sum(result["floor"].values())
-        rows = [
-            (variant, f"{row['operations'] / 1e9:.1f}", f"{row['share_of_floor']:.2%}")
-            for variant, row in result["variants"].items()
-        ]
-        print_table(("all pairs", "GFLOP", "share"), rows, title=f"{name}: floor {total / 1e12:.2f} TFLOP")
+        variants = result["variants"].values()
+        print(f"\n{name}: floor {total / 1e12:.2f} TFLOP")
+        operations = [f"{row['operations'] / 1e9:.1f}" for row in variants]
+        shares = [f"{row['share_of_floor']:.2%}" for row in variants]
+        print_columns(list(result["variants"]), [("GFLOP", operations), ("share", shares)])
         print(f"diagnostics of gradients: {result['share_of_diagnostics']:.2%}", flush=True)
     write_results(
         Path(config.output),

@@ -20,8 +20,9 @@ import numpy as np
 import psutil
 from scipy import stats
 
-from measuring import print_table, write_results
+from measuring import write_results
 from vkd_gen.cli import run_command
+from vkd_gen.evaluation.terminal import print_columns
 from vkd_gen.training.checkpoints import find_fault
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 
@@ -187,14 +188,13 @@ def main(config: SoakConfig) -> None:
     samples = watch(config, run)
     result = judge(samples, run)
     steps = checkpoint_step(Path(result["last_checkpoint"]["name"]))
-    rows = []
-    for name, found in result.items():
-        ends = " to ".join(f"{value:.4g}" for value in found.get("interval", []))
-        slope, least, most, bound = (
-            f"{found[key]:.4g}" if key in found else "" for key in ("slope", "least", "most", "bound")
-        )
-        rows.append((name, slope, ends, least, most, bound, "yes" if found["passed"] else "NO"))
-    print_table(("what", "slope", "95% interval", "least", "most", "bound", "passed"), rows)
+    columns = [
+        (key, [f"{found[key]:.4g}" if key in found else "" for found in result.values()])
+        for key in ("slope", "least", "most", "bound")
+    ]
+    ends = [" to ".join(f"{value:.4g}" for value in found.get("interval", [])) for found in result.values()]
+    passed = ["yes" if found["passed"] else "NO" for found in result.values()]
+    print_columns(list(result), [*columns, ("95% interval", ends), ("passed", passed)])
     print(f"{steps} steps, {steps // config.checkpointing_steps} checkpoints")
     write_results(
         output / "soak.json",

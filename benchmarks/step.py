@@ -12,11 +12,10 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,10 +25,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vkd_gen as vkd
-from measuring import RESULTS, print_table, write_results
+from measuring import RESULTS, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.data.images import Images
 from vkd_gen.evaluation.cost import LiveBytes
+from vkd_gen.evaluation.terminal import print_columns
 from vkd_gen.families.build import unet_class
 from vkd_gen.families.unet import call
 from vkd_gen.training.accelerator import make_accelerator
@@ -40,6 +40,14 @@ from vkd_gen.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 512
+Variant = Literal["b", "c", "d", "refresh each step", "log each step", "no features"]
+OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "d": ({}, {}),
+    "refresh each step": ({"projector_refresh_steps": 1}, {}),
+    "log each step": ({}, {"log_every_steps": 1}),
+    "no features": ({"feature_weight": 0.0}, {}),
+}
+"""The recipe's step, and the recipe's step with one thing changed: changes to MatchingOptions and TrainingOptions."""
 STEPS_PER_ROUND = 10
 """Each round has one refresh of the projectors and one log line."""
 
@@ -54,8 +62,8 @@ class StepConfig:
     """Images per step; by default the shape's."""
     rounds: int = 5
     """Rounds of 10 steps of each variant, after one that is not counted."""
-    variants: tuple[str, ...] = ()
-    """Which to time, such as `b d`; `b` is always timed. By default all."""
+    variants: tuple[Variant, ...] = get_args(Variant)
+    """Which to time; `b`, which the others are compared to, always is."""
     threads: int = 1
     """CPU threads."""
     clock: Literal["wall", "cpu"] = "wall"
@@ -123,9 +131,7 @@ class Bench:
             self.student_weights = vkd.build_student(self.teacher_unet, self.shape.reduction).state_dict()
         self.pairs = vkd.pair_layers(self.student(), self.teacher_unet)
         self.images = random_images(dict(self.teacher_unet.config))
-        self.sample = torch.stack([self.images[index % len(self.images)] for index in range(self.batch_size)]).to(
-            self.device
-        )
+        self.sample = torch.stack([self.images[i % NUM_IMAGES] for i in range(self.batch_size)]).to(self.device)
         self.noise = torch.randn_like(self.sample)
         self.timesteps = torch.randint(1000, (self.batch_size,), device=self.device)
         self.noisy = self.schedule.noisy(self.sample, self.noise, self.timesteps)
@@ -133,7 +139,7 @@ class Bench:
     def options(self, **changes: Any) -> TrainingOptions:
         """Options of a run without end, with one log line in each round."""
         given = {"train_batch_size": self.batch_size, "max_train_steps": 10**9, "checkpointing_steps": 10**9}
-        given |= {"output_dir": str(self.place), "log_every_steps": STEPS_PER_ROUND}
+        given |= {"output_dir": str(self.place), "log_every_steps": STEPS_PER_ROUND, "lr_warmup_steps": 0}
         return TrainingOptions(**{**given, **changes})
 
     def student(self) -> ModelMixin:
@@ -207,9 +213,7 @@ class Bench:
         """Batches to calibrate on."""
         return fixed_batches(self.images, self.schedule, number, seed=0, batch_size=self.batch_size, device=self.device)
 
-    def our_steps(
-        self, name: str, *, matching_changes: Mapping[str, Any] = MappingProxyType({}), **options_changes: Any
-    ) -> Iterator[None]:
+    def our_steps(self, name: str, matching_changes: dict[str, Any], training: dict[str, Any]) -> Iterator[None]:
         """Variant d: steps of recipes/train_student_unet.py with `--method vkd`, log lines and refreshes included.
 
         The recipe's diagnostics of gradients come once in 200 steps: no round here has one.
@@ -219,7 +223,7 @@ class Bench:
         matching = MatchingOptions(calibration_samples=64, **matching_changes)
         pairs = pair_named_or_all(matching, student, teacher_unet)
         teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
-        options = self.options(output_dir=str(self.place / name), **options_changes)
+        options = self.options(output_dir=str(self.place / name), **training)
         folder = RunFolder(options.output_dir)
         accelerator = make_accelerator(options)
         folder.start({})
@@ -259,16 +263,15 @@ class Bench:
             run.backward(losses)
             yield
 
-    def variants(self) -> dict[str, Callable[[], Iterator[None]]]:
-        """Name -> steps without end. Those after d are d with one thing changed."""
-        return {
-            "b": self.floor_steps,
-            "c": self.peer_steps,
-            "d": lambda: self.our_steps("d"),
-            "refresh each step": lambda: self.our_steps("refresh", matching_changes={"projector_refresh_steps": 1}),
-            "log each step": lambda: self.our_steps("log", log_every_steps=1),
-            "no features": lambda: self.our_steps("features", matching_changes={"feature_weight": 0.0}),
-        }
+    def steps(self, variant: Variant) -> Iterator[None]:
+        """Steps without end."""
+        match variant:
+            case "b":
+                return self.floor_steps()
+            case "c":
+                return self.peer_steps()
+            case _:
+                return self.our_steps(variant, *OURS[variant])
 
     def captured_bytes(self) -> int:
         """Bytes of a batch's paired features, of student and teacher, as they are captured."""
@@ -302,16 +305,12 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 def measure(bench: Bench, config: StepConfig) -> dict[str, Any]:
     """Time all variants in turn, step by step, and take the ratio to the floor within each round."""
-    makers = bench.variants()
-    unknown = set(config.variants) - set(makers)
-    if unknown:
-        raise ValueError(f"there is no variant {', '.join(sorted(unknown))}; choose among {', '.join(makers)}")
-    names = [name for name in makers if not config.variants or name in {*config.variants, "b"}]
+    names = [name for name in get_args(Variant) if name in {*config.variants, "b"}]
     clock = time.process_time if config.clock == "cpu" else time.perf_counter
     running = {}
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         for name in names:
-            running[name] = makers[name]()
+            running[name] = bench.steps(name)
             timed(running[name], bench.device, clock)
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(config.rounds + 1):
@@ -340,12 +339,13 @@ def measure(bench: Bench, config: StepConfig) -> dict[str, Any]:
 def show(variants: dict[str, Any], captured: int) -> None:
     """A table, and the memory of a step of d beside b and the features."""
     rows = []
-    for name, result in variants.items():
+    for result in variants.values():
         ratio, milliseconds = result["ratio_to_b"], 1000 * result["seconds_per_step"]["median"]
-        cells = [f"{ratio['median']:.3f}", f"{ratio['low']:.3f} {ratio['high']:.3f}", f"{milliseconds:.1f}"]
-        memory = result["peak_bytes_of_a_step"] / 1e6
-        rows.append([name, *cells, f"{result['images_per_second']:.0f}", f"{memory:.1f}"])
-    print_table(("variant", "time / b", "quartiles", "ms", "images/s", "MB a step adds"), rows)
+        quarters = f"{ratio['low']:.3f} {ratio['high']:.3f}"
+        speed, memory = result["images_per_second"], result["peak_bytes_of_a_step"] / 1e6
+        rows.append([f"{ratio['median']:.3f}", quarters, f"{milliseconds:.1f}", f"{speed:.0f}", f"{memory:.1f}"])
+    headings = ("time / b", "quartiles", "ms", "images/s", "MB a step adds")
+    print_columns(list(variants), list(zip(headings, zip(*rows, strict=True), strict=True)))
     if "d" in variants:
         peaks = {name: result["peak_bytes_of_a_step"] for name, result in variants.items()}
         share = peaks["d"] / (peaks["b"] + captured)
