@@ -1,13 +1,13 @@
 """What is not finite is skipped, counted and named; what has collapsed is named."""
 
-import json
 import os
 
 import pytest
 import torch
 
 from tests.conftest import tiny_unet
-from tests.faults.small_run import assert_same_end, end_of, options_of, start_processes, train
+from tests.faults.small_run import assert_same_end, end_pair, error_of, options_of, train
+from tests.recipes.conftest import read_metrics, without_times
 from vkd_gen import (
     FeatureNormalizer,
     LeastSquaresProjector,
@@ -31,10 +31,6 @@ def poison(steps, *, rank=0, term="output"):
     return before_step
 
 
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
@@ -44,6 +40,19 @@ def snapshot(run):
     parts = [*run._bare_model.student.state_dict().values(), *run.ema.shadow_params]
     parts += [value for state in run.optimizer.state.values() for value in state.values()]
     return [part.clone() for part in parts]
+
+
+def told(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
+
+
+def stop_after(step, before_step):
+    def stop(run, batch, losses):
+        before_step(run, batch, losses)
+        if run.step == step:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_told(tmp_path, capsys):
@@ -57,31 +66,24 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_told(tmp_path, capsys)
     assert all(torch.equal(before, after) for before, after in zip(seen[3], seen[4], strict=True))
     assert not all(torch.equal(before, after) for before, after in zip(seen[4], seen[5], strict=True))
     assert run.step == 12
-    lines = lines_of(tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
     assert [line.get("skipped_steps", 0) for line in lines] == [1, 0, 0]
     assert all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
-    told = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
-    assert len(told) == 1
-    assert told[0].startswith("step 4 is skipped: process 0: not finite are the losses total, output, ")
-    assert "gradients are not finite" in told[0]
-    assert "at timesteps" in told[0]
+    (line,) = told(capsys)
+    assert line.startswith("step 4 is skipped: process 0: not finite are the losses total, output, ")
+    assert "gradients are not finite" in line
+    assert "at timesteps" in line
 
 
 def test_a_skipped_step_is_the_same_after_a_resumption(tmp_path):
     """The count and the sums between two log lines travel with the checkpoint."""
-    straight = train(options_of(tmp_path / "straight", log_every_steps=12), before_step=poison({1, 4, 7}))
+    steps = poison({1, 4, 7})
+    straight = train(options_of(tmp_path / "straight", log_every_steps=12), before_step=steps)
     options = options_of(tmp_path / "run", log_every_steps=12)
-
-    def stop(run, batch, losses):
-        poison({1, 4, 7})(run, batch, losses)
-        if run.step == 10:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(options, before_step=stop)
-    resumed = train(options, before_step=poison({1, 4, 7}))
-    one, other = lines_of(tmp_path / "run")[-1], lines_of(tmp_path / "straight")[-1]
-    del one["images_per_second"], other["images_per_second"]
+        train(options, before_step=stop_after(10, steps))
+    resumed = train(options, before_step=steps)
+    one, other = (without_times(read_metrics(tmp_path / name))[-1] for name in ("run", "straight"))
     assert one == other
     assert one["skipped_steps"] == 3
     for first, second in zip(snapshot(resumed), snapshot(straight), strict=True):
@@ -92,8 +94,8 @@ def test_steps_that_are_settled_late_end_the_same(tmp_path, capsys):
     """As on a GPU, where the optimizer skips by itself and the host learns of it a step later; with a resumption."""
     steps = {1, 4, 7, 8}
     train(options_of(tmp_path / "straight"), before_step=poison(steps))
-    told = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
-    assert [line.split(" is")[0] for line in told] == ["step 2", "step 5", "step 8"]
+    lines = told(capsys)
+    assert [line.split(" is")[0] for line in lines] == ["step 2", "step 5", "step 8"]
     weights, unsettled = {}, {}
 
     def before_step(run, batch, losses):
@@ -101,14 +103,9 @@ def test_steps_that_are_settled_late_end_the_same(tmp_path, capsys):
         unsettled[run.step] = run._unsettled is not None
         poison(steps)(run, batch, losses)
 
-    def stop(run, batch, losses):
-        before_step(run, batch, losses)
-        if run.step == 10:
-            raise KeyboardInterrupt
-
     options = options_of(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        train(options, late=True, before_step=stop)
+        train(options, late=True, before_step=stop_after(10, before_step))
     # Settled at checkpoints (every third step) and log lines (every fifth), and after a skip until a step is made.
     assert [step for step, is_late in unsettled.items() if is_late] == [1, 2, 4, 7, 8]
     for step in range(1, 10):  # a skipped step leaves the weights as they are without the host knowing
@@ -116,7 +113,7 @@ def test_steps_that_are_settled_late_end_the_same(tmp_path, capsys):
         assert same == (step in steps), step
     train(options, late=True, before_step=before_step)
     assert_same_end(tmp_path / "run", tmp_path / "straight")
-    assert [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line] == told
+    assert told(capsys) == lines
 
 
 def break_layer(layer, steps, *, rank=0):
@@ -136,35 +133,34 @@ def train_with_a_broken_layer(options, layer, steps, rank):
     assert check_state(run._bare_model, run._parameters) is None
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 LAYERS = ["student.conv_in", "student.mid_block.resnets.0.conv1", "student.conv_out"]
 
 
 @pytest.mark.parametrize(
-    "layer", [pytest.param(name, marks=[pytest.mark.slow] * (name != LAYERS[1])) for name in LAYERS]
+    ("layer", "rank"),
+    [
+        (LAYERS[1], None),
+        *(slow(layer, rank) for layer in LAYERS for rank in (None, 0, 1)),
+    ],
 )
-def test_a_layer_that_is_broken_for_some_steps_is_recovered_from(layer, tmp_path, capsys):
-    """Projectors and their statistics, which see the layer's output, are sound afterwards too."""
-    train_with_a_broken_layer(options_of(tmp_path / "run"), layer, {3, 7, 8}, 0)
-    assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 2, 0]
-    assert [line.split(" is skipped")[0] for line in capsys.readouterr().out.splitlines() if "is skipped" in line] == [
-        "step 4",
-        "step 8",
-    ]
+def test_a_layer_that_is_broken_for_some_steps_is_recovered_from(layer, rank, tmp_path, capsys):
+    """Projectors and their statistics, which see the layer's output, are sound afterwards too; in one process of two
+    as in one alone."""
+    steps = {3, 7, 8}
+    if rank is None:
+        train_with_a_broken_layer(options_of(tmp_path / "run"), layer, steps, 0)
+        assert [line.split(" is skipped")[0] for line in told(capsys)] == ["step 4", "step 8"]
+    else:
+        options = options_of(tmp_path / "run", train_batch_size=2)
+        end_pair(tmp_path / "output", train_with_a_broken_layer, options, layer, steps, rank)
+    assert [line.get("skipped_steps", 0) for line in read_metrics(tmp_path / "run")] == [1, 2, 0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_layer_that_is_broken_in_one_process_is_recovered_from(layer, rank, tmp_path):
-    options = options_of(tmp_path / "run", train_batch_size=2)
-    processes = start_processes(
-        2, train_with_a_broken_layer, options, layer, {3, 7, 8}, rank, output=tmp_path / "output"
-    )
-    assert end_of(processes, within=120) == [0, 0], (tmp_path / "output").read_text()
-    assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 2, 0]
-
-
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [slow(False), True])
 def test_too_many_in_a_row_stop_with_a_diagnosis(late, tmp_path):
     options = options_of(tmp_path / "run", max_skipped_steps=2)
     layer = "student.mid_block.resnets.0.conv1"
@@ -188,106 +184,85 @@ def train_poisoned(options, steps, rank, late=False):
     train(options, late=late, before_step=poison(steps, rank=rank))
 
 
-@pytest.mark.parametrize(
-    ("rank", "late"),
-    [(1, True), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(0, False, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("rank", "late"), [(1, True), slow(1, False), slow(0, False)])
 def test_all_processes_skip_what_is_not_finite_in_one(rank, late, tmp_path):
     options = options_of(tmp_path / "run", train_batch_size=2)
-    processes = start_processes(2, train_poisoned, options, {3, 8}, rank, late, output=tmp_path / "output")
-    output = (tmp_path / "output").read_text() if end_of(processes, within=120) == [0, 0] else None
-    assert output is not None, (tmp_path / "output").read_text()
-    assert [line.get("skipped_steps", 0) for line in lines_of(tmp_path / "run")] == [1, 1, 0]
-    told = next(line for line in output.splitlines() if "step 4 is skipped" in line)
-    assert f"process {rank}: not finite are the losses total, output" in told
-    assert f"process {1 - rank}: all losses are finite" in told
+    output = end_pair(tmp_path / "output", train_poisoned, options, {3, 8}, rank, late)
+    assert [line.get("skipped_steps", 0) for line in read_metrics(tmp_path / "run")] == [1, 1, 0]
+    line = next(line for line in output.splitlines() if "step 4 is skipped" in line)
+    assert f"process {rank}: not finite are the losses total, output" in line
+    assert f"process {1 - rank}: all losses are finite" in line
 
 
 @pytest.mark.slow
 def test_persistent_non_finite_ends_all_processes(tmp_path):
     options = options_of(tmp_path / "run", train_batch_size=2, max_skipped_steps=1)
-    processes = start_processes(2, train_poisoned, options, set(range(4, 12)), 1, output=tmp_path / "output")
-    assert end_of(processes, within=120) == [2, 2]
-    errors = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("error")]
-    assert len(errors) == 1
-    assert "stopped at step 6: 2 steps in a row" in errors[0]
-    assert "Traceback" not in (tmp_path / "output").read_text() + (tmp_path / "output1").read_text()
+    output = end_pair(tmp_path / "output", train_poisoned, options, set(range(4, 12)), 1, statuses=(2, 2))
+    assert "stopped at step 6: 2 steps in a row" in error_of(output)
+    assert "Traceback" not in (tmp_path / "output1").read_text()
 
 
 # ---- projectors
 
 
-def seen_projector(scale=1.0):
-    projector = OrthogonalProjector(4, 6)
-    projector(scale * torch.randn(8, 16, 4), torch.randn(8, 16, 6))
+def seen(kind, student=1.0, teacher=1.0):
+    """A projector that has seen features of these scales."""
+    projector = kind(4, 6)
+    projector(student * (torch.randn(8, 16, 4) + 0.1), teacher * (torch.randn(8, 16, 6) + 0.1))
     projector.initialize()
     return projector
 
 
-def test_a_sound_projector_has_no_fault():
-    assert projector_fault(seen_projector()) is None
-    assert projector_fault(OrthogonalProjector(4, 6)) is None
+@pytest.mark.parametrize("kind", [OrthogonalProjector, LeastSquaresProjector])
+def test_a_sound_projector_has_no_fault(kind):
+    for scales in ((1.0, 1.0), (100.0, 1.0), (1.0, 1e-2), (1e-3, 1e-3)):
+        assert projector_fault(seen(kind, *scales)) is None
+    assert projector_fault(kind(4, 6)) is None
     assert projector_fault(OrthogonalProjector(6, 4, method="cayley")) is None
 
 
-BROKEN = {
-    "to zero": (lambda projector: projector.solution.zero_(), "collapsed: its rows are 1 from orthonormal"),
-    "slightly": (lambda projector: projector.solution.mul_(1.01), "collapsed: its rows are 0.02 from"),
-    "to NaN": (lambda projector: projector.solution.fill_(torch.nan), "collapsed: its rows are nan"),
-    "gain": (lambda projector: projector.gain.fill_(torch.inf), "has a gain that is not finite"),
-    "mean": (lambda projector: projector.statistics.student_mean.fill_(torch.nan), "a student_mean that is not finite"),
-    "variance": (
-        lambda projector: projector.statistics.target_variance.zero_(),
+BROKEN = [
+    (OrthogonalProjector, lambda made: made.solution.zero_(), "collapsed: its rows are 1 from orthonormal"),
+    (OrthogonalProjector, lambda made: made.solution.mul_(1.01), "collapsed: its rows are 0.02 from"),
+    (OrthogonalProjector, lambda made: made.solution.fill_(torch.nan), "collapsed: its rows are nan"),
+    (OrthogonalProjector, lambda made: made.gain.fill_(torch.inf), "has a gain that is not finite"),
+    (
+        OrthogonalProjector,
+        lambda made: made.statistics.student_mean.fill_(torch.nan),
+        "a student_mean that is not finite",
+    ),
+    (
+        OrthogonalProjector,
+        lambda made: made.statistics.target_variance.zero_(),
         "degenerate covariance: the teacher's",
     ),
-}
+    (LeastSquaresProjector, lambda made: made.solution.fill_(torch.nan), "has a solution that is not finite"),
+    (
+        LeastSquaresProjector,
+        lambda made: made.statistics.target_mean.fill_(torch.inf),
+        "a target_mean that is not finite",
+    ),
+]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_projector_is_named(name):
-    projector = seen_projector()
-    damage, words = BROKEN[name]
-    damage(projector)
-    assert words in projector_fault(projector)
-
-
-def test_features_that_do_not_vary_are_named():
-    assert "the student's features do not vary" in projector_fault(seen_projector(scale=0.0))
-
-
-def seen_least_squares(student_scale=1.0, teacher_scale=1.0):
-    projector = LeastSquaresProjector(4, 6)
-    projector(student_scale * torch.randn(8, 16, 4) + 0.1, teacher_scale * torch.randn(8, 16, 6) + 0.1)
-    projector.initialize()
-    return projector
-
-
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (100.0, 1.0), (1.0, 1e-2), (1e-3, 1e-3)])
-def test_a_sound_least_squares_projector_has_no_fault(scales):
-    assert projector_fault(seen_least_squares(*scales)) is None
-    assert projector_fault(LeastSquaresProjector(4, 6)) is None
-
-
-BROKEN_LEAST_SQUARES = {
-    "solution": (lambda projector: projector.solution.fill_(torch.nan), "has a solution that is not finite"),
-    "mean": (lambda projector: projector.statistics.target_mean.fill_(torch.inf), "a target_mean that is not finite"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_LEAST_SQUARES)
-def test_a_broken_least_squares_projector_is_named(name):
-    projector = seen_least_squares()
-    damage, words = BROKEN_LEAST_SQUARES[name]
+@pytest.mark.parametrize(("kind", "damage", "words"), BROKEN)
+def test_a_broken_projector_is_named(kind, damage, words):
+    projector = seen(kind)
     damage(projector)
     assert words in projector_fault(projector)
 
 
 @pytest.mark.parametrize(
-    ("scales", "name"), [((0.0, 1.0), "student"), ((1.0, 0.0), "teacher"), ((100.0, 0.0), "teacher")]
+    ("kind", "scales", "name"),
+    [
+        (OrthogonalProjector, (0.0, 1.0), "student"),
+        (LeastSquaresProjector, (0.0, 1.0), "student"),
+        (LeastSquaresProjector, (1.0, 0.0), "teacher"),
+        (LeastSquaresProjector, (100.0, 0.0), "teacher"),
+    ],
 )
-def test_least_squares_of_features_that_do_not_vary_is_named(scales, name):
-    projector = seen_least_squares(*scales)
-    assert f"the {name}'s features do not vary" in projector_fault(projector)
+def test_features_that_do_not_vary_are_named(kind, scales, name):
+    assert f"the {name}'s features do not vary" in projector_fault(seen(kind, *scales))
 
 
 def test_a_broken_least_squares_projector_is_found_in_the_state():
