@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.evaluation.scorer import load_statistics_file
 from vkd_gen.evaluation.sources import from_array
-from vkd_gen.limits import check_sizes
+from vkd_gen.limits import MANY, check_sizes
 from vkd_gen.provenance import hub_revision
 from vkd_gen.sampling import load_pipeline, stock_pipeline
 from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
@@ -91,65 +90,16 @@ def test_the_payload_works(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.bin"])
-def test_a_pickle_in_place_of_weights(tmp_path, executed, kind, name):
-    for load in (load_teacher, load_unet):
-        folder = tmp_path / load.__name__
-        tiny_unet().save_pretrained(folder)
-        (folder / WEIGHTS).unlink()
-        write_payload(folder / name, executed, kind)
-        with pytest.raises(ValueError, match=r"cannot load the UNet|pickled weights only"):
-            load(str(folder))
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.bin"])
-def test_a_pickle_in_a_pipeline(pipeline_folder, executed, kind, name):
+def test_a_pickle_in_place_of_weights(pipeline_folder, executed, kind, name):
     (pipeline_folder / "unet" / WEIGHTS).unlink()
     write_payload(pipeline_folder / "unet" / name, executed, kind)
-    with pytest.raises(ValueError, match="cannot load the pipeline"):
-        load_pipeline(str(pipeline_folder))
+    for load in (load_teacher, load_unet, load_pipeline):
+        with pytest.raises(ValueError, match=r"cannot load the (UNet|pipeline)|pickled weights only"):
+            load(str(pipeline_folder))
 
 
 def change(file, **entries):
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
-
-
-EVIL = "from pathlib import Path\nPath({path!r}).touch()\nfrom diffusers import DDIMPipeline, UNet2DModel\n"
-CODE = {
-    "pipeline of its own": ({"_class_name": ["evil", "DDIMPipeline"]}, "one of diffusers' pipelines"),
-    "module as the pipeline": ({"_class_name": "evil"}, "one of diffusers' pipelines"),
-    "class that is no pipeline": ({"_class_name": "UNet2DModel"}, "one of diffusers' pipelines"),
-    "attribute that is no class": ({"_class_name": "pipelines"}, "one of diffusers' pipelines"),
-    "no class at all": ({"_class_name": None}, "one of diffusers' pipelines"),
-    "part of its own": ({"unet": ["evil", "UNet2DModel"]}, "part 'unet' is of 'evil'"),
-    "part of any package": ({"unet": ["subprocess", "Popen"]}, "part 'unet' is of 'subprocess'"),
-    "further part": ({"x": ["evil", "UNet2DModel"]}, "part 'x' is of 'evil'"),
-    "part that is no name": ({"unet": [["evil"], "UNet2DModel"]}, "part 'unet' is of"),
-    "part elsewhere": ({"../teacher/unet": ["diffusers", "UNet2DModel"]}, "outside of its folder"),
-}
-
-
-@pytest.mark.parametrize("name", CODE)
-def test_code_beside_a_pipeline_is_not_run(pipeline_folder, executed, name, monkeypatch):
-    changes, words = CODE[name]
-    for place in (pipeline_folder, pipeline_folder / "unet"):
-        (place / "evil.py").write_text(EVIL.format(path=str(executed)))
-    monkeypatch.chdir(pipeline_folder)
-    monkeypatch.syspath_prepend(str(pipeline_folder))
-    change(pipeline_folder / "model_index.json", **changes)
-    with pytest.raises(ValueError, match=words) as error:
-        load_pipeline(str(pipeline_folder))
-    assert "\n" not in str(error.value)
-    assert "evil" not in sys.modules
-
-
-def test_code_that_a_configuration_names_is_not_run(pipeline_folder, executed):
-    (pipeline_folder / "unet" / "evil.py").write_text(EVIL.format(path=str(executed)))
-    entries = {"auto_map": {"AutoModel": "evil.UNet2DModel"}, "trust_remote_code": True, "custom_pipeline": "evil"}
-    change(pipeline_folder / "unet" / "config.json", **entries)
-    change(pipeline_folder / "model_index.json", custom_pipeline="evil", trust_remote_code=True)
-    load_teacher(str(pipeline_folder))
-    load_pipeline(str(pipeline_folder))  # they mean nothing to it
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{", '"x"', "[" * 100_000, ""])
@@ -171,13 +121,14 @@ ABSURD = [
     ("unet/config.json", {"norm_num_groups": 1e300}),
     ("unet/config.json", {"sample_size": 10**6}),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
-    ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * (10**6 + 1)}),
+    ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 1001}),
 ]
 
 
 @pytest.mark.parametrize(("file", "entries"), ABSURD, ids=lambda value: str(value)[:60])
 @pytest.mark.parametrize("load", [load_pipeline, load_teacher])
-def test_absurd_sizes_are_refused_before_memory_is_touched(pipeline_folder, load, file, entries):
+def test_absurd_sizes_are_refused_before_memory_is_touched(pipeline_folder, load, file, entries, monkeypatch):
+    monkeypatch.setitem(MANY, "trained_betas", 1000)
     change(pipeline_folder / file, **entries)
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"is no (UNet|model|schedule) that could be built: \w+ is") as error:
@@ -192,13 +143,6 @@ def test_a_model_larger_than_its_weights(pipeline_folder, load):
     """64 GB as the configuration has it, 50 kB on disk."""
     change(pipeline_folder / "unet/config.json", block_out_channels=[16384, 16384])
     with pytest.raises(ValueError, match=r"asks for|short of what its config.json asks for|would take"):
-        load(str(pipeline_folder))
-
-
-@pytest.mark.parametrize("load", [load_pipeline, load_teacher])
-def test_a_schedule_of_nonsense(pipeline_folder, load):
-    change(pipeline_folder / "scheduler/scheduler_config.json", beta_schedule="steep", num_train_timesteps="many")
-    with pytest.raises(ValueError, match=r"cannot load the pipeline|no schedule that diffusers can build"):
         load(str(pipeline_folder))
 
 
@@ -232,9 +176,10 @@ def test_a_feature_network_is_loaded_whole(tmp_path):
 # ---- extractors and arrays
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", ["inception", "vgg16", "clip-vit-b-32"])
-def test_extractor_weights(tmp_path, executed, kind, name):
+@pytest.mark.parametrize(
+    ("name", "kind"), [*(("inception", kind) for kind in FORMATS), ("vgg16", "zip"), ("clip-vit-b-32", "zip")]
+)
+def test_extractor_weights(tmp_path, executed, name, kind):
     file = write_payload(tmp_path / "weights.pth", executed, kind)
     words = "downloads the weights of clip" if name.startswith("clip") else "not a plain state dict of tensors"
     with pytest.raises(ValueError, match=words) as error:
@@ -261,10 +206,9 @@ def test_extractor_weights_that_change_after_they_were_checked(tmp_path, execute
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_pickle_that_is_called_safetensors(tmp_path, executed, kind):
     file = write_payload(tmp_path / "x.safetensors", executed, kind)
-    with pytest.raises(ValueError, match="is not a feature network"):
-        load_feature_network(file)
-    with pytest.raises(Exception, match=r"(?i)header"):
-        load_statistics(file)
+    for load, words in ((load_feature_network, "is not a feature network"), (load_statistics, r"(?i)header")):
+        with pytest.raises(Exception, match=words):
+            load(file)
 
 
 @pytest.mark.parametrize("load", [from_array, load_statistics_file])
@@ -325,8 +269,9 @@ def tampered(checkpointed_run, tmp_path):
     return resume_with
 
 
-@pytest.mark.parametrize("name", PICKLES)
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "zip") for name in PICKLES), *((PICKLES[0], kind) for kind in FORMATS[1:])]
+)
 def test_a_pickle_in_a_checkpoint(tampered, tmp_path, executed, name, kind):
     tampered(name, lambda file: write_payload(file, executed, kind))
     with pytest.raises(ValueError, match=rf"the checkpoint's file .*{name} is not loaded: ") as error:
@@ -334,26 +279,22 @@ def test_a_pickle_in_a_checkpoint(tampered, tmp_path, executed, name, kind):
     assert "\n" not in str(error.value)
 
 
-def test_shards_of_a_checkpoint_are_not_opened(tampered, tmp_path, executed):
+def test_a_truncated_file_and_shards_of_a_checkpoint(tampered, tmp_path, executed):
+    folder = tmp_path / "run" / "checkpoint-2"
+    tampered("training.pt", lambda file: file.write_bytes(file.read_bytes()[:-200]))
+    with pytest.raises(ValueError, match=r"training.pt is not loaded"):
+        check_checkpoint(folder)
     tampered("optimizer_0/.metadata", lambda file: (file.parent.mkdir(), write_payload(file, executed, "pickle")))
     with pytest.raises(ValueError, match=r"the checkpoint holds a folder, .*optimizer_0; shards"):
-        check_checkpoint(tmp_path / "run" / "checkpoint-2")
+        check_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", PICKLES)
-def test_a_truncated_file_of_a_checkpoint(tampered, tmp_path, name):
-    tampered(name, lambda file: file.write_bytes(file.read_bytes()[:-200]))
-    with pytest.raises(ValueError, match=rf"{name} is not loaded"):
-        check_checkpoint(tmp_path / "run" / "checkpoint-2")
-
-
-@pytest.mark.parametrize("name", PICKLES)
-def test_resuming_from_a_checkpoint_with_a_pickle(tampered, executed, run_recipe, capfd, name):
-    flags = tampered(name, lambda file: write_payload(file, executed))
+def test_resuming_from_a_checkpoint_with_a_pickle(tampered, executed, run_recipe, capfd):
+    flags = tampered("training.pt", lambda file: write_payload(file, executed))
     with pytest.raises(SystemExit) as status:
         run_recipe("train_teacher_unet", *flags)
     assert status.value.code == 2
-    assert f"{name} is not loaded: it holds more than numbers, and could run code" in capfd.readouterr().err
+    assert "training.pt is not loaded: it holds more than numbers, and could run code" in capfd.readouterr().err
 
 
 def test_accelerate_unpickles_what_is_registered(tmp_path, executed):
@@ -433,21 +374,19 @@ def test_a_revision_is_what_is_loaded_and_noted(older, source, commit):
     assert hub_revision(source) == commit
 
 
-@pytest.mark.parametrize("load", [load_teacher, load_unet, load_pipeline])
 @pytest.mark.parametrize(
     ("revision", "words"),
     [
         ("v2.0", r"the hub did not give it|cannot load the pipeline"),
         (OLDER[::-1], r"the hub did not give it|cannot load the pipeline"),
-        ("", "names no revision"),
-        ("../../other", "names no revision"),
-        ("v1 0", "names no revision"),
+        *((revision, "names no revision") for revision in ("", "../../other", "v1 0")),
     ],
 )
-def test_a_revision_that_is_not_there(older, load, revision, words):
-    with pytest.raises(ValueError, match=words) as error:
-        load(f"some/model@{revision}")
-    assert "\n" not in str(error.value)
+def test_a_revision_that_is_not_there(older, revision, words):
+    for load in (load_teacher, load_unet, load_pipeline):
+        with pytest.raises(ValueError, match=words) as error:
+            load(f"some/model@{revision}")
+        assert "\n" not in str(error.value)
 
 
 def test_a_folder_with_an_at_sign_is_a_folder(hub_cache, tmp_path, monkeypatch):
@@ -503,7 +442,7 @@ def test_another_revision_of_a_data_set_is_not_taken_for_it(data_cache, revision
     assert "\n" not in str(error.value)
 
 
-def test_models_of_the_hub_are_checked_as_folders_are(hub_cache, executed):
+def test_models_of_the_hub_are_checked_as_folders_are(hub_cache):
     snapshot = hub_cache / "snapshots" / COMMIT
     assert load_pipeline("some/model").unet.config.block_out_channels == [8, 16]
     assert load_teacher("some/model").unet.config.block_out_channels == [8, 16]
@@ -514,10 +453,6 @@ def test_models_of_the_hub_are_checked_as_folders_are(hub_cache, executed):
     for load in (load_pipeline, load_teacher):
         with pytest.raises(ValueError, match="that could be built: layers_per_block is"):
             load("some/model")
-    (snapshot / "evil.py").write_text(EVIL.format(path=str(executed)))
-    change(snapshot / "model_index.json", _class_name=["evil", "DDIMPipeline"])
-    with pytest.raises(ValueError, match="one of diffusers' pipelines"):
-        load_pipeline("some/model")
 
 
 def test_the_commit_of_a_model_on_the_hub(hub_cache, tmp_path, monkeypatch):

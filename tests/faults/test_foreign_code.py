@@ -86,6 +86,13 @@ CASES = {
     ),
     "part of another class": (part("unet/config.json", _class_name="AutoencoderKL"), "is of 'AutoencoderKL', not of"),
     "pipeline with a list as class": (index(_class_name=["pipeline", "P"]), "one of diffusers' pipelines"),
+    "module as the pipeline": (index(_class_name="evilmod"), "one of diffusers' pipelines"),
+    "pipeline that is a model": (index(_class_name="UNet2DModel"), "one of diffusers' pipelines"),
+    "pipeline that is no class": (index(_class_name="pipelines"), "one of diffusers' pipelines"),
+    "no pipeline": (index(_class_name=None), "one of diffusers' pipelines"),
+    "part of any package": (index(unet=["subprocess", "Popen"]), "part 'unet' is of 'subprocess'"),
+    "part that is no name": (index(unet=[["evilmod"], "M"]), "part 'unet' is of"),
+    "part elsewhere": (index(**{"../other/unet": ["diffusers", "UNet2DModel"]}), "outside of its folder"),
     "pipeline with prompts": (
         index(_class_name="StableDiffusionPipeline", text_encoder=["transformers", "CLIPTextModel"]),
         "StableDiffusionPipeline, which needs more than noise|one of diffusers' pipelines",  # without transformers
