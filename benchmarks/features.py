@@ -31,7 +31,7 @@ DEFAULT = METHODS["vkd"]
 VARIANTS: dict[str, MatchingOptions] = {
     **{f"--method {name}": method for name, method in METHODS.items() if method.feature_weight},
     "refresh each step": replace(DEFAULT, projector_refresh_steps=1),
-    **{f"projector {kind}": replace(DEFAULT, projector=kind) for kind in ("least_squares", "cayley", "matrix_exp")},
+    **{f"projector {kind}": replace(DEFAULT, projector=kind) for kind in ("cayley", "matrix_exp")},
     **{f"normalization {kind}": replace(DEFAULT, feature_normalization=kind) for kind in ("whiten", "batch_whiten")},
     **{f"loss {kind}": replace(DEFAULT, feature_loss=kind) for kind in ("smooth_l1", "cka")},
 }

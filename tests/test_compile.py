@@ -13,7 +13,6 @@ from vkd_gen import (
     FeatureNormalizer,
     FrozenTeacher,
     IdentityProjector,
-    LeastSquaresProjector,
     LinearProjector,
     OrthogonalProjector,
     ProjectedStudent,
@@ -187,10 +186,10 @@ def one_of_each(teacher, layer_pairs):
     matchings = [
         (OrthogonalProjector(8, 8, **orthogonal), "whiten", 8),
         (OrthogonalProjector(8, 4, **orthogonal), "whiten", 4),
+        (OrthogonalProjector(8, 16, **orthogonal), "layer_norm", None),
         (OrthogonalProjector(8, 16, method="cayley"), "center", None),
         (OrthogonalProjector(8, 16, method="matrix_exp"), "batch_whiten", None),
         (OrthogonalProjector(8, 16, method="fixed"), "standardize", None),
-        (LeastSquaresProjector(8, 16, **orthogonal), "layer_norm", None),
         (LinearProjector(8, 16), "none", None),
         (IdentityProjector(8, 8), "whiten", 8),
     ]

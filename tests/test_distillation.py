@@ -18,7 +18,6 @@ from vkd_gen import (
     FeatureNormalizer,
     FrozenTeacher,
     IdentityProjector,
-    LeastSquaresProjector,
     LinearProjector,
     LossWeights,
     OrthogonalProjector,
@@ -43,8 +42,6 @@ def make_projector(method, student_channels, target_channels):
             return LinearProjector(student_channels, target_channels)
         case "identity":
             return IdentityProjector(student_channels, target_channels)
-        case "least_squares":
-            return LeastSquaresProjector(student_channels, target_channels, momentum=0.9, refresh_every_steps=1)
     return OrthogonalProjector(student_channels, target_channels, method=method, momentum=0.9, refresh_every_steps=1)
 
 
@@ -484,7 +481,6 @@ def test_learned_projectors_learn_and_the_teacher_does_not(schedule, method, stu
         ("identity", (16, 32)),
         ("solved", (8, 16)),
         ("solved", (32, 64)),
-        ("least_squares", (8, 16)),
         ("cayley", (32, 64)),
         ("matrix_exp", (8, 16)),
         ("linear", (8, 16)),
@@ -765,7 +761,6 @@ def test_the_feature_scale_is_saved_but_no_wrapper_overwrites_it(models):
 
 DDP_CASES = [
     ("none", "solved"),
-    ("none", "least_squares"),
     ("batch_whiten", "solved"),
     ("batch_whiten", "matrix_exp"),
 ]

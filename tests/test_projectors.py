@@ -13,13 +13,11 @@ from vkd_gen.losses import squared_errors
 from vkd_gen.projectors import (
     IdentityProjector,
     LearnedProjector,
-    LeastSquaresProjector,
     LinearProjector,
     OrthogonalProjector,
     RunningCrossCovariance,
     orthonormality_error,
     parameter_groups,
-    principal_directions,
     procrustes,
     random_orthonormal,
     sampling_stride,
@@ -226,18 +224,6 @@ def test_random_orthonormal_is_uniform():
     bound = 4 / math.sqrt(4 * 1000)  # four standard errors
     assert matrices.mean(0).abs().max() < bound
     torch.testing.assert_close(matrices.square().mean(0), torch.full((2, 4), 0.25), rtol=0, atol=0.03)
-
-
-def test_principal_directions_equal_numpy():
-    rows = make_rows((6, 6))[0].flatten(0, 1)
-    covariance = torch.from_numpy(np.cov(double(rows).T))
-    directions = principal_directions(covariance, 4)
-    values, vectors = np.linalg.eigh(covariance.numpy())
-    leading = vectors[:, np.argsort(values)[::-1][:4]].T
-    np.testing.assert_allclose(np.abs((double(directions) * leading).sum(1)), np.ones(4), atol=1e-5)
-    assert directions.dtype == torch.float32
-    assert orthonormality_error(directions) < 1e-6
-    OrthogonalProjector(4, 6, start=directions)  # may serve as a start
 
 
 def test_orthonormality_error_known_values():
@@ -770,208 +756,10 @@ def test_resumed_learned_projector_accumulates_nothing(method):
     assert resumed.statistics.sums.abs().max() == 0
 
 
-# LeastSquaresProjector
-
-
-def reference_regression(batches, ridge, momentum=None):
-    """Centred rows with sqrt(n times the ridge's share of their variance) below them, by LAPACK's least squares.
-
-    `batches` of student and target rows weigh as rows do, or as steps of an exponential average.
-    """
-    students, targets = ([double(batch[side].flatten(0, -2)) for batch in batches] for side in (0, 1))
-    age = np.arange(len(batches))[::-1].astype(np.float64)
-    step_weights = np.ones(len(batches)) if momentum is None else momentum**age / np.array([len(s) for s in students])
-    weights = np.concatenate([np.full(len(s), w) for s, w in zip(students, step_weights, strict=True)])
-    weights /= weights.sum()
-    student, target = np.concatenate(students), np.concatenate(targets)
-    student_mean, target_mean = weights @ student, weights @ target
-    student, target = student - student_mean, target - target_mean
-    amount = ridge * (weights @ np.square(student)).mean()
-    root = np.sqrt(weights)[:, None]
-    left = np.concatenate([root * student, np.sqrt(amount) * np.eye(student.shape[1])])
-    right = np.concatenate([root * target, np.zeros((student.shape[1], target.shape[1]))])
-    solution = torch.linalg.lstsq(torch.from_numpy(left), torch.from_numpy(right)).solution.numpy()
-    return solution, student_mean, target_mean
-
-
-def test_least_squares_known_value():
-    """Targets 3 s - 1 of one channel with variance 2 / 3: the slope is 3 / (1 + ridge), about both means."""
-    student = torch.tensor([[[1.0], [2.0], [3.0]]])
-    projector = LeastSquaresProjector(1, 1, ridge=0.5).train()
-    projector(student, 3 * student - 1)
-    projector.initialize()
-    assert projector.solution.item() == pytest.approx(2)
-    projected, wanted = projector.eval()(student, 3 * student - 1)
-    torch.testing.assert_close(projected, torch.tensor([[[-2.0], [0.0], [2.0]]]))
-    torch.testing.assert_close(wanted, torch.tensor([[[-3.0], [0.0], [3.0]]]))
-
-
-@pytest.mark.parametrize("ridge", [1e-6, 1e-3, 0.3])
-@WIDTHS
-def test_least_squares_equals_lstsq(widths, ridge):
-    """Several batches of unlike sizes before the first step."""
-    projector = LeastSquaresProjector(*widths, ridge=ridge).train()
-    batches = [make_rows(widths, seed=seed, shape=(seed + 1, 20)) for seed in range(3)]
-    for batch in batches:
-        projector(*batch)
-    projector.initialize()
-    solution, student_mean, target_mean = reference_regression(batches, ridge)
-    np.testing.assert_allclose(double(projector.solution), solution, atol=1e-4)
-    student, target = make_rows(widths, seed=9)
-    projected, wanted = projector.eval()(student, target)
-    np.testing.assert_allclose(double(projected), (double(student) - student_mean) @ solution, atol=1e-3)
-    np.testing.assert_allclose(double(wanted), double(target) - target_mean, atol=1e-4)
-    assert projected.shape == wanted.shape == (*student.shape[:2], widths[1])
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.6, 0.99])
-@WIDTHS
-def test_least_squares_over_running_steps(widths, momentum):
-    projector = LeastSquaresProjector(*widths, momentum=momentum, refresh_every_steps=2, ridge=1e-3).train()
-    batches = []
-    for step in range(1, 5):
-        batches.append(make_rows(widths, seed=step, shape=(4, 10 * step)))
-        projector(*batches[-1])
-        projector.after_step(step)
-    solution, student_mean, _ = reference_regression(batches, 1e-3, momentum)
-    np.testing.assert_allclose(double(projector.solution), solution, atol=1e-4)
-    np.testing.assert_allclose(double(projector.statistics.student_mean), student_mean, atol=1e-4)
-
-
-def test_least_squares_is_refreshed_when_due_and_the_means_at_every_step():
-    projector = LeastSquaresProjector(3, 6, refresh_every_steps=3).train()
-    solutions, means = [projector.solution.clone()], [projector.statistics.student_mean.clone()]
-    assert torch.equal(solutions[0], torch.eye(3, 6))
-    for step in range(1, 8):
-        projector(*make_rows((3, 6), seed=step))
-        projector.after_step(step)
-        solutions.append(projector.solution.clone())
-        means.append(projector.statistics.student_mean.clone())
-    changed = [step for step in range(1, 8) if not torch.equal(solutions[step], solutions[step - 1])]
-    assert changed == [1, 3, 6]
-    assert not any(torch.equal(means[step], means[step - 1]) for step in range(1, 8))
-
-
-@pytest.mark.parametrize("call", ["initialize", "after_step"])
-def test_least_squares_without_rows_stays_where_it_starts(call):
-    projector = LeastSquaresProjector(3, 6).train()
-    before = state_of(projector)
-    with suppress(ValueError):
-        projector.initialize() if call == "initialize" else projector.after_step(10)
-    assert_same_state(state_of(projector), before)
-    with pytest.raises(ValueError, match=r"forward passes in training mode before initialize\(\)"):
-        projector.initialize()
-
-
-def test_least_squares_initialize_forgets_what_came_before():
-    projector = LeastSquaresProjector(3, 6, momentum=0.9).train()
-    projector(*make_rows((3, 6), seed=1))
-    projector.after_step(1)
-    batch = make_rows((3, 6), seed=2)
-    projector(*batch)
-    projector.initialize()
-    np.testing.assert_allclose(double(projector.solution), reference_regression([batch], 1e-3)[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("collapsed", ["student", "target", "both", "one direction"])
-def test_least_squares_of_rows_that_do_not_vary(collapsed):
-    """The ridge holds: zeros, not numbers beyond all bounds, where the student says nothing."""
-    student, target = make_rows((3, 6))
-    if collapsed in ("student", "both"):
-        student = torch.full_like(student, 0.1)
-    if collapsed in ("target", "both"):
-        target = torch.full_like(target, 0.1)
-    if collapsed == "one direction":
-        student = student[..., :1].expand(-1, -1, 3).contiguous()
-    projector = LeastSquaresProjector(3, 6).train()
-    projector(student, target)
-    projector.initialize()
-    projected, wanted = projector.eval()(student, target)
-    assert projector.solution.isfinite().all()
-    if collapsed == "one direction":
-        solution = reference_regression([(student, target)], 1e-3)[0]
-        np.testing.assert_allclose(double(projector.solution), solution, atol=1e-3)
-        np.testing.assert_allclose(double(projector.solution), double(projector.solution[:1].expand(3, 6)), atol=1e-3)
-    else:
-        assert projected.abs().max() < 1e-6
-        assert wanted.abs().max() < 1e-6 or collapsed == "student"
-
-
-@WIDTHS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_least_squares_is_float32_in_any_precision(widths, dtype):
-    student, target = (rows.to(dtype) for rows in make_rows(widths))
-    plain, under_autocast = LeastSquaresProjector(*widths).train(), LeastSquaresProjector(*widths).train()
-    expected = plain(student.float(), target.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = under_autocast(student, target)
-        under_autocast.initialize()
-    plain.initialize()
-    assert_same_state(state_of(under_autocast), state_of(plain))
-    for value, wanted in zip(actual, expected, strict=True):
-        assert value.dtype == torch.float32
-        assert torch.equal(value, wanted)
-
-
-@WIDTHS
-def test_least_squares_gradients_reach_the_student_through_the_map_alone(widths):
-    projector = LeastSquaresProjector(*widths).train()
-    projector(*make_rows(widths))
-    projector.initialize()
-    student, target = (rows.requires_grad_() for rows in make_rows(widths, seed=5))
-    projected, wanted = projector(student, target)
-    assert not wanted.requires_grad
-    upstream = torch.randn_like(projected)
-    (projected * upstream).sum().backward()
-    assert target.grad is None
-    expected = double(upstream) @ double(projector.solution).T  # dL/dS = dL/dY W^T
-    np.testing.assert_allclose(double(student.grad), expected, atol=1e-5)
-    assert not list(projector.parameters())
-    assert not any(value.requires_grad for value in projector.buffers())
-
-
-def test_least_squares_in_evaluation_accumulates_nothing():
-    projector = LeastSquaresProjector(3, 6).train()
-    projector(*make_rows((3, 6)))
-    projector.initialize()
-    before = state_of(projector)
-    projector.eval()(*make_rows((3, 6), seed=7))
-    assert projector.statistics.sums.abs().max() == 0
-    assert_same_state(state_of(projector), before)
-    projector.train()(*make_rows((3, 6), seed=7))
-    assert projector.statistics.sums[0] == 8 * 16
-
-
-@WIDTHS
-def test_resumed_least_squares_equals_the_straight_one(widths):
-    def make():
-        projector = LeastSquaresProjector(*widths, momentum=0.8, refresh_every_steps=3)
-        return projector.train(), nn.Linear(widths[0], widths[0])
-
-    assert_resumes_as_straight(make, widths)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"refresh_every_steps": 0}, "refresh_every_steps must be at least 1, not 0"),
-        ({"momentum": 1.0}, "momentum"),
-        ({"ridge": 0.0}, "ridge must be above 0 and finite, not 0"),
-        ({"ridge": -1e-3}, "ridge must be above 0"),
-        ({"ridge": math.inf}, "ridge must be above 0 and finite, not inf"),
-        ({"ridge": math.nan}, "ridge must be above 0 and finite, not nan"),
-    ],
-    ids=str,
-)
-def test_least_squares_projector_refuses(options, message):
-    with pytest.raises(REFUSED, match=message):
-        LeastSquaresProjector(3, 6, **options)
-
-
 # Errors
 
 
-@pytest.mark.parametrize("projector", [OrthogonalProjector, LeastSquaresProjector, LinearProjector, IdentityProjector])
+@pytest.mark.parametrize("projector", [OrthogonalProjector, LinearProjector, IdentityProjector])
 @pytest.mark.parametrize("widths", [(0, 4), (4, 0), (-1, -1)])
 def test_no_channels(projector, widths):
     with pytest.raises(ValueError, match="at least 1 channel"):
@@ -1081,7 +869,6 @@ def test_projectors_are_not_decayed():
         OrthogonalProjector(4, 8),
         LinearProjector(4, 8),
         IdentityProjector(4, 4),
-        LeastSquaresProjector(4, 8),
     ]
     with torch.no_grad():
         projectors[0].tangent.normal_()
@@ -1102,18 +889,15 @@ def test_projectors_are_not_decayed():
         assert torch.equal(new.detach(), old)
 
 
-@pytest.mark.parametrize(
-    "projectors", [[], [OrthogonalProjector(4, 8)], [LeastSquaresProjector(4, 8)], [IdentityProjector(4, 4)]]
-)
+@pytest.mark.parametrize("projectors", [[], [OrthogonalProjector(4, 8)], [IdentityProjector(4, 4)]])
 def test_projectors_without_parameters_make_no_group(projectors):
     groups = parameter_groups(nn.Linear(4, 4), projectors, 0.1)
     assert len(groups) == 1
     torch.optim.AdamW(groups)
 
 
-@pytest.mark.parametrize("kind", [OrthogonalProjector, LeastSquaresProjector])
-def test_a_step_with_a_non_finite_feature_leaves_the_averages_alone(kind):
-    projector = kind(3, 5, refresh_every_steps=1)
+def test_a_step_with_a_non_finite_feature_leaves_the_averages_alone():
+    projector = OrthogonalProjector(3, 5, refresh_every_steps=1)
     projector(torch.randn(4, 9, 3), torch.randn(4, 9, 5))
     projector.after_step(1)
     before = {name: value.clone() for name, value in projector.state_dict().items()}

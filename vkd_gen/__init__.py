@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vkd_gen.pairing import LayerPair, pair_layers, pair_table
     from vkd_gen.projectors import (
         IdentityProjector,
-        LeastSquaresProjector,
         LinearProjector,
         OrthogonalProjector,
         parameter_groups,
@@ -45,7 +44,6 @@ __all__ = [
     "IdentityProjector",
     "Inheritance",
     "LayerPair",
-    "LeastSquaresProjector",
     "LinearProjector",
     "LossWeights",
     "OrthogonalProjector",
@@ -73,7 +71,7 @@ _MODULES = {
     "features": "FeatureCapture",
     "normalization": "FeatureNormalizer FeatureStatistics width_floor",
     "pairing": "LayerPair pair_layers pair_table",
-    "projectors": "IdentityProjector LeastSquaresProjector LinearProjector OrthogonalProjector parameter_groups",
+    "projectors": "IdentityProjector LinearProjector OrthogonalProjector parameter_groups",
     "schedule": "Schedule",
     "families": (
         "REDUCTIONS Inheritance Reduction best_layers build_student inherit_weights published_cost reduce_config"

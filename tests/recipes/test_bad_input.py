@@ -115,7 +115,7 @@ OF_FLAGS = [
     ("--max_train_steps many", "max_train_steps.*many"),
     ("digits", "error: Unrecognized options: digits"),
     ("--method kd", "no method 'kd'.*vkd"),
-    ("--projector lstsq", "'lstsq' for argument '--projector'.*least_squares"),
+    ("--projector lstsq", "'lstsq' for argument '--projector'.*solved"),
     ("--mixed_precision fp8", "mixed_precision"),
     ("--mixed_precision fp16", "fp16 needs a GPU"),
     ("--report_to paper", "--report_to paper"),

@@ -176,7 +176,7 @@ def test_the_published_method_interrupted_at_any_step(dropout_teacher, tmp_path,
 def test_the_feature_weight_follows(dropout_teacher, tmp_path, run_recipe):
     """What is found before the first step weighs the first step's loss; then the weight moves at every look."""
     flags = [*SHORT_STUDENT, *NO_SCORES, "--teacher", dropout_teacher, "--max_train_steps", 5]
-    flags += ["--projector", "least_squares", "--projector_refresh_steps", 2, "--diagnostics_every_steps", 2]
+    flags += ["--projector_refresh_steps", 2, "--diagnostics_every_steps", 2]
     flags += [
         "--feature_weighting",
         "gradient_ratio",
@@ -269,12 +269,12 @@ def test_accumulated_passes_equal_one_large_batch(student_flags, tmp_path, run_r
             assert small[name] == pytest.approx(large[name], rel=1e-5)
 
 
-LEAST_SQUARES = ["--projector", "least_squares", *EVERY_STEP, "--feature_decay_end", 1]
+SOLVED = [*EVERY_STEP, "--feature_decay_end", 1]
 
 
 @pytest.mark.parametrize(
     "flags",
-    [["--method", "vkd", "--guidance_dropout", 0.5], *slow(["--method", "vkd-paper"], LEAST_SQUARES)],
+    [["--method", "vkd", "--guidance_dropout", 0.5], *slow(["--method", "vkd-paper"], SOLVED)],
     ids=lambda flags: " ".join(map(str, flags[:2])),
 )
 def test_two_processes_equal_one(flags, tmp_path, run_recipe):
@@ -426,13 +426,13 @@ ALONE = ["--output_weight", 0, "--feature_weighting", "constant", "--feature_dec
         ],
         ["--feature_weight", 0],
         *slow(
-            ["--projector", "pca", "--feature_normalization", "layer_norm", "--feature_loss", "smooth_l1"],
+            ["--projector", "random", "--feature_normalization", "layer_norm", "--feature_loss", "smooth_l1"],
             ["--feature_normalization", "whiten", "--whitening_rank", 3, "--whitening_exponent", 0.5],
             ["--student_width", 2, "--feature_normalization", "center"],
-            [*EVERY_STEP, "--projector", "least_squares", "--mixed_precision", "bf16", "--gradient_checkpointing"],
+            [*EVERY_STEP, "--mixed_precision", "bf16", "--gradient_checkpointing"],
             [*EVERY_STEP, "--feature_loss", "cka", "--timestep_weighting", "min_snr", "--feature_decay_end", 1],
             [*EVERY_STEP, "--method", "vkd-paper", "--denoising_weight", 0],
-            [*EVERY_STEP, "--student_width", 2, "--projector", "least_squares"],
+            [*EVERY_STEP, "--student_width", 2],
             [*EVERY_STEP, "--method", "output"],
         ),
     ],

@@ -5,15 +5,14 @@ student rows `[B, N, Ds]` and target rows `[B, N, Dt]` and returns both in one s
 """
 
 from vkd_gen.projectors.base import Projector, parameter_groups
-from vkd_gen.projectors.baselines import IdentityProjector, LeastSquaresProjector, LinearProjector
-from vkd_gen.projectors.matrices import orthonormality_error, principal_directions, procrustes, random_orthonormal
+from vkd_gen.projectors.baselines import IdentityProjector, LinearProjector
+from vkd_gen.projectors.matrices import orthonormality_error, procrustes, random_orthonormal
 from vkd_gen.projectors.orthogonal import LearnedProjector, OrthogonalProjector, ProjectorMethod, SolvedProjector
 from vkd_gen.projectors.statistics import RunningCrossCovariance, sampling_stride
 
 __all__ = [
     "IdentityProjector",
     "LearnedProjector",
-    "LeastSquaresProjector",
     "LinearProjector",
     "OrthogonalProjector",
     "Projector",
@@ -22,7 +21,6 @@ __all__ = [
     "SolvedProjector",
     "orthonormality_error",
     "parameter_groups",
-    "principal_directions",
     "procrustes",
     "random_orthonormal",
     "sampling_stride",

@@ -1,4 +1,4 @@
-"""Orthonormal matrices: the closest to a cross-covariance, random ones, leading directions."""
+"""Orthonormal matrices: the closest to a cross-covariance, random ones."""
 
 import torch
 from jaxtyping import Float
@@ -31,12 +31,6 @@ def random_orthonormal(rows: int, columns: int, seed: int = 0) -> Float[Tensor, 
     orthonormal, triangle = torch.linalg.qr(gaussian)
     orthonormal = orthonormal * triangle.diagonal().sign()
     return orthonormal if rows >= columns else orthonormal.T.contiguous()
-
-
-def principal_directions(covariance: Float[Tensor, "channels channels"], count: int) -> Float[Tensor, "count channels"]:
-    """The `count` leading eigenvectors of a covariance, as rows, float32."""
-    vectors = torch.linalg.eigh(covariance.double())[1]
-    return vectors.flip(1)[:, :count].T.float().contiguous()
 
 
 def orthonormality_error(matrix: Float[Tensor, "rows columns"]) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vkd_gen.distillation import ProjectedStudent
-from vkd_gen.projectors import LearnedProjector, LeastSquaresProjector, SolvedProjector, orthonormality_error
+from vkd_gen.projectors import LearnedProjector, SolvedProjector, orthonormality_error
 
 MOST_ORTHONORMALITY_ERROR = 1e-3
 """Solved and learned maps are off by about 1e-6."""
@@ -116,7 +116,7 @@ def check_state(model: nn.Module, parameters: Sequence[Tensor]) -> str | None:
         return f"{len(names)} weights are not finite, such as {names[0]}"
     if isinstance(model, ProjectedStudent):
         for pair, projector in zip(model.layer_pairs, model.projectors, strict=True):
-            if isinstance(projector, SolvedProjector | LearnedProjector | LeastSquaresProjector):
+            if isinstance(projector, SolvedProjector | LearnedProjector):
                 fault = projector_fault(projector)
                 if fault is not None:
                     return f"the projector from {pair.student} to {pair.teacher} {fault}"
@@ -124,34 +124,20 @@ def check_state(model: nn.Module, parameters: Sequence[Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def projector_fault(projector: SolvedProjector | LearnedProjector | LeastSquaresProjector) -> str | None:
+def projector_fault(projector: SolvedProjector | LearnedProjector) -> str | None:
     """What makes a projector useless, in words; None for a sound one."""
     statistics = projector.statistics
-    student_variance, teacher_variance = statistics.student_variance, statistics.target_variance
-    least_teacher_variance = LEAST_VARIANCE
-    if isinstance(projector, SolvedProjector | LearnedProjector):
-        error = orthonormality_error(projector.matrix())
-        if not error <= MOST_ORTHONORMALITY_ERROR:
-            return f"has collapsed: its rows are {error:.1g} from orthonormal"
-        named = {"gain": projector.gain}
-        is_learned = isinstance(projector, LearnedProjector)
-    else:
-        named = {"solution": projector.solution}
-        is_learned = False
-        # Its target rows begin with the student's, whose variance is taken off again but for rounding.
-        teacher_variance = teacher_variance - student_variance
-        least_teacher_variance += 1e-6 * float(student_variance)
-    named |= dict(statistics.named_buffers())
+    error = orthonormality_error(projector.matrix())
+    if not error <= MOST_ORTHONORMALITY_ERROR:
+        return f"has collapsed: its rows are {error:.1g} from orthonormal"
+    named = {"gain": projector.gain, **dict(statistics.named_buffers())}
     broken = [name for name, value in named.items() if not value.isfinite().all()]
     if broken:
         return f"has a {broken[0]} that is not finite"
-    if is_learned or statistics.num_merges == 0:
+    if isinstance(projector, LearnedProjector) or statistics.num_merges == 0:
         return None
-    for name, variance, least in (
-        ("student", student_variance, LEAST_VARIANCE),
-        ("teacher", teacher_variance, least_teacher_variance),
-    ):
-        if variance <= least:
+    for name, variance in (("student", statistics.student_variance), ("teacher", statistics.target_variance)):
+        if variance <= LEAST_VARIANCE:
             return f"has a degenerate covariance: the {name}'s features do not vary (variance {float(variance):.1g})"
     return None
 

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 
 import vkd_gen as vkd
 from vkd_gen.diagnostics import Diagnostics
-from vkd_gen.projectors import Projector, principal_directions, random_orthonormal
+from vkd_gen.projectors import Projector, random_orthonormal
 from vkd_gen.schedule import Schedule
 from vkd_gen.training.balance import FeatureBalance
 from vkd_gen.training.options import MatchingOptions
@@ -66,21 +66,11 @@ def build_matching(
     match options.projector:
         case "linear":
             return vkd.LinearProjector(*widths), normalizer
-        case "least_squares":
-            return vkd.LeastSquaresProjector(*widths, refresh_every_steps=refresh), normalizer
         case "identity":
             return vkd.IdentityProjector(*widths), normalizer
         case "random":
             start = random_orthonormal(*sorted(widths))
             return vkd.OrthogonalProjector(*widths, method="fixed", start=start), normalizer
-        case "pca":
-            # In the wider one's space; a student that is wider keeps its own axes.
-            directions = principal_directions(normalizer.target_covariance(), min(widths))
-            is_wider = widths[0] > widths[1]
-            return (
-                vkd.OrthogonalProjector(*widths, method="fixed", start="identity" if is_wider else directions),
-                normalizer,
-            )
         case "solved" | "cayley" | "matrix_exp" as method:
             projector = vkd.OrthogonalProjector(
                 *widths, method=method, start=options.projector_start, refresh_every_steps=refresh

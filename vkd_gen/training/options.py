@@ -22,7 +22,7 @@ else:
 """The type of a flag that few people change: --help leaves it out, --help_all shows it."""
 
 FeatureWeighting = Literal["constant", "gradient_ratio"]
-ProjectorChoice = Literal["solved", "cayley", "matrix_exp", "random", "pca", "least_squares", "linear", "identity"]
+ProjectorChoice = Literal["solved", "cayley", "matrix_exp", "random", "linear", "identity"]
 
 
 def check_at_least(options: Any, minima: Mapping[str, float]) -> None:
@@ -265,12 +265,12 @@ class MatchingOptions:
     """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
     average-pooled by 2."""
     projector: ProjectorChoice = "solved"
-    """Map from the student's to the teacher's channels. solved and least_squares are found in closed form, orthogonal
-    and free; cayley and matrix_exp (orthogonal) and linear (free) are trained."""
+    """Map from the student's to the teacher's channels. solved (orthogonal) is found in closed form;
+    cayley and matrix_exp (orthogonal) and linear (free) are trained; random is orthogonal and stays as it is."""
     projector_start: Rare[Literal["identity", "procrustes"]] = "identity"
     """Where cayley and matrix_exp start."""
     projector_refresh_steps: Rare[int] = 10
-    """Steps between two solutions of a solved or least-squares projector."""
+    """Steps between two solutions of a solved projector."""
     feature_normalization: Normalization = "none"
     """Normalisation of the teacher's features."""
     feature_loss: FeatureLoss = "mse"
