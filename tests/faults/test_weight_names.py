@@ -11,14 +11,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_unet
-from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
 from vkd_gen.calibration import load_statistics
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.evaluation.sources import from_array
-from vkd_gen.hub import check_layout, stored_layout
 from vkd_gen.sampling import load_pipeline
-from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
+from vkd_gen.training.checkpoints import MANIFEST, read_manifest
 from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -34,61 +32,48 @@ def retype(file, dtype, names=""):
     save_file({name: value.to(dtype) if names in name else value for name, value in load_file(file).items()}, file)
 
 
-def enlarge(file):
-    tensors = load_file(file)
-    save_file({**tensors, "conv_out.weight": torch.zeros(9, *tensors["conv_out.weight"].shape[1:])}, file)
+def named(change, words):
+    return lambda file: rename(file, change), words
 
 
+def changed(change, words):
+    """All tensors of a file as a function changes them."""
+    return lambda file: save_file(change(load_file(file)), file), words
+
+
+SWAPPED = {"conv_in.weight": "conv_out.weight", "conv_out.weight": "conv_in.weight"}
 NAMES = {
-    "a layer is missing": (
-        lambda file: rename(file, lambda name: None if name.startswith("conv_out") else name),
+    "a layer is missing": named(
+        lambda name: None if name.startswith("conv_out") else name,
         r"2 of \d+ are missing \(conv_out.weight, conv_out.bias\)",
     ),
-    "a layer has another name": (
-        lambda file: rename(file, lambda name: name.replace("conv_out.", "out_conv.")),
+    "a layer has another name": named(
+        lambda name: name.replace("conv_out.", "out_conv."),
         r"2 of \d+ are missing \(conv_out.*2 are of no use to it \(out_conv",
     ),
-    "one tensor more": (
-        lambda file: save_file({**load_file(file), "ema.decay": torch.ones(1)}, file),
-        r"1 are of no use to it \(ema.decay\)",
+    "one tensor more": changed(
+        lambda tensors: {**tensors, "ema.decay": torch.ones(1)}, r"1 are of no use to it \(ema.decay\)"
     ),
-    "as many numbers, transposed": (
-        lambda file: save_file(
-            {name: value.flatten() if name == "conv_in.weight" else value for name, value in load_file(file).items()},
-            file,
-        ),
+    "as many numbers, transposed": changed(
+        lambda tensors: {**tensors, "conv_in.weight": tensors["conv_in.weight"].flatten()},
         r"1 have another shape \(conv_in.weight is \[72\], not \[8, 1, 3, 3\]\)",
     ),
-    "another number of channels": (enlarge, r"1 have another shape \(conv_out.weight is \[9, 8, 3, 3\]"),
-    "two tensors changed places": (
-        lambda file: rename(
-            file,
-            lambda name: {"conv_in.weight": "conv_out.weight", "conv_out.weight": "conv_in.weight"}.get(name, name),
-        ),
-        "2 have another shape",
+    "another number of channels": changed(
+        lambda tensors: {**tensors, "conv_out.weight": torch.zeros(9, 8, 3, 3)},
+        r"1 have another shape \(conv_out.weight is \[9, 8, 3, 3\]",
     ),
-    "DataParallel": (
-        lambda file: rename(file, lambda name: "module." + name),
-        r"`module.`, which DataParallel.*unwrap",
+    "two tensors changed places": named(lambda name: SWAPPED.get(name, name), "2 have another shape"),
+    "DataParallel": named(lambda name: "module." + name, r"`module.`, which DataParallel.*unwrap"),
+    "both wrappers": named(
+        lambda name: "module._orig_mod." + name, r"`module.`, which .* and `_orig_mod.`, which torch.compile"
     ),
-    "torch.compile": (
-        lambda file: rename(file, lambda name: "_orig_mod." + name),
-        r"`_orig_mod.`, which torch.compile",
-    ),
-    "both": (
-        lambda file: rename(file, lambda name: "module._orig_mod." + name),
-        r"`module.`, which .* and `_orig_mod.`, which",
-    ),
-    "one block compiled": (
-        lambda file: rename(file, lambda name: name.replace("mid_block.", "mid_block._orig_mod.")),
+    "one block compiled": named(
+        lambda name: name.replace("mid_block.", "mid_block._orig_mod."),
         r"`_orig_mod.`, which torch.compile puts there",
     ),
-    "inside of another module": (
-        lambda file: rename(file, lambda name: "student.unet." + name),
-        r"their names begin with `student.unet.`",
-    ),
+    "inside of another module": named(lambda name: "student.unet." + name, r"their names begin with `student.unet.`"),
     "quantised": (lambda file: retype(file, torch.int8, "conv_in.weight"), r"quantised .*\(conv_in.weight\)"),
-    "no tensors": (lambda file: save_file({}, file), r"are missing"),
+    "no tensors": changed(lambda tensors: {}, r"are missing"),
 }
 
 
@@ -202,23 +187,20 @@ def test_a_feature_network(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
-def test_extractor_weights_that_were_saved_in_a_wrapper(tmp_path, prefix):
-    torch.save({f"{prefix}fc.weight": torch.zeros(2)}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=f"extractor weights .* carry `{prefix}`, which"):
-        load_extractor("inception", str(tmp_path / "weights.pth"))
-
-
-def test_extractor_weights_that_are_empty(tmp_path):
-    (tmp_path / "weights.pth").touch()
+def test_extractor_weights_of_another_kind(tmp_path):
+    file = tmp_path / "weights.pth"
+    for prefix in ("module.", "_orig_mod."):
+        torch.save({f"{prefix}fc.weight": torch.zeros(2)}, file)
+        with pytest.raises(ValueError, match=f"extractor weights .* carry `{prefix}`, which"):
+            load_extractor("inception", str(file))
+    file.write_bytes(b"")
     with pytest.raises(ValueError, match="are not a plain state dict of tensors: "):
-        load_extractor("inception", str(tmp_path / "weights.pth"))
+        load_extractor("inception", str(file))
 
 
-@pytest.mark.parametrize("place", ["", "unet"])
-def test_a_model_that_is_scored_by_mistake(place, tmp_path, run_eval, capsys):
+def test_a_model_that_is_scored_by_mistake(tmp_path, run_eval, capsys):
     """It is no folder of images either."""
-    tiny_unet().save_pretrained(tmp_path / "model" / place)
+    tiny_unet().save_pretrained(tmp_path / "model" / "unet")
     flags = ("--reference", "digits", "--output_dir", tmp_path / "scores", "--extractor", "inception")
     with pytest.raises(SystemExit) as status:
         run_eval("score", tmp_path / "model", *flags)
@@ -226,45 +208,19 @@ def test_a_model_that_is_scored_by_mistake(place, tmp_path, run_eval, capsys):
     assert "holds no pipeline: neither model_index.json" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_a_resumed_runs_own_weights(pipeline_folder, tmp_path, monkeypatch, capfd):
-    """By name too: a sealed checkpoint of weights under other names is refused, and the run's folder stays."""
-    run = recipe_runner(monkeypatch, tmp_path)
-    flags = ["--teacher", pipeline_folder, "--output_dir", tmp_path / "run", "--extractor", "none", *SHORT_STUDENT]
-    run("train_student_unet", *flags)
-    (tmp_path / "run/results.json").unlink()  # else it is finished, and nothing is loaded
-    folder = tmp_path / "run/checkpoint-2"
-    rename(folder / "model.safetensors", lambda name: "module." + name)
-    facts = {key: value for key, value in read_manifest(folder).items() if key != "files"}
-    (folder / MANIFEST).unlink()
-    seal(folder, facts)
-    with pytest.raises(SystemExit) as status:
-        run("train_student_unet", *flags, "--resume_from_checkpoint", folder)
-    assert status.value.code == 2
-    assert (
-        "cannot be loaded: Error(s) in loading state_dict for ProjectedStudent: Missing key(s)"
-        in capfd.readouterr().err.splitlines()[-1]
-    )
-
-
-def test_a_layout_that_fits(tmp_path):
-    unet = tiny_unet()
-    unet.save_pretrained(tmp_path)
-    check_layout(stored_layout([tmp_path / WEIGHTS]), unet, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["unet/" + WEIGHTS, "unet/config.json", "scheduler/scheduler_config.json"])
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_what_is_no_file_is_refused_and_not_waited_for(pipeline_folder, name, kind):
-    path = pipeline_folder / name
-    path.unlink()
-    match kind:
-        case "pipe":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
-        case "device":
-            path.symlink_to("/dev/zero")
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("unet/" + WEIGHTS, os.mkfifo),
+        ("unet/config.json", os.mkfifo),
+        ("scheduler/scheduler_config.json", os.mkfifo),
+        ("unet/" + WEIGHTS, os.mkdir),
+        ("unet/config.json", lambda path: path.symlink_to("/dev/zero")),
+    ],
+)
+def test_what_is_no_file_is_refused_and_not_waited_for(pipeline_folder, name, make):
+    (pipeline_folder / name).unlink()
+    make(pipeline_folder / name)
     for load in (load_teacher, load_pipeline):
         with pytest.raises(ValueError, match=rf"{name.split('/')[1]} is no regular file") as error:
             load(str(pipeline_folder))
