@@ -132,13 +132,13 @@ def assert_same_run(run, other):
     assert not list(run.glob(".*"))
 
 
-def images_in(folder, count=6, side=8, **others):
+def images_in(folder, count=6, side=8, mode="L", **others):
     """Random images, and files beside them that are none: name -> content."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for number in range(count):
         pixels = generator.integers(0, 255, (side, side), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
+        Image.fromarray(pixels).convert(mode).save(folder / f"{number}.png")
     for name, content in others.items():
         (folder / f"{name}.png").write_bytes(content)
     return folder
