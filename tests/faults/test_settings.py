@@ -20,8 +20,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from tests.conftest import tiny_unet
-from tests.faults.small_run import assert_same_end, options_of, read_metrics, run_to_end, start, train
-from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
+from tests.faults.small_run import end_as, options_of, run_to_end, start, train
+from tests.recipes.conftest import SHORT_STUDENT, images_in, read_metrics, recipe_runner
 from vkd_gen.cli import run_command
 from vkd_gen.data.images import data_facts
 from vkd_gen.data.sources import load_images
@@ -53,11 +53,10 @@ STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
-@pytest.mark.parametrize(("value", "flag"), [("1", 4), ("2", 1), ("4", 2), ("0", 1), ("many", 1), ("", 1), ("1.0", 1)])
+@pytest.mark.parametrize(("value", "flag"), [("1", 4), ("4", 2), ("0", 1), ("many", 1), ("", 1), ("1.0", 1)])
 def test_another_accumulation_in_the_environment_is_refused(value, flag, accelerator_of):
-    with pytest.raises(
-        ValueError, match=f"--gradient_accumulation_steps is {flag}, and {STEPS} .* is '{value}'"
-    ) as error:
+    words = f"--gradient_accumulation_steps is {flag}, and {STEPS} .* is '{value}'"
+    with pytest.raises(ValueError, match=words) as error:
         accelerator_of({STEPS: value}, gradient_accumulation_steps=flag)
     assert "\n" not in str(error.value)
 
@@ -66,7 +65,7 @@ def test_the_same_accumulation_in_the_environment_is_taken(accelerator_of):
     assert accelerator_of({STEPS: "2"}, gradient_accumulation_steps=2).gradient_accumulation_steps == 2
 
 
-@pytest.mark.parametrize("value", ["fp8", "half", "float16", "bf16,fp16", "FP16", "BF16", ""])
+@pytest.mark.parametrize("value", ["fp8", "half", "bf16,fp16", "FP16", ""])
 def test_a_precision_of_the_environment_that_there_is_not_is_refused(value, accelerator_of):
     with pytest.raises(ValueError, match=f"{PRECISION} in the environment .* is '{value}'.*--mixed_precision"):
         accelerator_of({PRECISION: value})
@@ -74,23 +73,16 @@ def test_a_precision_of_the_environment_that_there_is_not_is_refused(value, acce
 
 @pytest.mark.parametrize(
     ("value", "flag", "precision"),
-    [
-        ("bf16", None, "bf16"),
-        ("fp16", "no", "no"),
-        ("no", "bf16", "bf16"),
-        ("fp8", "no", "no"),
-        ("half", "bf16", "bf16"),
-    ],
+    [("bf16", None, "bf16"), ("fp16", "no", "no"), ("no", "bf16", "bf16"), ("half", "bf16", "bf16")],
 )
 def test_a_precision_that_is_given_goes_before_the_environment(value, flag, precision, accelerator_of):
     assert accelerator_of({PRECISION: value}, mixed_precision=flag).mixed_precision == precision
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
-@pytest.mark.parametrize("value", ["true", "1"])
-def test_ways_to_train_that_these_recipes_have_not_are_refused(name, value, accelerator_of):
+def test_ways_to_train_that_these_recipes_have_not_are_refused(name, accelerator_of):
     with pytest.raises(ValueError, match=f"do not train under {name}"):
-        accelerator_of({f"ACCELERATE_USE_{name}": value})
+        accelerator_of({f"ACCELERATE_USE_{name}": "true"})
 
 
 # ---- two starts in one folder
@@ -123,9 +115,7 @@ def test_a_second_start_in_a_folder_is_refused_until_the_first_is_gone(workers, 
     assert read_metrics(tmp_path / "run") == before
     os.kill(first.pid, signal.SIGKILL)
     first.join()
-    status, output = run_to_end(train, options, output=tmp_path / "third")
-    assert status == 0, output
-    assert_same_end(tmp_path / "run", straight)
+    end_as(straight, options, tmp_path / "third")
 
 
 def hold_and_say(folder, sender):
@@ -184,11 +174,9 @@ POINT = Path("run/checkpoint-3")
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        (NEW, {"teacher": "/b/teacher"}),
-        (NEW, {"dataset": "../data/", "teacher": "teacher/"}),
+        (NEW, {"dataset": "../data/", "teacher": "/b/teacher"}),
         (NEW, {"teacher_revision": "2"}),
         (OLD, CONTENTS),  # of a version that did not note them
-        (OLD, {}),
     ],
 )
 def test_the_same_contents_go_on(before, now):
@@ -206,17 +194,14 @@ def test_the_same_contents_go_on(before, now):
         (NEW, {"student": "bk-base"}, "--student was '' and is 'bk-base'"),
         (OLD, {"teacher": "/b/teacher", **CONTENTS}, "--teacher was '/a/teacher' and is '/b/teacher'"),
         (OLD, {"teacher_revision": "2"}, "--teacher_revision was '1' and is '2'"),
+        # Data without contents, in place of data with.
+        (NEW, {"dataset": "digits", "dataset_sha256": None}, "--dataset was '/a/data' and is 'digits'"),
     ],
 )
 def test_other_contents_are_another_run(before, now, words):
+    now = {name: value for name, value in {**before, **now}.items() if value is not None}
     with pytest.raises(ValueError, match=f"checkpoint-3 is of another run: .*{words}"):
-        compare_facts(before, {**before, **now}, POINT, print)
-
-
-def test_data_without_contents_in_place_of_data_with_is_another_run():
-    now = {name: value for name, value in NEW.items() if name != "dataset_sha256"}
-    with pytest.raises(ValueError, match="--dataset was '/a/data' and is 'digits'"):
-        compare_facts(NEW, {**now, "dataset": "digits"}, POINT, print)
+        compare_facts(before, now, POINT, print)
 
 
 def test_the_hash_of_a_model_is_over_weights_and_configurations(tmp_path):
@@ -238,14 +223,6 @@ def test_the_hash_of_a_model_is_over_weights_and_configurations(tmp_path):
     assert len({of(tiny_unet()), *others}) == 6
 
 
-def save_images(folder, count=12, seed=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(seed)
-    for number in range(count):
-        Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{number:02}.png")
-    return folder
-
-
 def save_table(folder, seed=0, label=0):
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
@@ -265,7 +242,7 @@ def facts_of(folder, **options):
 
 
 def change_a_byte(folder):
-    file = folder / "03.png"
+    file = folder / "3.png"
     pixels = np.array(Image.open(file))
     pixels[0, 0] ^= 1
     Image.fromarray(pixels).save(file)
@@ -278,13 +255,12 @@ def change_a_byte(folder):
         (lambda folder: [os.utime(file, (1, 1)) for file in folder.iterdir()], True),
         (lambda folder: (folder / "notes.txt").write_text("of mine"), True),
         (change_a_byte, False),
-        (lambda folder: save_images(folder, seed=9), False),
-        (lambda folder: (folder / "05.png").rename(folder / "99.png"), False),
+        (lambda folder: (folder / "5.png").rename(folder / "99.png"), False),
     ],
-    ids=["moved", "touched", "a text beside", "a bit", "others of the same names", "renamed"],
+    ids=["moved", "touched", "a text beside", "a bit", "renamed"],
 )
 def test_a_folder_of_images_is_known_by_its_contents(change, is_same, tmp_path):
-    folder = save_images(tmp_path / "data")
+    folder = images_in(tmp_path / "data")
     before = facts_of(folder)["dataset_sha256"]
     change(folder)
     folder = folder if folder.exists() else folder.with_name("elsewhere")
@@ -303,7 +279,7 @@ def test_a_table_is_known_by_its_contents(where, changes, is_same, tmp_path):
 
 def test_of_a_large_set_sizes_and_beginnings_are_compared(tmp_path, monkeypatch):
     monkeypatch.setattr("vkd_gen.data.decoding.HASHED_BYTES", 10)
-    folder = save_images(tmp_path / "data")
+    folder = images_in(tmp_path / "data")
     before = facts_of(folder)["dataset_sha256"]
     assert facts_of(shutil.copytree(folder, tmp_path / "elsewhere"))["dataset_sha256"] == before
     change_a_byte(folder)
@@ -327,7 +303,7 @@ def test_a_recipe_compares_contents(teacher, tmp_path, monkeypatch, capsys):
     flags = [*SHORT_STUDENT, "--extractor", "none", "--method", "output", "--checkpointing_steps", 1]
     flags += ["--output_dir", tmp_path / "run", "--checkpoints_total_limit", 9]
     student = save_teacher(tmp_path / "student", seed=3)
-    common = ["--student", student, "--dataset", save_images(tmp_path / "data"), *flags]
+    common = ["--student", student, "--dataset", images_in(tmp_path / "data", 12), *flags]
     run("train_student_unet", "--teacher", teacher, *common)
     monkeypatch.chdir(tmp_path)
     moved = ["--student", shutil.move(student, tmp_path / "moved"), "--dataset", "data/", *flags]
@@ -374,38 +350,25 @@ def test_a_stream_is_known_by_its_head_and_the_sizes_of_its_files(teacher, tmp_p
 
 @dataclass(frozen=True)
 class Inner:
-    """Options."""
-
     folder: str = ""
-    """Of something."""
 
 
 @dataclass(frozen=True)
 class Outer:
-    """Options with others in them."""
-
     output: str = ""
-    """A path."""
     many: tuple[str, ...] = ()
-    """Paths."""
     path: Path = Path()
-    """A path as one."""
     maybe: str | None = None
-    """A path or none."""
-    count: int = 1
-    """No path."""
     inner: Inner = field(default_factory=Inner)
-    """More."""
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--output=~/run"], {"output": "HOME/run"}),
-        (["--output", "~"], {"output": "HOME"}),
-        (["--many", "~/a", "b", "~/c d"], {"many": ("HOME/a", "b", "HOME/c d")}),
-        (["--path=~/x"], {"path": Path("HOME/x")}),
-        (["--maybe=~/x", "--inner.folder=~/y"], {"maybe": "HOME/x", "inner": Inner("HOME/y")}),
+        (["--many", "~", "b", "~/c d"], {"many": ("HOME", "b", "HOME/c d")}),
+        (["--path=~/x", "--maybe=~/x"], {"path": Path("HOME/x"), "maybe": "HOME/x"}),
+        (["--folder=~/y"], {"inner": Inner("HOME/y")}),
         (["--output", "./~/x", "--maybe", "a~b"], {"output": "./~/x", "maybe": "a~b"}),
     ],
 )
@@ -446,11 +409,7 @@ LENGTH = {**OLD, "max_train_steps": 6, "lr_scheduler": "constant", "feature_weig
 @pytest.mark.parametrize(
     ("before", "now", "words"),
     [
-        (
-            {"lr_scheduler": "cosine"},
-            {},
-            "--lr_scheduler cosine .*longer if it was started",
-        ),
+        ({"lr_scheduler": "cosine"}, {}, "--lr_scheduler cosine .*longer if it was started"),
         ({"lr_scheduler": "linear"}, {}, "of a run of 6 steps, and --max_train_steps is 12"),
         ({"feature_weight": 1.0}, {}, "feature loss fades"),
         ({"feature_weight": 1.0, "feature_decay_start": 1.0, "feature_weighting": "gradient_ratio"}, {}, "its ratio"),
@@ -469,15 +428,11 @@ def test_what_cannot_be_made_longer_is_told(before, now, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_warm_up_that_a_constant_rate_has_not_may_change():
-    compare_facts(
-        {**LENGTH, "lr_warmup_steps": 0}, {**LENGTH, "lr_warmup_steps": 1, "max_train_steps": 12}, POINT, print
-    )
-
-
 @pytest.mark.parametrize("steps", [3, 4, 12])
 def test_what_can_be_made_longer_or_shorter_is(steps, capsys):
     constant = {**LENGTH, "feature_weight": 1.0, "feature_decay_start": 1.0, "feature_weighting": "constant"}
-    for before in (LENGTH, constant):
-        compare_facts(before, {**before, "max_train_steps": steps}, POINT, print)
+    for before in (LENGTH, constant, {**LENGTH, "lr_warmup_steps": 0}):
+        now = {**before, "max_train_steps": steps}
+        now |= {"lr_warmup_steps": 1} if "lr_warmup_steps" in before else {}  # which a constant rate has not
+        compare_facts(before, now, POINT, print)
         assert f"the run of 6 steps goes on to {steps}" in capsys.readouterr().out
