@@ -40,8 +40,8 @@ BOUNDS = {
 }
 """What the upper end of a slope's interval may be at most. 20 MB per hour are 3 GB per week; steps are counted too,
 since a busy machine makes few of them in an hour."""
-KEPT = 2
-"""--checkpoints_total_limit. While one more is written, three are there."""
+EVERY_STEPS, KEPT = 20, 2
+"""--checkpointing_steps and --checkpoints_total_limit. While one more is written, three are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,6 @@ class SoakConfig:
     """Time to train."""
     sample_every_seconds: float = 3.0
     """Time between two samples of the processes and the folder."""
-    checkpointing_steps: int = 20
-    """Steps between checkpoints."""
-    preset: str = "digits"
-    """Preset of recipes/train_student_unet.py."""
 
     def __post_init__(self) -> None:
         """Check what slopes need."""
@@ -69,15 +65,13 @@ class SoakConfig:
 
 def usage_of(process: psutil.Process) -> dict[str, float] | None:
     """Memory in MB (10^6 bytes), file handles and threads of a process and all its children; None once it has ended."""
-    found = {"memory_mb": 0.0, "handles": 0, "threads": 0, "processes": 0}
+    found = {"memory_mb": 0.0, "handles": 0, "threads": 0}
     try:
-        tree = [process, *process.children(recursive=True)]
-        for member in tree:
+        for member in (process, *process.children(recursive=True)):
             with member.oneshot():
                 found["memory_mb"] += member.memory_info().rss / 1e6
                 found["handles"] += member.num_fds()
                 found["threads"] += member.num_threads()
-                found["processes"] += 1
     except (psutil.NoSuchProcess, psutil.ZombieProcess):  # the process or a child has ended meanwhile
         return None
     return found
@@ -90,16 +84,6 @@ def size_of(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             size += path.lstat().st_size if path.is_file() else 0
     return size
-
-
-def disk_of(folder: Path) -> dict[str, float]:
-    """Number of a run's checkpoints, with those being written or removed, and MB of these and of the whole folder."""
-    checkpoints = [path for path in folder.glob("*checkpoint-*") if path.is_dir()]
-    return {
-        "checkpoints": len(checkpoints),
-        "checkpoints_mb": sum(size_of(path) for path in checkpoints) / 1e6,
-        "folder_mb": size_of(folder) / 1e6,
-    }
 
 
 def slope(times: np.ndarray, values: np.ndarray) -> dict[str, Any]:
@@ -131,9 +115,8 @@ def slope(times: np.ndarray, values: np.ndarray) -> dict[str, Any]:
 
 def watch(config: SoakConfig, run: Path) -> list[dict[str, float]]:
     """Train until the time is up, then stop the run by SIGTERM; the samples."""
-    command = [sys.executable, str(RECIPE), "--preset", config.preset, "--output_dir", str(run)]
-    command += ["--max_train_steps", str(10**7), "--checkpointing_steps", str(config.checkpointing_steps)]
-    command += ["--checkpoints_total_limit", str(KEPT)]
+    command = [sys.executable, str(RECIPE), "--output_dir", str(run), "--max_train_steps", str(10**7)]
+    command += ["--checkpointing_steps", str(EVERY_STEPS), "--checkpoints_total_limit", str(KEPT)]
     samples: list[dict[str, float]] = []
     output = run.parent / "output.log"
     with output.open("w") as log, (run.parent / "samples.jsonl").open("w") as file:
@@ -149,7 +132,9 @@ def watch(config: SoakConfig, run: Path) -> list[dict[str, float]]:
                     hours = (time.monotonic() - start) / 3600
                     thousand_steps = checkpoint_step(RunFolder(str(run)).checkpoints()[-1]) / 1000
                     times = {"hours": hours, "thousand_steps": thousand_steps}
-                    samples.append({**times, **sample, **disk_of(run)})
+                    checkpoints = [path for path in run.glob("*checkpoint-*") if path.is_dir()]  # hidden ones too
+                    disk = {"checkpoints_mb": sum(map(size_of, checkpoints)) / 1e6, "folder_mb": size_of(run) / 1e6}
+                    samples.append({**times, **sample, **disk})
                     file.write(json.dumps(samples[-1]) + "\n")
                     file.flush()
                 time.sleep(config.sample_every_seconds)
@@ -195,15 +180,14 @@ def main(config: SoakConfig) -> None:
     ends = [" to ".join(f"{value:.4g}" for value in found.get("interval", [])) for found in result.values()]
     passed = ["yes" if found["passed"] else "NO" for found in result.values()]
     print_columns(list(result), [*columns, ("95% interval", ends), ("passed", passed)])
-    print(f"{steps} steps, {steps // config.checkpointing_steps} checkpoints")
+    print(f"{steps} steps, {steps // EVERY_STEPS} checkpoints")
     write_results(
         output / "soak.json",
         result,
-        preset=config.preset,
         minutes=config.minutes,
         steps=steps,
-        checkpoints=steps // config.checkpointing_steps,
-        checkpointing_steps=config.checkpointing_steps,
+        checkpoints=steps // EVERY_STEPS,
+        checkpointing_steps=EVERY_STEPS,
         checkpoints_total_limit=KEPT,
         samples=len(samples),
         warm_up_share=WARM_UP,

@@ -9,7 +9,6 @@ import copy
 import io
 import json
 import math
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -366,10 +365,6 @@ def main(config: StepConfig) -> None:
         Path(config.output or RESULTS / f"step-{config.shape}-{bench.device.type}.json"),
         {"variants": results},
         shape=config.shape,
-        parameters={
-            "teacher": sum(value.numel() for value in bench.teacher_unet.parameters()),
-            "student": sum(value.numel() for value in bench.student_weights.values()),
-        },
         batch_size=bench.batch_size,
         layer_pairs=[f"{pair.student}:{pair.teacher}" for pair in bench.pairs],
         captured_feature_bytes=bench.captured_bytes(),
@@ -377,7 +372,6 @@ def main(config: StepConfig) -> None:
         clock=config.clock,
         threads=torch.get_num_threads(),
         num_rounds=config.rounds,
-        peak_resident_bytes_of_the_process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 

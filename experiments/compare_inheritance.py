@@ -39,6 +39,8 @@ ARMS = {
     "activation-aware, fitted": ("--inherit_channels", "activation"),
 }
 """Flags of train_student_unet.py for each way that is trained."""
+TRAINING = {"train_batch_size": 64, "num_score_samples": 300}
+"""Flags of all runs that the results file names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +57,6 @@ class InheritanceConfig:
     """Runs of each way, and random choices before training."""
     max_train_steps: int = 300
     """Steps of each run on the digits; 0 for no runs."""
-    train_batch_size: int = 64
-    """Images per step."""
-    num_score_samples: int = 300
-    """Samples that each run's Frechet distance is computed from."""
     output_dir: str = "runs/inheritance"
     """Folder of the runs."""
     results: str = ""
@@ -67,8 +65,7 @@ class InheritanceConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        least = {"num_draws": 1, "num_seeds": 1, "max_train_steps": 0, "train_batch_size": 1, "num_score_samples": 10}
-        for name, value in least.items():
+        for name, value in {"num_draws": 1, "num_seeds": 1, "max_train_steps": 0}.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
         if wrong := [text for text in self.step0_teachers if text.count("=") != 1]:
@@ -150,11 +147,10 @@ def train(config: InheritanceConfig, width: float, arm: str, seed: int) -> dict[
         "seed": seed,
         "max_train_steps": config.max_train_steps,
         "lr_warmup_steps": min(50, config.max_train_steps),
-        "train_batch_size": config.train_batch_size,
-        "num_score_samples": config.num_score_samples,
-        "num_inference_steps": 50,
-        "kid_subset_size": config.num_score_samples // 2,
         "inherit_samples": config.num_draws,
+        **TRAINING,
+        "num_inference_steps": 50,
+        "kid_subset_size": 150,
     }
     flags = [*ARMS[arm], *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
     digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]  # a run of other flags has another folder
@@ -222,8 +218,7 @@ def read_results(config: InheritanceConfig) -> dict[str, Any]:
         known = dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"cannot read the results in {path}: {error}; repair the file, or move it away") from error
-    names = ("num_draws", "num_seeds", "max_train_steps", "train_batch_size", "num_score_samples")
-    protocol = {name: getattr(config, name) for name in names}
+    protocol = {name: getattr(config, name) for name in ("num_draws", "num_seeds", "max_train_steps")} | TRAINING
     if known.get("protocol") != protocol:
         known = {"protocol": protocol, "before_training": {}, "layers": {}, "after_training": {}}
     return known | {"environment": environment()}

@@ -141,7 +141,7 @@ def test_a_bench_of_no_images_is_refused():
 
 
 @pytest.mark.parametrize("num_rounds", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_nothing_grows(tmp_path, monkeypatch, num_rounds):
+def test_nothing_grows(tmp_path, monkeypatch, request, num_rounds):
     """Bytes of tensors and number of Python's objects after each round of 10 steps, of which all are alike.
 
     A round holds one refresh and one log line; in those before the first that counts all images are decoded, and kept.
@@ -150,6 +150,8 @@ def test_nothing_grows(tmp_path, monkeypatch, num_rounds):
     teacher = {**step.UNET_32, "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1}
     monkeypatch.setitem(step.SHAPES, "small", step.Shape(teacher, vkd.Reduction(width=0.5), batch_size=8))
     monkeypatch.setattr(step, "NUM_IMAGES", 64)
+    gc.freeze()  # what is there before is not counted
+    request.addfinalizer(gc.unfreeze)
     _, steps = steps_of(tmp_path, "d", shape="small")
 
     def round_of_steps():
