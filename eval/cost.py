@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from vkd_gen.cli import announce, check_output_file, repository_path, run_command
-from vkd_gen.evaluation.terminal import print_columns
+from vkd_gen.evaluation.tables import print_columns
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.reductions import REDUCTIONS

@@ -149,20 +149,13 @@ def main(config: GenerateConfig) -> None:
         check_output_file(output)
     announce(f"{config.num_images:,} images of {config.checkpoint}, to {output}")
 
-    import torch
-    from accelerate import Accelerator
-    from diffusers.utils.logging import disable_progress_bar
-
     from vkd_gen.evaluation.sources import from_model, protocol_file
     from vkd_gen.models import Model
     from vkd_gen.provenance import hub_revision, write_json
     from vkd_gen.sampling import load_pipeline
-    from vkd_gen.training.accelerator import check_processes, on_main_process
+    from vkd_gen.training.accelerator import make_sampling_accelerator, on_main_process
 
-    torch.set_float32_matmul_precision("high")
-    accelerator = Accelerator()
-    check_processes(accelerator)
-    disable_progress_bar()  # of the loading of a pipeline's few parts
+    accelerator = make_sampling_accelerator()
     pipeline = load_pipeline(repository_path(config.checkpoint, __file__), config.sampler).to(accelerator.device)
     source = from_model(
         config.checkpoint,

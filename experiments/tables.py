@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paired import PairedDifference, paired_difference, share_of_gap, summarize
-from vkd_gen.evaluation.labels import label_of
+from vkd_gen.evaluation.labels import describe, label_of
 
 SHOWN = ("teacher_distance", "denoising_error", r"fid(_(?!training|held_out).+)?", r"kid(_(?!std).+)?")
 """Patterns of the scores that are compared, the least noisy first; less of them is better. The results file has all."""
@@ -146,8 +146,6 @@ def _in_words(difference: PairedDifference | None, decimals: int) -> str:
 
 def notes_of(comparison: Comparison) -> list[str]:
     """How to read the tables, and how the scores were measured."""
-    from vkd_gen.evaluation.compare import describe  # here, since it loads torch, which takes seconds
-
     notes = [
         "Scores are means over seeds ± standard deviation; less is better in all of them.",
         f"Differences are to {comparison.control} on equal seeds, with 95 % t-intervals; * marks an interval that "

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, read_diagnostics
+from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, pick_diagnostics
+from vkd_gen.provenance import read_metrics
 
 
 def look(step, *, denoising=True, gain=True):
@@ -33,7 +34,7 @@ def written(folder, lines):
 def test_what_is_read_is_what_was_looked_at(tmp_path):
     """Training's own lines are left out, and so is the prefix."""
     lines = [look(100), look(200)]
-    assert read_diagnostics(written(tmp_path, lines)) == lines
+    assert pick_diagnostics(read_metrics(written(tmp_path, lines))) == lines
 
 
 def test_losses_and_floors_are_drawn_as_they_are():
@@ -73,4 +74,4 @@ def test_nothing_to_draw(lines):
 def test_a_torn_line_is_left_out(tmp_path, text):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 3, "diagnostics/gain": 0.5}}\n{text}')
-    assert read_diagnostics(path) == [{"step": 3, "gain": 0.5}]
+    assert pick_diagnostics(read_metrics(path)) == [{"step": 3, "gain": 0.5}]

@@ -17,7 +17,7 @@ from vkd_gen import FeatureNormalizer, FrozenTeacher, OrthogonalProjector, Proje
 from vkd_gen.data.draws import TrainingDraws
 from vkd_gen.data.images import Images
 from vkd_gen.distillation import matching_table
-from vkd_gen.evaluation.compare import describe_models, evaluate, markdown_table, print_table
+from vkd_gen.evaluation.compare import describe_models, evaluate
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.feature_network import (
@@ -27,6 +27,8 @@ from vkd_gen.evaluation.feature_network import (
     save_feature_network,
     train_feature_network,
 )
+from vkd_gen.evaluation.labels import Score
+from vkd_gen.evaluation.tables import markdown_table, print_table
 from vkd_gen.models import Model
 from vkd_gen.normalization import width_floor
 from vkd_gen.schedule import Schedule
@@ -321,10 +323,10 @@ def test_a_teacher_that_is_not_scored_is_still_compared(images, models):
             asked.append(name)
             shown = SimpleNamespace(shown=torch.zeros(num_shown, 1, 8, 8), content_hash="0")
             source = dict.fromkeys(("sampler", "num_inference_steps", "num_images", "seeds"), 1)
-            return {"fid_x": 1.5}, shown, SimpleNamespace(protocol=source)
+            return [Score("fid", "x", 1.5)], shown, SimpleNamespace(protocol=source)
 
         def scores_of_held_out(self):
-            return {}
+            return []
 
     options = {"num_inference_steps": 2, "num_shown": 3, "scorer": Scores()}
     results, samples = evaluate(models, images, scored={"student"}, **options)

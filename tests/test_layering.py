@@ -35,7 +35,12 @@ CORE = FOUNDATIONS | {
     "diagnostics": {"distillation", "families", "features", "projectors", "normalization", "losses", "schedule"},
 }  # fmt: skip
 SHELL = {*CORE, "cli", "vkd_gen"}
-ALLOWED = CORE | {"cli": {"files", "text", "version"}, "training": SHELL, "evaluation": SHELL, "__init__": set(CORE)}
+ALLOWED = CORE | {
+    "cli": {"files", "text", "version"},
+    "training": {*SHELL, "evaluation"},
+    "evaluation": SHELL,
+    "__init__": set(CORE),
+}
 
 # torch and diffusers, and what comes with them; all else is imported in the function that needs it.
 CORE_PACKAGES = {"torch", "diffusers", "jaxtyping", "numpy", "PIL", "safetensors"}
@@ -137,7 +142,7 @@ def test_there_is_something_to_check():
         ("losses", "import vkd_gen as vkd", {"vkd_gen"}),
         ("pairing", "from vkd_gen.features import feature_shapes\nimport torch", set()),
         ("sampling", "from vkd_gen.training.loop import TrainingRun", {"training"}),
-        ("training", "from vkd_gen.evaluation.cost import count_macs", {"evaluation"}),
+        ("training", "from vkd_gen.evaluation.cost import count_macs", set()),
         ("evaluation", "from vkd_gen.training.options import x", {"training"}),
         ("training", "from vkd_gen.training.options import x\nfrom vkd_gen.data import y", set()),
         ("evaluation", "from vkd_gen import FrozenTeacher", set()),

@@ -23,7 +23,7 @@ from vkd_gen.cli import tensors_alone
 from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
-from vkd_gen.evaluation.scorer import load_statistics_file
+from vkd_gen.evaluation.reference import load_statistics_file
 from vkd_gen.evaluation.sources import from_array
 from vkd_gen.limits import MANY, check_sizes
 from vkd_gen.provenance import hub_revision

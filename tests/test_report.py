@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from vkd_gen.evaluation.report import draw_curves, load_outcome, merge_rows, save_results, write_report
+from vkd_gen.evaluation.figures import draw_curves
+from vkd_gen.evaluation.report import load_outcome, merge_rows, save_results, write_report
 from vkd_gen.pictures import sample_grid
 
 ROWS = {"teacher": {"parameters": 10, "fid": 1.25, "ms_per_image": 3.0}, "student": {"parameters": 5, "fid": 2.5}}
@@ -58,13 +59,15 @@ def test_unlike_teachers_are_kept_apart(tmp_path):
 
 
 def test_curves_have_a_panel_per_loss_and_score(tmp_path):
-    few = draw_curves([load_outcome(make_run(tmp_path / "first"))])
-    run = make_run(tmp_path / "second")
-    lines = [json.loads(line) | {"loss/output": 2.0, "loss/feature": 1.0} for line in (run / "metrics.jsonl").open()]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    more = draw_curves([load_outcome(run)])
-    assert more.height > few.height
-    assert few.convert("L").getextrema() == (0, 255) or few.convert("L").getextrema()[0] < 60
+    lines = load_outcome(make_run(tmp_path / "run")).metrics
+    panels = {axis.get_title(): axis for axis in draw_curves({"run": lines}, {"fid": 1.25}).axes if axis.get_visible()}
+    assert list(panels) == ["denoising loss", "FID"]  # no total beside its parts, no KID
+    curve, target = panels["FID"].get_lines()
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([30], [2.5])
+    assert (target.get_label(), list(target.get_ydata())) == ("teacher", [1.25, 1.25])
+    more = [line | {"loss/output": 2.0, "loss/feature": 1.0} for line in lines]
+    assert len([axis for axis in draw_curves({"run": more}, {}).axes if axis.get_visible()]) == 4
+    assert draw_curves({"run": [{"step": 1, "learning_rate": 0.1}]}, {}) is None
 
 
 def test_samples_survive_the_round_trip(tmp_path):

@@ -171,14 +171,14 @@ def one_line_errors(hint: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tensors_alone() -> Iterator[None]:
-    """Let torch load nothing but tensors and plain values, also where a package asks it for more.
+def tensors_alone(is_required: bool = True) -> Iterator[None]:
+    """Let torch load nothing but tensors and plain values, also where a package asks it for more; or let it be.
 
     Accelerate and torch-fidelity call `torch.load(weights_only=False)`; no file that a command is given can run code.
     """
     force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name) for name in (force, allow) if name in os.environ}
-    os.environ[force] = "1"
+    os.environ[force] = "1" if is_required else "0"
     try:
         yield
     finally:

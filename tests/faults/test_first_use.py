@@ -13,8 +13,8 @@ import pytest
 from accelerate.utils import LoggerType
 
 from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
-from vkd_gen.evaluation.compare import print_table
 from vkd_gen.evaluation.labels import label_of
+from vkd_gen.evaluation.tables import print_table
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("recipes/*.py"), *ROOT.glob("eval/*.py")))

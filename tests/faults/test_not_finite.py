@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_batch, tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT
-from vkd_gen.evaluation.scorer import load_statistics_file
+from vkd_gen.evaluation.reference import load_statistics_file
 from vkd_gen.models import Model
 from vkd_gen.sampling import stock_pipeline
 from vkd_gen.schedule import Schedule

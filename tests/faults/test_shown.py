@@ -21,10 +21,11 @@ from tests.test_balance import Ratios
 from tests.test_diagnostics_figure import look
 from tests.test_report import make_run
 from vkd_gen import LossWeights, ProjectedStudent
-from vkd_gen.evaluation.compare import FORMATS, markdown_table, print_table
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics
-from vkd_gen.evaluation.labels import SCORES, label_of
-from vkd_gen.evaluation.report import Outcome, asked_for, draw_curves, write_report
+from vkd_gen.evaluation.figures import draw_curves
+from vkd_gen.evaluation.labels import METRICS, label_of
+from vkd_gen.evaluation.report import asked_for, write_report
+from vkd_gen.evaluation.tables import markdown_table, print_table
 from vkd_gen.training.balance import FeatureBalance
 
 EVAL = RECIPES.parent / "eval"
@@ -180,7 +181,7 @@ def test_a_curve_of_few_points_is_seen(num_points, is_marked, monkeypatch):
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *given, **style: plotted.append(style) or plot(*given, **style))
     metrics = [{"step": step, "loss/output": 1 / step} for step in range(1, num_points + 1)]
-    draw_curves([Outcome("run", {"rows": {}}, {}, metrics)])
+    draw_curves({"run": metrics}, {})
     assert [style["marker"] == "o" for style in plotted] == [is_marked]
 
 
@@ -222,8 +223,7 @@ def test_captions_call_colours_by_their_names():
 
 @pytest.mark.parametrize("extractor", ["", "_digits", "_efficientnet_lite0"])
 def test_every_score_has_words(extractor):
-    assert SCORES.keys() == FORMATS.keys()
-    for name in SCORES:
+    for name in METRICS:
         label = label_of(name + extractor)
         assert "_" not in label
         assert label.endswith(f"({extractor[1:].replace('_', '-')})") == bool(extractor)
@@ -231,7 +231,7 @@ def test_every_score_has_words(extractor):
 
 
 def test_no_table_or_figure_shows_raw_keys(tmp_path, capsys):
-    row = {name + "_digits": 1.0 for name in SCORES if name not in ("parameters", "macs")} | {
+    row = {name + "_digits": 1.0 for name in METRICS if name not in ("parameters", "macs")} | {
         "macs": 1,
         "parameters": 2,
     }

@@ -9,13 +9,12 @@ import torch
 
 from records import RunRecords, read_run
 from tests.test_report import make_run
-from vkd_gen.evaluation.card import update_model_card
-from vkd_gen.evaluation.compare import markdown_table, print_table
-from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, read_diagnostics
+from vkd_gen.evaluation.card import model_card, update_model_card
+from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, pick_diagnostics
 from vkd_gen.evaluation.report import load_outcome, save_results, write_report
+from vkd_gen.evaluation.tables import markdown_table, print_table
 from vkd_gen.pictures import sample_grid
 from vkd_gen.text import figure_text, html_text, markdown_text, printable
-from vkd_gen.training.export import model_card
 from vkd_gen.training.run_folder import RunFolder
 
 NAMES = {
@@ -137,7 +136,7 @@ def test_a_bad_line_of_metrics_costs_that_line(text, num_left_out, tmp_path, cap
     assert all("1 lines of" in note and "metrics.jsonl" in note for note in notes)
     write_report([folder], folder / "report.html")
     assert "Curves" in (folder / "report.html").read_text()
-    assert draw_diagnostics(read_diagnostics(path)) is None
+    assert draw_diagnostics(pick_diagnostics(outcome.metrics)) is None
     RunFolder(str(folder)).cut_metrics(20)
     assert {line["step"] for line in RunFolder(str(folder)).read_metrics()} <= {7, 10, 20}
 

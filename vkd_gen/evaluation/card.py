@@ -1,21 +1,75 @@
-"""Scores in a pipeline's model card, where the hub and a reader look for them."""
+"""Model cards: what a run says of its pipeline, and scores where the hub and a reader look for them."""
 
 import math
 import re
+import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vkd_gen.evaluation.compare import markdown_table
-from vkd_gen.files import whole_file
+from vkd_gen.evaluation.tables import markdown_table
+from vkd_gen.models import save_card
+from vkd_gen.provenance import environment
 from vkd_gen.text import markdown_text, printable
 
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
-
-
 PROTOCOL = ("num_images", "num_inference_steps", "sampler", "guidance_scale", "precision")
 """What stands with each score in the hub's metadata: a score says little without."""
+UNCONDITIONAL_USE = """from diffusers import DiffusionPipeline
+
+images = DiffusionPipeline.from_pretrained("THIS_FOLDER")(batch_size=16).images"""
+CLASS_CONDITIONAL_USE = """from diffusers import UNet2DModel
+from vkd_gen.pipelines import ClassConditionalDDIMPipeline
+
+pipeline = ClassConditionalDDIMPipeline.from_pretrained("THIS_FOLDER")
+images = pipeline(class_labels=[0, 1], guidance_scale=3.0).images  # guidance_scale 1: none
+
+unet = UNet2DModel.from_pretrained("THIS_FOLDER", subfolder="unet")  # needs diffusers alone"""
+
+
+def model_card(title: str, facts: Mapping[str, Any], results: str, *, data: str, num_classes: int | None = None) -> str:
+    """The card of a pipeline that this process has trained, Markdown with the hub's metadata.
+
+    Args:
+        title: heading.
+        facts: what the reader should know, a table row each.
+        results: Markdown, such as the table of results.
+        data: the training set's name or id.
+        num_classes: of a class-conditional model.
+    """
+    kind = "unconditional" if num_classes is None else "class-conditional"
+    metadata = ModelCardData(library_name="diffusers", tags=["vkd-gen", f"{kind}-image-generation"])
+    if num_classes is not None:
+        facts = {**facts, "classes": f"0 to {num_classes - 1}; {num_classes} for no class"}
+    rows = "\n".join(f"| {markdown_text(name)} | {markdown_text(value)} |" for name, value in facts.items())
+    versions = ", ".join(f"{name} {version}" for name, version in environment().items())
+    command = shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return f"""---
+{metadata.to_yaml()}
+---
+# {markdown_text(title)}
+
+| | |
+|---|---|
+{rows}
+
+{results}
+
+Trained on {markdown_text(data)} with
+
+```
+{printable(command)}
+```
+
+```python
+{UNCONDITIONAL_USE if num_classes is None else CLASS_CONDITIONAL_USE}
+```
+
+Made with {versions}.
+"""
 
 
 def update_model_card(folder: Path, results: dict[str, Any], name: str, data: str) -> str:
@@ -34,15 +88,11 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
         What became of the card, in a line.
     """
     folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
-    path = folder / "README.md"
-    card = (
-        ModelCard.load(path)
-        if path.exists()
-        else ModelCard(f"---\nlibrary_name: diffusers\n---\n# {markdown_text(folder.name)}\n")
-    )
+    path, place = folder / "README.md", folder.resolve()
+    empty = f"---\nlibrary_name: diffusers\n---\n# {markdown_text(folder.name)}\n"
+    card = ModelCard.load(path) if path.exists() else ModelCard(empty)
     row = results["rows"][name]
     protocol = {**results["protocol"], **results.get("sources", {}).get(name, {})}
-    place = folder.resolve()
     title = printable(card.data.model_name or (place.parent.name if place.name == "pipeline" else place.name))
     data = printable(Path(data).name)
     earlier = card.data.eval_results or []
@@ -52,36 +102,29 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
         of = [f"{images:,} images in {steps} steps" for images, steps in (largest, size)]
         return f"{path} keeps its scores of {of[0]}; these are of {of[1]}"
     metadata = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
-    card.data = ModelCardData(
-        **metadata,
-        model_name=title,
-        eval_results=[
-            *(result for result in earlier if result not in replaced),
-            *(
-                EvalResult(
-                    task_type="unconditional-image-generation",
-                    dataset_type=data,
-                    dataset_name=data,
-                    metric_type=metric,
-                    metric_value=value,
-                    metric_args={key: protocol[key] for key in PROTOCOL if protocol.get(key) is not None},
-                )
-                for metric, value in row.items()
-                if math.isfinite(value)  # which the hub takes alone
-            ),
-        ],
-    )
-    table = markdown_table({"rows": {title: row}, "protocol": protocol})
-    section = f"{BEGIN}\n## Scores\n\n{table}\n{END}"
-    text = card.text
-    if BEGIN in text and END in text:
-        text = re.sub(f"{BEGIN}.*?{END}", lambda _: section, text, flags=re.DOTALL)
+    kept = [result for result in earlier if result not in replaced]
+    card.data = ModelCardData(**metadata, model_name=title, eval_results=kept + _for_the_hub(row, data, protocol))
+    section = f"{BEGIN}\n## Scores\n\n{markdown_table({'rows': {title: row}, 'protocol': protocol})}\n{END}"
+    if BEGIN in card.text and END in card.text:
+        card.text = re.sub(f"{BEGIN}.*?{END}", lambda _: section, card.text, flags=re.DOTALL)
     else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    card.text = text
-    with whole_file(path) as temporary:  # a link, as in the hub's cache, is replaced and not written through
-        card.save(temporary)
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    save_card(folder, str(card))
     return str(path)
+
+
+def _for_the_hub(row: Mapping[str, float], data: str, protocol: Mapping[str, Any]) -> list[EvalResult]:
+    told = {key: protocol[key] for key in PROTOCOL if protocol.get(key) is not None}
+    of_data: dict[str, Any] = {
+        "task_type": "unconditional-image-generation",
+        "dataset_type": data,
+        "dataset_name": data,
+    }
+    return [
+        EvalResult(**of_data, metric_type=metric, metric_value=value, metric_args=told)
+        for metric, value in row.items()
+        if math.isfinite(value)  # which the hub takes alone
+    ]
 
 
 def _size(protocol: Any) -> tuple[int, int]:

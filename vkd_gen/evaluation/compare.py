@@ -1,4 +1,4 @@
-"""A student beside its teacher, in numbers and pictures."""
+"""Models beside one another, in numbers and pictures."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,36 +11,13 @@ from vkd_gen.data.images import Images
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
-from vkd_gen.evaluation.labels import label_of, score_kind
+from vkd_gen.evaluation.labels import row_of
 from vkd_gen.evaluation.scorer import Scorer
-from vkd_gen.evaluation.terminal import print_columns
+from vkd_gen.evaluation.tables import markdown_table as markdown_table
+from vkd_gen.evaluation.tables import print_table as print_table
 from vkd_gen.models import Model
 from vkd_gen.provenance import environment
 from vkd_gen.sampling import usable_steps
-from vkd_gen.text import markdown_text, printable
-
-FORMATS: dict[str, str | None] = {
-    "parameters": "{:,}",
-    "macs": "{:,}",
-    "ms_per_image": "{:.2f}",
-    "fid": "{:.2f}",
-    "inception_score": "{:.2f}",
-    "inception_score_std": None,
-    "kid": "{:.5f}",
-    "kid_std": None,
-    "precision": "{:.3f}",
-    "recall": "{:.3f}",
-    "fid_training": "{:.2f}",
-    "fid_held_out": "{:.2f}",
-    "nearest_training": "{:.3f}",
-    "nearest_held_out": "{:.3f}",
-    "nearer_to_training": "{:.3f}",
-    "denoising_error": "{:.4f}",
-    "teacher_distance": "{:.4f}",
-}
-"""The columns of a table and how each is shown, None for in results.json alone; scores end in an extractor's name."""
-TOO_WIDE = frozenset({"fid_training", "fid_held_out", "nearest_training", "nearest_held_out"})
-"""Columns that a terminal has no room for."""
 
 
 def evaluate(
@@ -88,7 +65,7 @@ def evaluate(
     for name, model in models.items():
         if scorer and (scored is None or name in scored):
             scores, features, source = scorer.score_model(name, model, num_shown=num_shown)
-            rows[name] |= scores
+            rows[name] |= row_of(scores)
             samples[name] = features.shown
             sources[name] = {**source.protocol, "images_sha256": features.content_hash}
             protocol |= {key: source.protocol[key] for key in ("sampler", "num_inference_steps", "num_images", "seeds")}
@@ -98,8 +75,8 @@ def evaluate(
             )
     if scorer:
         protocol |= scorer.protocol
-        real = scorer.scores_of_held_out()
-        rows |= {"held-out images": real} if real else {}
+        if real := scorer.scores_of_held_out():
+            rows["held-out images"] = row_of(real)
     protocol["environment"] = environment()
     return {"rows": rows, "protocol": protocol, "sources": sources}, samples
 
@@ -138,50 +115,6 @@ def score_model(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`evaluate` of one bare UNet."""
     return evaluate({name: Model.of_unet(unet, noise_scheduler)}, held_out, **options)
-
-
-def column_formats(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The columns of a table that some row has, each with its format, in the order of `FORMATS`."""
-    found = dict.fromkeys(column for row in results["rows"].values() for column in row)
-    columns = [(column, score_kind(column)) for column in found]
-    order = list(FORMATS)
-    known = sorted((order.index(kind), column, FORMATS[kind]) for column, kind in columns if kind is not None)
-    return [(column, form) for _, column, form in known if form is not None]
-
-
-def print_table(results: dict[str, Any]) -> None:
-    """Print the rows for a person."""
-    columns = [column for column in column_formats(results) if score_kind(column[0]) not in TOO_WIDE]
-    rows = results["rows"]
-    cells = zip(*(_cells(row, columns) for row in rows.values()), strict=True)
-    headings = [label_of(column) for column, _ in columns]
-    print_columns(list(map(printable, rows)), list(zip(headings, cells, strict=True)))
-
-
-def _cells(row: dict[str, int | float], columns: list[tuple[str, str]]) -> list[str]:
-    return [form.format(row[column]) if column in row else "-" for column, form in columns]
-
-
-def markdown_table(results: dict[str, Any]) -> str:
-    """The rows and the protocol as Markdown."""
-    columns = column_formats(results)
-    lines = [
-        "| | " + " | ".join(label_of(column) for column, _ in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    lines += [
-        f"| {markdown_text(name)} | " + " | ".join(_cells(row, columns)) + " |" for name, row in results["rows"].items()
-    ]
-    facts = {label_of(name): describe(value) for name, value in results["protocol"].items()}
-    lines += ["", *(f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in facts.items())]
-    return "\n".join(lines)
-
-
-def describe(value: Any) -> str:
-    """An entry of a protocol in words."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{label_of(name)} {describe(part)}" for name, part in value.items())
-    return str(value)
 
 
 def describe_models(teacher: ModelMixin, student: ModelMixin) -> str:

@@ -3,9 +3,8 @@
 import contextlib
 import hashlib
 import io
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,14 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from vkd_gen.cli import tensors_alone
 from vkd_gen.evaluation.feature_network import check_network_name, load_feature_network
 from vkd_gen.hub import explain_names
 from vkd_gen.provenance import hash_tensors
 from vkd_gen.text import one_line
 
 INCEPTION = "inception-v3-compat"
-"""torch-fidelity's name of the Inception network of Heusel et al., 2017, whose FID is `FID` without a further name."""
+"""torch-fidelity's name of the Inception network of Heusel et al., 2017."""
 
 Metric = Literal["fid", "isc", "kid", "prc"]
 
@@ -46,24 +46,15 @@ class Extractor:
     facts: Mapping[str, str]
 
     @property
-    def suffix(self) -> str:
-        """What the names of scores end in."""
-        return score_suffix(self.name)
+    def network_of_scores(self) -> str:
+        """What scores say of it: empty for Inception, whose FID is `FID` without a further name."""
+        return "" if self.name == INCEPTION else self.name
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
         """Features by layer, `[B, features]` float32, on the CPU."""
         device = next(self.network.parameters()).device
         return {layer: value.float().cpu() for layer, value in self.extract(images.to(device)).items()}
-
-
-def score_suffix(extractor_name: str) -> str:
-    """What the names of scores end in, so that nobody takes another network's for Inception's.
-
-    >>> score_suffix("efficientnet-lite0"), score_suffix(INCEPTION)
-    ('_efficientnet_lite0', '')
-    """
-    return "" if extractor_name in ("", INCEPTION) else "_" + extractor_name.replace("-", "_")
 
 
 def load_extractor(name: str, weights: str | None = None) -> Extractor:
@@ -175,8 +166,8 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
     if name != INCEPTION and layers["isc"] == layers["fid"]:
         del layers["isc"]  # no class probabilities: torch-fidelity falls back to the features, which are none
     needed = list(dict.fromkeys(layers.values()))
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), _tensors_alone(not name.startswith("clip")):
+    try:  # CLIP's download is a TorchScript archive, which torch never takes for tensors alone; its hash is checked
+        with contextlib.redirect_stderr(io.StringIO()), tensors_alone(not name.startswith("clip")):
             network = kind(name, needed, feature_extractor_weights_path=weights, verbose=False)
     except Exception as error:  # no network, a missing file, other shapes, an option that the kind lacks
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
@@ -196,22 +187,6 @@ def _is_published(path: Path) -> bool:
     """Whether a file is the one that torch-fidelity downloads, whose name ends in the start of its SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest().startswith("6726825d")
-
-
-@contextlib.contextmanager
-def _tensors_alone(is_required: bool) -> Iterator[None]:
-    """Let torch load nothing but tensors, whatever its callers say: torch-fidelity's ask for all that a pickle can do.
-
-    CLIP's download is a TorchScript archive, which torch never takes for tensors alone; its hash is checked.
-    """
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1" if is_required else "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        os.environ.update({} if before is None else {name: before})
 
 
 def _frozen(

@@ -1,35 +1,44 @@
-"""What tables, pages and figures say for a raw key of results.json, metrics.jsonl or config.json; and their colours."""
+"""What tables, pages and figures say for a raw key of results.json, metrics.jsonl or config.json."""
 
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from vkd_gen.provenance import split_revision
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe's and Ito's, which people tell apart however they see colours."""
 
-SCORES = {
-    "parameters": "parameters",
-    "macs": "MACs",
-    "ms_per_image": "ms per image",
-    "fid": "FID",
-    "inception_score": "inception score",
-    "inception_score_std": "inception score, standard deviation",
-    "kid": "KID",
-    "kid_std": "KID, standard deviation",
-    "precision": "precision",
-    "recall": "recall",
-    "fid_training": "FID to training images",
-    "fid_held_out": "FID to held-out images",
-    "nearest_training": "distance to the nearest training image",
-    "nearest_held_out": "distance to the nearest held-out image",
-    "nearer_to_training": "nearer to training",
-    "denoising_error": "denoising error",
-    "teacher_distance": "distance to the teacher",
+class Metric(NamedTuple):
+    """How a metric is shown: its words; its number, None for results.json alone; whether a terminal has room for it."""
+
+    words: str
+    form: str | None
+    is_narrow: bool = True
+
+
+METRICS = {
+    "parameters": Metric("parameters", "{:,}"),
+    "macs": Metric("MACs", "{:,}"),
+    "ms_per_image": Metric("ms per image", "{:.2f}"),
+    "fid": Metric("FID", "{:.2f}"),
+    "inception_score": Metric("inception score", "{:.2f}"),
+    "inception_score_std": Metric("inception score, standard deviation", None),
+    "kid": Metric("KID", "{:.5f}"),
+    "kid_std": Metric("KID, standard deviation", None),
+    "precision": Metric("precision", "{:.3f}"),
+    "recall": Metric("recall", "{:.3f}"),
+    "fid_training": Metric("FID to training images", "{:.2f}", is_narrow=False),
+    "fid_held_out": Metric("FID to held-out images", "{:.2f}", is_narrow=False),
+    "nearest_training": Metric("distance to the nearest training image", "{:.3f}", is_narrow=False),
+    "nearest_held_out": Metric("distance to the nearest held-out image", "{:.3f}", is_narrow=False),
+    "nearer_to_training": Metric("nearer to training", "{:.3f}"),
+    "denoising_error": Metric("denoising error", "{:.4f}"),
+    "teacher_distance": Metric("distance to the teacher", "{:.4f}"),
 }
-"""Columns of a table of results; the name of an extractor may follow, as in `fid_digits`."""
+"""In the order of a table's columns."""
 
-LABELS = SCORES | {
+LABELS = {
     "loss/total": "total loss",
     "loss/denoising": "denoising loss",
     "loss/output": "output distillation loss",
@@ -41,30 +50,62 @@ LABELS = SCORES | {
     "images_sha256": "SHA-256 of the images",
     "reference_hash": "SHA-256 of the reference",
 }
-"""Raw key -> words. Whatever is not here is shown with spaces for underscores."""
+"""Other raw keys -> words. Whatever is not here is shown with spaces for underscores."""
 
 
-def score_kind(column: str) -> str | None:
-    """The score that a column is of, in whatever network's features: the longest key of `SCORES` that it begins with.
+@dataclass(frozen=True)
+class Score:
+    """One number of a model.
 
-    >>> score_kind("fid_training_digits"), score_kind("seconds")
-    ('fid_training', None)
+    Attributes:
+        metric: one of `METRICS`.
+        network: whose features it is in; empty for Inception's, and for what needs no features.
+        value: the number.
     """
-    return max((name for name in SCORES if column == name or column.startswith(name + "_")), key=len, default=None)
+
+    metric: str
+    network: str
+    value: float
+
+    @classmethod
+    def of(cls, key: str, value: float = float("nan")) -> "Score | None":
+        """The score that results.json or metrics.jsonl holds under a key; None for what is no score.
+
+        >>> Score.of("fid_training_digits", 2.5), Score.of("seconds")
+        (Score(metric='fid_training', network='digits', value=2.5), None)
+        """
+        metric = max((name for name in METRICS if key == name or key.startswith(name + "_")), key=len, default=None)
+        return None if metric is None else cls(metric, key.removeprefix(metric)[1:].replace("_", "-"), value)
+
+    @property
+    def key(self) -> str:
+        """What it is called in results.json: no other network's score is taken for Inception's."""
+        return self.metric + ("_" + self.network.replace("-", "_") if self.network else "")
+
+    @property
+    def label(self) -> str:
+        """Its words, with the network in brackets."""
+        return METRICS[self.metric].words + (f" ({self.network})" if self.network else "")
+
+    def __str__(self) -> str:
+        form = METRICS[self.metric].form
+        return str(self.value) if form is None else form.format(self.value)
+
+
+def row_of(scores: Iterable[Score]) -> dict[str, float]:
+    """Scores as a row of results.json: key -> number."""
+    return {score.key: score.value for score in scores}
 
 
 def label_of(key: str) -> str:
-    """The words for a raw key; the name of an extractor stands in brackets behind its score.
+    """The words for a raw key.
 
     >>> label_of("fid_training_digits"), label_of("loss/total"), label_of("learning_rate")
     ('FID to training images (digits)', 'total loss', 'learning rate')
     """
     key = key.removeprefix("score/")
-    kind = score_kind(key)
-    if key in LABELS or kind is None:
-        return LABELS.get(key, key.replace("_", " "))
-    extractor = key.removeprefix(kind + "_").replace("_", "-")
-    return f"{SCORES[kind]} ({extractor})"
+    score = Score.of(key)
+    return score.label if score else LABELS.get(key, key.replace("_", " "))
 
 
 def data_label(source: str) -> str:
@@ -75,3 +116,10 @@ def data_label(source: str) -> str:
     """
     name = source if Path(source).exists() else split_revision(source)[0]
     return re.sub(r"\W+", "-", Path(name).resolve().name).strip("-") or "images"
+
+
+def describe(value: Any) -> str:
+    """An entry of a protocol in words."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{label_of(name)} {describe(part)}" for name, part in value.items())
+    return str(value)

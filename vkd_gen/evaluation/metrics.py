@@ -1,16 +1,25 @@
 """Scores from features: torch-fidelity's, and how close samples lie to what was trained on."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity
+from vkd_gen.evaluation.labels import Score
 from vkd_gen.evaluation.options import LEAST_IMAGES
 
 ISC_SPLITS = LEAST_IMAGES
 PRC_NEIGHBOURS = 3
+
+
+class Statistics(NamedTuple):
+    """Mean `[features]` and covariance `[features, features]` of features."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 def sample_scores(
@@ -19,7 +28,7 @@ def sample_scores(
     extractor: Extractor,
     *,
     kid_subset_size: int = 1000,
-) -> dict[str, float]:
+) -> list[Score]:
     """All that torch-fidelity computes from one set of features.
 
     Its own command line does the same with `--feature-extractor`; without, its precision and recall are of VGG16.
@@ -35,53 +44,46 @@ def sample_scores(
         kid_subset_size: rows of each of KID's subsets.
 
     Returns:
-        Score -> value: `fid`, `inception_score`, `kid`, `precision`, `recall`, the first three's companions
-        `inception_score_std` and `kid_std`; each with the extractor's name behind it, unless that is Inception.
+        `fid`, `inception_score`, `kid`, `precision`, `recall`, and `inception_score_std` and `kid_std`.
     """
     import_torch_fidelity()
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+    from torch_fidelity import metric_isc, metric_kid, metric_prc
 
     scores: dict[str, float] = {}
     layer = extractor.layers["fid"]
-    statistics = [fid_features_to_statistics(features[layer]) for features in (samples, reference)]
-    scores["fid"] = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    scores["fid"] = frechet_distance(samples[layer], reference[layer])
     if "isc" in extractor.layers:
-        found = isc_features_to_metric(samples[extractor.layers["isc"]], splits=ISC_SPLITS)
-        scores["inception_score"], scores["inception_score_std"] = found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+        found = metric_isc.isc_features_to_metric(samples[extractor.layers["isc"]], splits=ISC_SPLITS)
+        scores["inception_score"] = found[metric_isc.KEY_METRIC_ISC_MEAN]
+        scores["inception_score_std"] = found[metric_isc.KEY_METRIC_ISC_STD]
     layer = extractor.layers["kid"]
-    found = kid_features_to_metric(samples[layer], reference[layer], kid_subset_size=kid_subset_size, verbose=False)
-    scores["kid"], scores["kid_std"] = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    found = metric_kid.kid_features_to_metric(
+        samples[layer], reference[layer], kid_subset_size=kid_subset_size, verbose=False
+    )
+    scores["kid"], scores["kid_std"] = found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
     layer = extractor.layers["prc"]
     is_large = max(len(samples[layer]), len(reference[layer])) > 10_000  # all distances at once would fill the memory
-    found = prc_features_to_metric(
+    found = metric_prc.prc_features_to_metric(
         samples[layer], reference[layer], prc_neighborhood=PRC_NEIGHBOURS, save_cpu_ram=is_large, verbose=False
     )
-    scores["precision"], scores["recall"] = found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
-    return {name + extractor.suffix: value for name, value in scores.items()}
+    scores["precision"], scores["recall"] = found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
+    return [Score(name, extractor.network_of_scores, value) for name, value in scores.items()]
 
 
-def frechet_distance_to_statistics(
-    features: Float[Tensor, "samples features"], mean: Tensor, covariance: Tensor
-) -> float:
-    """FID against saved statistics.
-
-    Args:
-        features: of the samples.
-        mean: of the reference, `[features]`.
-        covariance: of the reference, `[features, features]`.
-    """
+def frechet_distance(features: Float[Tensor, "samples features"], reference: Tensor | Statistics) -> float:
+    """FID, to the features of other images or to their saved statistics."""
     import_torch_fidelity()
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity import metric_fid
 
-    statistics = fid_features_to_statistics(features)
-    reference = {
-        "mu": mean.numpy().astype(statistics["mu"].dtype),
-        "sigma": covariance.numpy().astype(statistics["sigma"].dtype),
-    }
-    return fid_statistics_to_metric(statistics, reference, verbose=False)[KEY_METRIC_FID]
+    found, other = metric_fid.fid_features_to_statistics(features), None
+    if isinstance(reference, Statistics):
+        other = {
+            "mu": reference.mean.numpy().astype(found["mu"].dtype),
+            "sigma": reference.covariance.numpy().astype(found["sigma"].dtype),
+        }
+    else:
+        other = metric_fid.fid_features_to_statistics(reference)
+    return metric_fid.fid_statistics_to_metric(found, other, verbose=False)[metric_fid.KEY_METRIC_FID]
 
 
 def memorization_scores(

@@ -3,30 +3,26 @@
 import base64
 import io
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vkd_gen.evaluation.compare import column_formats, describe
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, pick_diagnostics
-from vkd_gen.evaluation.labels import label_of
+from vkd_gen.evaluation.figures import draw_curves, png
+from vkd_gen.evaluation.labels import describe, label_of
 from vkd_gen.evaluation.sources import save_images
+from vkd_gen.evaluation.tables import score_table
 from vkd_gen.files import whole_file
 from vkd_gen.pictures import sample_grid, save_sample_grid
 from vkd_gen.provenance import is_number, only_warns, read_metrics, write_json
-from vkd_gen.text import figure_text, html_text
+from vkd_gen.text import html_text
 
-NOT_DRAWN = re.compile("score/fid_(training|held_out)")
-FEW_POINTS = 20
-"""Of a curve, each of which is marked then: a line of one point is not seen."""
+Value = TypeVar("Value")
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --soft: #f6f8fa; --ink: #1f2328; --dim: #59636e; --page: #fff; }
@@ -97,14 +93,12 @@ def load_outcome(folder: Path) -> Outcome:
 
 
 def save_results(folder: Path, results: dict[str, Any], samples: Mapping[str, Tensor]) -> None:
-    """Write results.json, samples.npz, samples.png and report.html into the folder of a run or of scores.
+    """Write results.json, samples.npz, samples.png and report.html; all but the first may fail, which costs a line.
 
     Args:
-        folder: existing or not.
-        results: `rows` and `protocol`, as `compare_to_teacher` gives them; `sources` where each row has its own.
+        folder: of a run or of scores; made if it is not there.
+        results: as `evaluate` gives them.
         samples: name -> first samples, uint8, from equal seeds.
-
-    All but results.json may fail, which costs a line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
@@ -127,46 +121,45 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     Raises:
         ValueError: for a folder without results.
     """
-    outcomes = [load_outcome(folder) for folder in folders]
-    outcomes = [replace(outcome, name=name) for outcome, name in zip(outcomes, short_names(folders), strict=True)]
-    title = ", ".join(outcome.name for outcome in outcomes)
-    rows = merge_rows(outcomes)
-    parts = [f"<h1>{html_text(title)}</h1>"]
-    asked = {outcome.name: asked_for(folder) for outcome, folder in zip(outcomes, folders, strict=True)}
-    for name, facts in asked.items():
-        if facts:
-            parts += [f"<h2>Run{'' if len(outcomes) == 1 else ': ' + html_text(name)}</h2>", _facts(facts)]
-    parts += ["<h2>Scores</h2>", _table(rows)]
-    samples = _merge_samples(outcomes)
+    names = short_names(folders)
+    outcomes = [replace(load_outcome(folder), name=name) for folder, name in names.items()]
+    title = html_text(", ".join(outcome.name for outcome in outcomes))
+
+    def heading(words: str, outcome: Outcome) -> str:
+        return f"<h2>{words}{'' if len(outcomes) == 1 else ': ' + html_text(outcome.name)}</h2>"
+
+    parts = [f"<h1>{title}</h1>"]
+    for folder, outcome in zip(names, outcomes, strict=True):
+        if asked := asked_for(folder):
+            parts += [heading("Run", outcome), _facts(asked)]
+    parts += ["<h2>Scores</h2>", score_table(merge_rows(outcomes)).html()]
+    samples = _merge(outcomes, lambda outcome: outcome.samples, torch.equal)
     if samples:
-        few = {name: images[:32] for name, images in samples.items()}
-        parts += [
-            "<h2>Samples</h2>",
-            '<p class="dim">The same position in each band is the same seed.</p>',
-            f'<img class="samples" alt="samples" src="{_data_uri(sample_grid(few))}">',
-        ]
-    curves = [outcome for outcome in outcomes if curve_kinds([outcome])]
-    if curves:
-        parts += ["<h2>Curves</h2>", f'<img alt="losses and scores by step" src="{_data_uri(draw_curves(curves))}">']
+        buffer = io.BytesIO()
+        sample_grid({name: images[:32] for name, images in samples.items()}).save(buffer, "png")
+        note = '<p class="dim">The same position in each band is the same seed.</p>'
+        parts += ["<h2>Samples</h2>", note, _image("samples", buffer.getvalue(), 'class="samples" ')]
+    runs = {outcome.name: outcome.metrics for outcome in outcomes if outcome.metrics}
+    curves = draw_curves(runs, outcomes[0].results["rows"].get("teacher", {}))
+    if curves is not None:
+        parts += ["<h2>Curves</h2>", _image("losses and scores by step", png(curves))]
     for outcome in outcomes:
-        of_run = "" if len(outcomes) == 1 else ": " + html_text(outcome.name)
         if (diagnostics := draw_diagnostics(pick_diagnostics(outcome.metrics))) is not None:
-            parts += [
-                f"<h2>What the feature loss does{of_run}</h2>",
-                f'<img alt="diagnostics" src="{_png(diagnostics)}">',
-            ]
-        parts += [f"<h2>Protocol{'' if len(outcomes) == 1 else ': ' + html_text(outcome.name)}</h2>"]
-        parts += [_facts(outcome.results["protocol"])]
+            parts += [heading("What the feature loss does", outcome), _image("diagnostics", png(diagnostics))]
+        parts += [heading("Protocol", outcome), _facts(outcome.results["protocol"])]
         for source, protocol in outcome.results.get("sources", {}).items():
             parts += [f"<h2>{html_text(source)}</h2>", _facts(protocol)]
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html_text(title)}</title>\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(_page(title, parts), encoding="utf-8")
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 ASKED = {
@@ -204,63 +197,45 @@ def asked_for(folder: Path) -> dict[str, Any]:
     return {words: config[name] for name, words in ASKED.items() if config.get(name) not in (None, "")}
 
 
-def short_names(folders: Sequence[Path]) -> list[str]:
+def short_names(folders: Sequence[Path]) -> dict[Path, str]:
     """The last parts of the paths, as few as tell them apart.
 
-    >>> short_names([Path("/a/x/run"), Path("/a/y/run")])
+    >>> list(short_names([Path("/a/x/run"), Path("/a/y/run")]).values())
     ['x/run', 'y/run']
     """
-    paths = [folder.resolve() for folder in folders]
-    for length in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
+    paths = {folder: folder.resolve() for folder in folders}
+    for length in range(1, max(len(path.parts) for path in paths.values()) + 1):
+        names = {folder: "/".join(path.parts[-length:]) for folder, path in paths.items()}
+        if len(set(names.values())) == len(set(paths.values())):
             break
     return names
 
 
 def merge_rows(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     """The rows of all; one that two runs share, as the same teacher, stands there once (the times of the first run)."""
-    if len(outcomes) == 1:
-        return outcomes[0].results["rows"]
-    merged: dict[str, dict[str, Any]] = {}
+
+    def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name != "ms_per_image"}
+
+    return _merge(
+        outcomes, lambda outcome: outcome.results["rows"], lambda row, other: without_times(row) == without_times(other)
+    )
+
+
+def _merge(
+    outcomes: Sequence[Outcome],
+    part: Callable[[Outcome], Mapping[str, Value]],
+    is_same: Callable[[Value, Value], bool],
+) -> dict[str, Value]:
+    """What all outcomes hold by name; what is there already is left out, what is another's gets the outcome's name."""
+    merged: dict[str, Value] = {}
     for outcome in outcomes:
-        for name, row in outcome.results["rows"].items():
-            if name in merged and _without_times(merged[name]) == _without_times(row):
+        for name, value in part(outcome).items():
+            if name in merged and is_same(merged[name], value):
                 continue
-            merged[name if name not in merged and name != "student" else f"{outcome.name}: {name}"] = row
+            is_free = name not in merged and (name != "student" or len(outcomes) == 1)
+            merged[name if is_free else f"{outcome.name}: {name}"] = value
     return merged
-
-
-def _without_times(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "ms_per_image"}
-
-
-def _merge_samples(outcomes: Sequence[Outcome]) -> dict[str, Tensor]:
-    if len(outcomes) == 1:
-        return outcomes[0].samples
-    merged: dict[str, Tensor] = {}
-    for outcome in outcomes:
-        for name, images in outcome.samples.items():
-            if name in merged and torch.equal(merged[name], images):
-                continue
-            merged[name if name not in merged and name != "student" else f"{outcome.name}: {name}"] = images
-    return merged
-
-
-def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A column per model, as long as there are fewer models than scores; else a row for each."""
-    columns = column_formats({"rows": rows})
-    cells = [[form.format(row[column]) if column in row else "-" for column, form in columns] for row in rows.values()]
-    across, down = [label_of(column) for column, _ in columns], list(rows)
-    if len(down) < len(across):
-        cells, across, down = [list(line) for line in zip(*cells, strict=True)], down, across
-    head = "".join(f"<th>{html_text(title)}</th>" for title in across)
-    lines = [
-        f"<tr><td>{html_text(title)}</td>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
-        for title, line in zip(down, cells, strict=True)
-    ]
-    body = "\n".join(lines)
-    return f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
@@ -271,72 +246,5 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
 
 
-def curve_kinds(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
-    """The metrics that there are curves of, each with its title."""
-    logged = {name for outcome in outcomes for line in outcome.metrics for name in line}
-    kinds = ["loss/denoising", "loss/output", "loss/feature"]
-    kinds += [] if "loss/denoising" in logged else ["loss/total"]
-    kinds += sorted(name for name in logged if name.startswith("score/fid") and not NOT_DRAWN.match(name))
-    return [(name, label_of(name)) for name in kinds if name in logged]
-
-
-def draw_curves(outcomes: Sequence[Outcome]) -> Image.Image:
-    """Losses by step, and scores where they were taken during training, a colour per run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kinds = curve_kinds(outcomes)
-    num_columns = len(kinds) if len(kinds) < 4 else 2 + len(kinds) % 2
-    num_lines = -(-len(kinds) // num_columns)
-    figure = Figure(figsize=(4.2 * num_columns, 3 * num_lines), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = np.atleast_1d(figure.subplots(num_lines, num_columns)).flatten()
-    for axis in axes[len(kinds) :]:
-        axis.set_visible(False)
-    for axis, (name, label) in zip(axes, kinds, strict=False):
-        for number, outcome in enumerate(outcomes):
-            points = [(line["step"], line[name]) for line in outcome.metrics if math.isfinite(line.get(name, math.nan))]
-            if points:
-                marker = "o" if name.startswith("score/") or len(points) <= FEW_POINTS else None
-                axis.plot(
-                    *zip(*points, strict=True),
-                    label=figure_text(outcome.name),
-                    color=f"C{number}",
-                    marker=marker,
-                    markersize=4,
-                    linewidth=1.4,
-                )
-        teacher = outcomes[0].results["rows"].get("teacher", {}).get(name.removeprefix("score/"))
-        if teacher is not None and math.isfinite(teacher):
-            axis.axhline(teacher, color="0.4", linestyle="--", linewidth=1, label="teacher")
-        values = [line[name] for outcome in outcomes for line in outcome.metrics if name in line]
-        values = [value for value in values if math.isfinite(value)]
-        if values and min(values) > 0:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}" if max(values) < 20 * min(values) else "")
-        axis.set_xlim(left=0)
-        axis.xaxis.get_major_locator().set_params(integer=True)  # of steps there are no halves
-        axis.set_title(figure_text(label), fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(which="both", labelsize=8)
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if len(handles) > 1:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
-
-
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return _data_uri(Image.open(buffer))
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _image(words: str, content: bytes, style: str = "") -> str:
+    return f'<img {style}alt="{words}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'

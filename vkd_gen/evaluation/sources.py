@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather, gather_object, pad_across_processes
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 SCHEDULER_ENTRIES = ("prediction_type", "beta_schedule", "timestep_spacing", "clip_sample", "steps_offset")
 """Entries of a scheduler that decide samples, beside its class and the number of steps."""
+OF_MODELS = ("model_index.json", "pipeline/model_index.json", "unet/config.json", "diffusion_pytorch_model.safetensors")
+"""What a folder of images does not hold: a folder with one of these is a pipeline's, or a model's by mistake."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ImageSource:
 
     Attributes:
         name: for messages and tables.
+        size: height and width in pixels.
         count: how many there are.
         read: numbers -> uint8 images.
         protocol: how they came about, for results.json.
@@ -52,6 +55,7 @@ class ImageSource:
     """
 
     name: str
+    size: int
     count: int
     read: Callable[[Sequence[int]], UInt8[Tensor, "images channels height width"]]
     protocol: Mapping[str, Any]
@@ -70,14 +74,7 @@ def from_model(
 ) -> ImageSource:
     """Images that a model makes: number i from seed `first_seed + i`, classes in turn if it takes labels.
 
-    Args:
-        name: of the source.
-        model: on the device to compute on.
-        count: images.
-        first_seed: of image 0.
-        num_inference_steps: network evaluations per image; at most the schedule's.
-        guidance_scale: see `Model.images`.
-        precision: see `Model.images`.
+    For the options see `Model.images`.
     """
     pipeline, classes = model.pipeline, model.num_classes
     if guidance_scale is not None and not classes:
@@ -109,7 +106,7 @@ def from_model(
     }
     if classes:
         protocol |= {"class_labels": f"seed modulo {classes}", "guidance_scale": guidance_scale or "default"}
-    return ImageSource(name, count, read, protocol)
+    return ImageSource(name, model.image_size[0], count, read, protocol)
 
 
 def hash_pipeline(pipeline: DiffusionPipeline) -> str:
@@ -122,7 +119,7 @@ def hash_pipeline(pipeline: DiffusionPipeline) -> str:
 def from_images(name: str, images: Images) -> ImageSource:
     """Images of a data set or folder."""
     protocol = {"images": images.name, "num_images": len(images), "resize": f"shorter side to {images.resolution}"}
-    return ImageSource(name, len(images), images.pixels, protocol, told_of(images))
+    return ImageSource(name, images.resolution, len(images), images.pixels, protocol, told_of(images))
 
 
 def from_folder(folder: str) -> ImageSource:
@@ -133,10 +130,7 @@ def from_folder(folder: str) -> ImageSource:
     """
     images, test = load_images(folder, resolution=1, channels=3, held_out_fraction=0)
     first = images.read(0)
-    if first.width != first.height:
-        raise ValueError(
-            f"the images in {folder} are {first.width} x {first.height} pixels; square ones are scored here"
-        )
+    _check_square(folder, first.height, first.width)
     images = replace(images, resolution=first.width)
     if len(test):
         raise ValueError(f"{folder} holds a training and a test split; name the folder of one of them")
@@ -151,7 +145,7 @@ def from_folder(folder: str) -> ImageSource:
                 )
         return images.pixels(indices)
 
-    return ImageSource(folder, len(images), read, _read_protocol(folder, len(images)), told_of(images))
+    return ImageSource(folder, first.width, len(images), read, _read_protocol(folder, len(images)), told_of(images))
 
 
 def from_array(path: str) -> ImageSource:
@@ -171,11 +165,29 @@ def from_array(path: str) -> ImageSource:
         raise ValueError(
             f"{path} holds {pixels.dtype} {list(pixels.shape)}; images are uint8 [images, height, width, 1 or 3]"
         )
+    _check_square(path, *pixels.shape[1:3])
 
     def read(indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(pixels[list(indices)]).permute(0, 3, 1, 2).contiguous()
 
-    return ImageSource(path, len(pixels), read, _read_protocol(path, len(pixels)))
+    return ImageSource(path, pixels.shape[1], len(pixels), read, _read_protocol(path, len(pixels)))
+
+
+def open_images(place: str) -> ImageSource | None:
+    """The images in a folder or an .npz; None for anything else, such as a pipeline, which makes them.
+
+    Raises:
+        ValueError: see `from_array` and `from_folder`.
+    """
+    path = Path(place)
+    if path.suffix == ".npz":
+        return from_array(place)
+    return from_folder(place) if path.is_dir() and not any((path / file).exists() for file in OF_MODELS) else None
+
+
+def _check_square(name: str, height: int, width: int) -> None:
+    if height != width:
+        raise ValueError(f"the images in {name} are {height} x {width} pixels; square ones are scored")
 
 
 def protocol_file(images: Path) -> Path:
@@ -193,7 +205,9 @@ def _read_protocol(images: str, count: int) -> dict[str, Any]:
 
 def from_tensor(name: str, images: UInt8[Tensor, "images channels height width"]) -> ImageSource:
     """Images in memory."""
-    return ImageSource(name, len(images), lambda indices: images[list(indices)], {"num_images": len(images)})
+    return ImageSource(
+        name, images.shape[-1], len(images), lambda indices: images[list(indices)], {"num_images": len(images)}
+    )
 
 
 def save_images(images: Mapping[str, UInt8[Tensor, "images channels height width"]], path: Path) -> None:
@@ -240,60 +254,50 @@ def blocks_of_process(count: int, batch_size: int, process_index: int = 0, num_p
 
 def content_hash(source: ImageSource, batch_size: int = 500) -> str:
     """The hash that `extract_features` gives, without a network."""
-    return _pass_over(source, None, batch_size, num_shown=1, progress="").content_hash
+    return extract_features(source, None, batch_size=batch_size, num_shown=1).content_hash
 
 
 def extract_features(
-    source: ImageSource, extractor: Extractor, *, batch_size: int = 64, num_shown: int = 32, progress: str = ""
+    source: ImageSource, extractor: Extractor | None, *, batch_size: int = 64, num_shown: int = 32, progress: str = ""
 ) -> Features:
     """Read every image once and keep its features; all processes share the work and get the whole.
 
     Args:
         source: of the images.
-        extractor: the network.
+        extractor: the network; None for the hash and the first images alone.
         batch_size: images at a time, per process.
         num_shown: first images to keep.
         progress: title of the progress bar; none if empty.
     """
-    return _pass_over(source, extractor, batch_size, num_shown, progress)
-
-
-def _pass_over(
-    source: ImageSource, extractor: Extractor | None, batch_size: int, num_shown: int, progress: str
-) -> Features:
     state = PartialState()
     parts: list[dict[str, Tensor]] = []
     numbers: list[int] = []
-    shown: list[Tensor] = []
-    bar = progress_bar(source.count, progress)
+    shown: list[tuple[int, Tensor]] = []
     problem = None
-    try:
-        for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
-            images = source.read(block)
-            parts.append(_rows(images, extractor))
-            numbers += block
-            shown += [image for number, image in zip(block, images, strict=True) if number < num_shown]
-            bar.update(min(len(block) * state.num_processes, source.count - bar.n))
-    except ValueError as error:
-        if state.num_processes == 1:
-            raise
-        problem = str(error)
-    finally:
-        bar.close()
+    with progress_bar(source.count, progress) as bar:
+        try:
+            for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
+                images = source.read(block)
+                parts.append(_rows(images, extractor))
+                numbers += block
+                shown += [pair for pair in zip(block, images, strict=True) if pair[0] < num_shown]
+                bar.update(min(len(block) * state.num_processes, source.count - bar.n))
+        except ValueError as error:
+            problem = error
     if state.num_processes > 1:  # all end alike: one that is left alone would wait for the others
-        problems = [found for found in gather_object([problem]) if found is not None]
-        if problems:
-            raise ValueError(problems[0])
+        told = [None if problem is None else str(problem)]
+        problem = next((ValueError(words) for words in gather_object(told) if words is not None), None)
+    if problem is not None:
+        raise problem
     if not parts:  # fewer batches than processes: the widths must be known here too
         parts = [{name: rows[:0] for name, rows in _rows(source.read(range(1)), extractor).items()}]
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if state.num_processes > 1:
-        rows = _gather(rows, numbers, source.count, state)
-        pairs = gather_object([(number, image) for number, image in zip(numbers, shown, strict=False)])
-        shown = [image for _, image in sorted(pairs, key=lambda pair: pair[0])]
-    shape = f"{list(shown[0].shape[1:])}".encode()
+        rows = _gather(rows, numbers, source.count, state.device)
+        shown = sorted(gather_object(shown), key=lambda pair: pair[0])
+    shape = f"{list(shown[0][1].shape[1:])}".encode()
     whole = hashlib.sha256(shape + rows.pop("digest").numpy().tobytes()).hexdigest()
-    return Features(rows, whole, torch.stack(shown))
+    return Features(rows, whole, torch.stack([image for _, image in shown]))
 
 
 def progress_bar(total: int, title: str) -> tqdm:
@@ -320,17 +324,15 @@ def _rows(images: Tensor, extractor: Extractor | None) -> dict[str, Tensor]:
     return {"digest": torch.tensor(digests, dtype=torch.uint8), **features}
 
 
-def _gather(rows: dict[str, Tensor], numbers: list[int], count: int, state: PartialState) -> dict[str, Tensor]:
+def _gather(rows: dict[str, Tensor], numbers: list[int], count: int, device: torch.device) -> dict[str, Tensor]:
     """The rows of all processes in the order of the images; some processes have fewer than others."""
-    most = int(gather(torch.tensor([len(numbers)], device=state.device)).max())
-    order = torch.full((most,), count)  # what is padded goes to a row behind the last one
-    order[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-    order = gather(order.to(state.device)).cpu()
-    gathered = {}
-    for name in sorted(rows):
-        padded = rows[name].new_zeros(most, rows[name].shape[1])
-        padded[: len(numbers)] = rows[name]
-        whole = rows[name].new_empty(count + 1, rows[name].shape[1])
-        whole[order] = gather(padded.to(state.device)).cpu()
-        gathered[name] = whole[:count]
-    return gathered
+    held = {"order": torch.tensor(numbers, dtype=torch.long)[:, None], **rows}
+    # What is padded goes to a row after the last one.
+    padded = {name: value.to(device) for name, value in held.items()}
+    padded = {name: pad_across_processes(value, pad_index=count * (name == "order")) for name, value in padded.items()}
+    gathered = {name: value.cpu() for name, value in gather(padded).items()}
+    order = gathered.pop("order")[:, 0]
+    whole = {name: value.new_empty(count + 1, value.shape[1]) for name, value in gathered.items()}
+    for name, value in gathered.items():
+        whole[name][order] = value
+    return {name: value[:count] for name, value in whole.items()}

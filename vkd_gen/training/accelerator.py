@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import DynamoBackend, gather_object, set_seed
+from diffusers.utils.logging import disable_progress_bar
 
 from vkd_gen.cli import USER_ERROR
 from vkd_gen.distillation import FrozenTeacher
@@ -112,6 +113,15 @@ def check_processes(accelerator: Accelerator) -> None:
             "note: accelerate's settings ask for several processes on CPUs (MULTI_CPU), and it has started one, which "
             "does all the work; for several: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node NUMBER ..."
         )
+
+
+def make_sampling_accelerator() -> Accelerator:
+    """The Accelerator of a command that samples and does not train."""
+    torch.set_float32_matmul_precision("high")
+    accelerator = Accelerator()
+    check_processes(accelerator)
+    disable_progress_bar()  # of the loading of a pipeline's few parts
+    return accelerator
 
 
 def on_main_process(action: Callable[[], Result]) -> Result | None:

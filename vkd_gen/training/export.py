@@ -3,22 +3,19 @@
 import contextlib
 import copy
 import os
-import shlex
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 
+from vkd_gen.evaluation.card import model_card as model_card
 from vkd_gen.files import CannotWriteError, own_name
 from vkd_gen.models import Model, save_card
-from vkd_gen.provenance import environment, only_warns
+from vkd_gen.provenance import only_warns
 from vkd_gen.sampling import load_pipeline, usable_steps
-from vkd_gen.text import markdown_text, printable
 from vkd_gen.training.options import TrainingOptions
 
 
@@ -116,65 +113,6 @@ def finish_export(folder: Path, card: Callable[[], str], options: TrainingOption
         save_card(folder, card())
     if options.push_to_hub:
         print(f"uploaded: {upload(folder, options.hub_model_id)}", flush=True)
-
-
-UNCONDITIONAL_USE = """from diffusers import DiffusionPipeline
-
-images = DiffusionPipeline.from_pretrained("THIS_FOLDER")(batch_size=16).images"""
-
-CLASS_CONDITIONAL_USE = """from diffusers import UNet2DModel
-from vkd_gen.pipelines import ClassConditionalDDIMPipeline
-
-pipeline = ClassConditionalDDIMPipeline.from_pretrained("THIS_FOLDER")
-images = pipeline(class_labels=[0, 1], guidance_scale=3.0).images  # guidance_scale 1: none
-
-unet = UNet2DModel.from_pretrained("THIS_FOLDER", subfolder="unet")  # needs diffusers alone"""
-
-
-def model_card(title: str, facts: Mapping[str, Any], results: str, *, data: str, num_classes: int | None = None) -> str:
-    """Model card, Markdown with the hub's metadata.
-
-    Args:
-        title: heading.
-        facts: what the reader should know, a table row each.
-        results: Markdown, such as the table of results.
-        data: the training set's name or id.
-        num_classes: of a class-conditional model.
-    """
-    kind = "unconditional" if num_classes is None else "class-conditional"
-    metadata = ModelCardData(library_name="diffusers", tags=["vkd-gen", f"{kind}-image-generation"])
-    if num_classes is not None:
-        facts = {**facts, "classes": f"0 to {num_classes - 1}; {num_classes} for no class"}
-    rows = "\n".join(f"| {markdown_text(name)} | {markdown_text(value)} |" for name, value in facts.items())
-    versions = ", ".join(f"{name} {version}" for name, version in environment().items())
-    return f"""---
-{metadata.to_yaml()}
----
-# {markdown_text(title)}
-
-| | |
-|---|---|
-{rows}
-
-{results}
-
-Trained on {markdown_text(data)} with
-
-```
-{command_line()}
-```
-
-```python
-{UNCONDITIONAL_USE if num_classes is None else CLASS_CONDITIONAL_USE}
-```
-
-Made with {versions}.
-"""
-
-
-def command_line() -> str:
-    """The command that this process was started with."""
-    return printable(shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
 
 
 def check_upload(options: TrainingOptions) -> None:
