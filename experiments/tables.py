@@ -179,9 +179,9 @@ def markdown_page(comparison: Comparison) -> str:
 
 def print_tables(tables: Sequence[TextTable]) -> None:
     """Tables for a terminal, each under its title."""
-    from vkd_gen.evaluation.terminal import print_columns
+    from vkd_gen.evaluation.tables import Table
 
     for table in tables:
         names, *columns = zip(*table.rows, strict=True)
         print(f"\n{table.title}")
-        print_columns(names, list(zip(table.header[1:], columns, strict=True)))
+        Table(names, list(zip(table.header[1:], columns, strict=True))).print()
