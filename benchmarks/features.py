@@ -16,7 +16,7 @@ import vkd_gen as vkd
 from measuring import RESULTS, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.distillation import projected_losses
-from vkd_gen.evaluation.terminal import print_columns
+from vkd_gen.evaluation.tables import print_columns
 from vkd_gen.families import copy_without_weights
 from vkd_gen.families.build import unet_class
 from vkd_gen.families.specs import TEACHERS

@@ -22,7 +22,7 @@ from scipy import stats
 
 from measuring import write_results
 from vkd_gen.cli import run_command
-from vkd_gen.evaluation.terminal import print_columns
+from vkd_gen.evaluation.tables import print_columns
 from vkd_gen.training.checkpoints import find_fault
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 

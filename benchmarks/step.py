@@ -28,7 +28,7 @@ from measuring import RESULTS, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.data.images import Images
 from vkd_gen.evaluation.cost import LiveBytes
-from vkd_gen.evaluation.terminal import print_columns
+from vkd_gen.evaluation.tables import print_columns
 from vkd_gen.families.build import unet_class
 from vkd_gen.families.unet import call
 from vkd_gen.training.accelerator import make_accelerator

@@ -179,9 +179,9 @@ def markdown_page(comparison: Comparison) -> str:
 
 def print_tables(tables: Sequence[TextTable]) -> None:
     """Tables for a terminal, each under its title."""
-    from vkd_gen.evaluation.tables import Table
+    from vkd_gen.evaluation.tables import print_columns
 
     for table in tables:
         names, *columns = zip(*table.rows, strict=True)
         print(f"\n{table.title}")
-        Table(names, list(zip(table.header[1:], columns, strict=True))).print()
+        print_columns(names, list(zip(table.header[1:], columns, strict=True)))
