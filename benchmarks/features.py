@@ -21,7 +21,7 @@ from vkd_gen.families import copy_without_weights
 from vkd_gen.families.build import unet_class
 from vkd_gen.families.specs import TEACHERS
 from vkd_gen.families.unet import call
-from vkd_gen.training.matching import NUM_DIAGNOSTIC_DRAWS, build_matching
+from vkd_gen.training.matching import build_matching
 from vkd_gen.training.options import METHODS, MatchingOptions
 
 STUDENTS = {"half width": vkd.Reduction(width=0.5), "bk-small": vkd.REDUCTIONS["bk-small"]}
@@ -111,16 +111,6 @@ def count_floor(student: ModelMixin, teacher: ModelMixin, batch_size: int) -> di
     return counts
 
 
-def diagnostics_share(floor: dict[str, float], batch_size: int, every_steps: int) -> float:
-    """What the gradients' diagnostics take, every so many steps, as a share of the floor.
-
-    For their draws: the student's forward and one backward pass for each of two terms; then both networks' features.
-    """
-    student_forward = floor["student_forward_backward"] / 3
-    draw = 2 * floor["teacher_forward"] + (2 + 2 * 2) * student_forward
-    return draw * NUM_DIAGNOSTIC_DRAWS / batch_size / every_steps / sum(floor.values())
-
-
 def count(
     teacher: ModelMixin, reduction: vkd.Reduction, batch_size: int, variants: dict[str, MatchingOptions]
 ) -> dict[str, Any]:
@@ -133,8 +123,7 @@ def count(
     for name, options in variants.items():
         operations = sum(pair_operations(pair, batch_size, options) for pair in pairs)
         counted[name] = {"operations": operations, "share_of_floor": operations / sum(floor.values())}
-    diagnostics = diagnostics_share(floor, batch_size, DEFAULT.diagnostics_every_steps)
-    return {"floor": floor, "variants": counted, "share_of_diagnostics": diagnostics}
+    return {"floor": floor, "variants": counted}
 
 
 def stable_diffusion() -> ModelMixin:
@@ -157,7 +146,6 @@ def main(config: FeatureCostConfig) -> None:
         operations = [f"{row['operations'] / 1e9:.1f}" for row in variants]
         shares = [f"{row['share_of_floor']:.2%}" for row in variants]
         print_columns(list(result["variants"]), [("GFLOP", operations), ("share", shares)])
-        print(f"diagnostics of gradients: {result['share_of_diagnostics']:.2%}", flush=True)
     write_results(
         Path(config.output),
         {"counted": counted},

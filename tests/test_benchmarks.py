@@ -12,9 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import features
 import step
 import vkd_gen as vkd
-from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
-from vkd_gen.calibration import calibrate
-from vkd_gen.diagnostics import Diagnostics
+from tests.conftest import tiny_condition_unet
 from vkd_gen.evaluation.cost import LiveBytes, count_macs
 from vkd_gen.families import copy_without_weights
 from vkd_gen.pairing import LayerPair
@@ -69,26 +67,6 @@ def test_the_floor_is_three_forward_passes_of_the_student_and_one_of_the_teacher
     assert floor["student_forward_backward"] == pytest.approx(3 * forward, rel=0.03)
     assert floor["student_forward_backward"] < 3 * forward  # the sample has no gradient
     assert floor["teacher_forward"] > 2 * 2 * count_macs(teacher)  # which counts one sample with 8 tokens
-
-
-def test_diagnostics_cost_two_floors_of_their_draws(schedule):
-    student_unet, teacher_unet = tiny_unet(), tiny_unet((16, 32))
-    pairs = vkd.pair_layers(student_unet, teacher_unet)
-    teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
-    batch = make_batch(4)
-    statistics = calibrate(teacher, [make_batch(64)], schedule, num_timestep_bins=1)
-    projectors = [vkd.OrthogonalProjector(pair.student_channels, pair.teacher_channels) for pair in pairs]
-    normalizers = [vkd.FeatureNormalizer("none", statistics[pair.teacher]) for pair in pairs]
-    projected = vkd.ProjectedStudent(student_unet, pairs, projectors, normalizers)
-    diagnose = Diagnostics(projected, teacher, [batch], schedule=schedule)
-    weights = vkd.LossWeights(denoising=0)
-    diagnose(weights)  # the first time it also takes the teacher's ranks
-    with FlopCounterMode(display=False) as counter:
-        diagnose(weights)
-    both = {"student": 4 * 2 * count_macs(student_unet), "teacher": 4 * 2 * count_macs(teacher_unet)}
-    floor = {"teacher_forward": both["teacher"], "student_forward_backward": 3 * both["student"]}
-    expected = features.diagnostics_share(floor, features.NUM_DIAGNOSTIC_DRAWS, 1) * sum(floor.values())
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)  # products of the features among it
 
 
 @pytest.mark.slow

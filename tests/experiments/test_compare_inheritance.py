@@ -78,20 +78,18 @@ def test_comparison_before_training(tmp_path, pipeline_folder, compare, capsys):
     assert json.loads(results.read_text())["before_training"] != known["before_training"]
 
 
-def damaged_results(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text("[1, 2]")
-    return ["--results", path], "cannot read the results in"
-
-
-@pytest.mark.parametrize("case", [lambda _: (["--step0_teachers", "folder"], "takes FOLDER=DATASET"), damaged_results])
-def test_comparison_refuses_in_one_line(case, compare, tmp_path, capsys):
-    flags, words = case(tmp_path)
-    with pytest.raises(SystemExit) as status:
-        compare(*flags)
-    assert status.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
+def test_comparison_refuses_in_one_line(compare, tmp_path, capsys):
+    (tmp_path / "damaged.json").write_text("[1, 2]")
+    for flags, words in (
+        (["--step0_teachers", "folder"], "takes FOLDER=DATASET"),
+        (["--num_seeds", 0], "--num_seeds must be at least 1"),
+        (["--results", tmp_path / "damaged.json"], "cannot read the results in"),
+    ):
+        with pytest.raises(SystemExit) as status:
+            compare(*flags)
+        assert status.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
 
 
 @pytest.mark.parametrize(

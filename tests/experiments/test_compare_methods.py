@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -103,21 +102,26 @@ def names(compare):
     return sorted((record["arm"], record["start"], record["seed"]) for record in records(compare))
 
 
+def table(compare):
+    return (compare.output_dir / "table.md").read_text()
+
+
+def refused(compare, *flags):
+    """Run what ends with status 2."""
+    with pytest.raises(SystemExit) as exit_status:
+        compare(*flags)
+    assert exit_status.value.code == 2
+
+
 # ---- what is run
 
 
-def test_every_preset_can_be_planned():
+def test_every_preset_can_be_planned_and_every_arm_is_compared():
     for name, config in PRESETS.items():
         runs = plan(config)
         assert config.preset == name
         assert len(runs) == len(config.arms) * len(config.starts) * config.num_seeds
         assert len({run.flags for run in runs}) == len({run.folder for run in runs}) == len(runs)
-    seeds = {name: {run.seed for run in plan(PRESETS[name])} for name in ("screen", "confirmation")}
-    assert not seeds["screen"] & seeds["confirmation"]
-    assert {"denoising", "denoising-longer", "output", "fitnet"} <= set(PRESETS["confirmation"].arms)
-
-
-def test_every_arm_is_compared():
     assert {arm for config in PRESETS.values() for arm in config.arms} == set(ARMS)
 
 
@@ -150,35 +154,36 @@ def test_rounds_go_seed_by_seed_and_the_longest_comes_first(compare):
     ]
 
 
-def test_cores_and_gpus_are_shared_out(monkeypatch):
+@pytest.mark.parametrize(
+    ("num_gpus", "visible", "num_jobs", "variable", "expected"),
+    [
+        (0, "", None, "OMP_NUM_THREADS", ["1"] * 8),
+        (0, "", 3, "MKL_NUM_THREADS", ["2"] * 3),
+        (0, "", 20, "OMP_NUM_THREADS", ["1"] * 20),
+        (2, "", None, "CUDA_VISIBLE_DEVICES", ["0", "1"]),
+        (2, "4,6", 3, "CUDA_VISIBLE_DEVICES", ["4", "6", "4"]),
+    ],
+)
+def test_cores_and_gpus_are_shared_out(num_gpus, visible, num_jobs, variable, expected, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert [place["OMP_NUM_THREADS"] for place in side_by_side.places(None)] == ["1"] * 8
-    assert [place["MKL_NUM_THREADS"] for place in side_by_side.places(3)] == ["2"] * 3
-    assert side_by_side.places(20)[0]["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(None)] == ["0", "1"]
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["0", "1", "0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in side_by_side.places(3)] == ["4", "6", "4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert [place[variable] for place in side_by_side.places(num_jobs)] == expected
 
 
 # ---- what is kept
 
 
 def test_what_is_done_is_not_done_again_and_the_table_stays_byte_for_byte(compare, capsys):
-    assert len(compare("--starts", "inherited", "random")) == 12
+    flags = ("--starts", "inherited", "random", "--num_seeds", 1)
+    assert len(compare(*flags)) == 6
     shown = capsys.readouterr().out.split("Scores, inherited")[1]
-    table, file = (compare.output_dir / "table.md").read_bytes(), compare.results.read_bytes()
-    assert compare("--starts", "inherited", "random") == []
-    assert (compare.output_dir / "table.md").read_bytes() == table
-    assert compare.results.read_bytes() == file
-    assert capsys.readouterr().out.split("Scores, inherited")[1] == shown
+    page, file = table(compare), compare.results.read_bytes()
     for path in sorted(compare.output_dir.glob("*/*/*")):
         path.unlink()  # also without the folders of the runs
-    assert compare("--starts", "inherited", "random") == []
-    assert (compare.output_dir / "table.md").read_bytes() == table
+    assert compare(*flags) == []
+    assert (table(compare), compare.results.read_bytes()) == (page, file)
+    assert capsys.readouterr().out.split("Scores, inherited")[1] == shown
 
 
 def test_a_record_tells_what_the_run_was(compare):
@@ -206,23 +211,18 @@ def test_the_teacher_is_known_once_a_run_has_scored_it(compare):
     assert [known for _, known in compare.asked] == [False, True, True]
 
 
-def test_other_flags_add_runs(compare, monkeypatch):
+def test_other_flags_add_runs_and_another_name_does_not(compare, monkeypatch):
     assert len(compare("--num_seeds", 1)) == 3
     assert len(compare("--seed", 0, "--num_seeds", 2)) == 3  # the second seed
     assert len(compare("--num_seeds", 1, "--max_train_steps", 5)) == 3
+    monkeypatch.setitem(ARMS, "free", ARMS["fitnet"])
+    assert compare("--num_seeds", 1, "--arms", "free", "output") == []
+    assert "| free | 1 of 1 |" in table(compare)
     monkeypatch.setitem(ARMS, "fitnet", Arm(("--method", "fitnet", "--feature_weight", "2"), ""))
     assert compare("--num_seeds", 1) == ["fitnet, inherited, seed 0"]
     assert len(records(compare)) == 10  # none overwritten
-    table = (compare.output_dir / "table.md").read_text()
-    assert "| fitnet | 1 of 1 |" in table
+    assert "| fitnet | 1 of 1 |" in table(compare)
     assert len({path.name for path in (compare.output_dir / "inherited").iterdir()}) == 10
-
-
-def test_an_arm_with_another_name_needs_no_run(compare, monkeypatch):
-    compare("--num_seeds", 1)
-    monkeypatch.setitem(ARMS, "free", ARMS["fitnet"])
-    assert compare("--num_seeds", 1, "--arms", "free", "output") == []
-    assert "| free | 1 of 1 |" in (compare.output_dir / "table.md").read_text()
 
 
 def test_finished_comparisons_are_found_from_elsewhere(tmp_path, monkeypatch, capsys):
@@ -236,37 +236,32 @@ def test_finished_comparisons_are_found_from_elsewhere(tmp_path, monkeypatch, ca
 # ---- failures and interruptions
 
 
-@pytest.mark.parametrize(
-    ("does", "words"),
-    [("fail", "status 2: error: it broke"), ("crash", "status -9: nothing in its log"), ("half", "no results.json")],
-)
-def test_a_run_that_fails_is_told_and_the_others_are_kept(does, words, compare, monkeypatch, capfd):
+FAILURES = {
+    "fail": "status 2: error: it broke",
+    "crash": "status -9: nothing in its log",
+    "half": "no results.json",
+}
+"""What a stand-in does -> what is told of it."""
+
+
+def test_a_run_that_fails_is_told_and_the_others_are_kept(compare, monkeypatch, capfd):
     monkeypatch.setenv("STAND_IN", "fitnet-seed-1")
-    monkeypatch.setenv("STAND_IN_DOES", does)
-    with pytest.raises(SystemExit) as exit_status:
-        compare()
-    assert exit_status.value.code == 2
-    shown = capfd.readouterr()
-    assert shown.err.splitlines() == [
-        "error: 1 of 6 runs failed; the same command tries again: fitnet, inherited, seed 1"
-    ]
-    assert words in re.sub(r"\s+", " ", shown.out)
-    assert "log.txt" in shown.out
-    assert ("fitnet", "inherited", 1) not in names(compare)
-    assert len(names(compare)) == 5
-    assert "| fitnet | 1 of 2 |" in (compare.output_dir / "table.md").read_text()
+    for does, words in FAILURES.items():  # of which only the last is told
+        monkeypatch.setenv("STAND_IN_DOES", does)
+        refused(compare)
+        shown = capfd.readouterr()
+        assert shown.err.splitlines() == [
+            "error: 1 of 6 runs failed; the same command tries again: fitnet, inherited, seed 1"
+        ]
+        told = shown.out.split("failed: ")[-1]
+        assert words in told
+        assert "log.txt" in told
+        assert len(names(compare)) == 5
+        assert ("fitnet", "inherited", 1) not in names(compare)
+        assert "| fitnet | 1 of 2 |" in table(compare)
     monkeypatch.delenv("STAND_IN")
     assert compare() == ["fitnet, inherited, seed 1"]
-    assert "| fitnet | 2 of 2 |" in (compare.output_dir / "table.md").read_text()
-
-
-def test_an_old_error_is_not_told_again(compare, monkeypatch, capfd):
-    monkeypatch.setenv("STAND_IN", "fitnet-seed-0")
-    for does in ("fail", "crash"):
-        monkeypatch.setenv("STAND_IN_DOES", does)
-        with pytest.raises(SystemExit):
-            compare("--num_seeds", 1)
-    assert "status -9: nothing in its log" in capfd.readouterr().out.split("failed: ")[-1]
+    assert "| fitnet | 2 of 2 |" in table(compare)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -277,9 +272,8 @@ def test_interrupted_and_resumed(number, status, compare, monkeypatch, capfd):
 
     def interrupt():
         until = time.monotonic() + 20
-        while time.monotonic() < until and not (
-            len(list(compare.output_dir.glob("*/*/waits"))) == 2
-            and len(list(compare.output_dir.glob("*/*/results.json"))) == 2
+        while time.monotonic() < until and any(
+            len(list(compare.output_dir.glob(f"*/*/{name}"))) < 2 for name in ("waits", "results.json")
         ):
             time.sleep(0.02)
         os.kill(os.getpid(), number)
@@ -291,23 +285,21 @@ def test_interrupted_and_resumed(number, status, compare, monkeypatch, capfd):
     thread.join()
     signal.signal(signal.SIGINT, before)
     assert exit_status.value.code == status
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert re.search("interrupted: [12] of 4 runs are done and kept; the same command goes on", lines[0])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.search("interrupted: [12] of 4 runs are done and kept; the same command goes on", line)
     stopped = sorted(path.parent for path in compare.output_dir.glob("*/*/checkpoint"))
     assert len(stopped) == 2  # the children were asked to stop, and did
-    assert all((folder / "seconds.json").exists() for folder in stopped)
-    first = {record["flags"]: record for record in records(compare)}
+    first = records(compare)
 
     resumed = compare("--arms", "output", "fitnet", "--jobs", 3)
     assert {name for name in resumed if name.startswith("fitnet")} == {f"fitnet, inherited, seed {s}" for s in (0, 1)}
     assert len(names(compare)) == 4
-    assert all(record in records(compare) for record in first.values())
+    assert all(record in records(compare) for record in first)
     for folder in stopped:  # in the same folders, and both times count
         assert len((folder / "starts").read_text().splitlines()) == 2
-        parts = json.loads((folder / "seconds.json").read_text())
-        assert len(parts) == 2
-        assert sum(parts) in [pytest.approx(record["seconds"], abs=0.011) for record in records(compare)]
+        first_part, second_part = json.loads((folder / "seconds.json").read_text())
+        total = pytest.approx(first_part + second_part, abs=0.011)
+        assert total in [record["seconds"] for record in records(compare)]
 
 
 def test_runs_are_told_to_go_on_from_their_checkpoint_and_whether_to_score_the_teacher():
@@ -322,28 +314,20 @@ def test_no_room_ends_in_one_line_and_no_run_is_left_running(compare, monkeypatc
     monkeypatch.setenv("STAND_IN", "fitnet")
     monkeypatch.setenv("STAND_IN_DOES", "wait")
     monkeypatch.setattr(RunRecords, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(SystemExit) as exit_status:
-        compare("--num_seeds", 1)
-    assert exit_status.value.code == 2
+    refused(compare, "--num_seeds", 1)
     assert capfd.readouterr().err.splitlines() == ["error: [Errno 28] No space left"]
     waiting = list(compare.output_dir.glob("*/*/waits"))
     assert all((path.parent / "checkpoint").exists() for path in waiting)
 
 
-def test_a_folder_belongs_to_one_comparison(compare, capfd):
-    script = (
-        "import sys, pathlib, vkd_gen.files as f; held = f.hold_folder(pathlib.Path(sys.argv[1])); print(1); input()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-uc", script, str(compare.output_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    holder.stdout.readline()
-    with pytest.raises(SystemExit):
-        compare()
-    holder.communicate()
-    assert "another process is writing to" in capfd.readouterr().err
+def test_a_folder_belongs_to_one_comparison(compare, monkeypatch, capfd):
+    def held(folder):
+        raise ValueError(f"another process is writing to {folder}")
+
+    monkeypatch.setattr(compare_methods, "hold_folder", held)
+    refused(compare)
+    assert f"another process is writing to {compare.output_dir}" in capfd.readouterr().err
     assert not compare.asked
-    assert len(compare("--num_seeds", 1)) == 3
 
 
 # ---- mistakes
@@ -351,16 +335,11 @@ def test_a_folder_belongs_to_one_comparison(compare, capfd):
 MISTAKES = {
     "unknown arm": (["--arms", "output", "solved-row"], "no arm 'solved-row'; the nearest are solved-raw, "),
     "unknown control": (["--control", "outptu"], "no arm 'outptu'; the nearest are output"),
-    "control not compared": (
-        ["--control", "solved-raw"],
-        "--control solved-raw is not among the arms: denoising, output",
-    ),
+    "control not compared": (["--control", "solved-raw"], "solved-raw is not among the arms: denoising, output"),
     "no arms": (["--arms"], "arms"),
     "arm twice": (["--arms", "output", "output"], "--arms must name at least one, and none twice"),
     "unknown start": (["--starts", "inherit"], "starts.*inherited"),
     "no seeds": (["--num_seeds", 0], "--num_seeds must be at least 1, not 0"),
-    "no steps": (["--max_train_steps", 0], "--max_train_steps must be at least 1"),
-    "no jobs": (["--jobs", 0], "--jobs must be at least 1"),
     "few samples": (["--num_score_samples", 3], "--num_score_samples must be at least 10"),
     "learning rate": (["--learning_rate", "nan"], "--learning_rate must be above 0"),
     "empty extra": (["--extra", " "], "--extra takes flags.*empty"),
@@ -374,9 +353,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("flags", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_mistake_is_told_in_one_line(flags, words, compare, capfd):
-    with pytest.raises(SystemExit) as exit_status:
-        compare(*flags)
-    assert exit_status.value.code == 2
+    refused(compare, *flags)
     errors = capfd.readouterr().err.splitlines()
     assert len(errors) == 1
     assert re.search(words, errors[0]), errors[0]
@@ -386,29 +363,22 @@ def test_mistake_is_told_in_one_line(flags, words, compare, capfd):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "cannot read the results in .*results.json"),
-        ("[]", "is not a file of this command's results"),
-        ('{"rows": {}}', "is not a file of this command's results"),
-        ('{"format": "vkd-gen comparison of methods, 1", "runs": [{"flags": 3}]}', "is damaged"),
-        (b"\xff\xfe", "cannot read the results in"),
+        (b"[]", "is not a file of this command's results"),
+        (b'{"format": "vkd-gen comparison of methods, 1", "runs": [{"flags": 3}]}', "is damaged"),
+        (b"\xff\xfe", "cannot read the results in .*results.json"),
     ],
 )
 def test_results_that_are_not_ours_or_damaged_are_left_alone(content, words, compare, capfd):
     compare.results.parent.mkdir()
-    content = content if isinstance(content, bytes) else content.encode()
     compare.results.write_bytes(content)
-    with pytest.raises(SystemExit) as exit_status:
-        compare()
-    assert exit_status.value.code == 2
+    refused(compare)
     assert re.search(words, capfd.readouterr().err)
     assert compare.results.read_bytes() == content
 
 
 def test_results_that_cannot_be_written_are_told_before_anything_runs(compare, tmp_path, capfd):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as exit_status:
-        compare("--results", tmp_path / "file" / "results.json")
-    assert exit_status.value.code == 2
+    refused(compare, "--results", tmp_path / "file" / "results.json")
     assert "file" in capfd.readouterr().err
     assert not list(compare.output_dir.glob("*/*"))
 
@@ -418,14 +388,16 @@ def test_results_that_cannot_be_written_are_told_before_anything_runs(compare, t
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(compare, capsys):
     compare("--num_seeds", 1)
-    capsys.readouterr()
     before = sorted(compare.output_dir.rglob("*"))
     compare("--dry_run")
     shown = capsys.readouterr().out
-    assert "done: fitnet, inherited, seed 0" in shown
-    assert "to do: fitnet, inherited, seed 1" in shown
-    assert "6 runs, 3 of them done; 2 side by side" in shown
-    assert "--method output --denoising_weight 1 --inherit_weights --seed 1" in shown
+    for words in (
+        "done: fitnet, inherited, seed 0",
+        "to do: fitnet, inherited, seed 1",
+        "6 runs, 3 of them done; 2 side by side",
+        "--method output --denoising_weight 1 --inherit_weights --seed 1",
+    ):
+        assert words in shown
     assert sorted(compare.output_dir.rglob("*")) == before
 
 
@@ -433,19 +405,15 @@ def test_table_and_figure_are_of_the_runs_asked_for(compare, monkeypatch):
     compare()
     monkeypatch.setattr(figures, "draw_differences", DRAW)
     compare("--arms", "output", "fitnet", "--num_seeds", 1)
-    table = (compare.output_dir / "table.md").read_text()
-    assert "denoising |" not in table
-    assert "| fitnet | 1 of 1 |" in table
+    assert "denoising |" not in table(compare)
+    assert "| fitnet | 1 of 1 |" in table(compare)
     found = {record["arm"]: record["student"] for record in records(compare) if record["seed"] == 0}
     difference = found["fitnet"]["fid_digits"] - found["output"]["fid_digits"]
-    assert f"| {difference:+.2f} ({int(difference < 0)}/1) |" in table
+    assert f"| {difference:+.2f} ({int(difference < 0)}/1) |" in table(compare)
     assert (compare.figures / "screen.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_figure_of_a_changed_comparison_lies_beside_its_runs(compare, monkeypatch):
-    monkeypatch.setattr(figures, "draw_differences", DRAW)
-    compare("--num_seeds", 1, "--figures", "")
-    assert (compare.output_dir / "screen.png").is_file()
+def test_the_figure_of_a_changed_comparison_lies_beside_its_runs():
     preset = PRESETS["mnist"]
     same = replace(preset, jobs=1, output_dir="elsewhere", dry_run=True)
     assert same.figures_folder == preset.results_file.parent
@@ -458,21 +426,20 @@ def test_the_figure_of_a_changed_comparison_lies_beside_its_runs(compare, monkey
 
 
 def test_speed_counts_every_step_once():
-    metrics = [
-        {"step": 10, "images_per_second": 5.0},
-        {"step": 10, "score/fid": 1.0},
-        {"step": 30, "images_per_second": 20.0},
-    ]
+    metrics = [{"step": 10, "images_per_second": 5.0}, {"step": 10}, {"step": 30, "images_per_second": 20.0}]
     assert training_speed(metrics, batch_size=4) == (8 + 4, 10.0)
     assert training_speed([], batch_size=4) == (0.0, None)
 
 
 def test_diagnostics_are_kept_as_they_were_last(tmp_path):
-    (tmp_path / "results.json").write_text('{"rows": {"student": {"x": 1}}, "protocol": {}}')
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "environment.json").write_text('{"commit": "abc"}')
     lines = [{"step": 1, "diagnostics/gain": 1.0, "diagnostics/rank": 3.0}, {"step": 2, "diagnostics/gain": 1 / 3}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, text in {
+        "results.json": '{"rows": {"student": {"x": 1}}, "protocol": {}}',
+        "config.json": "{}",
+        "environment.json": '{"commit": "abc"}',
+        "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+    }.items():
+        (tmp_path / name).write_text(text)
     record, reference = read_run(tmp_path)
     assert record["diagnostics"] == {"diagnostics/gain": 0.333333, "diagnostics/rank": 3.0}
     assert reference is None
@@ -491,7 +458,6 @@ def test_a_run_made_again_takes_the_place_of_its_record(tmp_path):
     again = RunRecords(tmp_path / "results.json")
     assert [record["student"] for record in again.runs] == [{"x": 2.0}]
     assert again.references == {"r": {"rows": {"score": 1.0}}}
-    assert again.find("--y") is None
 
 
 @pytest.mark.slow
@@ -503,12 +469,10 @@ def test_real_runs(tmp_path, monkeypatch, capfd):
     flags += ["--num_score_samples", 12, "--jobs", 2, "--extra", *extra]
     flags += ["--output_dir", tmp_path / "runs", "--results", tmp_path / "results.json", "--figures", tmp_path]
     monkeypatch.setattr(sys, "argv", ["experiments/compare_methods.py", "--preset", "screen", *map(str, flags)])
-    for _ in range(2):
-        run_recipe(compare_methods.main, PRESETS, compare_methods.__doc__, default="screen")
-        table = (tmp_path / "runs/table.md").read_text()
+    run_recipe(compare_methods.main, PRESETS, compare_methods.__doc__, default="screen")
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert len(runs) == 4
     assert all(record["student"]["teacher_distance"] > 0 for record in runs)
-    assert "| solved-raw | 2 of 2 |" in table
+    assert "| solved-raw | 2 of 2 |" in (tmp_path / "runs/table.md").read_text()
     assert (tmp_path / "screen.png").exists()
     assert "of 4: solved-raw, inherited, seed 0" in capfd.readouterr().out

