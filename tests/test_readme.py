@@ -1,4 +1,4 @@
-"""The README's code runs, and what it names exists."""
+"""The README's code runs, and what it and the pages beside the commands name exists."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ import tests.recipes.conftest as recipes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = README + "".join((ROOT / folder / "README.md").read_text() for folder in ("recipes", "eval"))
 
 
 def test_the_loop_in_the_readme_runs(tmp_path, monkeypatch):
@@ -19,7 +20,8 @@ def test_the_loop_in_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_file_tree_names_what_is_there():
-    (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", README, flags=re.DOTALL)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (tree,) = re.findall(r"## Where the code is\n\n```\n(.*?)```", text, flags=re.DOTALL)
     folder, named = ROOT, []
     for line in tree.splitlines():
         name = line.split()[0]
@@ -34,9 +36,9 @@ def test_presets_methods_and_flags_are_the_recipes():
     recipe = recipes.load_recipe("train_student_unet")
     from vkd_gen.training.options import METHODS, flat_config
 
-    rows = set(re.findall(r"^\| `([a-z0-9-]+)`", README, flags=re.MULTILINE))
+    rows = set(re.findall(r"^\| `([a-z0-9-]+)`", PAGES, flags=re.MULTILINE))
     assert rows >= set(recipe.PRESETS) | set(METHODS)
-    flags = set(re.findall(r"--([a-z]+(?:_[a-z]+)+)", README))
+    flags = set(re.findall(r"--([a-z]+(?:_[a-z]+)+)", PAGES))
     known = set(flat_config(recipe.PRESETS["digits"]))
     for file in (ROOT / "eval").glob("*.py"):
         known |= set(re.findall(r"^    ([a-z_]+): ", file.read_text(), flags=re.MULTILINE))

@@ -52,4 +52,5 @@ def test_share_of_the_gap():
     assert share_of_gap({0: 4.0, 1: 8.0, 7: -1.0}, baseline, target=2.0) == pytest.approx(0.6)
     assert share_of_gap({0: 20.0}, baseline, target=2.0) == pytest.approx(-1.25)
     assert share_of_gap({0: 1.0}, {0: 2.0}, target=2.0) is None  # there is no gap
+    assert share_of_gap({0: 1.0}, {0: 1.5}, target=2.0) is None  # the baseline is past the target
     assert share_of_gap({0: 1.0}, {1: 2.0}, target=0.0) is None

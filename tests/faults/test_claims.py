@@ -1,4 +1,4 @@
-"""What README and model cards say of scores holds, and keeps what it holds for."""
+"""What eval/README.md and model cards say of scores holds, and keeps what it holds for."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from PIL import Image
 from vkd_gen.evaluation.card import update_model_card
 from vkd_gen.evaluation.sources import from_folder
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "eval" / "README.md").read_text()
 
 
 def write(folder, fid, *, images, steps, data="digits"):
@@ -71,9 +71,9 @@ def test_a_score_of_an_older_card_that_does_not_say_is_replaced(tmp_path):
     assert scores(tmp_path) == (5.0, 40, 2)
 
 
-def test_readme_says_which_of_torch_fidelitys_scores_are_equal():
+def test_the_page_says_which_of_torch_fidelitys_scores_are_equal():
     """The numbers themselves: test_a_folder_of_pngs_has_the_scores_of_torch_fidelitys_command_line."""
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     (sentence,) = re.findall(r"A folder of opaque PNGs gets .*? laid on white\.", text)
     assert "`--feature-extractor inception-v3-compat`" in sentence
     assert "precision and recall are of VGG16" in sentence
