@@ -189,7 +189,8 @@ def end_as(straight, options, output, function=None, *arguments):
 def end_pair(output, function, *arguments, statuses=(0, 0), **environment):
     """What process 0 of two connected ones prints, which end with these statuses."""
     processes = start_processes(2, function, *arguments, output=output, **environment)
-    assert end_of(processes, within=120) == list(statuses), Path(output).read_text()
+    found = end_of(processes, within=120)
+    assert found == list(statuses), f"{found}: {Path(output).read_text()}"
     return Path(output).read_text()
 
 

@@ -34,20 +34,12 @@ for command in sys.argv[1:]:
 """
 
 
-@pytest.fixture(scope="module")
-def answers():
-    """Command and flag -> its exit status and the heavy packages that it loaded, as text; all in one process."""
-    script = PARSE_ALL % (HEAVY,)
-    done = subprocess.run(
-        [sys.executable, "-c", script, *COMMANDS], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return {tuple(line.split()[:2]): " ".join(line.split()[2:]) for line in done.stdout.splitlines()}
-
-
-@pytest.mark.parametrize(("flag", "status"), [("--help", "0"), ("--nonsense", "2")])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_flags_are_read_before_anything_heavy_is_loaded(answers, command, flag, status):
-    assert answers[command, flag] == status
+def test_flags_are_read_before_anything_heavy_is_loaded():
+    """One line for each command and flag: its exit status, and the heavy packages that are loaded by then: none."""
+    command = [sys.executable, "-c", PARSE_ALL % (HEAVY,), *COMMANDS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    flags = (("--help", 0), ("--nonsense", 2))
+    assert done.stdout.splitlines() == [f"{name} {flag} {status}" for name in COMMANDS for flag, status in flags]
 
 
 # ---- from another working directory
@@ -61,7 +53,6 @@ FEW = ("--num_score_samples", 12, "--kid_subset_size", 10, "--num_inference_step
 @pytest.mark.parametrize(
     ("command", "flags", "shown"),
     [
-        ("cost", (DIGITS, "--students", "bk-base"), "901,121"),
         ("cost", (f"{DIGITS}/unet/config.json",), "901,121"),
         ("score", (DIGITS, "--reference", "digits", *FEATURES, *FEW), "report: scores/report.html"),
         ("generate", (DIGITS, "--output", "made", "--num_images", 1, "--num_inference_steps", 1), "1 images: made"),
@@ -93,14 +84,6 @@ def test_a_runs_folder_is_a_teacher(run_recipe, pipeline_folder, tmp_path, capsy
     assert f"(from {run / 'pipeline' / 'scheduler'})" in capsys.readouterr().out
 
 
-def test_a_name_that_is_nowhere_is_an_error(run_eval, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_status:
-        run_eval("cost", "recipes/assets/nonsense")
-    assert exit_status.value.code == 2
-    assert "recipes/assets/nonsense" in capsys.readouterr().err
-
-
 # ---- the first line
 
 
@@ -123,7 +106,7 @@ def test_the_first_line_says_what_is_done(monkeypatch, tmp_path, capsys):
 # ---- the table
 
 
-@pytest.mark.parametrize("width", [80, 81, 100, 120, 150, 200])
+@pytest.mark.parametrize("width", [80, 81, 120, 200])
 def test_tables_have_whole_words_at_any_width(width, monkeypatch):
     columns = "parameters macs ms_per_image fid_digits inception_score_digits kid_digits precision_digits recall_digits"
     columns += " nearer_to_training_digits denoising_error teacher_distance"

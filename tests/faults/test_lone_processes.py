@@ -1,17 +1,14 @@
 """Processes that were started together and do not know of each other: each would do the whole work in one folder."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from tests.faults.small_run import end_of, options_of, start_processes, train
-from tests.recipes.conftest import RECIPES, SHORT_STUDENT
+from tests.faults.small_run import end_pair, error_of, options_of, train
+from tests.recipes.conftest import SHORT_STUDENT, launch
 from vkd_gen.training.accelerator import check_processes
 
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on GPUs are connected")
@@ -30,20 +27,20 @@ def accelerator(monkeypatch):
     PartialState._reset_state()
 
 
-@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "2"), ("WORLD_SIZE", "64"), ("OMPI_COMM_WORLD_SIZE", "2")])
-def test_one_of_several_that_is_alone_is_refused(name, value, accelerator, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("WORLD_SIZE", "2", "WORLD_SIZE is 2 .*alone.*ACCELERATE_USE_CPU=1"),
+        ("OMPI_COMM_WORLD_SIZE", "2", "OMPI_COMM_WORLD_SIZE is 2 .*alone"),
+        # It would hold itself for one that prints nothing and checks no checkpoint to its end.
+        ("RANK", "1", "RANK is 1 .*alone: unset it"),
+    ],
+)
+def test_one_of_several_that_is_alone_is_refused(name, value, words, accelerator, monkeypatch):
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{name} is {value} .*alone.*ACCELERATE_USE_CPU=1") as error:
+    with pytest.raises(ValueError, match=words) as error:
         check_processes(accelerator)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("rank", ["1", "7"])
-def test_a_rank_without_others_is_refused(rank, accelerator, monkeypatch):
-    """Such a process would hold itself for one that prints nothing and checks no checkpoint to its end."""
-    monkeypatch.setenv("RANK", rank)
-    with pytest.raises(ValueError, match=f"RANK is {rank} .*alone: unset it"):
-        check_processes(accelerator)
 
 
 @pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_NTASKS": "8"}, {"PMI_SIZE": "2"}])
@@ -69,27 +66,20 @@ def test_a_launcher_that_started_one_of_several_is_told_of(accelerator, monkeypa
 @NEEDS_NO_GPU
 def test_two_lone_processes_end_before_they_write(tmp_path):
     options = options_of(tmp_path / "run")
-    processes = start_processes(2, train, options, output=tmp_path / "output", ACCELERATE_USE_CPU="0")
-    assert end_of(processes, within=120) == [2, 2]
+    end_pair(tmp_path / "output", train, options, statuses=(2, 2), ACCELERATE_USE_CPU="0")
     for name in ("output", "output1"):
-        errors = [line for line in (tmp_path / name).read_text().splitlines() if line.startswith(("error", "Trace"))]
-        assert len(errors) == 1
-        assert "WORLD_SIZE is 2" in errors[0]
+        assert "WORLD_SIZE is 2" in error_of((tmp_path / name).read_text())
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["generate", "score"])
-def test_commands_that_evaluate_refuse_it_too(command, run_eval, checkpoint, tmp_path, monkeypatch, capsys):
+def test_commands_that_evaluate_refuse_it_too(run_eval, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "0")
-    flags = {
-        "generate": [checkpoint, "--output", tmp_path / "out"],
-        "score": [checkpoint, "--reference", "digits", "--output_dir", tmp_path / "out"],
-    }
-    with pytest.raises(SystemExit) as exit_status:
-        run_eval(command, *flags[command])
-    assert exit_status.value.code == 2
-    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+    for command, flags in (("generate", ["--output"]), ("score", ["--reference", "digits", "--output_dir"])):
+        with pytest.raises(SystemExit) as exit_status:
+            run_eval(command, checkpoint, *flags, tmp_path / "out")
+        assert exit_status.value.code == 2
+        assert "WORLD_SIZE is 2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -110,15 +100,13 @@ CONFIG = {
     ],
     ids=["flags", "a config file", "MULTI_CPU"],
 )
-def test_launchers_that_start_lone_processes(config, flags, status, pipeline_folder, tmp_path):
+def test_launchers_that_start_lone_processes(config, flags, status, pipeline_folder, tmp_path, monkeypatch):
     if config is not None:
         (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
         flags = ["--config_file", tmp_path / "config.yaml"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, RECIPES / "train_student_unet.py"]
-    command += [*SHORT_STUDENT, "--teacher", pipeline_folder, "--extractor", "none", "--method", "output"]
-    command += ["--output_dir", tmp_path / "run"]
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    given = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--extractor", "none", "--method", "output"]
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    done = launch("train_student_unet", *given, "--output_dir", tmp_path / "run", launcher=flags)
     assert done.returncode == status, done.stderr
     if status:
         lines = [line for line in done.stderr.splitlines() if line.startswith(("error", "error in process"))]

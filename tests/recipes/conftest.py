@@ -144,9 +144,11 @@ def images_in(folder, count=6, side=8, mode="L", **others):
     return folder
 
 
-def launch(recipe, *flags, processes=2, launcher=None, **environment):
+TWO = ("--multi_gpu", "--num_processes", 2)
+
+
+def launch(recipe, *flags, launcher=TWO, **environment):
     """The recipe as its users start it, by `accelerate launch`."""
-    launcher = launcher or ["--multi_gpu", "--num_processes", processes]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, RECIPES / f"{recipe}.py", *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", **environment}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)

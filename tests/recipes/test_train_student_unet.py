@@ -299,7 +299,7 @@ def test_two_processes_equal_one(flags, tmp_path, run_recipe):
 
 @pytest.mark.slow
 def test_two_processes_of_the_launcher(student_flags, tmp_path):
-    done = launch(RECIPE, *student_flags, "--output_dir", tmp_path / "run", processes=2)
+    done = launch(RECIPE, *student_flags, "--output_dir", tmp_path / "run", ACCELERATE_USE_CPU="1")
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss/total" in line] == [1, 2]
 
