@@ -55,3 +55,19 @@ def image_table(cells, *, labels=None, column="image"):
     if labels is not None:
         features["label"], columns["label"] = labels
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def write_shards(folder, cells, sizes, *, labels=None, kind="parquet", split="train"):
+    """Files of a table of images, so many in each: see `image_table`."""
+    folder.mkdir(exist_ok=True)
+    for number, end in enumerate(itertools.accumulate(sizes)):
+        part = slice(end - sizes[number], end)
+        table = image_table(cells[part], labels=labels and (labels[0], labels[1][part]))
+        file = folder / f"{split}-{number:03}.{kind}"
+        if kind == "parquet":
+            table.to_parquet(file)
+        else:
+            pyarrow = pytest.importorskip("pyarrow")
+            with pyarrow.ipc.new_stream(str(file), table.data.table.schema) as writer:
+                writer.write_table(table.data.table)
+    return folder

@@ -1,17 +1,22 @@
-"""Rows that are kept on disk: their name, their files, damage, room, and processes that share the work."""
+"""Rows that are kept on disk: their name, their files, damage, room, processes that share the work; and images."""
 
 import json
 import os
 import pickle
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.faults.small_run import end_of, start_processes
+from tests.sources import encoded, image_table, labels_of, load
 from vkd_gen.data import cache
-from vkd_gen.data.cache import KeptRows, keep_rows
+from vkd_gen.data.cache import cache_images, keep_rows
+from vkd_gen.data.images import evenly_spaced
 from vkd_gen.provenance import write_json
 
 FACTS = {"seed": 0}
@@ -44,13 +49,16 @@ def files(folder):
     return sorted(path for path in folder.rglob("*.safetensors"))
 
 
-def test_rows_in_any_order_and_from_several_files(tmp_path):
+@pytest.mark.parametrize(("file_bytes", "num_files"), [(45, 3), (1, 10), (1000, 1)])
+def test_rows_in_any_order_and_from_several_files(tmp_path, monkeypatch, file_bytes, num_files):
+    monkeypatch.setattr(cache, "FILE_BYTES", file_bytes)
     kept = keep(tmp_path)
-    assert len(files(tmp_path)) == 3
+    assert len(files(tmp_path)) == num_files
     rows = kept[[9, 0, 1, 5, 5, 4, 8]]
     assert rows["square"].tolist() == [[81], [0], [1], [25], [25], [16], [64]]
     assert rows["bit"].tolist() == [1, 0, 1, 1, 1, 0, 0]
     assert rows["bit"].dtype == torch.bfloat16
+    assert load_file(files(tmp_path)[0])["square"][0] == 0  # safetensors, as others read them
 
 
 def test_rows_are_copies_and_the_files_stay_as_they_are(tmp_path):
@@ -62,9 +70,11 @@ def test_rows_are_copies_and_the_files_stay_as_they_are(tmp_path):
 
 
 def test_what_is_there_is_not_computed_again(tmp_path):
-    keep(tmp_path)
+    keep(tmp_path, facts={"seed": 1, "size": 2})
     again = Squares()
-    assert keep(tmp_path, again)[range(10)]["square"].flatten().tolist() == [n**2 for n in range(10)]
+    assert keep(tmp_path, again, facts={"size": 2, "seed": 1})[range(10)]["square"].flatten().tolist() == [
+        n**2 for n in range(10)
+    ]
     assert again.asked == [0]  # which tells the layout
 
 
@@ -82,11 +92,6 @@ def test_an_interrupted_start_goes_on(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_the_file_is_one_that_safetensors_reads(tmp_path):
-    keep(tmp_path)
-    assert load_file(files(tmp_path)[1])["square"].flatten().tolist() == [16, 25, 36, 49]
-
-
 @pytest.mark.parametrize("change", ["facts", "num_rows", "name", "type", "shape", "format"])
 def test_whatever_decides_the_rows_is_in_the_name(change, tmp_path, monkeypatch):
     changed = {
@@ -100,7 +105,7 @@ def test_whatever_decides_the_rows_is_in_the_name(change, tmp_path, monkeypatch)
     kept = keep(
         tmp_path,
         changed.get(change),
-        facts={"seed": 1} if change == "facts" else FACTS,
+        facts={"more": 2, "seed": 1} if change == "facts" else {"seed": 0},
         num_rows=9 if change == "num_rows" else 10,
     )
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -109,54 +114,31 @@ def test_whatever_decides_the_rows_is_in_the_name(change, tmp_path, monkeypatch)
     assert json.loads((kept.folder / "facts.json").read_text())["seed"] == (change == "facts")
 
 
-def test_the_name_does_not_depend_on_the_order_of_facts(tmp_path):
-    folders = {keep(tmp_path, facts=facts).folder for facts in ({"a": 1, "b": 2}, {"b": 2, "a": 1})}
-    assert len(folders) == 1
-
-
 # ---- damage
 
 
-def truncate(path, others):
-    path.write_bytes(path.read_bytes()[:-3])
+DAMAGE = {
+    "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-3]),
+    "a flipped bit": lambda path, other: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "another file's": lambda path, other: path.write_bytes(other.read_bytes()),
+    "of a strange type": lambda path, other: path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"QF16"')),
+    "without a hash": lambda path, other: save_file(load_file(path), path),
+}
 
 
-def flip_a_bit(path, others):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def empty(path, others):
-    path.write_bytes(b"")
-
-
-def swap(path, others):
-    path.write_bytes(others[0].read_bytes())
-
-
-def strange_type(path, others):
-    path.write_bytes(path.read_bytes().replace(b'"BF16"', b'"QF16"'))
-
-
-def without_hash(path, others):
-    save_file(load_file(path), path)
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, swap, strange_type, without_hash])
-def test_a_damaged_file_is_told_of_and_made_again(damage, tmp_path, capsys):
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_told_of_and_made_again(name, tmp_path, capsys):
     keep(tmp_path)
-    others = files(tmp_path)
-    path = others.pop(1)
+    other, path, _ = files(tmp_path)
     whole = path.read_bytes()
-    damage(path, others)
+    DAMAGE[name](path, other)
     assert path.read_bytes() != whole
     capsys.readouterr()
     again = Squares()
     keep(tmp_path, again)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
-    assert len(lines) == 1
-    assert f"{path} is damaged and made again: " in lines[0]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "is damaged" in line)
+    assert f"{path} is damaged and made again: " in line
     assert again.asked == [0, 4, 5, 6, 7]
     assert path.read_bytes() == whole
 
@@ -281,9 +263,102 @@ def test_processes_that_see_other_folders_are_told(two_processes):
         assert "is not there: all processes must see the same folder" in found["unseen"]
 
 
-def test_rows_per_file_is_at_least_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "FILE_BYTES", 1)
-    kept = keep(tmp_path, num_rows=3)
-    assert isinstance(kept, KeptRows)
-    assert len(files(tmp_path)) == 3
-    assert kept[[2, 0]]["square"].tolist() == [[4], [0]]
+# ---- images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of noise, 7 x 9 pixels."""
+    folder, generator = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(14):
+        Image.fromarray(generator.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("resolution", [1, 7, 12])
+def test_pixels_are_the_same(folder, tmp_path, channels, resolution):
+    images, _ = load(folder, channels=channels, resolution=resolution)
+    cached = cache_images(images, tmp_path / "cache")
+    everything = range(len(images))
+    assert torch.equal(cached.pixels(everything), images.pixels(everything))
+    assert all(torch.equal(cached[index], images[index]) for index in everything)
+    few, cached_few = evenly_spaced(images, 5), evenly_spaced(cached, 5)
+    assert torch.equal(cached_few.pixels(range(5)), few.pixels(range(5)))
+
+
+def test_images_are_decoded_once(folder, tmp_path):
+    images, _ = load(folder)
+    read = []
+    counting = replace(images, read=lambda number: read.append(number) or images.read(number))
+    cached = cache_images(counting, tmp_path / "cache")
+    assert sorted(read) == sorted([*images.indices.tolist(), images.indices[0]])  # the first one tells the layout too
+    read.clear()
+    cached.pixels(range(len(images)))
+    assert not read
+    cache_images(counting, tmp_path / "cache")
+    assert read == [images.indices[0]]
+
+
+def test_labels_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FILE_BYTES", 2**28)
+    images, _ = load("digits", resolution=8, channels=1, with_labels=True)
+    cached = cache_images(images, tmp_path)
+    assert labels_of(cached) == labels_of(images)
+    assert (cached.name, cached.num_classes, len(cached)) == ("digits", 10, len(images))
+    assert torch.equal(cached.pixels(range(50)), images.pixels(range(50)))
+    assert len(pickle.dumps(cached)) < 50_000  # the labels, but no pixels
+    assert torch.equal(pickle.loads(pickle.dumps(cached))[3], images[3])
+
+
+def test_whatever_decides_the_pixels_is_in_the_name(folder, tmp_path, monkeypatch):
+    def num_folders(*sets):
+        for images in sets:
+            cache_images(images, tmp_path / "cache")
+        return len(list((tmp_path / "cache").iterdir()))
+
+    images, held_out = load(folder)
+    others = [load(folder, resolution=5)[0], load(folder, channels=1)[0], evenly_spaced(images, 3), held_out]
+    assert num_folders(images, *others, load(folder)[0]) == 5
+    folder = folder.rename(tmp_path / "moved")
+    assert num_folders(load(folder)[0]) == 5
+    file = folder / "03.png"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert num_folders(load(folder)[0]) == 6
+    file.write_bytes((folder / "04.png").read_bytes())
+    assert num_folders(load(folder)[0]) == 7
+    file.rename(folder / "03b.png")
+    assert num_folders(load(folder)[0]) == 8
+    monkeypatch.setattr(cache.PIL, "__version__", "0")
+    assert num_folders(load(folder)[0]) == 9
+
+
+def test_a_table_and_its_column_are_in_the_name(folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    path, cells = tmp_path / "a.parquet", [file.read_bytes() for file in sorted(folder.iterdir())]
+
+    def name(column):
+        images, _ = load(path, image_column=column)
+        cached = cache_images(images, tmp_path / "cache")
+        assert torch.equal(cached.pixels(range(5)), images.pixels(range(5)))
+        return cached.read.args[0].folder.name
+
+    names = []
+    for contents in (cells, cells[::-1]):
+        other = image_table([encoded(0)] * 14, column="other")
+        datasets.concatenate_datasets([image_table(contents), other], axis=1).to_parquet(path)
+        os.utime(path, ns=(0, len(names) * 10**9))
+        names += [name("image"), name("other")]
+        assert name("image") == names[-2]
+    assert len(set(names)) == 4
+
+
+def test_a_bad_image_is_named(folder, tmp_path):
+    images, _ = load(folder)
+    number = int(images.indices[2])
+    file = folder / f"{number:02}.png"
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match=rf"cannot read the image .*{number:02}\.png"):
+        cache_images(images, tmp_path / "cache")

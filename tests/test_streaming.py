@@ -1,6 +1,5 @@
 """Streams of images: who reads what, in which order, and how to go on."""
 
-import io
 import itertools
 import pickle
 
@@ -9,35 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_data import assert_same_draw, encoded, grey_levels
+from tests.sources import encoded, grey_levels, labels_of, load, save_greys, write_shards
+from tests.test_data import assert_same_draw
 from vkd_gen.data.draws import DrawBatches, StreamedDraws, TrainingDraws
 from vkd_gen.data.images import ImageSpec
-from vkd_gen.data.sources import load_images
 from vkd_gen.data.streaming import Position, stream_images
 
 datasets = pytest.importorskip("datasets")
-pyarrow = pytest.importorskip("pyarrow")
 
 SIZES = (5, 1, 7, 4, 3)  # 20 images in 5 shards
-
-
-def write_shards(folder, cells, sizes=SIZES, *, labels=None, kind="parquet", split="train"):
-    """Cells in order, so many a shard; labels are numbers of classes, or None for no such column."""
-    folder.mkdir(exist_ok=True)
-    features = {"image": datasets.Image()} | ({} if labels is None else {"label": labels[0]})
-    ends = list(itertools.accumulate(sizes))
-    for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        columns = {"image": [cell and {"bytes": cell, "path": None} for cell in cells[first:end]]}
-        if labels is not None:
-            columns["label"] = labels[1][first:end]
-        table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-        file = folder / f"{split}-{number:03}.{kind}"
-        if kind == "parquet":
-            table.to_parquet(file)
-        else:
-            with pyarrow.ipc.new_stream(str(file), table.data.table.schema) as writer:
-                writer.write_table(table.data.table)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +30,7 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def numbered(tmp_path):
     """Image i of 20 is of grey level i, in 5 shards of unlike sizes."""
-    return write_shards(tmp_path / "numbered", [encoded(number) for number in range(20)])
+    return write_shards(tmp_path / "numbered", range(20), SIZES)
 
 
 def open_stream(source, *, head_size=6, buffer_size=4, **options):
@@ -69,13 +48,10 @@ def first_epoch(stream, *, reader=0, num_readers=1, position=Position(), seed=0)
 # ---- who reads what
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_readers"), [("parquet", 1), ("parquet", 2), ("parquet", 5), ("parquet", 6), ("arrow", 3)]
-)
+@pytest.mark.parametrize(("kind", "num_readers"), [("parquet", 2), ("parquet", 6), ("arrow", 3)])
 def test_every_image_once_per_epoch_over_all_readers(kind, num_readers, tmp_path):
     """Also where the number of shards does not divide, or there are fewer shards than readers."""
-    source = write_shards(tmp_path / "numbered", [encoded(number) for number in range(20)], kind=kind)
-    stream, _, _ = open_stream(source)
+    stream, _, _ = open_stream(write_shards(tmp_path / "numbered", range(20), SIZES, kind=kind))
     assert stream.num_shards == 5
     for epoch in range(2):
         shares = [
@@ -99,7 +75,7 @@ def test_readers_share_whole_shards_first(numbered):
         assert first_epoch(stream, reader=reader, num_readers=2) == expected
 
 
-@pytest.mark.parametrize("buffer_size", [1, 3, 4, 19, 20, 100])
+@pytest.mark.parametrize("buffer_size", [1, 3, 19, 100])
 def test_the_order_against_a_slow_reference(numbered, buffer_size):
     """Shards in the epoch's order, cut into buffers, each of them permuted."""
     stream, _, _ = open_stream(numbered, buffer_size=buffer_size)
@@ -117,17 +93,14 @@ def test_the_order_against_a_slow_reference(numbered, buffer_size):
 
 
 def test_the_same_seed_the_same_order_and_every_epoch_its_own(numbered):
-    orders = [
-        first_epoch(open_stream(numbered)[0], position=Position(epoch), seed=seed)
-        for seed in (0, 1)
-        for epoch in range(3)
-    ]
-    assert len({tuple(order) for order in orders}) == 6
+    stream, _, _ = open_stream(numbered)
+    orders = [first_epoch(stream, position=Position(epoch), seed=seed) for seed in (0, 1) for epoch in range(2)]
+    assert len({tuple(order) for order in orders}) == 4
     assert orders[1] == first_epoch(open_stream(numbered)[0], position=Position(1))
 
 
 def test_no_more_than_a_buffer_is_held(tmp_path, monkeypatch):
-    source = write_shards(tmp_path / "a", [encoded(number) for number in range(20)], [20])
+    source = write_shards(tmp_path / "a", range(20), [20])
     stream, _, _ = open_stream(source, buffer_size=6)
     taken = []
     rows = type(stream)._rows
@@ -152,13 +125,13 @@ def test_nothing_is_copied_to_the_disk(numbered, cache):
 # ---- going on
 
 
-@pytest.mark.parametrize(("buffer_size", "reader", "num_readers"), [(1, 0, 1), (4, 0, 1), (100, 0, 1), (4, 1, 2)])
+@pytest.mark.parametrize(("buffer_size", "reader", "num_readers"), [(1, 0, 1), (100, 0, 1), (4, 1, 2)])
 def test_going_on_from_any_position_gives_what_would_have_come(numbered, buffer_size, reader, num_readers):
     stream, _, _ = open_stream(numbered, buffer_size=buffer_size)
     options = {"seed": 3, "reader": reader, "num_readers": num_readers}
     straight = list(itertools.islice(stream.read(Position(), **options), 32))
     levels = grey_levels(image for _, image, _ in straight)
-    for number in (1, 3, 4, 7, 8, 10, 19, 20, 22):  # within, before and behind buffers and epochs
+    for number in (1, 4, 7, 8, 20, 22):  # within, before and behind buffers and epochs
         rest = list(itertools.islice(stream.read(straight[number - 1][0], **options), 10))
         assert grey_levels(image for _, image, _ in rest) == levels[number : number + 10]
         assert [found for found, _, _ in rest] == [found for found, _, _ in straight[number : number + 10]]
@@ -181,13 +154,13 @@ def test_the_head_is_of_several_shards_and_what_is_held_out_never_comes(numbered
 
 def test_a_head_of_all_is_what_load_images_finds(numbered):
     _, train, held_out = open_stream(numbered, head_size=1000, held_out_fraction=1 / 6)
-    whole, _ = load_images(str(numbered), resolution=4, channels=1, held_out_fraction=0)
+    whole, _ = load(numbered, channels=1, held_out_fraction=0)
     assert (len(train), len(held_out)) == (17, 3)
     assert sorted([*grey_levels(train), *grey_levels(held_out)]) == grey_levels(whole)
 
 
 def test_a_test_split_is_held_out(numbered):
-    write_shards(numbered, [encoded(100 + number) for number in range(4)], [2, 2], split="test")
+    write_shards(numbered, range(100, 104), [2, 2], split="test")
     stream, train, held_out = open_stream(numbered, head_size=3, held_out_fraction=1 / 6)
     assert len(train) == 3
     assert set(grey_levels(held_out)) <= {100, 101, 102, 103}
@@ -198,41 +171,27 @@ def test_a_test_split_is_held_out(numbered):
 # ---- images and classes
 
 
-def unlike_images():
+def test_images_are_decoded_as_load_images_does(tmp_path):
     """Long, transparent, of 16 bits, turned by its EXIF, and grey."""
-    generator = np.random.default_rng(0)
-    exif = Image.Exif()
+    generator, exif = np.random.default_rng(0), Image.Exif()
     exif[0x0112] = 6
+    shapes = {(5, 90, 3): np.uint8, (6, 6, 4): np.uint8, (6, 6): np.uint16, (8, 6, 3): np.uint8, (7, 7): np.uint8}
     pictures = [
-        Image.fromarray(generator.integers(0, 255, (5, 90, 3), dtype=np.uint8)),
-        Image.fromarray(generator.integers(0, 255, (6, 6, 4), dtype=np.uint8)),
-        Image.fromarray(generator.integers(0, 65535, (6, 6), dtype=np.uint16)),
-        Image.fromarray(generator.integers(0, 255, (8, 6, 3), dtype=np.uint8)),
-        Image.fromarray(generator.integers(0, 255, (6, 6), dtype=np.uint8)),
+        Image.fromarray(generator.integers(0, np.iinfo(kind).max, shape, dtype=kind)) for shape, kind in shapes.items()
     ]
-    cells = []
-    for number, picture in enumerate(pictures):
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG", **({"exif": exif} if number == 3 else {}))
-        cells.append(buffer.getvalue())
-    return cells
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_decoded_as_load_images_does(tmp_path, channels):
-    source = write_shards(tmp_path / "a", unlike_images(), [2, 3])
-    stream, _, _ = open_stream(source, channels=channels)
-    whole, _ = load_images(str(source), resolution=4, channels=channels, held_out_fraction=0)
+    cells = [encoded(picture, **({"exif": exif} if picture.height == 8 else {})) for picture in pictures]
+    source = write_shards(tmp_path / "a", cells, [2, 3])
+    stream, _, _ = open_stream(source, channels=3)
+    whole, _ = load(source, held_out_fraction=0)
     images = stream.read(Position(), seed=0, reader=0, num_readers=1)
     found = sorted((image for _, image, _ in itertools.islice(images, 5)), key=lambda image: image.sum())
     expected = sorted((whole[number] for number in range(5)), key=lambda image: image.sum())
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("bad", [b"no image", b"", None])
+@pytest.mark.parametrize("bad", [b"no image", None])
 def test_a_bad_image_is_refused_or_skipped(tmp_path, bad, caplog):
-    cells = [encoded(number) for number in range(10)]
-    cells[8] = bad
+    cells = [*range(8), bad, 9]
     source = write_shards(tmp_path / "a", cells, [5, 5])
     stream, _, _ = open_stream(source, head_size=2)
     with pytest.raises(ValueError, match=r"cannot read image 3 of shard 1 of .*repair or remove it") as error:
@@ -251,7 +210,7 @@ def test_a_bad_image_is_refused_or_skipped(tmp_path, bad, caplog):
 
 
 def test_a_damaged_shard_is_named(tmp_path):
-    source = write_shards(tmp_path / "a", [encoded(number) for number in range(40)], [20, 20])
+    source = write_shards(tmp_path / "a", range(40), [20, 20])
     file = source / "train-001.parquet"
     content = file.read_bytes()
     schema = 8 + int.from_bytes(content[-8:-4], "little")  # the end of the file, which is read when it is opened
@@ -266,17 +225,17 @@ def test_classes_come_with_their_images(tmp_path, kind):
     """Those of a table that names them, or as many as the model knows."""
     numbers = [number % 3 for number in range(12)]
     feature = datasets.ClassLabel(names=list("abc")) if kind == "names" else datasets.Value("int32")
-    source = write_shards(tmp_path / "a", [encoded(i) for i in range(12)], [6, 6], labels=(feature, numbers))
+    source = write_shards(tmp_path / "a", range(12), [6, 6], labels=(feature, numbers))
     stream, train, _ = open_stream(source, with_labels=True, num_classes=None if kind == "names" else 3)
     assert (stream.images.num_classes, train.num_classes) == (3, 3)
-    assert [train.label(number) for number in range(6)] == [level % 3 for level in grey_levels(train)]
+    assert labels_of(train) == [level % 3 for level in grey_levels(train)]
     images = itertools.islice(stream.read(Position(), seed=0, reader=0, num_readers=1), 12)
     assert all(grey_levels([image])[0] % 3 == label for _, image, label in images)
 
 
 def test_a_label_out_of_range_behind_the_head(tmp_path):
     labels = (datasets.Value("int64"), [0, 1, 0, 1, 5, 1])
-    source = write_shards(tmp_path / "a", [encoded(number) for number in range(6)], [6], labels=labels)
+    source = write_shards(tmp_path / "a", range(6), [6], labels=labels)
     stream, _, _ = open_stream(source, head_size=3, with_labels=True, num_classes=2)
     with pytest.raises(ValueError, match=r"image 4 of shard 0 of .* has the label 5; labels are 0 to 1"):
         first_epoch(stream)
@@ -355,21 +314,14 @@ def test_streamed_draws_can_be_sent_to_workers(numbered):
 # ---- what cannot be streamed
 
 
-def plain_folder(tmp):
-    (tmp / "plain").mkdir()
-    Image.new("L", (4, 4)).save(tmp / "plain" / "a.png")
-    return tmp / "plain"
-
-
-@pytest.mark.parametrize("source", [lambda tmp: "digits", plain_folder])
-def test_sources_that_cannot_be_streamed(source, tmp_path):
-    with pytest.raises(ValueError, match="cannot be streamed; leave out --streaming"):
-        open_stream(source(tmp_path))
+def test_sources_that_cannot_be_streamed(tmp_path):
+    for source in ("digits", save_greys(tmp_path, [1])):
+        with pytest.raises(ValueError, match="cannot be streamed; leave out --streaming"):
+            open_stream(source)
 
 
 def test_classes_that_a_stream_cannot_count(tmp_path):
-    labels = (datasets.Value("int64"), [0, 1, 0, 1])
-    source = write_shards(tmp_path / "a", [encoded(number) for number in range(4)], [4], labels=labels)
+    source = write_shards(tmp_path / "a", range(4), [4], labels=(datasets.Value("int64"), [0, 1, 0, 1]))
     with pytest.raises(ValueError, match="does not say how many classes it has"):
         open_stream(source, with_labels=True)
 
@@ -383,7 +335,7 @@ def test_columns_are_named_as_without_a_stream(numbered):
 
 @pytest.mark.parametrize("on_bad_image", ["refuse", "skip"])
 def test_a_reader_without_images(tmp_path, on_bad_image):
-    source = write_shards(tmp_path / "a", [encoded(1), encoded(2)], [2])
+    source = write_shards(tmp_path / "a", [1, 2], [2])
     stream, _, _ = open_stream(source, on_bad_image=on_bad_image)
     assert first_epoch(stream, reader=1, num_readers=3) == [2]
     with pytest.raises(ValueError, match="no image that can be read for reader 3 of 3: lower --num_processes"):

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, assert_same_weights, read_metrics, without_times
-from tests.test_image_files import encoded
-from tests.test_streaming import write_shards
+from tests.sources import encoded, write_shards
 
 datasets = pytest.importorskip("datasets")
 
