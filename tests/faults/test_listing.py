@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.sources import grey_levels, image_table, levels_of, save_greys
+from tests.sources import grey, grey_levels, image_table, levels_of, save_greys
 from tests.sources import load as load_source
 from vkd_gen.data.images import ImageSpec, told_of
 from vkd_gen.data.listing import SHARD, list_files
