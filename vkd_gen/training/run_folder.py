@@ -56,7 +56,7 @@ class RunFolder:
                 damaged or of another run.
         """
         dataset = config.get("dataset")
-        if dataset and self.path.is_dir() and os.path.realpath(dataset) == os.path.realpath(self.path):
+        if dataset and os.path.isdir(dataset) and os.path.realpath(dataset) == os.path.realpath(self.path):
             raise ValueError(
                 f"--output_dir {self.path} is the folder of the images, among which samples would come to lie: "
                 "choose another --output_dir"
