@@ -41,6 +41,11 @@ def config_of(folder):
     return {**flat_config(options_of(folder)), "num_processes": 1}
 
 
+@pytest.fixture
+def work(tmp_path):
+    return tmp_path / "work"
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -48,23 +53,19 @@ def config_of(folder):
         *("previews/a.png", "checkpoint-500/trainer_state.json", "pipeline/model_index.json", "diagnostics.png"),
     ],
 )
-@pytest.mark.parametrize("resume", ["latest", "another"])
-def test_a_folder_with_files_that_would_be_overwritten_is_refused(name, resume, straight, tmp_path):
-    fill(tmp_path / "work", [name])
-    point = str(straight / "checkpoint-9") if resume == "another" else resume
-    with pytest.raises(
-        ValueError, match=r"is there already, and no run|already holds a run|no checkpoint in .* is whole"
-    ):
-        RunFolder(str(tmp_path / "work")).check(config_of(tmp_path / "work"), point)
-    assert texts(tmp_path / "work", [name]) == {name: f"of mine: {name}"}
+def test_a_folder_with_files_that_would_be_overwritten_is_refused(name, straight, work):
+    fill(work, [name])
+    words = r"is there already, and no run|already holds a run|no checkpoint in .* is whole"
+    for point in ("latest", str(straight / "checkpoint-9")):
+        with pytest.raises(ValueError, match=words):
+            RunFolder(str(work)).check(config_of(work), point)
+    assert texts(work, [name]) == {name: f"of mine: {name}"}
 
 
 ARGUMENTS = '{"output_dir": "x", "max_train_steps": 9, "train_batch_size": 4}'  # of a script of diffusers
 
 
-@pytest.mark.parametrize(
-    "text", ["{}", '{"_class_name": "UNet2DModel"}', "[1]", '{"output_dir": "x"}', ARGUMENTS, "{", "\xff"]
-)
+@pytest.mark.parametrize("text", ['{"_class_name": "UNet2DModel"}', "[1]", ARGUMENTS, "{", "\xff"])
 def test_a_configuration_of_something_else_is_not_a_runs(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     assert not RunFolder(str(tmp_path)).is_own()
@@ -72,18 +73,28 @@ def test_a_configuration_of_something_else_is_not_a_runs(text, tmp_path):
         RunFolder(str(tmp_path)).check(config_of(tmp_path), None)
 
 
-def test_folders_of_runs_are_known(straight, tmp_path):
+def test_folders_of_runs_are_known(straight, work):
     assert RunFolder(str(straight)).is_own()
-    shutil.copytree(straight / "checkpoint-9", tmp_path / "checkpoint-9")  # all that a cluster kept
-    assert RunFolder(str(tmp_path)).is_own()
-    RunFolder(str(tmp_path)).check(config_of(tmp_path), "latest")
+    shutil.copytree(straight / "checkpoint-9", work / "checkpoint-9")  # all that a cluster kept
+    assert RunFolder(str(work)).is_own()
+    RunFolder(str(work)).check(config_of(work), "latest")
 
 
-def test_what_a_killed_run_was_writing_goes(straight, tmp_path):
+def test_what_is_removed_and_set_aside_is_the_runs_own(straight, tmp_path):
+    """What a killed run was writing goes; other people's checkpoints, and what lies in the way, stay."""
     run = shutil.copytree(straight, tmp_path / "run")
     fill(run, [".vkd-gen.checkpoint-3/model.safetensors", ".vkd-gen.config.json", ".vkd-gen.pipeline.old/a"])
-    RunFolder(str(run)).start(config_of(run))
+    mine = ["checkpoint-1/trainer_state.json", "set-aside-checkpoint-12/thesis.txt"]
+    fill(run, mine)
+    folder = RunFolder(str(run))
+    folder.start(config_of(run))
     assert not list(run.glob(".vkd-gen*"))
+    folder.set_aside_after(9)
+    assert (run / "set-aside-checkpoint-12.2" / "manifest.json").is_file()
+    folder.remove_old_checkpoints(1)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-9"]
+    assert texts(run, mine) == {name: f"of mine: {name}" for name in mine}
+    folder.release()
 
 
 def test_a_link_among_what_was_left_is_not_followed(tmp_path):
@@ -93,23 +104,6 @@ def test_a_link_among_what_was_left_is_not_followed(tmp_path):
     remove_leftovers(tmp_path / "run")
     assert texts(tmp_path / "mine", ["a"])
     assert not list((tmp_path / "run").iterdir())
-
-
-def test_checkpoints_of_others_are_not_thinned_out(straight, tmp_path):
-    run = shutil.copytree(straight, tmp_path / "run")
-    fill(run, ["checkpoint-1/trainer_state.json"])
-    RunFolder(str(run)).remove_old_checkpoints(1)
-    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-12"]
-
-
-def test_what_lies_where_a_checkpoint_would_be_set_aside_stays(straight, tmp_path):
-    run = shutil.copytree(straight, tmp_path / "run")
-    note = run / "set-aside-checkpoint-12" / "thesis.txt"
-    note.parent.mkdir()
-    note.write_text("mine")
-    RunFolder(str(run)).set_aside_after(9)
-    assert note.read_text() == "mine"
-    assert (run / "set-aside-checkpoint-12.2" / "manifest.json").is_file()
 
 
 def test_a_folder_that_is_replaced_stays_if_that_fails(tmp_path):
@@ -144,7 +138,6 @@ CARD = "---\nlicense: mit\n---\n# Mine\n"
         ("run", [], True),
         ("run/pipeline", [], True),
         ("run/pipeline", ["--no-update-cards"], False),
-        ("downloaded", [], False),
         ("downloaded/pipeline", [], False),
         ("downloaded", ["--update_foreign_cards"], True),
         ("downloaded", ["--update_foreign_cards", "--no-update-cards"], False),
@@ -178,7 +171,7 @@ def test_what_lies_among_images_that_are_packed_stays(checkpoint, run_eval, tmp_
     assert texts(tmp_path / "a.npz.parts", ["mine.txt"])
 
 
-@pytest.mark.parametrize("name", ["report.html", "samples.png", "samples.npz", "results.json"])
+@pytest.mark.parametrize("name", ["report.html", "results.json"])
 def test_scores_do_not_overwrite_files_of_others(name, checkpoint, run_eval, tmp_path, capsys):
     fill(tmp_path, [name])
     with pytest.raises(SystemExit) as exit_status:
