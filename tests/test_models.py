@@ -1,7 +1,6 @@
 """UNets from folders and files: what is loaded, and that nothing large is made before it is known to be right."""
 
 import json
-import tracemalloc
 
 import pytest
 import torch
@@ -80,27 +79,6 @@ def test_a_students_configuration_takes_the_teachers_size(tmp_path):
     tiny_unet((8,), size=4).save_config(tmp_path)
     config = read_student_config(str(tmp_path / "config.json"), tiny_unet(size=16))
     assert (config["sample_size"], config["block_out_channels"]) == (16, [8])
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"block_out_channels": [10**9] * 2},
-        {"block_out_channels": [2**16] * 257},
-        {"layers_per_block": 10**9},
-        {"num_class_embeds": 10**12},
-        {"norm_num_groups": 10**30},
-    ],
-    ids=str,
-)
-def test_absurd_sizes_are_refused_before_memory_is_touched(changes):
-    config = {**json.loads(tiny_unet().to_json_string()), **changes}
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="no UNet that could be built") as error:
-        unet_without_weights(config, "it")
-    assert tracemalloc.get_traced_memory()[1] < 1e6
-    tracemalloc.stop()
-    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("layers", [{"layers_per_block": 64, "transformer_layers_per_block": 64}])

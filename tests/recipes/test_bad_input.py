@@ -8,10 +8,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 from diffusers import DDPMScheduler
 
 from tests.conftest import tiny_condition_unet, tiny_unet
@@ -87,7 +85,6 @@ FILES = {
     "plain": lambda tmp: unet_in(tmp / "plain", tiny_unet()),
     "images": lambda tmp: images_in(tmp / "images"),
     "no_images": lambda tmp: images_in(tmp / "none", count=0),
-    "one_image": lambda tmp: images_in(tmp / "one", count=1),
     "text_among": lambda tmp: images_in(tmp / "among", broken=b"not an image"),
     "gif_among": lambda tmp: images_in(tmp / "among", count=12, broken=b"GIF89a"),
     "truncated": truncated_images,
@@ -141,13 +138,10 @@ OF_FLAGS = [
     ("--calibration_samples 1", "too few samples to calibrate"),
     ("--timestep_weighting min_snr --snr_gamma 0", "snr_gamma must be above 0"),
     (f"{WHITEN} --whitening_rank 1000", "whitening rank must lie between 1"),
-    (f"{WHITEN} --whitening_exponent 2", "exponent must lie between 0 and 1"),
-    (f"{WHITEN} --whitening_shrinkage nan", "shrinkage must lie between 0 and 1"),
     ("--num_score_samples 1", "--num_score_samples must be at least 10"),
     ("--kid_subset_size 13", "a smaller --kid_subset_size"),
     ("--extractor none --score_every_steps 1", "needs an --extractor"),
     ("--extractor incepption", "choose one of inception"),
-    ("--extractor {tmp}", "choose one of inception"),
     ("--extractor {tmp}/nowhere.safetensors", "feature network"),
     ("--extractor inception --extractor_weights {tmp}/nowhere.pth", "there are no extractor weights"),
 ]
@@ -169,10 +163,8 @@ OF_MODELS = [
     ("--resolution 9", "cannot take a sample of size 9|resolution"),
     ("--resolution 1000000000", "could be built: sample_size is 1000000000"),
     ("--student bk-bse", "bk-bse is neither one of bk-base, .* nor a file"),
-    ("--student nobody/nothing", "no student folder nobody/nothing.*hub"),
     ("--student koala-1b", "UNet2DModel has no transformer layers"),
     ("--student {file}", "no config.json of a UNet"),
-    ("--student {pickled}", "pickled weights only.*safetensors"),
     ("--student {colours}", "has in_channels 3 and the teacher 1"),
     ("--student {config} --student_drop_stages 0", "is complete; leave out --student_drop_stages"),
     ("--student_width nan", "width must be above 0 and finite"),
@@ -181,19 +173,15 @@ OF_MODELS = [
     ("--student_layers_per_block 1000000000", "could be built: layers_per_block is"),
     ("--layer_pairs mid_blok", "no layer 'mid_blok'.*'mid_block'"),
     ("--layer_pairs :", "has no layer ''"),
-    ("--layer_pairs mid_block mid_block", "paired twice"),
-    ("--layer_pairs mid_block:time_embedding", r"mid_block \(.*time_embedding \("),
     ("--layers self_attention --teacher {plain}", "no layer of the"),
     ("--projector identity", "equal widths"),
     ("--feature_loss cka --layer_pairs mid_block up_blocks.0/8:up_blocks.0/8", "up_blocks.0/8 has a single position"),
-    ("--feature_loss cka --layer_pairs time_embedding", "layer time_embedding has a single position"),
 ]
 OF_DATA_AND_FOLDERS = [
     ("--dataset {tmp}/nowhere", "no folder or file"),
     ("--dataset nobody/nothing", "nobody/nothing"),
     ("--dataset './a\nb'", r"no folder or file \./a b"),
     ("--dataset {no_images}", "holds no images"),
-    ("--dataset {one_image}", "at least 2 are needed"),
     ("--dataset {arrow}", "cannot read .*x.arrow: "),
     ("--dataset {text_among}", "broken.png.*repair or remove"),
     ("--dataset {truncated} --on_bad_image skip", "no image left to train on: of 5 none can be read"),
@@ -205,7 +193,6 @@ OF_DATA_AND_FOLDERS = [
     ("--image_cache {file}", "decoded images cannot be written to .*file"),
     ("--output_dir ''", "--output_dir must name a folder"),
     ("--output_dir {file}", "is a file"),
-    ("--output_dir {file}/x", "is a file"),
     ("--output_dir /proc/run", "/proc/run"),
     ("--output_dir {long}", "File name too long"),
     ("--resume_from_checkpoint ../../etc", "no checkpoint ../../etc"),
@@ -224,8 +211,6 @@ OF_A_TEACHERS_FLAGS = [
     ("--block_out_channels 8000000000", "could be built: block_out_channels"),
     ("--block_out_channels 32768 65536", "would take .* GB; this machine has"),
     ("--layers_per_block 0", "--layers_per_block must be at least 1"),
-    ("--layers_per_block 1000000000", "could be built: layers_per_block"),
-    ("--norm_num_groups 0", "--norm_num_groups must be at least 1"),
     ("--resolution -8", "--resolution must be at least 1"),
     ("--dataset ''", "needs --dataset"),
     ("--dataset {gif_among}", "cannot read the image .*broken.png"),
@@ -390,18 +375,3 @@ def test_the_real_command_tells_it_in_one_line_too(recipe, flags, tmp_path):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "pipeline").exists()
-
-
-def test_pickles_in_a_teacher_folder_are_never_opened(tmp_path, run_recipe, capfd):
-    class Payload:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "executed",))
-
-    folder = unet_in(tmp_path / "teacher", tiny_unet())
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(Payload(), folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(SystemExit):
-        run_recipe(STUDENT, *SHORT_STUDENT, "--teacher", folder, "--output_dir", tmp_path / "run")
-    assert "pickled" in capfd.readouterr().err
-    assert not (tmp_path / "executed").exists()
-    assert json.loads((folder / "config.json").read_text())["_class_name"] == "UNet2DModel"
