@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import vkd_gen as vkd
 from measuring import RESULTS, write_results
 from vkd_gen.cli import run_command
-from vkd_gen.distillation import projected_losses
 from vkd_gen.evaluation.tables import print_columns
 from vkd_gen.families import copy_without_weights
 from vkd_gen.families.build import unet_class
@@ -77,7 +76,7 @@ def pair_operations(pair: vkd.LayerPair, batch_size: int, options: MatchingOptio
         target = torch.randn(samples, positions, pair.teacher_channels, generator=generator)
         with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
             normalized = normalizer(target, torch.full((samples,), 500))
-            projected_losses(projector, rows, normalized, options.feature_loss).sum().backward()
+            projector.losses(rows, normalized, options.feature_loss).sum().backward()
             projector.after_step(number)
         return counter.get_total_flops()
 

@@ -27,7 +27,7 @@ from vkd_gen import (
     pair_layers,
 )
 from vkd_gen.families.unet import call
-from vkd_gen.losses import feature_loss
+from vkd_gen.losses import feature_losses
 from vkd_gen.projectors import orthonormality_error
 from vkd_gen.schedule import Schedule
 
@@ -173,8 +173,8 @@ def test_forward_compares_both_features_sample_by_sample(models, kind):
     for pair, projector in zip(projected.layer_pairs, projected.projectors, strict=True):
         rows = projector(*(part.flatten(2).transpose(1, 2) for part in (own[pair.student], features[pair.teacher])))
         for number in range(2):
-            alone = feature_loss(*(part[number : number + 1] for part in rows), kind)
-            torch.testing.assert_close(losses[pair.student][number], alone)
+            alone = feature_losses(*(part[number : number + 1] for part in rows), kind)
+            torch.testing.assert_close(losses[pair.student][number : number + 1], alone)
 
 
 def test_as_many_projectors_and_normalizers_as_pairs():

@@ -384,7 +384,7 @@ def test_matching_table():
     _, row = matching_table(projected, "mse").splitlines()
     floor, discarded = row.split()[-2:]
     assert float(floor) == pytest.approx(width_floor(whitened.target_covariance(), 16, "mse"), abs=1e-4)
-    assert discarded == f"{whitened.discarded_share():.1%}"
+    assert discarded == f"{whitened.discarded:.1%}"
     assert "16 -> 24 (whiten)" in row
 
 

@@ -14,6 +14,7 @@ from vkd_gen.families import (
     compare_layer_choices,
     inherit_weights,
     layer_choices,
+    restore,
     step0_error,
 )
 from vkd_gen.families.activations import Reading
@@ -529,7 +530,7 @@ def test_fan_in():
 
 
 @pytest.mark.parametrize("layer", ["down_blocks.0.resnets.0.conv1", "time_embedding.linear_1"])
-def test_a_fitted_layer_against_numpy(layer, schedule):
+def test_a_fitted_layer_against_numpy(layer, schedule, monkeypatch):
     """With next to no ridge: the regression of the teacher's output on what the fitted student hands the layer."""
     teacher = shaken(tiny_unet((16, 32)))
     student = build_student(teacher, Reduction(width=0.5))
@@ -537,7 +538,8 @@ def test_a_fitted_layer_against_numpy(layer, schedule):
     choose_channels(links, "first")
     link = next(link for link in links if link.student is student.get_submodule(layer))
     batches = [make_batch(96, seed=seed) for seed in range(2)]
-    fit_layers(links, student, teacher, batches, schedule, ridge=1e-9)
+    monkeypatch.setattr(restore, "RIDGE", 1e-9)
+    fit_layers(links, student, teacher, batches, schedule)
     read, wanted = [], []
     student.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     teacher.get_submodule(layer).register_forward_hook(lambda _, __, output: wanted.append(output))
@@ -591,8 +593,6 @@ def test_the_report_can_be_read():
         ({"rescaling": "some"}, "unknown rescaling 'some'.*least_squares"),
         ({}, "need batches"),
         ({"channels": "first", "rescaling": "least_squares"}, "need batches"),
-        ({"channels": "first", "stages": (0,)}, "stages must name 2"),
-        ({"channels": "first", "stages": (1, 0)}, "in order"),
         ({"channels": "first", "layers": {"middle": (0,)}}, "'middle', which is no block"),
         ({"channels": "first", "layers": {"up_blocks.0": (0, 7)}}, "up_blocks.0 must name 2 of the teacher's 0 to 1"),
     ],

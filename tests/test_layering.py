@@ -14,12 +14,13 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks", "experiments")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "choices reductions features projectors schedule limits pipelines files text"
+NO_SIBLING = "choices reductions features schedule limits pipelines files text"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
     "hub": {"limits", "provenance"},
     "losses": {"choices"},
+    "projectors": {"choices", "losses"},
     "pictures": {"files", "text"},
     "provenance": {"files", "text"},
     "normalization": {"choices"},

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from vkd_gen.losses import (
-    feature_loss,
+    feature_losses,
     linear_cka,
     prediction_loss,
     squared_errors,
@@ -17,6 +17,10 @@ from vkd_gen.projectors import random_orthonormal
 REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
 KINDS = ("mse", "smooth_l1")
 ALL_KINDS = (*KINDS, "cka")
+
+
+def feature_loss(prediction, target, kind="mse", weights=None, beta=1.0):
+    return weighted_mean(feature_losses(prediction, target, kind, beta), weights)
 
 
 def reference_loss(prediction, target, kind="mse", weights=None, beta=1.0):

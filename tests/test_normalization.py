@@ -176,9 +176,9 @@ def test_whitening_matrix_equals_numpy(exponent, rank, shrinkage):
         ({"shrinkage": 1.5}, "shrinkage must lie between 0 and 1, not 1.5"),
     ],
 )
-def test_whitening_matrix_refuses(options, message):
+def test_whitening_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        whitening_matrix(random_covariance(), **{"rank": 3, **options})
+        FeatureNormalizer("whiten", channels=CHANNELS, **{"rank": 3, **options})
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0])
@@ -395,10 +395,10 @@ def test_state_dict_restores_the_normalizer(kind, rows_and_statistics):
 
 def test_discarded_share_known_value():
     statistics = statistics_of(torch.diag(torch.tensor([1.0, 8.0, 1.0])))
-    shares = [FeatureNormalizer("whiten", statistics, rank=rank).discarded_share() for rank in (1, 2, 3)]
+    shares = [FeatureNormalizer("whiten", statistics, rank=rank).discarded.item() for rank in (1, 2, 3)]
     assert shares == pytest.approx([0.2, 0.1, 0.0])
     for kind in ("none", "layer_norm", "center", "standardize", "batch_whiten"):
-        assert FeatureNormalizer(kind, statistics).discarded_share() == 0
+        assert FeatureNormalizer(kind, statistics).discarded == 0
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_one_that_is_loaded_equals_the_one_that_was_filled(kind, rows_and_statis
     assert empty.is_filled
     assert torch.equal(empty(rows, timesteps), filled(rows, timesteps))
     assert torch.equal(empty.target_covariance(), filled.target_covariance())
-    assert empty.discarded_share() == filled.discarded_share()
+    assert empty.discarded == filled.discarded
 
 
 @pytest.mark.parametrize("sizes", [{"channels": 5}, {"channels": CHANNELS, "num_timestep_bins": 3}])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import nn
 
-from vkd_gen.losses import squared_errors
+from vkd_gen.losses import feature_losses
 from vkd_gen.projectors import (
     IdentityProjector,
     LearnedProjector,
@@ -454,10 +454,7 @@ def test_the_narrow_comparison_is_the_wide_one(method, widths, as_map):
         student.requires_grad_()
         target.requires_grad_()
         if is_narrow:
-            prediction, reached, outside = projector.compare_narrow(student, target)
-            assert prediction.shape == reached.shape == (8, 16, widths[0])
-            assert outside.shape == (8,)
-            losses = squared_errors(prediction, reached) + outside
+            losses = projector.losses(student, target)
         else:
             projected, wanted = projector(student, target)
             losses = (projected - wanted).square().mean((1, 2))
@@ -471,14 +468,17 @@ def test_the_narrow_comparison_is_the_wide_one(method, widths, as_map):
 def test_what_lies_outside_of_the_reach_is_known():
     """P = [1 0]: of the target's (3, 4) it reaches 3; a student at 1 is 2 off, and 4 remain."""
     projector = OrthogonalProjector(1, 2, method="fixed").eval()
-    prediction, reached, outside = projector.compare_narrow(torch.ones(1, 1, 1), torch.tensor([[[3.0, 4.0]]]))
-    assert squared_errors(prediction, reached).item() == pytest.approx(2**2 / 2)
-    assert outside.item() == pytest.approx(4**2 / 2)
+    losses = projector.losses(torch.ones(1, 1, 1), torch.tensor([[[3.0, 4.0]]]))
+    assert losses.tolist() == pytest.approx([(2**2 + 4**2) / 2])
 
 
-@pytest.mark.parametrize(("method", "widths"), [("solved", (6, 3)), ("cayley", (3, 6)), ("matrix_exp", (4, 4))])
-def test_trained_maps_and_wider_students_have_no_narrow_form(method, widths):
-    assert not OrthogonalProjector(*widths, method=method).has_narrow_form
+@METHODS
+@WIDTHS
+@pytest.mark.parametrize("kind", ["mse", "smooth_l1", "cka"])
+def test_losses_compare_what_forward_gives(method, widths, kind):
+    projector = random_projector(widths, method).eval()
+    rows = make_rows(widths, seed=5)
+    torch.testing.assert_close(projector.losses(*rows, kind), feature_losses(*projector(*rows), kind))
 
 
 @METHODS

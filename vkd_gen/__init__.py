@@ -27,12 +27,7 @@ if TYPE_CHECKING:
     from vkd_gen.features import FeatureCapture
     from vkd_gen.normalization import FeatureNormalizer, FeatureStatistics, width_floor
     from vkd_gen.pairing import LayerPair, pair_layers, pair_table
-    from vkd_gen.projectors import (
-        IdentityProjector,
-        LinearProjector,
-        OrthogonalProjector,
-        parameter_groups,
-    )
+    from vkd_gen.projectors import IdentityProjector, LinearProjector, OrthogonalProjector, parameter_groups
     from vkd_gen.schedule import Schedule
 
 __all__ = [
@@ -65,27 +60,16 @@ __all__ = [
     "width_floor",
 ]
 
-_MODULES = {
-    "calibration": "calibrate load_statistics save_statistics",
-    "distillation": "FrozenTeacher LossWeights ProjectedStudent distillation_losses",
-    "features": "FeatureCapture",
-    "normalization": "FeatureNormalizer FeatureStatistics width_floor",
-    "pairing": "LayerPair pair_layers pair_table",
-    "projectors": "IdentityProjector LinearProjector OrthogonalProjector parameter_groups",
-    "schedule": "Schedule",
-    "families": (
-        "REDUCTIONS Inheritance Reduction best_layers build_student inherit_weights published_cost reduce_config"
-    ),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+_MODULES = ("calibration", "distillation", "families", "features", "normalization", "pairing", "projectors", "schedule")
 
 
 def __getattr__(name: str) -> Any:
     """A public name, or a module that holds some, on its first use."""
     if name in _MODULES:
         return import_module(f"vkd_gen.{name}")
-    if name in _HOMES:
-        value = globals()[name] = getattr(import_module(f"vkd_gen.{_HOMES[name]}"), name)
+    if name in __all__:
+        modules = (import_module(f"vkd_gen.{module}") for module in _MODULES)
+        value = globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
         return value
     raise AttributeError(f"module 'vkd_gen' has no attribute {name!r}")
 

@@ -6,6 +6,7 @@
 B batch, N positions, C channels.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,21 +40,18 @@ def effective_rank(rows: Float[Tensor, "rows channels"]) -> float:
 class Diagnostics:
     """Gradients, feature losses by timestep and spectra of a projected student, on the same few draws each time.
 
-    The draws should be those that no step trains on. With several processes all of them must be given the same draws;
-    each then finds the same figures. Build it before the student is wrapped: it attaches hooks.
+    The draws should be those that no step trains on, the same on every process. Build it before the student is wrapped:
+    it attaches hooks.
 
     Args:
         projected: the student with its layer pairs.
         teacher: with the features that the pairs name.
         batches: as for `distillation_losses`, a hundred draws or so in all.
         schedule: the student's.
-        feature_loss_kind: as in training.
-        timestep_weighting: as in training.
+        feature_loss_kind: as in training, like the two after it.
+        timestep_weighting: see `Schedule.weights`.
         snr_gamma: of `min_snr`.
         num_timestep_bins: bins of equal width that the feature losses are told apart by.
-
-    Raises:
-        ValueError: without batches or bins.
     """
 
     def __init__(
@@ -81,13 +79,10 @@ class Diagnostics:
         self._teacher_ranks: dict[str, float] = {}
 
     def __call__(self, weights: LossWeights) -> dict[str, float]:
-        """Look once; the student and its statistics stay as they are.
-
-        Args:
-            weights: of the terms, as at this step. All three gradients are looked at where a term has a weight.
+        """Measure once, with the weights of this step; the student and its statistics stay as they are.
 
         Returns:
-            Figures by name:
+            Figures by name, gradients of the terms that have a weight:
             `gradient/TERM`: norm of the gradient of each term, times its weight, over the student's weights;
             `gradient_cosine/feature-TERM`: between the feature loss' gradient and those of the others;
             `gradient_ratio`: norm of the feature loss' weighted gradient over that of the other terms' sum;
@@ -138,39 +133,35 @@ class Diagnostics:
 
     @torch.no_grad()
     def _features(self) -> dict[str, float]:
-        pairs = self._projected.layer_pairs
-        student_rows: dict[str, list[Tensor]] = {pair.student: [] for pair in pairs}
-        teacher_rows: dict[str, list[Tensor]] = {pair.teacher: [] for pair in pairs}
-        losses: dict[str, list[Tensor]] = {pair.student: [] for pair in pairs}
-        all_timesteps = []
+        seen: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # (what, layer) -> a tensor for each batch
         for batch in self._batches:
             timesteps, conditioning = batch["timesteps"], batch.get("conditioning")
             noisy_sample = self._schedule.noisy(batch["sample"], batch["noise"], timesteps)
             _, teacher_features = self._teacher(noisy_sample, timesteps, conditioning)
             self._capture.start()
-            _, by_layer = self._projected(noisy_sample, timesteps, conditioning, teacher_features, self._kind)
-            for layer, feature in self._capture.stop().items():
-                student_rows[layer].append(to_rows(feature).flatten(0, 1))
-            for layer, values_of_samples in by_layer.items():
-                losses[layer].append(values_of_samples)
+            _, losses = self._projected(noisy_sample, timesteps, conditioning, teacher_features, self._kind)
+            found = {"student": self._capture.stop(), "loss": losses, "timestep": {"": timesteps}}
             if not self._teacher_ranks:
-                for layer in teacher_rows:
-                    teacher_rows[layer].append(to_rows(teacher_features[layer]).flatten(0, 1))
-            all_timesteps.append(timesteps)
-        if not self._teacher_ranks:
-            self._teacher_ranks = {layer: effective_rank(torch.cat(rows)) for layer, rows in teacher_rows.items()}
-        bins = timestep_bins(torch.cat(all_timesteps), self._num_bins, len(self._schedule))
+                found["teacher"] = teacher_features
+            for what, by_layer in found.items():
+                for layer, value in by_layer.items():
+                    seen[what, layer].append(value if value.ndim == 1 else to_rows(value).flatten(0, 1))
+        ranks = {key: effective_rank(torch.cat(seen[key])) for key in seen if key[0] in ("student", "teacher")}
+        self._teacher_ranks |= {layer: rank for (what, layer), rank in ranks.items() if what == "teacher"}
+        bins = timestep_bins(torch.cat(seen["timestep", ""]), self._num_bins, len(self._schedule))
         edges = [-(-number * len(self._schedule) // self._num_bins) for number in range(self._num_bins + 1)]
         values: dict[str, float] = {}
-        modules = zip(pairs, self._projected.projectors, self._projected.normalizers, strict=True)
-        for pair, projector, normalizer in modules:
+        projected = self._projected
+        for pair, projector, normalizer in zip(
+            projected.layer_pairs, projected.projectors, projected.normalizers, strict=True
+        ):
             layer = pair.student
-            by_sample = torch.cat(losses[layer])
+            by_sample = torch.cat(seen["loss", layer])
             for number in bins.unique().tolist():
                 name = f"feature/{layer}/t{edges[number]}-{edges[number + 1] - 1}"
                 values[name] = float(by_sample[bins == number].mean())
             values[f"floor/{layer}"] = width_floor(normalizer.target_covariance(), pair.student_channels, self._kind)
-            values[f"rank/student/{layer}"] = effective_rank(torch.cat(student_rows[layer]))
+            values[f"rank/student/{layer}"] = ranks["student", layer]
             values[f"rank/teacher/{layer}"] = self._teacher_ranks[pair.teacher]
             if hasattr(projector, "gain"):
                 values[f"gain/{layer}"] = projector.gain.item()

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from vkd_gen.calibration import calibrate
 from vkd_gen.families import family_of
 from vkd_gen.features import FeatureCapture, to_rows
-from vkd_gen.losses import FeatureLoss, feature_losses, prediction_loss, squared_errors, weighted_mean
+from vkd_gen.losses import FeatureLoss, prediction_loss, weighted_mean
 from vkd_gen.normalization import FeatureNormalizer, width_floor
 from vkd_gen.pairing import LayerPair, pair_table
 from vkd_gen.projectors import Projector
@@ -51,15 +50,12 @@ class LossWeights:
 
 
 class FrozenTeacher:
-    """A teacher UNet that is only ever asked: eval mode, no gradients, outside of every optimizer and wrapper.
+    """A teacher that is only ever asked: eval mode, no gradients, outside of every optimizer and wrapper.
 
     Args:
-        unet: a diffusers UNet; it is put into eval mode and its parameters stop requiring gradients.
-        layers: dotted names of the layers whose outputs are wanted.
-        prediction_type: what the UNet predicts.
-
-    Raises:
-        ValueError: for an unknown layer name.
+        unet: a denoiser of a known family, bare; it is put into eval mode, its parameters require gradients no more.
+        layers: names of the layers whose features are wanted, as for `FeatureCapture`.
+        prediction_type: what the network predicts.
     """
 
     def __init__(self, unet: ModelMixin, layers: Iterable[str] = (), *, prediction_type: PredictionType = "epsilon"):
@@ -100,16 +96,9 @@ class FrozenTeacher:
         dynamic: bool | None = None,
         options: dict[str, Any] | None = None,
     ) -> "FrozenTeacher":
-        """The same teacher behind torch.compile, features and all. This one, and `.unet`, stay as they are.
+        """The same teacher through torch.compile, whose arguments these are. This one, and `.unet`, stay as they are.
 
         A graph is of one batch size: ask the compiled teacher for training batches, this one for all others.
-
-        Args:
-            backend: of torch.compile, and so is what follows.
-            mode: of the backend.
-            fullgraph: one graph, or an error; there is nothing here that breaks it.
-            dynamic: whether one graph is of many shapes.
-            options: of the backend.
         """
         teacher = copy.copy(self)
         teacher._compiled = torch.compile(
@@ -119,18 +108,17 @@ class FrozenTeacher:
 
 
 class ProjectedStudent(nn.Module):
-    """The one module that trains: the student UNet with a normaliser and a projector for each layer pair.
+    """The one module that trains: the student with a normaliser and a projector for each layer pair.
 
-    Its forward does all trainable work, which is what makes it right under DDP, gradient accumulation and compile: it
-    is one graph (`torch.compile(projected, fullgraph=True)`), statistics of the projectors included. The exported
-    student is `.student`, a plain diffusers UNet. Keep the module in float32 and use autocast for half precision:
-    projectors and statistics are float32 or better. Compile the DDP wrapper, not the module inside it.
+    Its forward does all trainable work, so it is right under DDP, gradient accumulation and compile, as one graph. What
+    is exported is `.student`, a plain diffusers model. Keep the module in float32 and use autocast for half precision.
+    Compile the DDP wrapper, not the module inside it.
 
     Args:
-        student: a diffusers UNet.
+        student: a denoiser of a known family, bare.
         layer_pairs: from `pair_layers`; may be empty.
         projectors: one per pair.
-        normalizers: one per pair.
+        normalizers: one per pair; empty ones are filled by `calibrate` or by loading a checkpoint.
 
     Raises:
         ValueError: if their numbers or widths do not match.
@@ -187,9 +175,9 @@ class ProjectedStudent(nn.Module):
         Args:
             noisy_sample: `[B, C, H, W]`.
             timesteps: `[B]`.
-            conditioning: further arguments of the UNet.
+            conditioning: further arguments of the student by name.
             teacher_features: teacher layer -> feature; None captures and compares nothing.
-            feature_loss_kind: `mse`, `smooth_l1` or `cka`, see `feature_loss`.
+            feature_loss_kind: see `feature_losses`.
 
         Returns:
             The prediction `[B, C, H, W]`, and student layer -> feature loss of each sample, `[B]`.
@@ -221,7 +209,7 @@ class ProjectedStudent(nn.Module):
                 target = normalizer(to_rows(teacher_features[pair.teacher]), timesteps)
             except ValueError as error:
                 raise ValueError(f"layer {pair.teacher}: {error}") from error
-            losses[pair.student] = projected_losses(projector, to_rows(feature), target, feature_loss_kind)
+            losses[pair.student] = projector.losses(to_rows(feature), target, feature_loss_kind)
         return prediction, losses
 
     def after_step(self, step: int) -> None:
@@ -270,13 +258,7 @@ class ProjectedStudent(nn.Module):
     def initialize_projectors(
         self, teacher: FrozenTeacher, batches: Iterable[Mapping[str, Any]], schedule: Schedule
     ) -> None:
-        """Start the projectors from closed-form solutions for a few batches, before the first step.
-
-        Args:
-            teacher: with the features that the pairs name.
-            batches: as for `distillation_losses`; the same on every process.
-            schedule: the student's.
-        """
+        """The second half of `calibrate`: start the projectors from closed-form solutions for a few batches."""
         self.train()
         for batch in batches:
             noisy_sample = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
@@ -287,46 +269,15 @@ class ProjectedStudent(nn.Module):
             projector.initialize()
 
 
-def projected_losses(
-    projector: nn.Module,
-    student: Float[Tensor, "batch positions student"],
-    target: Float[Tensor, "batch positions target"],
-    kind: FeatureLoss = "mse",
-) -> Float[Tensor, " batch"]:
-    """Each sample's feature loss between projected student rows and target rows, the cheapest way there is.
-
-    Args:
-        projector: a `Projector`; brings both into one space.
-        student: `[B, N, Ds]`.
-        target: normalised teacher rows, `[B, N, Dt]`.
-        kind: see `feature_loss`.
-    """
-    if kind == "mse" and projector.has_narrow_form:
-        prediction, reached, outside = projector.compare_narrow(student, target)
-        return squared_errors(prediction, reached) + outside
-    projected, wanted = projector(student, target)
-    return feature_losses(projected, wanted, kind)
-
-
 def matching_table(projected: ProjectedStudent, loss: FeatureLoss) -> str:
     """`pair_table` with each projector, the floor that the student's width implies, and what whitening discards."""
-    normalizers = projected.normalizers
-    widths = [pair.student_channels for pair in projected.layer_pairs]
-    floors = [
-        width_floor(normalizer.target_covariance(), width, loss)
-        for width, normalizer in zip(widths, normalizers, strict=True)
-    ]
-    return pair_table(
-        projected.layer_pairs,
-        {
-            "projector": [
-                f"{width} -> {normalizer.target_channels} ({normalizer.kind})"
-                for width, normalizer in zip(widths, normalizers, strict=True)
-            ],
-            f"floor ({loss})": [f"{floor:.4f}" for floor in floors],
-            "discarded": [f"{normalizer.discarded_share():.1%}" for normalizer in normalizers],
-        },
-    )
+    columns: dict[str, list[str]] = {"projector": [], f"floor ({loss})": [], "discarded": []}
+    for pair, normalizer in zip(projected.layer_pairs, projected.normalizers, strict=True):
+        width, floor = pair.student_channels, width_floor(normalizer.target_covariance(), pair.student_channels, loss)
+        entries = f"{width} -> {normalizer.target_channels} ({normalizer.kind})", f"{floor:.4f}"
+        for column, entry in zip(columns.values(), (*entries, f"{normalizer.discarded:.1%}"), strict=True):
+            column.append(entry)
+    return pair_table(projected.layer_pairs, columns)
 
 
 def distillation_losses(
@@ -346,13 +297,13 @@ def distillation_losses(
     Args:
         student: a `ProjectedStudent`, bare or wrapped by DDP, compile or accelerate.
         batch: `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]`, and `conditioning`, a mapping of further
-            arguments for both UNets, where they need it.
+            arguments for both networks, where they need it.
         schedule: the student's: what it predicts, and what the teacher's prediction is expressed in.
         noise_scheduler: a diffusers scheduler instead, whose schedule is read in each call.
         teacher: may be None where neither output nor features are asked for.
         weights: of the terms.
-        feature_loss_kind: `mse`, `smooth_l1` or `cka`, see `feature_loss`.
-        timestep_weighting: `uniform` or `min_snr`.
+        feature_loss_kind: see `feature_losses`.
+        timestep_weighting: see `Schedule.weights`.
         snr_gamma: of `min_snr`.
 
     Returns:
@@ -360,7 +311,7 @@ def distillation_losses(
         `feature` (the sum over layers) and `feature/LAYER` for each student layer.
 
     Raises:
-        ValueError: if the teacher is asked for and None, and for no schedule or two.
+        ValueError: if the teacher is asked for and None, for no schedule or two, and for batches that do not fit.
     """
     schedule = _one_schedule(schedule, noise_scheduler, batch["sample"].device)
     _check_batch(batch, len(schedule))

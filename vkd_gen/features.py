@@ -25,9 +25,6 @@ def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
 def split_pooling(layer: str) -> tuple[str, int]:
     """A layer's submodule and the side of the squares its output is averaged over, 1 for the output as it is.
 
-    Raises:
-        ValueError: for a side that is no whole number of 2 or more.
-
     Example:
         >>> split_pooling("mid_block/4"), split_pooling("mid_block")
         (('mid_block', 4), ('mid_block', 1))
@@ -39,11 +36,7 @@ def split_pooling(layer: str) -> tuple[str, int]:
 
 
 def check_layers(module: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
-    """Return `layers` as a tuple once every one of them is known to name a submodule, pooled or not.
-
-    Raises:
-        ValueError: for an unknown or repeated name; the message lists the nearest known names.
-    """
+    """The layers as a tuple; a ValueError with the nearest known names for one that is unknown or repeated."""
     layers = tuple(layers)
     known = dict(module.named_modules())
     for layer in layers:
@@ -58,11 +51,7 @@ def check_layers(module: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def bare(model: Any) -> Any:
-    """The model itself, once it is known to be in no wrapper.
-
-    Raises:
-        ValueError: for one in DataParallel, DistributedDataParallel, torch.compile and others that change its names.
-    """
+    """The model itself; a ValueError for one in DataParallel, torch.compile and others that change its names."""
     for attribute in ("module", "_orig_mod"):
         if isinstance(getattr(model, attribute, None), nn.Module):
             raise ValueError(
@@ -77,22 +66,19 @@ def first_output(_module: nn.Module, output: Any) -> Tensor:
 
 
 class FeatureCapture:
-    """Record the outputs of named submodules during chosen forward passes, through forward hooks.
+    """Record the outputs of named submodules between `start` and `stop`, through forward hooks.
 
-    Hooks record only between `start` and `stop`, so the forward passes that gradient checkpointing repeats during
-    backward are not recorded, and `stop` hands the features over and keeps none of them alive. Attach it to the bare
-    model, before any DDP or compile wrapper: names then never carry a wrapper's prefix, and a compiled wrapper
-    traces the hooks too.
+    The forward passes that gradient checkpointing repeats during backward are so not recorded. Attach it to the bare
+    model, before any DDP or compile wrapper, which then traces the hooks too.
 
     Args:
         module: the model to read from.
-        layers: dotted submodule names, such as `down_blocks.1`, `mid_block` or `up_blocks.0.resnets.1`; with `/2`
-            after it a layer's output comes average-pooled by 2 in height and width, see `pool`.
-        feature: (module, its output) -> the feature, as a `Family` has it. By default the output itself, and of a
-            tuple the first: right for the UNets of diffusers.
+        layers: dotted submodule names, such as `mid_block` or `up_blocks.0.resnets.1`; `mid_block/2` is its output
+            average-pooled by 2 in height and width.
+        feature: (module, its output) -> the feature, as a `Family` has it; by default right for diffusers' UNets.
 
     Raises:
-        ValueError: for an unknown or repeated layer name.
+        ValueError: for an unknown or repeated layer name, and a model in a wrapper.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -122,15 +108,12 @@ class FeatureCapture:
             self._features[layer] = self._feature(module, output)
 
     def start(self) -> None:
-        """Record from now on; what an interrupted pass left behind is dropped."""
+        """Record from now on."""
         self._features = {}
         self._recording = True
 
     def stop(self) -> dict[str, Tensor]:
-        """Stop recording and hand over the features, in the order of `layers`.
-
-        Returns:
-            Layer name -> that layer's output, `[B, C, H, W]` or `[B, N, C]`, part of the autograd graph.
+        """Stop recording and hand over the features: layer -> `[B, C, H, W]` or `[B, N, C]`, part of the graph.
 
         Raises:
             RuntimeError: if a layer did not run since `start`.
@@ -150,11 +133,7 @@ class FeatureCapture:
 
 
 def pool(feature: Tensor, side: int) -> Tensor:
-    """Average a feature over squares of `side` x `side` positions: `[B, C, H, W]`, or `[B, N, C]` of square maps.
-
-    Raises:
-        ValueError: if `side` does not divide the map's height and width, or the tokens are those of no square map.
-    """
+    """Average a feature over squares of `side` x `side` positions: `[B, C, H, W]`, or `[B, N, C]` of square maps."""
     if side == 1:
         return feature
     shape = list(feature.shape)
@@ -168,11 +147,7 @@ def pool(feature: Tensor, side: int) -> Tensor:
 
 
 def to_rows(feature: Tensor) -> Float[Tensor, "batch positions channels"]:
-    """View a feature as rows of channels: `[B, C, H, W]` -> `[B, H*W, C]`; `[B, N, C]` and `[B, C]` likewise.
-
-    Raises:
-        ValueError: for any other rank.
-    """
+    """View a feature as rows of channels: `[B, C, H, W]` -> `[B, H*W, C]`; `[B, N, C]` and `[B, C]` likewise."""
     match feature.ndim:
         case 4:
             return feature.flatten(2).transpose(1, 2)

@@ -18,15 +18,12 @@ MANY = {"trained_betas": 10**6}
 
 
 def check_sizes(config: Mapping[str, Any], source: str, kind: str = "UNet") -> None:
-    """Refuse a configuration whose sizes no model or schedule has; cheap at any size.
+    """Raise a ValueError that names the entry, for a configuration whose sizes no model or schedule has.
 
     Args:
         config: as a JSON file holds it.
         source: what it is of, for messages.
         kind: what it describes, for messages.
-
-    Raises:
-        ValueError: in one line, naming the entry.
     """
     for entry, value in config.items():
         numbers = list(_numbers(value))

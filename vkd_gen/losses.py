@@ -32,57 +32,17 @@ def prediction_loss(
     target: Float[Tensor, "batch ..."],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean squared error between predictions: the denoising and the output-distillation term.
-
-    Args:
-        prediction: the student's prediction, `[B, C, H, W]`.
-        target: of the same shape; gradients do not flow into it.
-        weights: one weight per sample.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
+    """Mean squared error between predictions, with a weight per sample; gradients do not flow into the target."""
     return weighted_mean(squared_errors(prediction, target.detach()), weights)
 
 
 def squared_errors(
     prediction: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, " batch"]:
-    """Each sample's mean squared error, float32.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
+    """Each sample's mean squared error, float32."""
     _check_same_shape(prediction, target)
     prediction, target = prediction.float(), target.float()
     return _MeanSquares.apply(prediction - target) if prediction.ndim > 1 else (prediction - target).square()
-
-
-def feature_loss(
-    prediction: Float[Tensor, "batch positions channels"],
-    target: Float[Tensor, "batch positions channels"],
-    kind: FeatureLoss = "mse",
-    weights: Float[Tensor, " batch"] | None = None,
-    beta: float = 1.0,
-) -> Float[Tensor, ""]:
-    """Distance between projected student rows and normalised teacher rows, averaged over all entries or samples.
-
-    `mse` and `smooth_l1` compare rows. `cka` compares relations between the rows of one sample: 1 - linear CKA of their
-    Gram matrices over positions (Kornblith et al., 2019, arXiv 1905.00414), from 0 to 1. Isometries and gains leave it
-    as it is, so an orthogonal projector decides nothing there.
-
-    Args:
-        prediction: projected student rows, `[B, N, K]`.
-        target: normalised teacher rows, `[B, N, K]`. Not cut off here: for a student wider than the teacher a learned
-            projector stands on this side. Projectors cut off what they are given.
-        kind: `mse`; `smooth_l1`, as the published VkD code uses (Miles et al., 2024, arXiv 2403.06213); or `cka`.
-        weights: one weight per sample.
-        beta: where smooth-L1 turns from quadratic to linear, in units of the target.
-
-    Raises:
-        ValueError: if the shapes differ, or for an unknown kind.
-    """
-    return weighted_mean(feature_losses(prediction, target, kind, beta), weights)
 
 
 def feature_losses(
@@ -91,7 +51,20 @@ def feature_losses(
     kind: FeatureLoss = "mse",
     beta: float = 1.0,
 ) -> Float[Tensor, " batch"]:
-    """`feature_loss` of each sample by itself, float32."""
+    """Each sample's distance between projected student rows and normalised teacher rows, float32.
+
+    Args:
+        prediction: projected student rows, `[B, N, K]`.
+        target: normalised teacher rows, `[B, N, K]`. Not cut off here: for a student wider than the teacher a learned
+            projector is on this side. Projectors cut off what they are given.
+        kind: `mse`; `smooth_l1`, as the published VkD code uses (Miles et al., 2024, arXiv 2403.06213); or `cka`: 1 -
+            linear CKA of the sample's Gram matrices over positions (Kornblith et al., 2019, arXiv 1905.00414), from 0
+            to 1, which isometries and gains leave as it is, so that an orthogonal projector decides nothing.
+        beta: where smooth-L1 turns from quadratic to linear, in units of the target.
+
+    Raises:
+        ValueError: if the shapes differ, or for an unknown kind.
+    """
     _check_same_shape(prediction, target)
     prediction, target = prediction.float(), target.float()
     match kind:

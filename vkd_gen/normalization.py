@@ -1,7 +1,7 @@
 """Normalise the teacher's features: what the student's features are asked to look like.
 
-B batch, N positions, C teacher channels, K channels of the normalised target, M timestep bins. Statistics are float64
-where they are made and float32 where they are applied, never under autocast.
+B batch, N positions, C teacher channels, K channels of the normalised target, M timestep bins. Statistics are made in
+float64 and applied in float32, never under autocast.
 """
 
 import math
@@ -52,7 +52,7 @@ def timestep_bins(
 def shrink(covariance: Float[Tensor, "channels channels"], amount: float) -> Float[Tensor, "channels channels"]:
     """Move a covariance towards the multiple of the identity that has its trace; `amount` 0 keeps it, 1 replaces it.
 
-    Ledoit and Wolf, 2004, use this target. It bounds how far whitening amplifies nearly empty directions.
+    The target is that of Ledoit and Wolf, 2004; it bounds how far whitening amplifies nearly empty directions.
     """
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     return (1 - amount) * covariance + amount * covariance.diagonal().mean() * identity
@@ -64,16 +64,6 @@ def descending_eigh(covariance: Float[Tensor, "channels channels"]) -> tuple[Ten
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
-def check_whitening(channels: int, rank: int, exponent: float, shrinkage: float) -> None:
-    """Raise a ValueError for what `whitening_matrix` does not take."""
-    if not 1 <= rank <= channels:
-        raise ValueError(f"whitening rank must lie between 1 and the teacher layer's {channels} channels, not {rank}")
-    if not 0 <= exponent <= 1:
-        raise ValueError(f"whitening exponent must lie between 0 and 1, not {exponent}")
-    if not 0 <= shrinkage <= 1:
-        raise ValueError(f"whitening shrinkage must lie between 0 and 1, not {shrinkage}")
-
-
 def whitening_matrix(
     covariance: Float[Tensor, "channels channels"], rank: int, exponent: float = 1.0, shrinkage: float = 1e-3
 ) -> Float[Tensor, "channels rank"]:
@@ -81,17 +71,7 @@ def whitening_matrix(
 
     With eigenvectors U and eigenvalues l of the shrunk covariance, W = U_rank diag(l^(-exponent / 2)), scaled so that
     the kept directions have mean variance one: exponent 0 only rotates (and scales all alike), 1 whitens.
-
-    Args:
-        covariance: of the rows.
-        rank: number of leading directions to keep, 1 to C.
-        exponent: from 0 to 1.
-        shrinkage: from 0 to 1, see `shrink`.
-
-    Raises:
-        ValueError: for a value outside its range, or a covariance without any variance to whiten.
     """
-    check_whitening(len(covariance), rank, exponent, shrinkage)
     values, vectors = descending_eigh(shrink(covariance, shrinkage))
     values, vectors = values[:rank], vectors[:, :rank]
     if values[0] <= 0 or (exponent and values[-1] <= 1e-14 * values[0]):
@@ -105,14 +85,7 @@ def whitening_matrix(
 def whiten_batch(rows: Float[Tensor, "rows channels"], shrinkage: float = 1e-3) -> Float[Tensor, "rows channels"]:
     """Whiten rows by their own statistics, over all processes: the paper's literal form.
 
-    Cholesky whitening, which depends smoothly on the batch; rows @ L^-T for the shrunk covariance L L^T.
-
-    Args:
-        rows: all rows of this process' batch.
-        shrinkage: from 0 to 1, see `shrink`.
-
-    Returns:
-        Rows of mean zero and (up to shrinkage) identity covariance over all processes, float32.
+    Cholesky whitening, which depends smoothly on the batch: rows @ L^-T for the shrunk covariance L L^T, float32.
 
     Raises:
         ValueError: if the covariance is singular: fewer rows than channels, or dead channels, and no shrinkage. Inside
@@ -152,8 +125,8 @@ class FeatureNormalizer(nn.Module):
         whiten: minus the bin's mean, then `whitening_matrix`; keeps `rank` directions.
         batch_whiten: `whiten_batch`, by the statistics of one forward pass over all processes, not over accumulation.
 
-    It is empty until `fill`, or `load_state_dict` of one that was filled: `center`, `standardize` and `whiten` cannot
-    be used before, of the others only `target_covariance` is not known.
+    It is empty until `fill`, or `load_state_dict` of one that was filled. Before that `center`, `standardize` and
+    `whiten` cannot be used, and `target_covariance` is not known.
 
     Args:
         kind: see above.
@@ -167,9 +140,7 @@ class FeatureNormalizer(nn.Module):
     Attributes:
         target_channels: K, the channels of the result.
         is_filled: whether the teacher's statistics are here.
-
-    Raises:
-        ValueError: for an unknown kind or a value outside its range.
+        discarded: share of the teacher layer's variance that truncated whitening leaves out, a scalar.
     """
 
     mean: Tensor
@@ -197,8 +168,9 @@ class FeatureNormalizer(nn.Module):
         self.kind, self.channels, self.target_channels = kind, channels, channels
         self.exponent, self.shrinkage = exponent, shrinkage
         self.num_timestep_bins: int = num_timestep_bins
-        if not 0 <= shrinkage <= 1:
-            raise ValueError(f"shrinkage must lie between 0 and 1, not {shrinkage}")
+        for name, value in (("exponent", exponent), ("shrinkage", shrinkage)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"whitening {name} must lie between 0 and 1, not {value}")
         bins = (num_timestep_bins, channels)
         match kind:
             case "none" | "layer_norm" | "batch_whiten":
@@ -209,7 +181,10 @@ class FeatureNormalizer(nn.Module):
                 shapes = bins, (1, channels)
             case "whiten":
                 self.target_channels = channels if rank is None else rank
-                check_whitening(channels, self.target_channels, exponent, shrinkage)
+                if not 1 <= self.target_channels <= channels:
+                    raise ValueError(
+                        f"whitening rank must lie between 1 and the teacher layer's {channels} channels, not {rank}"
+                    )
                 shapes = bins, (channels, self.target_channels)
             case _:
                 raise ValueError(f"unknown normalization {kind!r}")
@@ -274,15 +249,7 @@ class FeatureNormalizer(nn.Module):
     def forward(
         self, rows: Float[Tensor, "batch positions channels"], timesteps: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch positions target_channels"]:
-        """Normalised rows, float32, cut off from the graph.
-
-        Args:
-            rows: the teacher's, `[B, N, C]`.
-            timesteps: `[B]`.
-
-        Raises:
-            ValueError: before it is filled, if its kind needs statistics.
-        """
+        """The teacher's rows normalised, float32, cut off from the graph; a ValueError while statistics are missing."""
         rows = rows.detach().float()
         if self.kind == "none":
             return rows
@@ -298,17 +265,9 @@ class FeatureNormalizer(nn.Module):
             return centred @ self.matrix if self.kind == "whiten" else centred * self.matrix
 
     def target_covariance(self) -> Float[Tensor, "target_channels target_channels"]:
-        """Covariance of the normalised rows that the statistics imply, float64; what a projector has to reach.
-
-        Raises:
-            ValueError: before it is filled.
-        """
+        """Covariance of the normalised rows that the statistics imply, float64; a ValueError before it is filled."""
         self._check_filled()
         return self.covariance.cpu()
-
-    def discarded_share(self) -> float:
-        """Share of the teacher layer's variance that truncated whitening leaves out, from 0 to 1."""
-        return self.discarded.item()
 
     def _check_filled(self) -> None:
         if not self.is_filled:
@@ -336,16 +295,9 @@ def width_floor(
     """The feature loss that a student of this width cannot get below with an isometric projector.
 
     At best the projected student fills the leading `student_channels` directions of the targets; what lies in the
-    others remains. For `mse` this is exact; for `smooth_l1` the remainder is taken to be Gaussian. For `cka` it is
-    exact for samples whose own rows have this covariance, with any linear projector: 1 - sqrt(q), q the leading
-    directions' share of the summed squared eigenvalues. Single samples vary in fewer directions than all together, so
-    their mean can get below it.
-
-    Args:
-        target_covariance: of the normalised targets, see `FeatureNormalizer.target_covariance`.
-        student_channels: width of the student's layer.
-        loss: the feature loss in use; the result is in its units.
-        beta: of smooth-L1.
+    others remains. For `mse` this is exact; for `smooth_l1` the remainder is taken to be Gaussian. For `cka`, with any
+    linear projector, it is 1 - sqrt(q), q the leading directions' share of the summed squared eigenvalues: exact for
+    samples whose own rows have this covariance, while others, which vary in fewer directions, can get below it.
     """
     if loss not in ("mse", "smooth_l1", "cka"):
         raise ValueError(f"unknown feature loss {loss!r}; choose mse, smooth_l1 or cka")

@@ -13,13 +13,9 @@ from vkd_gen.features import split_pooling
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A student layer and the teacher layer it learns from, at equal resolution.
+    """A student layer and the teacher layer it learns from, by name, at equal resolution.
 
-    Attributes:
-        student: name in the student; with `/2` behind it the output is average-pooled by 2, see `FeatureCapture`.
-        teacher: name in the teacher, likewise.
-        student_shape: of the student's feature, `(C, H, W)` or `(N, C)`.
-        teacher_shape: of the teacher's.
+    Shapes are `(C, H, W)` or `(N, C)`, after the pooling that a name such as `mid_block/2` says.
     """
 
     student: str
@@ -45,22 +41,19 @@ def pair_layers(
     layers: PairedLayers = "all",
     pairs: Sequence[tuple[str, str]] | None = None,
 ) -> list[LayerPair]:
-    """Pair layers of two diffusers UNets.
+    """Pair layers of two denoisers, in the order the student runs them, or as they are named.
 
-    Without `pairs`, stages of the encoder and of the decoder are matched where their residual layers work at the same
-    resolution, and the middle with the middle; a stage without a counterpart is left out. Where two features differ in
-    resolution, the finer one is average-pooled to the coarser: `mid_block/2` is the output of `mid_block` pooled by 2.
+    Stages of the encoder and of the decoder are matched where they work at the same resolution, and the middle with the
+    middle; a stage without a counterpart is left out. Where two features differ in resolution, the finer one is
+    average-pooled to the coarser: `mid_block/2` is the output of `mid_block` pooled by 2.
 
     Args:
-        student: the student UNet.
-        teacher: the teacher UNet.
+        student: the student.
+        teacher: the teacher.
         layers: which of the matched stages: `all`; `mid_and_up`, the middle and the decoder; `last_up`, the last
             decoder stage. Or `self_attention`: the self-attention layers of all of them, each of a student's stage with
             the one as far through the teacher's stage (Lee et al., 2023, arXiv 2312.04005, distil those).
         pairs: (student layer, teacher layer) names to use instead.
-
-    Returns:
-        Pairs in the order the student runs them; named ones in the order given.
 
     Raises:
         ValueError: for an unknown name, a student layer named twice, samples of unlike sizes, resolutions of which

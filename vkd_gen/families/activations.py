@@ -54,10 +54,7 @@ def predict_noisy(unet: ModelMixin, batch: Mapping[str, Any], schedule: Schedule
 def step0_error(student: ModelMixin, teacher: ModelMixin, batches: Batches, schedule: Schedule) -> float:
     """Mean square difference of the two predictions, over the teacher's mean square.
 
-    1 is as good as predicting nothing. For UNets of one prediction type.
-
-    Raises:
-        ValueError: for no batches.
+    1 is as good as predicting nothing. For networks of one prediction type.
     """
     difference = power = 0.0
     for batch in batches:
@@ -97,9 +94,6 @@ def read_channels(links: Sequence[Link], teacher: ModelMixin, batches: Batches, 
     """For each stream whose channels are not chosen yet what the layers after it read.
 
     Queries are read by keys, and keys by queries.
-
-    Raises:
-        ValueError: for no batches.
     """
     readers = [link for link in links if isinstance(link.teacher, nn.Conv2d | nn.Linear) and link.reads]
     logits = [link for link in links if link.is_logit and link.teacher is not None]

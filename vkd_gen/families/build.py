@@ -46,15 +46,11 @@ def build_student(
     """A student of the teacher's class with random weights.
 
     Args:
-        teacher: a diffusers `UNet2DModel` or `UNet2DConditionModel`, on the meta device too, or the configuration of
-            one, as its config.json holds it; of a model only the configuration is read.
+        teacher: a diffusers `UNet2DModel` or `UNet2DConditionModel`, of which only the configuration is read, or the
+            configuration of one, as its config.json holds it.
         reduction: what to reduce, such as one of `REDUCTIONS`.
         width: of the reduction, where none is given.
         layers_per_block: of the reduction, where none is given.
-
-    Returns:
-        A UNet whose configuration `from_config` and `save_pretrained` take unchanged. Under `torch.device("meta")` it
-        needs no memory.
 
     Raises:
         ValueError: for what is out of range or cannot be expressed, and a teacher in a wrapper.
@@ -69,11 +65,7 @@ def build_student(
 
 
 def unet_class(config: Mapping[str, Any]) -> type[UNet2DModel] | type[UNet2DConditionModel]:
-    """The class that a configuration is of: as it says itself, else by the entries that it has.
-
-    Raises:
-        ValueError: for another class.
-    """
+    """The class that a configuration is of: as it says itself, else by the entries that it has."""
     match config.get("_class_name"):
         case None:
             return UNet2DConditionModel if "cross_attention_dim" in config else UNet2DModel

@@ -6,7 +6,6 @@ the teacher's with fewer channels each; attention keeps whole heads, or equal co
 
 import itertools
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -17,12 +16,6 @@ from vkd_gen.families.streams import Link, Stream, weights_by_stream
 
 TIE = 1e-3
 """Weight of what a channel is worth without any restoring; decides between channels that restore the same."""
-
-
-def check_choice(choice: str) -> None:
-    """Raise a ValueError for what is no `ChannelChoice`."""
-    if choice not in get_args(ChannelChoice):
-        raise ValueError(f"unknown choice of channels {choice!r}; choose one of {', '.join(get_args(ChannelChoice))}")
 
 
 def undecided(links: Sequence[Link]) -> list[Stream]:
@@ -44,7 +37,6 @@ def choose_channels(
         readings: from `read_channels`; for `activation`.
         seed: for `random`.
     """
-    check_choice(choice)
     generator = torch.Generator().manual_seed(seed)
     for stream in undecided(links):
         match choice:
@@ -122,13 +114,6 @@ def keep_restorable(stream: Stream, readings: Sequence[Reading]) -> Tensor:
     Greedy: the next channel is the one that lowers the error of all readers together the most, each taken relative to
     what it reads. What is left to restore is the Schur complement C - C[:, k] C[k, k]^-1 C[k, :] of the kept channels
     k in the covariance C; one more channel changes it by rank one.
-
-    Args:
-        stream: to choose from.
-        readings: by the layers that read the stream.
-
-    Returns:
-        Kept channels in ascending order.
     """
     if not readings:
         return keep_highest(stream, torch.zeros(stream.teacher))

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
 
 from diffusers import ModelMixin
 
@@ -13,46 +12,34 @@ from vkd_gen.families.links import default_layers, link_layers, match_stages
 from vkd_gen.schedule import Schedule
 
 
-def layer_choices(
-    student: ModelMixin, teacher: ModelMixin, *, stages: Sequence[int] | None = None
-) -> list[dict[str, tuple[int, ...]]]:
+def layer_choices(student: ModelMixin, teacher: ModelMixin) -> list[dict[str, tuple[int, ...]]]:
     """All ways to copy some of the teacher's layers, in their order, into every block of a student of fewer layers.
 
-    Args:
-        student: from `build_student`.
-        teacher: its teacher.
-        stages: the teacher's stage of each of the student's; by default `match_stages`.
-
-    Returns:
-        Values for `layers` of `inherit_weights`, the one that it takes by default first. Choices with a layer whose
-        input channels are not the teacher's are left out, unless the default has as many.
+    Each is a value for `layers` of `inherit_weights`, the default first. Choices with a layer whose input channels are
+    not the teacher's are left out, unless the default has as many.
     """
-    options = _options(student, teacher, stages)
+    options = _options(student, teacher)
     return [dict(zip(options, choice, strict=True)) for choice in itertools.product(*options.values())]
 
 
-def _options(
-    student: ModelMixin, teacher: ModelMixin, stages: Sequence[int] | None
-) -> dict[str, list[tuple[int, ...]]]:
+def _options(student: ModelMixin, teacher: ModelMixin) -> dict[str, list[tuple[int, ...]]]:
     """For each block of fewer layers than the teacher's its choices, the default first."""
-    stages = tuple(match_stages(student, teacher) if stages is None else stages)
+    stages = match_stages(student, teacher)
     options: dict[str, list[tuple[int, ...]]] = {}
     for way, order in (("down", stages), ("up", [len(teacher.up_blocks) - 1 - stage for stage in reversed(stages)])):
         for index, position in enumerate(order):
+            name = f"{way}_blocks.{index}"
             block, origin = getattr(student, f"{way}_blocks")[index], getattr(teacher, f"{way}_blocks")[position]
             counts = len(block.resnets), len(origin.resnets)
-            default = default_layers(*counts, decoder=way == "up")
             if counts[0] >= counts[1]:
                 continue
-            name = f"{way}_blocks.{index}"
+            default = default_layers(*counts, decoder=way == "up")
+            choices = itertools.combinations(range(counts[1]), counts[0])
             misfits = {
-                choice: sum(
-                    link.reads is None for link in link_layers(student, teacher, stages=stages, layers={name: choice})
-                )
-                for choice in itertools.combinations(range(counts[1]), counts[0])
+                choice: sum(link.reads is None for link in link_layers(student, teacher, {name: choice}))
+                for choice in sorted(choices, key=lambda choice, default=default: choice != default)  # type: ignore[misc]
             }
-            fitting = [choice for choice, number in misfits.items() if number <= misfits[default]]  # type: ignore[index]
-            options[name] = sorted(fitting, key=lambda choice, default=default: choice != default)  # type: ignore[misc]
+            options[name] = [choice for choice, number in misfits.items() if number <= misfits[default]]  # type: ignore[index]
     return options
 
 
@@ -65,18 +52,9 @@ def compare_layer_choices(
     test_batches: Batches | None = None,
     rescaling: Rescaling = "none",
 ) -> list[tuple[float, dict[str, tuple[int, ...]]]]:
-    """The student's error before any training for each of `layer_choices`, the lowest first.
+    """The student's `step0_error`, on the test batches or else on the others, for each of `layer_choices`.
 
-    Args:
-        student: left as it is.
-        teacher: left as it is.
-        batches: of images and noise; what `inherit_weights` gets.
-        schedule: the teacher's.
-        test_batches: to measure the error on; by default `batches`.
-        rescaling: as for `inherit_weights`.
-
-    Returns:
-        Pairs of `step0_error` and a value for `layers` of `inherit_weights`.
+    The lowest comes first. Student and teacher stay as they are; `inherit_weights` gets the batches and the rescaling.
     """
     batches = list(batches)
     test_batches = batches if test_batches is None else list(test_batches)
@@ -100,18 +78,8 @@ def best_layers(
     """Layers to copy, block after block the ones with which the student's error before training is lowest.
 
     Never worse than the default, from which it starts. It tries the sum of the blocks' choices, where
-    `compare_layer_choices` tries their product.
-
-    Args:
-        student: left as it is.
-        teacher: left as it is.
-        batches: of images and noise, to measure the error on and for `inherit_weights`.
-        schedule: the teacher's.
-        channels: as for `inherit_weights`.
-        rescaling: as for `inherit_weights`.
-
-    Returns:
-        A value for `layers` of `inherit_weights`; empty if there is nothing to choose.
+    `compare_layer_choices` tries their product. Student and teacher stay as they are; the result is a value for
+    `layers` of `inherit_weights`, which gets the other arguments too.
     """
     batches = list(batches)
 
@@ -121,7 +89,7 @@ def best_layers(
         inherit_weights(trial, teacher, batches=batches, schedule=schedule, **settings)  # type: ignore[arg-type]
         return step0_error(trial, teacher, batches, schedule)
 
-    options = _options(student, teacher, None)
+    options = _options(student, teacher)
     best = {name: choices[0] for name, choices in options.items()}
     lowest = error(best) if any(len(choices) > 1 for choices in options.values()) else 0.0
     for name, choices in options.items():

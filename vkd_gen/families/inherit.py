@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 
 from vkd_gen.choices import ChannelChoice, Rescaling
 from vkd_gen.families.activations import Batches, read_channels
-from vkd_gen.families.channels import check_choice, choose_channels, undecided
+from vkd_gen.families.channels import choose_channels, undecided
 from vkd_gen.families.links import BlockLayers, link_layers
 from vkd_gen.families.restore import channel_index, fit_layers
 from vkd_gen.families.streams import Layer, Link, channel_axes
@@ -19,12 +19,12 @@ from vkd_gen.schedule import Schedule
 
 @dataclass(frozen=True)
 class Inheritance:
-    """What became of a student's layers; each by its name, with the teacher's.
+    """What became of a student's layers, by name with the teacher's; printable.
 
     Attributes:
         copied: every weight is the teacher's.
         sliced: the teacher's weights on the channels that the student has.
-        fitted: then fitted to what the teacher's layer computes.
+        fitted: those that were fitted to what the teacher's layer computes.
         random: left as they were; the last ones of residual branches at zero.
     """
 
@@ -58,7 +58,6 @@ def inherit_weights(
     rescaling: Rescaling | None = None,
     batches: Batches | None = None,
     schedule: Schedule | None = None,
-    stages: Sequence[int] | None = None,
     layers: BlockLayers | None = None,
     seed: int = 0,
 ) -> Inheritance:
@@ -78,23 +77,19 @@ def inherit_weights(
         batches: as `calibrate` takes; for `activation` and `least_squares`. A few hundred small images are enough;
             they are kept in memory, with the activations of every layer.
         schedule: the teacher's, for the same.
-        stages: the teacher's stage that each of the student's stands for; by default found from channels and kinds.
-        layers: to copy by block of the student; by default the first of each block and the decoder's last.
+        layers: of the teacher, to copy by block of the student, such as `{"up_blocks.0": (0, 2)}`.
         seed: of the choice `random`.
 
-    Returns:
-        What was copied, sliced, fitted and left random; printable.
-
     Raises:
-        ValueError: for blocks that cannot be inherited, stages and layers that are not there, missing batches.
+        ValueError: for blocks that cannot be inherited, layers that are not there, missing batches.
     """
-    check_choice(channels)
     batches = list(batches or ())
     if rescaling is None:
         rescaling = "least_squares" if batches else "none"
-    if rescaling not in get_args(Rescaling):
-        raise ValueError(f"unknown rescaling {rescaling!r}; choose one of {', '.join(get_args(Rescaling))}")
-    links = link_layers(bare_unet(student), bare_unet(teacher), stages=stages, layers=layers)
+    for what, value, known in (("choice of channels", channels, ChannelChoice), ("rescaling", rescaling, Rescaling)):
+        if value not in get_args(known):
+            raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(get_args(known))}")
+    links = link_layers(bare_unet(student), bare_unet(teacher), layers)
     reads, fits = channels == "activation" and bool(undecided(links)), rescaling == "least_squares"
     if (reads or fits) and (not batches or schedule is None):
         raise ValueError(

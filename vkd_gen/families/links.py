@@ -1,6 +1,7 @@
 """Walk student and teacher as a sample goes through them, and pair their layers."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,9 +36,6 @@ def match_stages(student: ModelMixin, teacher: ModelMixin) -> tuple[int, ...]:
 
     Among all ways to leave stages out, the one in which the student's channels are most nearly one multiple of the
     teacher's, then the one whose blocks are of the same kinds, then the one that keeps the highest resolutions.
-
-    Raises:
-        ValueError: if the student has more stages than the teacher.
     """
     channels, full = (tuple(unet.config.block_out_channels) for unet in (student, teacher))
     kinds, all_kinds = (tuple(unet.config.down_block_types) for unet in (student, teacher))
@@ -49,22 +47,14 @@ def match_stages(student: ModelMixin, teacher: ModelMixin) -> tuple[int, ...]:
         unlike = sum(kind != all_kinds[stage] for kind, stage in zip(kinds, stages, strict=True))
         return round(max(logs) - min(logs), 3), unlike, stages
 
-    return min(_combinations(len(full), len(channels)), key=cost)
-
-
-def _combinations(total: int, count: int) -> list[tuple[int, ...]]:
-    return [tuple(row) for row in torch.combinations(torch.arange(total), count).tolist()] if count else [()]
+    return min(itertools.combinations(range(len(full)), len(channels)), key=cost)
 
 
 def default_layers(num_student: int, num_teacher: int, *, decoder: bool) -> tuple[int | None, ...]:
-    """The teacher's layer that each layer of a block copies.
+    """The teacher's layer that each layer of a block copies; None where the teacher has none for it.
 
     An encoder's block keeps its first layers. A decoder's block keeps its first ones and its last, which alone reads
-    the skip connection from the stage above, with that stage's channels. BK-SDM (arXiv
-    2305.15798) does so for two layers of three.
-
-    Returns:
-        One number for each of the student's layers; None for those that the teacher has no layer for.
+    the skip connection from the stage above, with that stage's channels: as in BK-SDM (arXiv 2305.15798).
     """
     if decoder:
         first = [index if index < num_teacher - 1 else None for index in range(num_student - 1)]
@@ -72,28 +62,18 @@ def default_layers(num_student: int, num_teacher: int, *, decoder: bool) -> tupl
     return tuple(index if index < num_teacher else None for index in range(num_student))
 
 
-def link_layers(
-    student: ModelMixin,
-    teacher: ModelMixin,
-    *,
-    stages: Sequence[int] | None = None,
-    layers: BlockLayers | None = None,
-) -> list[Link]:
-    """Walk both UNets as a sample goes through them.
+def link_layers(student: ModelMixin, teacher: ModelMixin, layers: BlockLayers | None = None) -> list[Link]:
+    """Links in the order in which the student, made by `build_student`, runs; there are none of layers without weights.
 
     Args:
-        student: a diffusers UNet made from the teacher by `build_student`.
+        student: a diffusers UNet.
         teacher: a diffusers UNet.
-        stages: the teacher's stage of each of the student's; by default `match_stages`.
-        layers: layers to copy in named blocks; by default `default_layers`.
-
-    Returns:
-        Links in the order in which the student runs; layers that have no weights have none.
+        layers: the teacher's layers to copy in named blocks; by default `default_layers`.
 
     Raises:
-        ValueError: for blocks of unknown kinds, and for stages or layers that the teacher does not have.
+        ValueError: for blocks of unknown kinds, and for layers that the teacher does not have.
     """
-    return _Walk(student, teacher, stages, dict(layers or {})).links
+    return _Walk(student, teacher, dict(layers or {})).links
 
 
 class _Walk:
@@ -103,19 +83,12 @@ class _Walk:
         self,
         student: ModelMixin,
         teacher: ModelMixin,
-        stages: Sequence[int] | None,
         layers: dict[str, Sequence[int]],
     ):
         self.links: list[Link] = []
         self.layers = layers
-        self.stages = tuple(match_stages(student, teacher) if stages is None else stages)
-        num_stages, all_stages = (len(unet.config.block_out_channels) for unet in (student, teacher))
-        ordered = sorted(set(self.stages)) == list(self.stages)
-        if len(self.stages) != num_stages or not ordered or not set(self.stages) <= set(range(all_stages)):
-            raise ValueError(
-                f"stages must name {num_stages} of the teacher's 0 to {all_stages - 1} in order, not {self.stages}"
-            )
-        blocks = {f"{way}_blocks.{index}" for way in ("down", "up") for index in range(num_stages)}
+        self.stages = match_stages(student, teacher)
+        blocks = {f"{way}_blocks.{index}" for way in ("down", "up") for index in range(len(self.stages))}
         if unknown := set(layers) - blocks:
             raise ValueError(f"layers names {sorted(unknown)[0]!r}, which is no block of the student")
         for unet in (student, teacher):
@@ -284,21 +257,20 @@ class _Walk:
         return stream
 
     def _resnet(self, student: Layer, teacher: Layer, reads: Sequence[Stream]) -> Stream:
-        def of(name: str) -> tuple[Layer, Layer]:
-            return getattr(student, name, None), getattr(teacher, name, None)
-
-        self._link(*of("norm1"), reads, reads)
+        self._link(*_both(student, teacher, "norm1"), reads, reads)
         hidden = self._new(student.conv1, getattr(teacher, "conv1", None))
-        self._link(*of("conv1"), reads, [hidden])
+        self._link(*_both(student, teacher, "conv1"), reads, [hidden])
         twice = student.time_embedding_norm == "scale_shift"
-        self._link(*of("time_emb_proj"), self.embedding, [hidden, hidden] if twice else [hidden])
-        self._link(*of("norm2"), [hidden], [hidden])
+        self._link(*_both(student, teacher, "time_emb_proj"), self.embedding, [hidden, hidden] if twice else [hidden])
+        self._link(*_both(student, teacher, "norm2"), [hidden], [hidden])
         stays = student.conv_shortcut is None and getattr(teacher, "conv_shortcut", None) is None and len(reads) == 1
         out = reads[0] if stays else self._new(student.conv2, getattr(teacher, "conv2", None))
         both = None if teacher is None else (student, teacher)
         adds = student.conv_shortcut is None
-        self._link(*of("conv2"), [hidden], [out], residual=both if adds else None, ends_branch=adds)
-        self._link(*of("conv_shortcut"), reads, [out], residual=both)
+        self._link(
+            *_both(student, teacher, "conv2"), [hidden], [out], residual=both if adds else None, ends_branch=adds
+        )
+        self._link(*_both(student, teacher, "conv_shortcut"), reads, [out], residual=both)
         return out
 
     # ---- attention
@@ -318,42 +290,36 @@ class _Walk:
         if type(teacher) is not type(student):
             teacher = None
 
-        def of(name: str) -> tuple[Layer, Layer]:
-            return getattr(student, name, None), getattr(teacher, name, None)
-
-        self._link(*of("group_norm"), [stream], [stream])
+        self._link(*_both(student, teacher, "group_norm"), [stream], [stream])
         heads = student.heads, student.heads if teacher is None else teacher.heads
         out = (student.to_out[0], None if teacher is None else teacher.to_out[0])
         full, count = (0 if layer is None else channels_of(layer)[0] for layer in (out[1], out[0]))
         values = Stream(full, count, heads)
-        logits = dataclasses.replace(self._new(*of("to_q")), heads=heads, same_heads=values)
+        logits = dataclasses.replace(self._new(*_both(student, teacher, "to_q")), heads=heads, same_heads=values)
         sizes = [student.to_q.out_features // heads[0], max(1, logits.teacher // heads[1])]
         # Logits are divided by the root of a head's channels; a head that has each channel twice adds up each twice.
         scale = math.sqrt(sizes[0] / sizes[1]) / max(1, sizes[0] / sizes[1])
-        source = self._outside(*of("to_k")) if student.is_cross_attention else stream
-        self._link(*of("to_q"), [stream], [logits], scale=scale, is_logit=True)
-        self._link(*of("to_k"), [source], [logits], is_logit=True)
-        self._link(*of("to_v"), [source], [values])
+        source = self._outside(*_both(student, teacher, "to_k")) if student.is_cross_attention else stream
+        self._link(*_both(student, teacher, "to_q"), [stream], [logits], scale=scale, is_logit=True)
+        self._link(*_both(student, teacher, "to_k"), [source], [logits], is_logit=True)
+        self._link(*_both(student, teacher, "to_v"), [source], [values])
         for name, target in (("add_k_proj", logits), ("add_v_proj", values)):
-            layer, origin = of(name)
+            layer, origin = _both(student, teacher, name)
             if layer is not None:
                 self._link(layer, origin, [self._outside(layer, origin)], [target])
         adds = residual and teacher is not None
         self._link(*out, [values], [stream], residual=(student, teacher) if adds else None, ends_branch=True)
 
     def _transformer(self, student: Layer, teacher: Layer, stream: Stream) -> None:
-        def of(name: str) -> tuple[Layer, Layer]:
-            return getattr(student, name, None), getattr(teacher, name, None)
-
         if type(teacher) is not type(student):
             teacher = None
-        self._link(*of("norm"), [stream], [stream])
-        inner = self._layer(*of("proj_in"), [stream])
+        self._link(*_both(student, teacher, "norm"), [stream], [stream])
+        inner = self._layer(*_both(student, teacher, "proj_in"), [stream])
         assert inner is not None
         for index, block in enumerate(student.transformer_blocks):
             self._transformer_block(block, _at(getattr(teacher, "transformer_blocks", ()), index), inner)
         both = None if teacher is None else (student, teacher)
-        self._link(*of("proj_out"), [inner], [stream], residual=both, ends_branch=True)
+        self._link(*_both(student, teacher, "proj_out"), [inner], [stream], residual=both, ends_branch=True)
 
     def _transformer_block(self, student: Layer, teacher: Layer, stream: Stream) -> None:
         for norm, attention in (("norm1", "attn1"), ("norm2", "attn2")):
@@ -368,6 +334,10 @@ class _Walk:
         gated = channels_of(first)[1] // hidden.student  # a gated layer computes hidden channels, then their gates
         self._link(first, source, [stream], [hidden] * gated)
         self._link(feed[2], None if origin is None else origin[2], [hidden], [stream], ends_branch=True)
+
+
+def _both(student: Layer, teacher: Layer, name: str) -> tuple[Layer, Layer]:
+    return getattr(student, name, None), getattr(teacher, name, None)
 
 
 def _at(modules: Any, index: int | None) -> Layer:

@@ -43,8 +43,6 @@ def fit_layers(
     teacher: ModelMixin,
     batches: Batches,
     schedule: Schedule,
-    *,
-    ridge: float = RIDGE,
 ) -> list[Link]:
     """Fit convolutions, linear layers and norms in the order in which the student runs, in one pass of all batches.
 
@@ -57,13 +55,9 @@ def fit_layers(
         teacher: left as it is.
         batches: kept in memory together, with the activations of every layer.
         schedule: the teacher's.
-        ridge: share of the mean variance of a layer's inputs that holds what the data do not decide.
 
     Returns:
         The links that were fitted. Layers of another resolution than the teacher's are not.
-
-    Raises:
-        ValueError: for no batches.
     """
     batch = _join(batches)
     fitted = [link for link in links if link.teacher is not None and isinstance(link.student, KINDS)]
@@ -82,7 +76,7 @@ def fit_layers(
                 if added.shape != target.shape:
                     return
                 target = target - added
-            if _fit(link, module, inputs[0], target, ridge):
+            if _fit(link, module, inputs[0], target):
                 done.append(link)
 
         return hook
@@ -131,9 +125,9 @@ def _keep_target(link: Link, targets: dict[Link, Tensor]) -> Any:
     return (link.residual[1] if link.residual else link.teacher).register_forward_hook(hook)
 
 
-def _fit(link: Link, module: Layer, inputs: Tensor, target: Tensor, ridge: float) -> bool:
+def _fit(link: Link, module: Layer, inputs: Tensor, target: Tensor) -> bool:
     if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-        return _fit_norm(module, inputs, target, ridge)
+        return _fit_norm(module, inputs, target)
     patches = _patches(module, inputs[:1])
     if patches.shape[1] != target.shape[1]:
         return False
@@ -160,7 +154,7 @@ def _fit(link: Link, module: Layer, inputs: Tensor, target: Tensor, ridge: float
     gram, cross = gram / count, cross / count
     if module.bias is not None:
         gram, cross = gram - torch.outer(mean, mean), cross - torch.outer(mean, missing)
-    held = gram + ridge * gram.diagonal().mean().clamp(min=1e-20) * torch.eye(
+    held = gram + RIDGE * gram.diagonal().mean().clamp(min=1e-20) * torch.eye(
         size, dtype=gram.dtype, device=gram.device
     )
     change = torch.linalg.solve(held, cross).T
@@ -184,7 +178,7 @@ def _norm_rows(maps: Tensor) -> Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
-def _fit_norm(module: nn.GroupNorm | nn.LayerNorm, inputs: Tensor, target: Tensor, ridge: float) -> bool:
+def _fit_norm(module: nn.GroupNorm | nn.LayerNorm, inputs: Tensor, target: Tensor) -> bool:
     """Each channel's factor and offset."""
     if isinstance(module, nn.GroupNorm):
         normed = _norm_rows(F.group_norm(inputs, module.num_groups, eps=module.eps))
@@ -196,7 +190,7 @@ def _fit_norm(module: nn.GroupNorm | nn.LayerNorm, inputs: Tensor, target: Tenso
     mean, target_mean = normed.mean(0), target.mean(0)
     variance = (normed - mean).square().mean(0)
     covariance = ((normed - mean) * (target - target_mean)).mean(0)
-    held = ridge * variance.mean().clamp(min=1e-20)
+    held = RIDGE * variance.mean().clamp(min=1e-20)
     weight = (covariance + held * module.weight.double()) / (variance + held)
     module.weight.copy_(weight)
     module.bias.copy_(target_mean - weight * mean)

@@ -108,14 +108,7 @@ WITHOUT_COST = frozenset(
 
 
 def published_cost(config: Mapping[str, Any]) -> PublishedCost | None:
-    """What is published about a UNet of this configuration.
-
-    Args:
-        config: of a UNet; `unet.config`, or what its config.json holds.
-
-    Returns:
-        None for a UNet that `PUBLISHED` does not have. Without `macs` where the sample size is not the published one.
-    """
+    """What is published about a UNet of this configuration; at another sample size than that without `macs`."""
     wanted = _structure(config)
     for (teacher, student), cost in PUBLISHED.items():
         known = {**TEACHERS[teacher], **reduce_config(TEACHERS[teacher], REDUCTIONS.get(student or "", Reduction()))}

@@ -47,7 +47,7 @@ class Stream:
 
 @dataclass(eq=False)
 class Link:
-    """A student layer, the teacher layer that it is made from, and the streams both sit between.
+    """A student layer, the teacher layer that it is made from, and the streams that both are between.
 
     Attributes:
         student: layer with weights.
@@ -89,11 +89,9 @@ def channel_axes(module: Layer) -> tuple[int, int]:
 
 
 def weights_by_stream(link: Link, *, reading: bool) -> list[tuple[Stream, slice, Tensor]]:
-    """The parts of a teacher layer's weight that read, or write, each of its streams.
+    """For each stream that a teacher layer reads, or writes: where it lies among the channels, and its weights.
 
-    Returns:
-        For each stream in order: it, where it lies among the layer's channels, and the weights of its channels,
-        `[channels, all others]`, float32. Nothing for norms.
+    Weights are `[channels, all others]`, float32; there are none for norms.
     """
     weight = getattr(link.teacher, "weight", None)
     streams = link.reads if reading else link.writes

@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vkd_gen.choices import FeatureLoss
+from vkd_gen.losses import feature_losses
+
 
 class Projector(nn.Module):
     """A module whose forward brings student rows `[B, N, Ds]` and target rows `[B, N, Dt]` into one space.
@@ -12,15 +15,7 @@ class Projector(nn.Module):
     Args:
         student_channels: Ds.
         target_channels: Dt.
-
-    Attributes:
-        has_narrow_form: whether `compare_narrow` can stand for `forward`, see `SolvedProjector`.
-
-    Raises:
-        ValueError: without channels.
     """
-
-    has_narrow_form = False
 
     def __init__(self, student_channels: int, target_channels: int):
         super().__init__()
@@ -28,15 +23,16 @@ class Projector(nn.Module):
             raise ValueError(f"a projector needs at least 1 channel, not {student_channels} and {target_channels}")
         self.student_channels, self.target_channels = student_channels, target_channels
 
+    def losses(self, student: Tensor, target: Tensor, kind: FeatureLoss = "mse") -> Tensor:
+        """Each sample's feature loss `[B]` between student and target rows; see `feature_losses`."""
+        student, target = self(student, target)
+        return feature_losses(student, target, kind)
+
     def initialize(self) -> None:
         """Start from the closed form for the rows of forward passes made in training mode so far, if there is one."""
 
     def after_step(self, step: int) -> None:
-        """Bring what is solved up to date: once per optimizer step, outside any compiled graph.
-
-        Args:
-            step: optimizer steps made so far.
-        """
+        """Bring what is solved up to date: once per optimizer step, with the number made so far, outside any graph."""
 
     def check_rows(self, student: Tensor, target: Tensor) -> None:
         """Raise a ValueError if the rows do not fit this projector or each other."""
@@ -55,20 +51,8 @@ class Projector(nn.Module):
         return f"{self.student_channels} -> {self.target_channels}"
 
 
-def check_refresh(refresh_every_steps: int) -> None:
-    """Raise a ValueError for what is no number of steps."""
-    if refresh_every_steps < 1:
-        raise ValueError(f"refresh_every_steps must be at least 1, not {refresh_every_steps}")
-
-
 def parameter_groups(network: nn.Module, projectors: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: the network decayed, projectors never.
-
-    Args:
-        network: the student alone.
-        projectors: may be without parameters; then there is one group.
-        weight_decay: of the network.
-    """
+    """Parameter groups for an optimizer: the student's network decayed, projectors never."""
     groups = [{"params": list(network.parameters()), "weight_decay": weight_decay}]
     projector_parameters = [parameter for projector in projectors for parameter in projector.parameters()]
     if projector_parameters:

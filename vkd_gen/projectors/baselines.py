@@ -8,12 +8,7 @@ from vkd_gen.projectors.base import Projector
 
 
 class LinearProjector(Projector):
-    """A free linear map with bias, trained: the 1x1 convolution of FitNets (Romero et al., 2015, arXiv 1412.6550).
-
-    Args:
-        student_channels: Ds.
-        target_channels: Dt.
-    """
+    """A free linear map with bias, trained: the 1x1 convolution of FitNets (Romero et al., 2015, arXiv 1412.6550)."""
 
     def __init__(self, student_channels: int, target_channels: int):
         super().__init__(student_channels, target_channels)
@@ -30,11 +25,7 @@ class LinearProjector(Projector):
 
 
 class IdentityProjector(Projector):
-    """No projection: student and target are compared as they are, as BK-SDM does (Kim et al., 2023, arXiv 2305.15798).
-
-    Raises:
-        ValueError: if the widths differ.
-    """
+    """No projection, for equal widths: compared as they are, as BK-SDM does (Kim et al., 2023, arXiv 2305.15798)."""
 
     def __init__(self, student_channels: int, target_channels: int):
         super().__init__(student_channels, target_channels)

@@ -1,6 +1,5 @@
 """Projectors that hold an orthonormal matrix P, solved or learned: no direction is stretched or squeezed (VkD)."""
 
-import contextlib
 import math
 from typing import Any, Literal
 
@@ -8,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vkd_gen.projectors.base import Projector, check_refresh
+from vkd_gen.choices import FeatureLoss
+from vkd_gen.losses import squared_errors
+from vkd_gen.projectors.base import Projector
 from vkd_gen.projectors.matrices import completed, orthonormality_error
 from vkd_gen.projectors.statistics import RunningCrossCovariance, sampling_stride
 
@@ -29,27 +30,20 @@ def OrthogonalProjector(
 
     A student narrower than the target is embedded, `g (S - mean) P` against `T - mean`, P P^T = I, so the similarities
     between its rows are kept up to the gain g. A wider student stays and the target is embedded, `g (S - mean)` against
-    `(T - mean) P`: the roles swap. P is float32 and orthonormal at every step, whatever the optimizer does.
+    `(T - mean) P`. P is float32 and orthonormal at every step, whatever the optimizer does.
 
-    Ways to hold the constraint:
-        solved: a `SolvedProjector`: P, gain and means in closed form, refreshed every few optimizer steps.
-        cayley, matrix_exp: a `LearnedProjector`, trained by the optimizer.
-        fixed: a `SolvedProjector` whose P stays where it starts; gain and means in closed form.
-
-    Miles, Elezi, Deng, "VkD", CVPR 2024, arXiv 2403.06213: the constraint, and the matrix exponential. The closed form
-    and the gain are ours.
+    The constraint, and the matrix exponential, are of Miles, Elezi, Deng, "VkD", CVPR 2024, arXiv 2403.06213; the
+    closed form and the gain are ours.
 
     Args:
         student_channels: Ds.
         target_channels: Dt, as the normaliser gives them.
-        method: see above.
+        method: `solved`: P, gain and means in closed form, refreshed every few optimizer steps. `cayley`, `matrix_exp`:
+            trained by the optimizer. `fixed`: P stays where it starts; gain and means in closed form.
         start: orthonormal rows `[narrow, wide]` that P starts from; `identity`; or `procrustes`: the solution for the
             rows seen before `initialize`, which `solved` always starts from.
         momentum: of the running statistics.
         refresh_every_steps: optimizer steps between two solutions of P.
-
-    Raises:
-        ValueError: for a value outside its range or a `start` that is not orthonormal.
 
     Example:
         >>> projector = OrthogonalProjector(4, 8)
@@ -57,19 +51,13 @@ def OrthogonalProjector(
         >>> student.shape, target.shape
         (torch.Size([2, 9, 8]), torch.Size([2, 9, 8]))
     """
+    if refresh_every_steps < 1:
+        raise ValueError(f"refresh_every_steps must be at least 1, not {refresh_every_steps}")
     match method:
         case "solved" | "fixed":
-            return SolvedProjector(
-                student_channels,
-                target_channels,
-                method=method,
-                start=start,
-                momentum=momentum,
-                refresh_every_steps=refresh_every_steps,
-            )
+            return SolvedProjector(student_channels, target_channels, method, start, momentum, refresh_every_steps)
         case "cayley" | "matrix_exp":
-            check_refresh(refresh_every_steps)
-            return LearnedProjector(student_channels, target_channels, method=method, start=start, momentum=momentum)
+            return LearnedProjector(student_channels, target_channels, method, start, momentum)
     raise ValueError(f"unknown projector method {method!r}; choose solved, cayley, matrix_exp or fixed")
 
 
@@ -86,28 +74,21 @@ class SolvedProjector(Projector):
         self,
         student_channels: int,
         target_channels: int,
-        *,
-        method: Literal["solved", "fixed"] = "solved",
-        start: Start = "identity",
-        momentum: float = 0.99,
-        refresh_every_steps: int = 10,
+        method: Literal["solved", "fixed"],
+        start: Start,
+        momentum: float,
+        refresh_every_steps: int,
     ):
         super().__init__(student_channels, target_channels)
-        check_refresh(refresh_every_steps)
         self.method, self.refresh_every_steps = method, refresh_every_steps
         self.is_wider = student_channels > target_channels
-        self.has_narrow_form = not self.is_wider
         self._solves_at_start = method == "solved" or (isinstance(start, str) and start == "procrustes")
         self.statistics = RunningCrossCovariance(student_channels, target_channels, momentum)
         self.register_buffer("solution", _first_matrix(start, student_channels, target_channels))
         self.register_buffer("gain", torch.ones(()))
 
     def matrix(self) -> Float[Tensor, "narrow wide"]:
-        """P, with orthonormal rows, float32.
-
-        Raises:
-            ValueError: if the projector was put into half precision, where rows are not orthonormal.
-        """
+        """P, with orthonormal rows; a ValueError if it was put into half precision, where it has none."""
         _refuse_half(self.solution)
         return self.solution
 
@@ -120,32 +101,31 @@ class SolvedProjector(Projector):
         (`sampling_stride`). No gradient flows into the target.
         """
         self.check_rows(student, target)
-        with _without_autocast(student.device.type):
+        with torch.autocast(student.device.type, enabled=False):
             student, target = self._centred(student, target)
             return _project(student, target, self.matrix(), self.gain, self.is_wider)
 
-    def compare_narrow(
-        self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `forward` does for a mean squared error, at half of the cost, where P embeds S (`has_narrow_form`).
+    def losses(
+        self,
+        student: Float[Tensor, "batch positions student"],
+        target: Float[Tensor, "batch positions target"],
+        kind: FeatureLoss = "mse",
+    ) -> Float[Tensor, " batch"]:
+        """Each sample's feature loss; where P embeds S, a mean squared error at half of the cost.
 
         P is an isometry, so ||g S P - T||^2 = ||g S - T P^T||^2 + ||T||^2 - ||T P^T||^2, and only the first of these
         moves the student: nothing as wide as the target has to be made, kept and differentiated.
-
-        Returns:
-            Student and target rows in the narrower one's space, float32, both `[B, N, Ds]`, scaled so that their mean
-            squared error is that of `forward`'s rows but for the third: what the target has outside of P's reach,
-            `[B]`, without gradient.
         """
-        assert self.has_narrow_form
+        if kind != "mse" or self.is_wider:
+            return super().losses(student, target, kind)
         self.check_rows(student, target)
-        with _without_autocast(student.device.type):
+        with torch.autocast(student.device.type, enabled=False):
             student, target = self._centred(student, target)
             scale = math.sqrt(self.student_channels / self.target_channels)
             reached = _map_rows(target, scale * self.matrix().T)
             outside = _sample_squares(target) - _sample_squares(reached) / scale**2
             outside = outside.clamp(min=0) / (target.shape[1] * target.shape[2])
-            return (scale * self.gain) * student, reached, outside
+            return squared_errors((scale * self.gain) * student, reached) + outside
 
     def _centred(self, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Rows in float32, about the running means, once the statistics have taken them in."""
@@ -160,20 +140,12 @@ class SolvedProjector(Projector):
         return student, target
 
     def after_step(self, step: int) -> None:
-        """Bring statistics, gain and, when due, P up to date: once per optimizer step, outside any compiled graph.
-
-        Args:
-            step: optimizer steps made so far; P is solved after the first and at every multiple of
-                `refresh_every_steps`.
-        """
+        """Bring statistics and gain up to date, and P after the first step and every `refresh_every_steps`."""
         self.statistics.merge()
         self._update(self.method == "solved" and (step == 1 or step % self.refresh_every_steps == 0))
 
     def initialize(self) -> None:
-        """Start from the closed form for the rows of forward passes made in training mode so far, without any step.
-
-        Those rows count as the running statistics' first step.
-        """
+        """Start from the closed form for the rows seen so far, which count as the statistics' first step."""
         self.statistics.restart()
         self._update(self._solves_at_start)
 
@@ -194,9 +166,8 @@ class SolvedProjector(Projector):
 class LearnedProjector(Projector):
     """P = leading rows of base * map(A), A skew and trained, with gain and bias. The base is where it starts: A = 0.
 
-    Weight decay pulls A to 0 and so P to where it started; it cannot make P anything but orthonormal. (torch's own
-    default map for rectangular weights turns to zero under weight decay: its signs are stored as decayed parameters.)
-    Arguments are those of `OrthogonalProjector`.
+    Weight decay pulls A to 0 and so P to where it started. (torch's own map for rectangular weights turns to zero under
+    weight decay: its signs are stored as decayed parameters.) Arguments are those of `OrthogonalProjector`.
     """
 
     base: Tensor
@@ -205,10 +176,9 @@ class LearnedProjector(Projector):
         self,
         student_channels: int,
         target_channels: int,
-        *,
         method: Literal["cayley", "matrix_exp"],
-        start: Start = "identity",
-        momentum: float = 0.99,
+        start: Start,
+        momentum: float,
     ):
         super().__init__(student_channels, target_channels)
         self.method = method
@@ -223,7 +193,7 @@ class LearnedProjector(Projector):
         self.register_load_state_dict_post_hook(_stop_accumulating)
 
     def matrix(self) -> Float[Tensor, "narrow wide"]:
-        """P, with orthonormal rows, float32; raises a ValueError as `SolvedProjector.matrix` does."""
+        """P, as `SolvedProjector.matrix`."""
         _refuse_half(self.base)
         with torch.autocast(self.tangent.device.type, enabled=False):
             wide, narrow = self.tangent.shape
@@ -243,11 +213,10 @@ class LearnedProjector(Projector):
     ) -> tuple[Tensor, Tensor]:
         """Student and target rows in the wider one's space, float32, both `[B, N, wide]`.
 
-        In training mode, before `initialize`, rows also enter the statistics that a start from `procrustes` needs. No
-        gradient flows into the target.
+        In training mode, before `initialize`, rows also enter the statistics that a start from `procrustes` needs.
         """
         self.check_rows(student, target)
-        with _without_autocast(student.device.type):
+        with torch.autocast(student.device.type, enabled=False):
             student, target = student.float(), target.detach().float()
             if self.training and self._accumulates:
                 self.statistics.accumulate(student.flatten(0, -2), target.flatten(0, -2))
@@ -256,7 +225,7 @@ class LearnedProjector(Projector):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Start from the closed form for the rows seen in training mode so far; from a given start it stays there."""
+        """From `procrustes`, start from the closed form for the rows seen so far; from elsewhere, stay there."""
         if not self._accumulates:
             return
         statistics = self.statistics
@@ -311,13 +280,6 @@ def _stop_accumulating(projector: LearnedProjector, _incompatible_keys: Any) -> 
     """After loading: a projector that was initialized before it was saved collects nothing more."""
     if projector.statistics.num_merges > 0:
         projector._accumulates = False
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """A context without autocast; where there is none anyway it costs nothing."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _sample_squares(rows: Float[Tensor, "batch positions channels"]) -> Float[Tensor, " batch"]:

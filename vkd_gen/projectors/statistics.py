@@ -12,10 +12,9 @@ from vkd_gen.projectors.matrices import procrustes
 
 
 def sampling_stride(num_positions: int) -> int:
-    """Every how many positions of a sample statistics look at one, so that they see about 2 sqrt(N) of N.
+    """Every how many positions of a sample statistics take one, about 2 sqrt(N) of N: neighbours say nearly the same.
 
-    Neighbours say nearly the same, and samples are many. The stride has no divisor in common with the number of
-    positions, so that it visits all columns of a map.
+    The stride has no divisor in common with the number of positions, so that it visits all columns of a map.
 
     Example:
         >>> [sampling_stride(side * side) for side in (1, 4, 8, 32, 64)]
@@ -96,12 +95,7 @@ class RunningCrossCovariance(nn.Module):
     def accumulate_deviations(
         self, student: Float[Tensor, "batch positions student"], target: Float[Tensor, "batch positions target"]
     ) -> None:
-        """Add rows, given as deviations from the running means, to the sums: cheaper, where those are known.
-
-        Args:
-            student: float32, `[B, N, Ds]`, in any order in memory.
-            target: float32, `[B, N, Dt]`.
-        """
+        """Add float32 rows, given as deviations from the running means, to the sums: cheaper, where those are known."""
         student = student.detach()
         count, positions = student.shape[0] * student.shape[1], student.shape[1]
         scalars = [torch.full_like(self.sums[0], count), _squares(student), _squares(target)]
@@ -143,11 +137,7 @@ class RunningCrossCovariance(nn.Module):
         self.has_means = True
 
     def restart(self) -> None:
-        """Forget the averages: rows added since the last merge count as the first step.
-
-        Raises:
-            ValueError: without such rows.
-        """
+        """Forget the averages: rows added since the last merge count as the first step; without any, a ValueError."""
         self.num_merges.zero_()
         self.merge()
         if self.num_merges == 0:
