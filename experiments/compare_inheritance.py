@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tables import TextTable, decimals_for, print_tables
+from tables import decimals_for, print_tables
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.cli import announce, repository_path, run_command
 from vkd_gen.evaluation.labels import label_of
+from vkd_gen.evaluation.tables import Table
 from vkd_gen.provenance import environment, write_json
 from vkd_gen.reductions import Reduction
 
@@ -165,16 +166,10 @@ def train(config: InheritanceConfig, width: float, arm: str, seed: int) -> dict[
     return json.loads((folder / "results.json").read_text())["rows"]["student"]
 
 
-def before_training_table(*files: dict[str, Any]) -> TextTable:
-    """The error before training of each choice of channels and each rescaling, for every teacher and width."""
-    columns = {name: rows for known in files for name, rows in known["before_training"].items()}
-    return _table("Error before training", columns, dict.fromkeys(columns, 4))
-
-
-def layers_table(*files: dict[str, Any]) -> TextTable:
+def layers_table(*files: dict[str, Any]) -> Table:
     """The error before training of students with one layer in each block, by the choice of the teacher's layers."""
-    header = ["teacher", "choices", "the rule", "best", "worst with the very last layer", "best without it"]
-    rows = []
+    header = ["choices", "the rule", "best", "worst with the very last layer", "best without it"]
+    rows: dict[str, list[str]] = {}
     for teacher, choices in ((name, rows) for known in files for name, rows in known["layers"].items()):
         if len(choices) < 2:  # the teacher has one layer in each block
             continue
@@ -185,30 +180,37 @@ def layers_table(*files: dict[str, Any]) -> TextTable:
         with_last = [choice["error"] for choice in choices if last in choice["layers"][block]]
         others = [f"{error:.4f}" for error in errors if error not in with_last] or ["-"]
         place = f"{rule:.4f} (place {errors.index(rule) + 1})"
-        rows.append([teacher, str(len(choices)), place, f"{errors[0]:.4f}", f"{max(with_last):.4f}", others[0]])
-    return TextTable("Error before training, by layers", header, rows)
+        rows[teacher] = [str(len(choices)), place, f"{errors[0]:.4f}", f"{max(with_last):.4f}", others[0]]
+    return Table(list(rows), [(heading, [cells[i] for cells in rows.values()]) for i, heading in enumerate(header)])
 
 
-def after_training_table(known: dict[str, Any], width: str) -> TextTable:
-    """Scores after the runs of one width."""
-    scores = known["after_training"][width]
-    columns: dict[str, dict[str, dict[str, Any]]] = {}
-    for arm, cells in scores.items():
-        for score, cell in cells.items():
-            columns.setdefault(label_of(score), {})[arm] = cell
-    decimals = {name: decimals_for([cell["mean"] for cell in rows.values()]) for name, rows in columns.items()}
-    return _table(f"After {known['protocol']['max_train_steps']} steps, {width}", columns, decimals)
+def tables_before_training(*files: dict[str, Any]) -> dict[str, Table]:
+    """Title -> table of every teacher and width; none without results."""
+    columns = {name: rows for known in files for name, rows in known["before_training"].items()}
+    tables = {"Error before training": _table(columns, 4), "Error before training, by layers": layers_table(*files)}
+    return {title: table for title, table in tables.items() if table.names}
 
 
-def _table(title: str, columns: dict[str, dict[str, dict[str, Any]]], decimals: dict[str, int]) -> TextTable:
-    """A table of means and standard deviations over seeds: column -> row -> cell."""
+def tables_after_training(known: dict[str, Any]) -> dict[str, Table]:
+    """Title -> table of the scores after the runs, for each width."""
+    tables = {}
+    for width, arms in known["after_training"].items():
+        scores = dict.fromkeys(score for cells in arms.values() for score in cells)
+        columns = {label_of(score): {arm: cells[score] for arm, cells in arms.items()} for score in scores}
+        tables[f"After {known['protocol']['max_train_steps']} steps, {width}"] = _table(columns)
+    return tables
 
-    def text(cell: dict[str, Any] | None, places: int) -> str:
-        return f"{cell['mean']:.{places}f} ± {cell['standard_deviation']:.{places}f}" if cell else "-"
 
-    names = dict.fromkeys(name for rows in columns.values() for name in rows)
-    rows = [[name, *(text(cells.get(name), decimals[key]) for key, cells in columns.items())] for name in names]
-    return TextTable(title, ["", *columns], rows)
+def _table(columns: dict[str, dict[str, dict[str, Any]]], decimals: int | None = None) -> Table:
+    """Means and standard deviations over seeds, from column -> row -> cell."""
+    names = list(dict.fromkeys(name for rows in columns.values() for name in rows))
+    table = []
+    for heading, rows in columns.items():
+        places = decimals_for([cell["mean"] for cell in rows.values()]) if decimals is None else decimals
+        spreads = {name: (cell["mean"], cell["standard_deviation"]) for name, cell in rows.items()}
+        texts = {name: f"{mean:.{places}f} ± {spread:.{places}f}" for name, (mean, spread) in spreads.items()}
+        table.append((heading, [texts.get(name, "-") for name in names]))
+    return Table(names, table)
 
 
 def read_results(config: InheritanceConfig) -> dict[str, Any]:
@@ -240,8 +242,7 @@ def main(config: InheritanceConfig) -> None:
             if column not in known["before_training"]:
                 known["before_training"][column] = errors_before_training(config, folder, dataset, width)
                 write_json(path, known)
-    tables = [before_training_table(known), layers_table(known)]
-    print_tables([table for table in tables if table.rows])
+    print_tables(tables_before_training(known))
     if not config.max_train_steps:
         return
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -256,7 +257,7 @@ def main(config: InheritanceConfig) -> None:
             for title, rows in scores.items()
         }
         write_json(path, known)
-    print_tables([after_training_table(known, width) for width in known["after_training"]])
+    print_tables(tables_after_training(known))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def show_results(config: ComparisonConfig, records: RunRecords) -> None:
     """Print the tables of the runs that were asked for, write them down, and draw the figure."""
     from figures import draw_differences  # here, since it takes seconds to load: flags are read before
     from tables import markdown_page, notes_of, print_tables, tables_of
+    from vkd_gen.evaluation.figures import save_figure
 
     comparison = comparison_of(config, records)
     if comparison is None:
@@ -112,8 +113,7 @@ def show_results(config: ComparisonConfig, records: RunRecords) -> None:
     if (figure := draw_differences(comparison)) is not None:
         config.figures_folder.mkdir(parents=True, exist_ok=True)
         written.append(config.figures_folder / f"{config.preset}.png")
-        with whole_file(written[-1]) as temporary:
-            figure.savefig(temporary, bbox_inches="tight")
+        save_figure(figure, written[-1])
     for path in written:
         print(f"written: {path}")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from paired import PairedDifference
 from tables import Comparison
+from vkd_gen.evaluation.figures import panels
 from vkd_gen.evaluation.labels import label_of
 from vkd_gen.text import figure_text
 
@@ -21,8 +22,6 @@ def draw_differences(comparison: Comparison) -> Any | None:
     Returns:
         A matplotlib figure; None if there is nothing to compare.
     """
-    from matplotlib.figure import Figure
-
     scores = [name for name in ("teacher_distance", comparison.frechet_distance) if name in comparison.shown_scores]
     others = [arm for arm in comparison.arms if arm != comparison.control]
     found = {
@@ -35,9 +34,8 @@ def draw_differences(comparison: Comparison) -> Any | None:
     starts = [start for start in comparison.starts if any(key[0] == start for key in found)]
     if not starts:
         return None
-    size = (5.6 * len(scores), (0.3 * len(others) + 1.1) * len(starts))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    axes = figure.subplots(len(starts), len(scores), squeeze=False, sharey="row")
+    size = (5.6, 0.3 * len(others) + 1.1)
+    figure, axes = panels(len(starts), len(scores), size, sharey="row")
     for line, start in zip(axes, starts, strict=True):
         first = [(found[start, arm, scores[0]].mean, arm) for arm in others if (start, arm, scores[0]) in found]
         order = [arm for _, arm in sorted(first)]
@@ -73,5 +71,4 @@ def _draw_panel(axis: Any, differences: Sequence[PairedDifference | None]) -> No
     axis.axvline(0, color="0.2", linewidth=1, zorder=1)
     axis.set_xlim(low, high)
     axis.grid(axis="x", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(which="both", labelsize=8)
+    axis.grid(visible=False, axis="y")

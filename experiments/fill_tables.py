@@ -16,13 +16,14 @@ import compare_inheritance
 from compare_methods import comparison_of
 from plan import PRESETS, ComparisonConfig
 from records import RunRecords
-from tables import TextTable, markdown_tables, tables_of
+from tables import markdown_tables, tables_of
+from vkd_gen.evaluation.tables import Table
 
 FOLDER = Path(__file__).parent
 BLOCK = re.compile(r"^(<!-- (compare_\w+)\.py (.*?)(?: \| (\w+))? -->)\n.*?\n(<!-- end -->)$", re.MULTILINE | re.DOTALL)
 
 
-def methods_tables(words: Sequence[str]) -> list[TextTable]:
+def methods_tables(words: Sequence[str]) -> dict[str, Table]:
     """The tables that compare_methods.py prints, of the runs that the results file holds."""
     preset = PRESETS[words[words.index("--preset") + 1]]
     config = tyro.cli(ComparisonConfig, default=preset, args=words, use_underscores=True)
@@ -32,26 +33,23 @@ def methods_tables(words: Sequence[str]) -> list[TextTable]:
     return tables_of(comparison)
 
 
-def inheritance_tables(words: Sequence[str]) -> list[TextTable]:
+def inheritance_tables(kind: str) -> dict[str, Table]:
     """The tables that compare_inheritance.py prints: `before_training`, `layers` or `after_training`."""
     paths = [FOLDER / "results" / f"{name}.json" for name in ("inheritance", "inheritance-mnist-cifar10")]
     files = [json.loads(path.read_text()) for path in paths]
-    match words:
-        case ["before_training"]:
-            return [compare_inheritance.before_training_table(*files)]
-        case ["layers"]:
-            return [compare_inheritance.layers_table(*files)]
-        case _:
-            return [compare_inheritance.after_training_table(files[0], width) for width in files[0]["after_training"]]
+    if kind == "after_training":
+        return compare_inheritance.tables_after_training(files[0])
+    tables = compare_inheritance.tables_before_training(*files)
+    return {title: table for title, table in tables.items() if title.endswith("by layers") == (kind == "layers")}
 
 
 def filled(text: str) -> str:
     """A page with its tables made anew."""
 
     def block(found: re.Match[str]) -> str:
-        words = shlex.split(found[3])
-        tables = methods_tables(words) if found[2] == "compare_methods" else inheritance_tables(words)
-        shown = [table for table in tables if table.title.lower().startswith(found[4] or "")]
+        is_methods = found[2] == "compare_methods"
+        tables = methods_tables(shlex.split(found[3])) if is_methods else inheritance_tables(found[3])
+        shown = {title: table for title, table in tables.items() if title.lower().startswith(found[4] or "")}
         return f"{found[1]}\n\n{markdown_tables(shown)}\n{found[5]}"
 
     return BLOCK.sub(block, text)

@@ -8,6 +8,7 @@ from typing import Any
 
 from paired import PairedDifference, paired_difference, share_of_gap, summarize
 from vkd_gen.evaluation.labels import describe, label_of
+from vkd_gen.evaluation.tables import Table, print_columns
 
 SHOWN = ("teacher_distance", "denoising_error", r"fid(_(?!training|held_out).+)?", r"kid(_(?!std).+)?")
 """Patterns of the scores that are compared, the least noisy first; less of them is better. The results file has all."""
@@ -65,15 +66,6 @@ class Comparison:
         return next((name for name in self.shown_scores if name.startswith("fid")), None)
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """A table of text: first column names, the others numbers."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
 def decimals_for(values: Sequence[float]) -> int:
     """Decimals that show the largest of some values in four digits.
 
@@ -84,38 +76,36 @@ def decimals_for(values: Sequence[float]) -> int:
     return max(0, 3 - math.floor(math.log10(largest))) if largest else 0
 
 
-def tables_of(comparison: Comparison) -> list[TextTable]:
-    """For each start what the arms score, and how that differs from the control."""
-    tables = []
+def tables_of(comparison: Comparison) -> dict[str, Table]:
+    """Title -> table: for each start what the arms score, and how that differs from the control."""
+    tables = {}
     for start in comparison.starts:
-        tables.append(_scores_table(comparison, start))
+        tables[f"Scores, {start} weights"] = _scores_table(comparison, start)
         if len(comparison.arms) > 1:
-            tables.append(_differences_table(comparison, start))
+            tables[f"Differences to {comparison.control}, {start} weights"] = _differences_table(comparison, start)
     return tables
 
 
-def _scores_table(comparison: Comparison, start: str) -> TextTable:
-    scores = {score: comparison.decimals(start, score) for score in comparison.shown_scores}
-    frechet = comparison.frechet_distance if BASELINE in comparison.arms else None
+def _scores_table(comparison: Comparison, start: str) -> Table:
     references = comparison.reference.get("rows", {})
-    target = references.get("teacher", {}).get(frechet)
-    rows = []
-    for arm in comparison.arms:
-        runs = comparison.runs(start, arm)
-        cells = [arm, f"{len(runs)} of {comparison.num_seeds}"]
-        for score, decimals in scores.items():
-            cells.append(_with_spread(list(comparison.scores(start, arm, score).values()), decimals))
-        if frechet:
-            baseline = comparison.scores(start, BASELINE, frechet)
-            share = None if target is None else share_of_gap(comparison.scores(start, arm, frechet), baseline, target)
-            cells.append("-" if share is None else f"{share:.0%}")
-        steps = {record["steps"] for record in runs.values()}
-        rows.append([*cells, f"{steps.pop():,}" if steps else "-"])
-    for name, row in references.items():
-        known = [f"{row[score]:.{decimals}f}" if score in row else "-" for score, decimals in scores.items()]
-        rows.append([name, "-", *known, *(["-"] if frechet else []), "-"])
-    header = ["", "runs", *map(label_of, scores), *(["share of the gap"] if frechet else []), "steps"]
-    return TextTable(f"Scores, {start} weights", header, rows)
+    runs = [comparison.runs(start, arm) for arm in comparison.arms]
+    columns = [("runs", [f"{len(found)} of {comparison.num_seeds}" for found in runs])]
+    for score in comparison.shown_scores:
+        decimals = comparison.decimals(start, score)
+        values = [list(comparison.scores(start, arm, score).values()) for arm in comparison.arms]
+        known = [f"{row[score]:.{decimals}f}" if score in row else "-" for row in references.values()]
+        columns.append((label_of(score), [_with_spread(found, decimals) for found in values] + known))
+    if (frechet := comparison.frechet_distance) and BASELINE in comparison.arms:
+        target, baseline = references.get("teacher", {}).get(frechet), comparison.scores(start, BASELINE, frechet)
+        shares = [
+            None if target is None else share_of_gap(comparison.scores(start, arm, frechet), baseline, target)
+            for arm in comparison.arms
+        ]
+        columns.append(("share of the gap", ["-" if share is None else f"{share:.0%}" for share in shares]))
+    columns.append(("steps", [f"{next(iter(found.values()))['steps']:,}" if found else "-" for found in runs]))
+    num_rows = len(runs) + len(references)
+    filled = [(heading, cells + ["-"] * (num_rows - len(cells))) for heading, cells in columns]
+    return Table([*comparison.arms, *references], filled)
 
 
 def _with_spread(values: Sequence[float], decimals: int) -> str:
@@ -126,14 +116,14 @@ def _with_spread(values: Sequence[float], decimals: int) -> str:
     return f"{summary.mean:.{decimals}f}{spread}"
 
 
-def _differences_table(comparison: Comparison, start: str) -> TextTable:
-    scores = {score: comparison.decimals(start, score) for score in comparison.shown_scores}
-    rows = [
-        [arm, *(_in_words(comparison.difference(start, arm, score), decimals) for score, decimals in scores.items())]
-        for arm in comparison.arms
-        if arm != comparison.control
-    ]
-    return TextTable(f"Differences to {comparison.control}, {start} weights", ["", *map(label_of, scores)], rows)
+def _differences_table(comparison: Comparison, start: str) -> Table:
+    arms = [arm for arm in comparison.arms if arm != comparison.control]
+    columns = []
+    for score in comparison.shown_scores:
+        decimals = comparison.decimals(start, score)
+        differences = [comparison.difference(start, arm, score) for arm in arms]
+        columns.append((label_of(score), [_in_words(difference, decimals) for difference in differences]))
+    return Table(arms, columns)
 
 
 def _in_words(difference: PairedDifference | None, decimals: int) -> str:
@@ -161,14 +151,9 @@ def notes_of(comparison: Comparison) -> list[str]:
     return notes + [f"{label_of(name)}: {describe(value)}" for name, value in protocol.items()]
 
 
-def markdown_tables(tables: Sequence[TextTable]) -> str:
+def markdown_tables(tables: Mapping[str, Table]) -> str:
     """Tables as Markdown, each under its title."""
-    lines = []
-    for table in tables:
-        rows = ["| " + " | ".join(cells) + " |" for cells in (table.header, *table.rows)]
-        rule = "|---" + "|---:" * (len(table.header) - 1) + "|"
-        lines += [f"### {table.title}", "", rows[0], rule, *rows[1:], ""]
-    return "\n".join(lines)
+    return "\n".join(f"### {title}\n\n{table.markdown()}\n" for title, table in tables.items())
 
 
 def markdown_page(comparison: Comparison) -> str:
@@ -177,11 +162,8 @@ def markdown_page(comparison: Comparison) -> str:
     return f"{markdown_tables(tables_of(comparison))}\n{notes}\n"
 
 
-def print_tables(tables: Sequence[TextTable]) -> None:
+def print_tables(tables: Mapping[str, Table]) -> None:
     """Tables for a terminal, each under its title."""
-    from vkd_gen.evaluation.tables import print_columns
-
-    for table in tables:
-        names, *columns = zip(*table.rows, strict=True)
-        print(f"\n{table.title}")
-        print_columns(names, list(zip(table.header[1:], columns, strict=True)))
+    for title, table in tables.items():
+        print(f"\n{title}")
+        print_columns(table.names, table.columns)

@@ -26,7 +26,7 @@ def compare(monkeypatch, tmp_path):
 
 
 def cells(table, row):
-    return dict(zip(table.header, next(cells for cells in table.rows if cells[0] == row), strict=True))
+    return {heading: column[table.names.index(row)] for heading, column in table.columns}
 
 
 def test_tables_by_hand():
@@ -44,14 +44,14 @@ def test_tables_by_hand():
         "after_training": {"width 0.5": {"way": {"fid_digits": cell(12.0), "denoising_error": cell(0.1)}}},
     }
     other = {"before_training": {"b": {"random": cell(3.0)}}, "layers": {}}
-    before = compare_inheritance.before_training_table(known, other)
-    assert cells(before, "first") == {"": "first", "a": "1.0000 ± 0.5000", "b": "-"}
-    assert cells(before, "random") == {"": "random", "a": "2.0000 ± 0.5000", "b": "3.0000 ± 0.5000"}
-    (row,) = compare_inheritance.layers_table(known, other).rows
-    assert row == ["a", "4", "0.2000 (place 2)", "0.1000", "0.2000", "0.9000"]
-    after = compare_inheritance.after_training_table(known, "width 0.5")
-    assert after.title == "After 7 steps, width 0.5"
-    assert list(cells(after, "way").values())[1:] == ["12.00 ± 0.50", "0.1000 ± 0.5000"]
+    before = compare_inheritance.tables_before_training(known, other)["Error before training"]
+    assert cells(before, "first") == {"a": "1.0000 ± 0.5000", "b": "-"}
+    assert cells(before, "random") == {"a": "2.0000 ± 0.5000", "b": "3.0000 ± 0.5000"}
+    layers = compare_inheritance.layers_table(known, other)
+    assert layers.names == ["a"]
+    assert list(cells(layers, "a").values()) == ["4", "0.2000 (place 2)", "0.1000", "0.2000", "0.9000"]
+    after = compare_inheritance.tables_after_training(known)["After 7 steps, width 0.5"]
+    assert list(cells(after, "way").values()) == ["12.00 ± 0.50", "0.1000 ± 0.5000"]
 
 
 def test_comparison_before_training(tmp_path, pipeline_folder, compare, capsys):

@@ -30,13 +30,12 @@ def comparison(records=None, **changes):
 
 
 def cells(table, name):
-    return dict(zip(table.header, next(row for row in table.rows if row[0] == name), strict=True))
+    return {heading: column[table.names.index(name)] for heading, column in table.columns}
 
 
 def test_means_spreads_and_differences_by_hand():
-    scores, differences = tables_of(comparison())
+    scores, differences = tables_of(comparison()).values()
     assert cells(scores, "output") == {
-        "": "output",
         "runs": "3 of 3",
         "distance to the teacher": "0.01100 ± 0.00100",
         "FID (digits)": "11.00 ± 1.00",
@@ -48,23 +47,22 @@ def test_means_spreads_and_differences_by_hand():
     # fitnet: -1.0, -1.5, -2.0, deviation 0.5, t_2 = 4.3027: 4.3027 * 0.5 / sqrt(3) = 1.242
     assert cells(differences, "fitnet")["FID (digits)"] == "-1.50 ± 1.24* (3/3)"
     assert cells(differences, "denoising")["FID (digits)"] == "+4.00 ± 2.48* (0/3)"
-    assert [row[0] for row in differences.rows] == ["denoising", "fitnet"]
+    assert differences.names == ["denoising", "fitnet"]
 
 
 def test_what_is_missing_is_shown_as_missing():
     records = [record("output", 0), record("output", 1), record("fitnet", 1), record("denoising", 2)]
-    scores, differences = tables_of(comparison(records))
+    scores, differences = tables_of(comparison(records)).values()
     assert cells(scores, "fitnet")["runs"] == "1 of 3"
     assert cells(scores, "fitnet")["FID (digits)"] == "9.50"
     assert cells(scores, "fitnet")["share of the gap"] == "-"  # no seed in common with denoising
     assert cells(differences, "fitnet")["FID (digits)"] == "-1.50 (1/1)"
     assert cells(differences, "denoising")["FID (digits)"] == "-"
-    scores, _ = tables_of(comparison([record("output", 0)], reference={}))
+    scores, _ = tables_of(comparison([record("output", 0)], reference={})).values()
     assert cells(scores, "fitnet")["steps"] == "-"
-    assert len(scores.rows) == 3
-    scores, _ = tables_of(comparison(arms=["output", "fitnet"]))
-    assert "share of the gap" not in scores.header  # there is nothing to measure it from
-    assert {len(row) for row in scores.rows} == {len(scores.header)}
+    assert len(scores.names) == 3
+    scores, _ = tables_of(comparison(arms=["output", "fitnet"])).values()
+    assert "share of the gap" not in dict(scores.columns)  # there is nothing to measure it from
 
 
 def test_markdown_has_a_heading_per_start_and_the_protocol_whatever_the_order_of_records():
@@ -85,8 +83,8 @@ def test_markdown_has_a_heading_per_start_and_the_protocol_whatever_the_order_of
 def test_the_terminal_shows_the_same_cells(capsys):
     print_tables(tables_of(comparison()))
     shown = capsys.readouterr().out
-    for table in tables_of(comparison()):
-        assert all(cell in shown for row in table.rows for cell in row)
+    for title, table in tables_of(comparison()).items():
+        assert all(cell in shown for _, column in table.columns for cell in (title, *table.names, *column))
 
 
 def test_scores_stand_with_the_least_noisy_first():

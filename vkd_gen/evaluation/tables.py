@@ -37,7 +37,7 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown."""
         lines = ["| | " + " | ".join(heading for heading, _ in self.columns) + " |"]
-        lines += ["|---" * (len(self.columns) + 1) + "|"]
+        lines += ["|---" + "|---:" * len(self.columns) + "|"]
         for name, cells in zip(self.names, self._rows, strict=True):
             lines.append(f"| {markdown_text(name)} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
