@@ -1,6 +1,8 @@
 """Models small enough to train on a CPU within a test."""
 
 import os
+import pickle
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of commands that tests start: tiny models lose by more threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub's client
@@ -84,3 +86,37 @@ def pipeline_folder(tmp_path):
     folder = tmp_path / "teacher"
     stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
     return folder
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def executed(tmp_path):
+    """The file that a payload makes; it must not be there when the test ends."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists()
+
+
+FORMATS = ["zip", "legacy", "pickle", "nested"]
+
+
+def write_payload(file, executed, kind="zip"):
+    match kind:
+        case "zip":
+            torch.save(Payload(executed), file)
+        case "legacy":
+            torch.save({"weight": Payload(executed)}, file, _use_new_zipfile_serialization=False)
+        case "pickle":
+            file.write_bytes(pickle.dumps(Payload(executed)))
+        case "nested":
+            torch.save({"state": {0: [torch.zeros(2), Payload(executed)]}, "param_groups": []}, file)
+    return file

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import tracemalloc
-from pathlib import Path
 
 import accelerate.checkpointing
 import numpy as np
@@ -16,8 +15,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tiny_unet
-from tests.recipes.conftest import SHORT, recipe_runner
+from tests.conftest import FORMATS, Payload, tiny_unet, write_payload
 from vkd_gen.calibration import load_statistics
 from vkd_gen.cli import tensors_alone
 from vkd_gen.data.sources import load_images
@@ -28,50 +26,9 @@ from vkd_gen.evaluation.sources import from_array
 from vkd_gen.limits import MANY, check_sizes
 from vkd_gen.provenance import hub_revision
 from vkd_gen.sampling import load_pipeline, stock_pipeline
-from vkd_gen.training.checkpoints import MANIFEST, read_manifest, seal
-from vkd_gen.training.models import check_checkpoint, load_teacher, load_unet, read_unet_config
+from vkd_gen.training.models import load_teacher, load_unet, read_unet_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def run_recipe(monkeypatch, tmp_path):
-    """Run a recipe in this process with the given flags."""
-    return recipe_runner(monkeypatch, tmp_path)
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-@pytest.fixture
-def executed(tmp_path):
-    """The file that a payload makes; it must not be there when the test ends."""
-    path = tmp_path / "executed"
-    yield path
-    assert not path.exists()
-
-
-FORMATS = ["zip", "legacy", "pickle", "nested"]
-
-
-def write_payload(file, executed, kind="zip"):
-    match kind:
-        case "zip":
-            torch.save(Payload(executed), file)
-        case "legacy":
-            torch.save({"weight": Payload(executed)}, file, _use_new_zipfile_serialization=False)
-        case "pickle":
-            file.write_bytes(pickle.dumps(Payload(executed)))
-        case "nested":
-            torch.save({"state": {0: [torch.zeros(2), Payload(executed)]}, "param_groups": []}, file)
-    return file
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -222,73 +179,7 @@ def test_arrays_of_objects(tmp_path, executed, load):
             load(str(file))
 
 
-# ---- checkpoints
-
-
-@pytest.fixture(scope="module")
-def checkpointed_run(tmp_path_factory):
-    """A run of two steps with its checkpoint."""
-    root = tmp_path_factory.mktemp("run")
-    flags = [*SHORT, "--extractor", "none", "--output_dir", root / "run"]
-    with pytest.MonkeyPatch.context() as patch:
-        recipe_runner(patch, root)("train_teacher_unet", *flags)
-    return root / "run", flags
-
-
-PICKLES = ["optimizer.bin", "process-0.pt", "random_states_0.pkl", "training.pt"]
-
-
-def test_these_are_all_pickles_of_a_checkpoint(checkpointed_run):
-    run, _ = checkpointed_run
-    found = {path.name for path in (run / "checkpoint-2").iterdir() if path.suffix not in (".safetensors", ".json")}
-    assert found == set(PICKLES)
-    check_checkpoint(run / "checkpoint-2")
-    check_checkpoint(None)
-
-
-@pytest.fixture
-def tampered(checkpointed_run, tmp_path):
-    """A function that replaces one file of a copy of the checkpoint, and gives flags to resume from it."""
-    run, flags = checkpointed_run
-    shutil.copytree(run, tmp_path / "run")
-
-    def resume_with(name, write):
-        folder = tmp_path / "run" / "checkpoint-2"
-        write(folder / name)
-        facts = {key: value for key, value in read_manifest(folder).items() if key != "files"}
-        (folder / MANIFEST).unlink()
-        seal(folder, facts)  # whoever tampers with it does so too
-        return [*flags[:-1], tmp_path / "run", "--resume_from_checkpoint", "latest"]
-
-    return resume_with
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "zip") for name in PICKLES), *((PICKLES[0], kind) for kind in FORMATS[1:])]
-)
-def test_a_pickle_in_a_checkpoint(tampered, tmp_path, executed, name, kind):
-    tampered(name, lambda file: write_payload(file, executed, kind))
-    with pytest.raises(ValueError, match=rf"the checkpoint's file .*{name} is not loaded: ") as error:
-        check_checkpoint(tmp_path / "run" / "checkpoint-2")
-    assert "\n" not in str(error.value)
-
-
-def test_a_truncated_file_and_shards_of_a_checkpoint(tampered, tmp_path, executed):
-    folder = tmp_path / "run" / "checkpoint-2"
-    tampered("training.pt", lambda file: file.write_bytes(file.read_bytes()[:-200]))
-    with pytest.raises(ValueError, match=r"training.pt is not loaded"):
-        check_checkpoint(folder)
-    tampered("optimizer_0/.metadata", lambda file: (file.parent.mkdir(), write_payload(file, executed, "pickle")))
-    with pytest.raises(ValueError, match=r"the checkpoint holds a folder, .*optimizer_0; shards"):
-        check_checkpoint(folder)
-
-
-def test_resuming_from_a_checkpoint_with_a_pickle(tampered, executed, run_recipe, capfd):
-    flags = tampered("training.pt", lambda file: write_payload(file, executed))
-    with pytest.raises(SystemExit) as status:
-        run_recipe("train_teacher_unet", *flags)
-    assert status.value.code == 2
-    assert "training.pt is not loaded: it holds more than numbers, and could run code" in capfd.readouterr().err
+# ---- what accelerate and torch-fidelity load
 
 
 def test_accelerate_unpickles_what_is_registered(tmp_path, executed):

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import FORMATS, write_payload
 from tests.faults.small_run import STEPS, end_as, end_of, error_of, options_of, run_to_end, start_processes, train
-from tests.recipes.conftest import read_metrics, without_times
+from tests.recipes.conftest import read_metrics, reseal, without_times
 from vkd_gen.training.checkpoints import find_fault, read_manifest, seal
+from vkd_gen.training.models import check_checkpoint
 from vkd_gen.training.options import flat_config
 from vkd_gen.training.run_folder import RunFolder
 
@@ -126,11 +128,35 @@ def test_a_run_goes_on_from_before_the_damage(checkpoint, straight, tmp_path):
     assert (run / f"set-aside-checkpoint-{STEPS}").is_dir()
 
 
-def reseal(checkpoint):
-    """The manifest made anew, as whoever tampers with a checkpoint would."""
-    said = {name: value for name, value in read_manifest(checkpoint).items() if name != "files"}
-    (checkpoint / "manifest.json").unlink()
-    seal(checkpoint, said)
+PICKLES = ["optimizer.bin", "process-0.pt", "random_states_0.pkl", "training.pt"]
+
+
+def test_these_are_all_pickles_of_a_checkpoint(checkpoint):
+    found = {path.name for path in checkpoint.iterdir() if path.suffix not in (".safetensors", ".json")}
+    assert found == set(PICKLES)
+    check_checkpoint(checkpoint)
+    check_checkpoint(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "zip") for name in PICKLES), *((PICKLES[0], kind) for kind in FORMATS[1:])]
+)
+def test_a_pickle_in_a_checkpoint_is_not_executed(checkpoint, executed, name, kind):
+    """The recipes look before they load anything: see tests/recipes/test_bad_input.py."""
+    write_payload(checkpoint / name, executed, kind)
+    with pytest.raises(ValueError, match=rf"the checkpoint's file .*{name} is not loaded: ") as error:
+        check_checkpoint(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_file_and_shards_of_a_checkpoint(checkpoint, executed):
+    (checkpoint / "training.pt").write_bytes((checkpoint / "training.pt").read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"training.pt is not loaded"):
+        check_checkpoint(checkpoint)
+    (checkpoint / "optimizer_0").mkdir()
+    write_payload(checkpoint / "optimizer_0" / ".metadata", executed, "pickle")
+    with pytest.raises(ValueError, match=r"the checkpoint holds a folder, .*optimizer_0; shards"):
+        check_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize(

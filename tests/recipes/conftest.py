@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vkd_gen.evaluation.cost as cost
+from vkd_gen.training.checkpoints import read_manifest, seal
 from vkd_gen.training.loop import TrainingRun
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -142,6 +143,13 @@ def images_in(folder, count=6, side=8, mode="L", **others):
     for name, content in others.items():
         (folder / f"{name}.png").write_bytes(content)
     return folder
+
+
+def reseal(checkpoint):
+    """The manifest made anew, as whoever tampers with a checkpoint would."""
+    said = {name: value for name, value in read_manifest(checkpoint).items() if name != "files"}
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, said)
 
 
 TWO = ("--multi_gpu", "--num_processes", 2)

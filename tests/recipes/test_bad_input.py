@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 from diffusers import DDPMScheduler
 
-from tests.conftest import tiny_condition_unet, tiny_unet
-from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, images_in, load_recipe, recipe_runner
+from tests.conftest import tiny_condition_unet, tiny_unet, write_payload
+from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, images_in, load_recipe, recipe_runner, reseal
 from vkd_gen.calibration import load_statistics
 from vkd_gen.sampling import stock_pipeline
 
@@ -280,7 +280,7 @@ def test_values_out_of_range_are_refused_as_flags_are_read(part, field, values):
             replace(options, **{field: value})
 
 
-def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_folder, run_recipe, capfd):
+def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_folder, executed, run_recipe, capfd):
     flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
     run_recipe(STUDENT, *flags)
     weights = (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
@@ -294,6 +294,12 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_fold
     with pytest.raises(SystemExit):
         run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest", "--learning_rate", 0.5)
     assert "--learning_rate was 0.002 and is 0.5" in capfd.readouterr().err
+    (tmp_path / "run/results.json").unlink()  # else it is finished, and nothing is loaded
+    write_payload(tmp_path / "run/checkpoint-2/training.pt", executed)
+    reseal(tmp_path / "run/checkpoint-2")
+    with pytest.raises(SystemExit):
+        run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest")
+    assert "training.pt is not loaded: it holds more than numbers, and could run code" in capfd.readouterr().err
     assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
