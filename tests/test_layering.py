@@ -28,7 +28,7 @@ CORE = FOUNDATIONS | {
     "pairing": {"choices", "families", "features"},
     "families": {"choices", "reductions", "features", "schedule"},
     "sampling": {"choices", "hub", "models", "pipelines", "provenance"},
-    "models": {"choices", "files", "pipelines", "provenance", "sampling", "schedule"},
+    "models": {"choices", "families", "files", "pipelines", "provenance", "sampling", "schedule"},
     "calibration": {"features", "files", "hub", "schedule", "normalization"},
     "distillation": {
         "families", "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",

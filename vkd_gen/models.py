@@ -16,11 +16,13 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from vkd_gen.choices import Precision
+from vkd_gen.families import family_of
 from vkd_gen.files import whole_file, whole_folder
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
 from vkd_gen.provenance import only_warns
 from vkd_gen.sampling import stock_pipeline, usable_steps
 from vkd_gen.schedule import PredictionType, Schedule
+from vkd_gen.text import reason
 
 
 class Model:
@@ -59,16 +61,15 @@ class Model:
         if isinstance(self.pipeline, ClassConditionalDDIMPipeline):
             return num_classes_of(self.network) or 0
         config = self.network.config
-        return (config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0) * self._takes("class_labels")
+        embedded = config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 0
+        return embedded if self._takes("class_labels") else 0
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Side in pixels and channels of the images."""
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
         side = self.network.config.sample_size
         side = side if isinstance(side, int) else side[0]
-        if self._decoder is not None:
-            return side * 2 ** (len(self._decoder.config.block_out_channels) - 1), 3
-        return side, self.network.config.in_channels
+        return side if self._decoder is None else side * 2 ** (len(self._decoder.config.block_out_channels) - 1)
 
     @property
     def _decoder(self) -> ModelMixin | None:
@@ -76,12 +77,7 @@ class Model:
         return getattr(self.pipeline, "vae", None) or getattr(self.pipeline, "vqvae", None)
 
     def around(self, network: ModelMixin, prediction_type: PredictionType | None = None) -> "Model":
-        """The same pipeline around another denoiser, all other parts shared.
-
-        Args:
-            network: the denoiser.
-            prediction_type: what it predicts; by default what this one's does.
-        """
+        """The same pipeline around another denoiser, which predicts what this one does unless told otherwise."""
         changed = {} if prediction_type is None else {"prediction_type": prediction_type}
         sampler, noise_scheduler = (
             type(scheduler).from_config(scheduler.config, **changed)
@@ -101,7 +97,7 @@ class Model:
             conditioning: further arguments of the denoiser, a row per sample.
         """
         sample = noisy_sample.to(self.network.dtype)
-        return self.network(sample, timesteps, **(conditioning or {}), return_dict=False)[0].float()
+        return family_of(self.network).call(self.network, sample, timesteps, conditioning).float()
 
     @torch.no_grad()
     def images(
@@ -121,7 +117,7 @@ class Model:
         own, on the CPU, whatever the device. The denoiser is sampled in eval mode; its mode is restored.
 
         Args:
-            seeds: one per image.
+            seeds: below 2^64.
             conditioning: argument of the pipeline -> a value per image, such as `class_labels`. Class labels are by
                 default each image's seed modulo the number of classes: consecutive seeds go through the classes.
             guidance_scale: None keeps the pipeline's default.
@@ -180,7 +176,7 @@ class Model:
                 kinds = [type(part).__name__ for part in (self.pipeline, self.network, self.pipeline.scheduler)]
                 raise ValueError(
                     f"{name} cannot be sampled: in its {kinds[0]}, {kinds[1]} and {kinds[2]} do not fit together "
-                    f"({' '.join(str(error).split())[:200]})"
+                    f"({reason(error)})"
                 ) from error
         images = torch.from_numpy(made)  # [images, H, W, C] in [0, 1]
         # [evaluations + 1, images]; as uint8 what is not finite would be black, and clipping hides what is infinite.

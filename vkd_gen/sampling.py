@@ -22,6 +22,7 @@ from vkd_gen.choices import Sampler
 from vkd_gen.hub import hub_folder, load_parts, part_files, pipeline_class, read_json
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
 from vkd_gen.provenance import split_revision
+from vkd_gen.text import reason
 
 
 def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: Sampler = "ddim") -> DiffusionPipeline:
@@ -121,7 +122,7 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
         path = path if is_here else hub_folder(source, part_files(kind))
         pipeline = kind(**load_parts(kind, path))
     except Exception as error:  # missing, damaged and foreign parts each have a class of their own
-        raise ValueError(f"cannot load the pipeline {source}: {' '.join(str(error).split())[:1000]}") from error
+        raise ValueError(f"cannot load the pipeline {source}: {reason(error, 1000)}") from error
     if sampler is not None:
         if isinstance(pipeline, DDIMPipeline | DDPMPipeline | ClassConditionalDDIMPipeline):
             pipeline = stock_pipeline(pipeline.unet, pipeline.scheduler, sampler)
@@ -141,11 +142,8 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
 def _check_call(kind: type[DiffusionPipeline], source: str) -> None:
     """Refuse a pipeline that needs more than noise and class labels, by its class alone."""
     parameters = inspect.signature(kind.__call__).parameters
-    needed = {
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-    }
+    has_no_default = (entry for entry in parameters.values() if entry.default is entry.empty)
+    needed = {entry.name for entry in has_no_default if entry.kind is not entry.VAR_KEYWORD}
     makes_images = "output_type" in parameters and bool({"batch_size", "class_labels"} & set(parameters))
     if needed - {"self", "class_labels"} or "prompt" in parameters or not makes_images:
         raise ValueError(

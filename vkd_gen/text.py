@@ -21,6 +21,11 @@ def one_line(error: BaseException) -> str:
     return text.splitlines()[0]
 
 
+def reason(error: BaseException, length: int = 200) -> str:
+    """What an error says, on one line and no longer than that, or else its name."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def html_text(text: object) -> str:
     """Text inside of an HTML element."""
     return html.escape(printable(text))

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from tests.eval.conftest import EVAL, save_pngs
-from vkd_gen.evaluation.feature_network import load_feature_network
+from vkd_gen.evaluation.extractors import load_extractor
 
 TORCH_FIDELITY = {
     "fid": "frechet_inception_distance",
@@ -174,7 +174,7 @@ def test_saved_statistics_give_the_fid_of_their_images(tmp_path, folders, featur
     flags = ["--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
     run_eval("score", first, "--reference", second, *flags, tmp_path / "images")
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in sorted(second.glob("*.png"))])
-    features = load_feature_network(feature_network).extract(pixels[:, None]).numpy()
+    features = load_extractor(str(feature_network))(pixels[:, None])["features"].numpy()
     np.savez(tmp_path / "statistics.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     run_eval("score", first, "--reference", tmp_path / "statistics.npz", *flags, tmp_path / "statistics")
     found = scores_in(tmp_path / "statistics")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tests.eval.conftest import EVAL
 from tests.faults.small_run import error_of, options_of, run_student, run_to_end
 from tests.recipes.conftest import SHORT_STUDENT
-from vkd_gen.evaluation.sources import save_images
+from vkd_gen.evaluation.image_files import save_images
 from vkd_gen.files import CannotWriteError, whole_file
 from vkd_gen.training.options import flat_config
 from vkd_gen.training.run_folder import RunFolder

@@ -30,9 +30,7 @@ def evaluate(
     batch_size: int = 64,
     num_shown: int = 32,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Cost and scores of models, measured in one go on the same seeds and draws.
-
-    With several processes all of them must call it: they share the sampling.
+    """Cost and scores of models, measured in one go on the same seeds and draws; called by all processes.
 
     Args:
         models: by name, brought to float32 here; from a `teacher` the distance of all of several is measured.

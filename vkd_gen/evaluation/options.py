@@ -4,6 +4,8 @@ import logging
 import os
 from dataclasses import dataclass, replace
 
+from vkd_gen.choices import Precision, Sampler
+
 logger = logging.getLogger(__name__)
 
 LEAST_IMAGES = 10
@@ -34,6 +36,31 @@ class ScoreOptions:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name} must be at least {value}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a pipeline makes images. Image i comes from seed SEED + i, whatever the batch and the number of processes."""
+
+    seed: int = 0
+    """Seed of the first image."""
+    sampler: Sampler | None = None
+    """Sampler of UNet pipelines; by default each pipeline's own."""
+    guidance_scale: float | None = None
+    """Guidance of class-conditional pipelines, whose images are of the class seed modulo classes."""
+    mixed_precision: Precision = "no"
+    """Precision of the sampled networks."""
+    batch_size: int = 64
+    """Images at a time, per process."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"--seed must be at least 0 and below 2^62, not {self.seed}")
+        if self.guidance_scale is not None and not 1 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"--guidance_scale must be at least 1 and finite, not {self.guidance_scale}")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, not {self.batch_size}")
 
 
 OF_DATA = {name: f"recipes/assets/{name}-features.safetensors" for name in ("digits", "mnist")}

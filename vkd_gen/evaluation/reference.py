@@ -22,6 +22,7 @@ from vkd_gen.evaluation.extractors import Extractor
 from vkd_gen.evaluation.metrics import Statistics
 from vkd_gen.evaluation.sources import ImageSource, content_hash, extract_features, from_array, from_images
 from vkd_gen.hub import read_tensors
+from vkd_gen.text import reason
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def load_statistics_file(path: str) -> Statistics:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
     except Exception as error:  # a zip file's, numpy's and the system's errors
-        raise ValueError(f"cannot read statistics from {path}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"cannot read statistics from {path}: {reason(error)}") from error
     if mean.is_complex() or covariance.is_complex():
         raise ValueError(f"the statistics in {path} are complex numbers")
     if not (mean.isfinite().all() and covariance.isfinite().all()):

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, pick_diagnostics
 from vkd_gen.evaluation.figures import draw_curves, png
+from vkd_gen.evaluation.image_files import save_images
 from vkd_gen.evaluation.labels import describe, label_of
-from vkd_gen.evaluation.sources import save_images
 from vkd_gen.evaluation.tables import score_table
 from vkd_gen.files import whole_file
 from vkd_gen.pictures import sample_grid, save_sample_grid
 from vkd_gen.provenance import is_number, only_warns, read_metrics, write_json
-from vkd_gen.text import html_text
+from vkd_gen.text import html_text, reason
 
 Value = TypeVar("Value")
 
@@ -78,7 +78,7 @@ def load_outcome(folder: Path) -> Outcome:
                 samples = {name: torch.from_numpy(file[name]).permute(0, 3, 1, 2) for name in file.files}
         metrics = read_metrics(folder / "metrics.jsonl")
     except Exception as error:  # JSON's, numpy's and the zip file's errors
-        raise ValueError(f"cannot read the results in {folder}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"cannot read the results in {folder}: {reason(error)}") from error
     parts = [results.get("rows"), results.get("protocol")] if isinstance(results, dict) else [None]
     rows = parts[0].values() if all(isinstance(part, dict) for part in parts) and parts[0] else [None]
     if not all(isinstance(row, dict) and all(map(is_number, row.values())) for row in rows):
@@ -188,9 +188,8 @@ def asked_for(folder: Path) -> dict[str, Any]:
         return {}
     if "teacher" in config:  # of a run that distils
         own = ("student_sha256", "student_revision")  # facts of its weights, no traits
-        traits = {name: value for name, value in config.items() if name.startswith("student_") and value}
-        traits = {name: value for name, value in traits.items() if name not in own}
-        words = [f"{name.removeprefix('student_').replace('_', ' ')} {value}" for name, value in traits.items()]
+        traits = [name for name, value in config.items() if name.startswith("student_") and value and name not in own]
+        words = [f"{name.removeprefix('student_').replace('_', ' ')} {config[name]}" for name in traits]
         if not config.get("student") and not config.get("student_width"):
             words = ["width 0.5", *words]
         config["student"] = ", ".join(map(str, [*filter(None, [config.get("student")]), *words]))

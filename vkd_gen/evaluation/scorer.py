@@ -14,7 +14,7 @@ from vkd_gen.data.images import Images
 from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity, load_extractor
 from vkd_gen.evaluation.labels import Score, data_label, row_of
 from vkd_gen.evaluation.metrics import Statistics, frechet_distance, memorization_scores, sample_scores
-from vkd_gen.evaluation.options import LEAST_IMAGES, ScoreOptions
+from vkd_gen.evaluation.options import LEAST_IMAGES, SamplingOptions, ScoreOptions
 from vkd_gen.evaluation.reference import cached_features
 from vkd_gen.evaluation.sources import Features, ImageSource, extract_features, from_images, from_model
 from vkd_gen.models import Model
@@ -23,12 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def note_foreign_features(extractor: Extractor, data: str) -> None:
-    """Say it where samples of some data are scored by a small network that was trained on other data.
-
-    Args:
-        extractor: that scores.
-        data: set that the samples are compared to.
-    """
+    """Say it where samples are scored by a small network that was trained on other data than they are compared to."""
     trained_on = extractor.facts.get("dataset")
     if trained_on and data_label(data) != data_label(trained_on) and PartialState().is_main_process:
         logger.warning(
@@ -117,15 +112,7 @@ class Scorer:
         return protocol
 
     def __call__(self, source: ImageSource, *, num_shown: int = 32) -> tuple[list[Score], Features]:
-        """Score one set of images; every process gets the result.
-
-        Args:
-            source: of the images.
-            num_shown: first images to return.
-
-        Returns:
-            The scores, and the features that they are taken from.
-        """
+        """Scores of a set of images, and the features that they are taken from; called by all processes."""
         features = extract_features(
             source, self.extractor, batch_size=self.batch_size, num_shown=num_shown, progress=f"scoring {source.name}"
         )
@@ -135,10 +122,8 @@ class Scorer:
 
     def score_model(self, name: str, model: Model, *, num_shown: int = 32) -> tuple[list[Score], Features, ImageSource]:
         """Score a model's samples, image i from seed i; also returns where they came from."""
-        options = self.options
-        source = from_model(
-            name, model, count=options.num_score_samples, num_inference_steps=options.num_inference_steps
-        )
+        count, steps = self.options.num_score_samples, self.options.num_inference_steps
+        source = from_model(name, model, SamplingOptions(), count=count, num_inference_steps=steps)
         return *self(source, num_shown=num_shown), source
 
     def score_unet(self, name: str, unet: ModelMixin, noise_scheduler: SchedulerMixin) -> tuple[dict[str, float], Any]:
@@ -180,14 +165,7 @@ class Scorer:
 
 
 def make_scorer(options: ScoreOptions, images: Images, held_out: Images, *, batch_size: int) -> Scorer | None:
-    """A scorer against a recipe's own data; None for the extractor `none`.
-
-    Args:
-        options: of the scores.
-        images: that the run trains on.
-        held_out: that it does not.
-        batch_size: images at a time and process.
-    """
+    """A scorer against a recipe's own data; None for the extractor `none`."""
     if options.extractor == "none":
         return None
     sources = from_images("training images", images), from_images("held-out images", held_out)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,15 +22,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vkd_gen.choices import Precision
 from vkd_gen.data.images import Images, told_of
 from vkd_gen.data.sources import load_images
-from vkd_gen.evaluation.extractors import Extractor, hash_weights
-from vkd_gen.files import whole_file
+from vkd_gen.evaluation.extractors import Extractor
+from vkd_gen.evaluation.options import SamplingOptions
 from vkd_gen.hub import check_file
 from vkd_gen.models import Model
+from vkd_gen.provenance import hash_tensors
 from vkd_gen.sampling import usable_steps
-from vkd_gen.text import printable
+from vkd_gen.text import reason
 
 logger = logging.getLogger(__name__)
 
@@ -63,56 +62,45 @@ class ImageSource:
 
 
 def from_model(
-    name: str,
-    model: Model,
-    *,
-    count: int,
-    first_seed: int = 0,
-    num_inference_steps: int = 50,
-    guidance_scale: float | None = None,
-    precision: Precision = "no",
+    name: str, model: Model, options: SamplingOptions, *, count: int, num_inference_steps: int
 ) -> ImageSource:
-    """Images that a model makes: number i from seed `first_seed + i`, classes in turn if it takes labels.
-
-    For the options see `Model.images`.
-    """
-    pipeline, classes = model.pipeline, model.num_classes
-    if guidance_scale is not None and not classes:
+    """Images that a model makes, number i from seed `options.seed + i`, on the device where it lies when asked."""
+    pipeline, classes, first = model.pipeline, model.num_classes, options.seed
+    if options.guidance_scale is not None and not classes:
         raise ValueError(f"{name} is unconditional: it takes no guidance_scale")
-    most_steps = usable_steps(pipeline.scheduler, num_inference_steps)
-    if num_inference_steps > most_steps:
-        logger.warning("note: %s is sampled with %d steps: its schedule has no more", name, most_steps)
-        num_inference_steps = most_steps
+    steps = usable_steps(pipeline.scheduler, num_inference_steps)
+    if num_inference_steps > steps:
+        logger.warning("note: %s is sampled with %d steps: its schedule has no more", name, steps)
 
     def read(indices: Sequence[int]) -> Tensor:
         return model.images(
-            [first_seed + index for index in indices],
+            [first + index for index in indices],
             batch_size=len(indices),
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            precision=precision,
+            guidance_scale=options.guidance_scale,
+            num_inference_steps=steps,
+            precision=options.mixed_precision,
             name=name,
         )
 
     protocol: dict[str, Any] = {
         "pipeline": type(pipeline).__name__,
         "sampler": type(pipeline.scheduler).__name__,
-        "num_inference_steps": num_inference_steps,
+        "num_inference_steps": steps,
         "num_images": count,
-        "seeds": f"{first_seed} to {first_seed + count - 1}",
+        "seeds": f"{first} to {first + count - 1}",
         "scheduler": {key: value for key, value in pipeline.scheduler.config.items() if key in SCHEDULER_ENTRIES},
         "weights_sha256": hash_pipeline(pipeline),
-        "precision": precision,
+        "precision": options.mixed_precision,
     }
     if classes:
-        protocol |= {"class_labels": f"seed modulo {classes}", "guidance_scale": guidance_scale or "default"}
-    return ImageSource(name, model.image_size[0], count, read, protocol)
+        protocol |= {"class_labels": f"seed modulo {classes}", "guidance_scale": options.guidance_scale or "default"}
+    return ImageSource(name, model.image_size, count, read, protocol)
 
 
 def hash_pipeline(pipeline: DiffusionPipeline) -> str:
     """SHA-256 over the weights of all of a pipeline's networks, hexadecimal."""
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    parts = [f"{name} {hash_weights(network)}" for name, network in sorted(networks.items())]
+    parts = [f"{name} {hash_tensors(network.state_dict())}" for name, network in sorted(networks.items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -160,7 +148,7 @@ def from_array(path: str) -> ImageSource:
             name = "arr_0" if "arr_0" in file.files else file.files[0]
             pixels = file[name]
     except Exception as error:  # a zip file's, numpy's and the system's errors
-        raise ValueError(f"cannot read images from {path}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"cannot read images from {path}: {reason(error)}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not len(pixels):
         raise ValueError(
             f"{path} holds {pixels.dtype} {list(pixels.shape)}; images are uint8 [images, height, width, 1 or 3]"
@@ -185,6 +173,22 @@ def open_images(place: str) -> ImageSource | None:
     return from_folder(place) if path.is_dir() and not any((path / file).exists() for file in OF_MODELS) else None
 
 
+def check_comparable(sources: Mapping[str, ImageSource]) -> int:
+    """The one size in pixels that the images of all sources have; says so where samplers differ.
+
+    Raises:
+        ValueError: for unlike sizes.
+    """
+    sizes = {name: source.size for name, source in sources.items()}
+    if len(set(sizes.values())) > 1:
+        described = ", ".join(f"{name} {size} x {size}" for name, size in sizes.items())
+        raise ValueError(f"images of unlike sizes cannot be compared to one reference: {described}")
+    samplers = {source.protocol["sampler"] for source in sources.values() if "sampler" in source.protocol}
+    if len(samplers) > 1 and PartialState().is_main_process:
+        logger.warning("note: sampled by %s; --sampler makes them comparable", " and ".join(sorted(samplers)))
+    return next(iter(sizes.values()))
+
+
 def _check_square(name: str, height: int, width: int) -> None:
     if height != width:
         raise ValueError(f"the images in {name} are {height} x {width} pixels; square ones are scored")
@@ -201,21 +205,6 @@ def _read_protocol(images: str, count: int) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         protocol["made_by"] = json.loads(protocol_file(Path(images)).read_text())
     return protocol
-
-
-def from_tensor(name: str, images: UInt8[Tensor, "images channels height width"]) -> ImageSource:
-    """Images in memory."""
-    return ImageSource(
-        name, images.shape[-1], len(images), lambda indices: images[list(indices)], {"num_images": len(images)}
-    )
-
-
-def save_images(images: Mapping[str, UInt8[Tensor, "images channels height width"]], path: Path) -> None:
-    """Write named sets of images as an .npz, an array `[images, H, W, C]` each."""
-    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, value in images.items():
-            with archive.open(f"{printable(name)}.npy", "w") as file:
-                np.lib.format.write_array(file, value.permute(0, 2, 3, 1).contiguous().numpy())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vkd_gen.files import CannotWriteError, own_name
 from vkd_gen.models import Model, save_card
 from vkd_gen.provenance import only_warns
 from vkd_gen.sampling import load_pipeline, usable_steps
+from vkd_gen.text import reason
 from vkd_gen.training.options import TrainingOptions
 
 
@@ -35,15 +36,8 @@ def try_export(
 def try_saving(model: Model, folder: Path, card: str, *, num_inference_steps: int, name: str) -> None:
     """Do before the first step what the end of a run will do, so that it cannot fail there; nothing of it stays.
 
-    The sampler goes through all of its timesteps, the network through two; pipeline and card are written and read
-    again. The global random state stays as it is.
-
-    Args:
-        model: as it starts.
-        folder: that the pipeline will be exported to; written is beside it.
-        card: model card.
-        num_inference_steps: of the scores.
-        name: of the model, for messages.
+    The sampler goes through all of its timesteps, the network through two; pipeline and card are written, beside
+    `folder`, and read again. The global random state stays as it is.
 
     Raises:
         ValueError: in one line, for whatever would fail.
@@ -58,8 +52,8 @@ def try_saving(model: Model, folder: Path, card: str, *, num_inference_steps: in
             save_card(temporary, card)
             load_pipeline(str(temporary))
     except Exception as error:  # diffusers, the system and the hub's library raise all kinds of errors
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"the end of the run was tried before its first step, and fails: {reason}") from error
+        words = f"the end of the run was tried before its first step, and fails: {reason(error, 300)}"
+        raise ValueError(words) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -91,20 +85,14 @@ def after_export(folder: Path) -> Iterator[None]:
     except CannotWriteError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"the pipeline is saved in {folder}, but it could not be scored: {reason}; the same command with "
-            "--resume_from_checkpoint latest makes the scores again"
+            f"the pipeline is saved in {folder}, but it could not be scored: {reason(error, 300)}; the same command "
+            "with --resume_from_checkpoint latest makes the scores again"
         ) from error
 
 
 def finish_export(folder: Path, card: Callable[[], str], options: TrainingOptions) -> None:
     """Give an exported and scored pipeline its card with the scores, and upload it if that is asked for.
-
-    Args:
-        folder: of the pipeline.
-        card: makes the text.
-        options: of the run.
 
     Raises:
         ValueError: if the hub cannot be reached or refuses.
@@ -123,29 +111,19 @@ def check_upload(options: TrainingOptions) -> None:
     """
     if not options.push_to_hub or os.environ.get("RANK", "0") != "0":  # asked once, before there is an Accelerator
         return
-    repository = repository_of(Path(options.output_dir), options.hub_model_id)
+    repository = options.hub_model_id or Path(options.output_dir).resolve().name
     try:
         HfApi().whoami()
         HfApi().create_repo(repository, exist_ok=True)
     except Exception as error:  # network, authentication and naming errors each have a class of their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"--push_to_hub cannot upload to {repository}: {reason}; log in by `hf auth login`, choose another "
+            f"--push_to_hub cannot upload to {repository}: {reason(error)}; log in by `hf auth login`, choose another "
             "--hub_model_id, or leave --push_to_hub out"
         ) from error
 
 
-def repository_of(run: Path, repository: str | None) -> str:
-    """The repository on the hub that a run is uploaded to: the one that is named, else one of its folder's name."""
-    return repository or run.resolve().name
-
-
 def upload(folder: Path, repository: str | None) -> str:
-    """Upload an exported pipeline to the Hugging Face hub.
-
-    Args:
-        folder: the pipeline's.
-        repository: id; by default the name of the run's folder.
+    """Upload an exported pipeline to the Hugging Face hub, by default under the name of the run's folder.
 
     Returns:
         The repository's address.
@@ -154,12 +132,11 @@ def upload(folder: Path, repository: str | None) -> str:
         ValueError: if the hub cannot be reached or refuses.
     """
     try:
-        url = HfApi().create_repo(repository_of(folder.parent, repository), exist_ok=True)
+        url = HfApi().create_repo(repository or folder.parent.resolve().name, exist_ok=True)
         HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload from vkd-gen")
     except Exception as error:  # network, authentication and naming errors each have a class of their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"the pipeline is in {folder}, but uploading it failed: {reason}; "
+            f"the pipeline is in {folder}, but uploading it failed: {reason(error)}; "
             f"`hf upload REPOSITORY {folder}` tries again"
         ) from error
     return str(url)

@@ -1,0 +1,50 @@
+"""Images as files: numbered PNGs, or one .npz, with what is known of their making beside them."""
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from vkd_gen.evaluation.sources import ImageSource, blocks_of_process, progress_bar
+from vkd_gen.files import whole_file
+from vkd_gen.text import printable
+
+
+def save_images(images: Mapping[str, UInt8[Tensor, "images channels height width"]], path: Path) -> None:
+    """Write named sets of images as an .npz, an array `[images, H, W, C]` each."""
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, value in images.items():
+            with archive.open(f"{printable(name)}.npy", "w") as file:
+                np.lib.format.write_array(file, value.permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def png_name(number: int) -> str:
+    """The file of image `number`."""
+    return f"{number:06d}.png"
+
+
+def make_pngs(source: ImageSource, folder: Path, batch_size: int) -> None:
+    """Write each image as a PNG of its number, unless it is there; processes share the work."""
+    state = PartialState()
+    with progress_bar(source.count, "images") as bar:
+        for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
+            files = [folder / png_name(number) for number in block]
+            if not all(file.exists() for file in files):
+                for file, image in zip(files, source.read(block), strict=True):
+                    pixels = image.permute(1, 2, 0).numpy()
+                    with whole_file(file) as temporary:
+                        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary)
+            bar.update(min(len(block) * state.num_processes, source.count - bar.n))
+    state.wait_for_everyone()
+
+
+def pack_pngs(folder: Path, numbers: Sequence[int], path: Path) -> None:
+    """Put PNGs into one array `arr_0`, uint8, `[images, H, W, C]`, as evaluators of other projects read it."""
+    stacked = np.stack([np.asarray(Image.open(folder / png_name(number))) for number in numbers])
+    with whole_file(path) as temporary:
+        np.savez(temporary, arr_0=stacked if stacked.ndim == 4 else stacked[..., None])
