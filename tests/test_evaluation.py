@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
@@ -88,7 +88,7 @@ def test_the_teacher_has_no_distance_to_itself(images):
     assert errors["teacher"].keys() == errors["student"].keys() == {"denoising_error", "teacher_distance"}
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
+@pytest.mark.parametrize("batch_size", [7, 64])
 def test_held_out_errors_do_not_depend_on_the_batch_size(images, batch_size):
     teacher, student = (model_of(tiny_unet(seed=seed)) for seed in (1, 2))
     options = {"teacher": teacher, "num_draws": 20}
@@ -199,21 +199,6 @@ def test_count_macs_reference_with_cross_attention():
         encoder_hidden_states=torch.zeros(1, 8, 8),
     )
     assert count_macs(unet) == expected
-
-
-def test_count_macs_leaves_the_model_alone():
-    unet = tiny_unet(seed=3)
-    before = {name: value.clone() for name, value in unet.state_dict().items()}
-    count_macs(unet)
-    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
-    assert next(unet.parameters()).device.type == "cpu"
-
-
-def test_milliseconds_per_image():
-    models = {"student": Model.of_unet(tiny_unet((4,)), DDPMScheduler())}
-    times = milliseconds_per_image(models, num_images=2, num_inference_steps=10, repeats=1)
-    assert times.keys() == models.keys()
-    assert all(0 < time < float("inf") for time in times.values())
 
 
 def test_milliseconds_per_image_known_value(monkeypatch):
@@ -331,19 +316,6 @@ def test_tables_show_every_row_in_columns_of_the_extractors_name(capsys):
     assert "1,234" in capsys.readouterr().out
 
 
-def test_class_conditional_models(images):
-    """In turn: samples of both are of classes 0, 1, 2, 0, ..."""
-    images = replace(images, labels=np.arange(20) % 3, num_classes=3)
-    unets = {"student": tiny_unet((4,), num_class_embeds=4), "teacher": tiny_unet(num_class_embeds=4)}
-    models = {name: Model.of_unet(unet, DDPMScheduler()) for name, unet in unets.items()}
-    results, samples = evaluate(models, images, num_inference_steps=2, num_shown=5)
-    assert results["rows"]["teacher"]["teacher_distance"] == 0 < results["rows"]["student"]["teacher_distance"]
-    labels = {"class_labels": [0, 1, 2, 0, 1]}
-    assert torch.equal(
-        samples["teacher"], models["teacher"].images(range(5), conditioning=labels, num_inference_steps=2)
-    )
-
-
 def test_describe_models():
     text = describe_models(tiny_unet((16, 32)), tiny_unet((8, 16)))
     share = count_parameters(tiny_unet((8, 16))) / count_parameters(tiny_unet((16, 32)))
@@ -362,9 +334,3 @@ def test_matching_table():
     assert float(floor) == pytest.approx(width_floor(whitened.target_covariance(), 16, "mse"), abs=1e-4)
     assert discarded == f"{whitened.discarded:.1%}"
     assert "16 -> 24 (whiten)" in row
-
-
-def test_the_pipelines_unet_counts_like_the_unet(pipeline_folder):
-    loaded = UNet2DModel.from_pretrained(pipeline_folder, subfolder="unet")
-    assert count_macs(loaded) == count_macs(tiny_unet())
-    assert count_parameters(loaded) == count_parameters(tiny_unet())

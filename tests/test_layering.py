@@ -27,8 +27,8 @@ CORE = FOUNDATIONS | {
     "data": {"choices", "files", "provenance", "text"},
     "pairing": {"choices", "families", "features"},
     "families": {"choices", "reductions", "features", "schedule"},
-    "sampling": {"choices", "hub", "models", "pipelines", "provenance"},
-    "models": {"choices", "families", "files", "pipelines", "provenance", "sampling", "schedule"},
+    "sampling": {"choices", "hub", "models", "pipelines", "provenance", "text"},
+    "models": {"choices", "families", "files", "pipelines", "provenance", "sampling", "schedule", "text"},
     "calibration": {"features", "files", "hub", "schedule", "normalization"},
     "distillation": {
         "families", "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",

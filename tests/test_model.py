@@ -7,7 +7,6 @@ from diffusers import DDIMPipeline, DDPMScheduler
 
 from tests.conftest import tiny_unet
 from vkd_gen.models import Model
-from vkd_gen.pipelines import ClassConditionalDDIMPipeline
 from vkd_gen.sampling import stock_pipeline
 
 
@@ -51,14 +50,21 @@ def test_samples_reference(prediction_type):
         assert expected.std() > 10  # an image, neither black nor white
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
-def test_image_depends_on_its_seed_alone(batch_size):
-    unet, seeds = tiny_unet(), [5, 0, 7, 2, 9, 1, 4]
-    images = sample(unet, seeds, batch_size=batch_size)
-    assert images.shape == (7, 1, 8, 8)
+@pytest.mark.parametrize(
+    ("classes", "options"),
+    [(None, {}), (4, {"class_labels": [2, 0, 1, 3, 0]}), (4, {"class_labels": [2, 0, 1, 3, 0], "guidance_scale": 2.5})],
+)
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_an_image_depends_on_its_seed_and_label_alone(batch_size, classes, options):
+    unet, seeds = tiny_unet(num_class_embeds=classes), [5, 0, 5, 2, 0]
+    images = sample(unet, seeds, batch_size=batch_size, **options)
+    assert images.shape == (5, 1, 8, 8)
     assert images.dtype == torch.uint8
-    for image, seed in zip(images, seeds, strict=True):
-        assert largest_difference(image, sample(unet, [seed])[0]) <= 1
+    for number, seed in enumerate(seeds):
+        alone = {**options, "class_labels": options["class_labels"][number : number + 1]} if classes else options
+        assert largest_difference(images[number], sample(unet, [seed], **alone)[0]) <= 1
+    assert largest_difference(images[1], images[4]) <= 1  # seed and label agree
+    assert (largest_difference(images[0], images[2]) > 5) == bool(classes)  # labels differ
 
 
 def test_seeds_give_unlike_images_and_the_same_ones_again():
@@ -104,24 +110,6 @@ def test_classes_in_turn_by_default():
     unet = tiny_unet(num_class_embeds=4)  # three classes, and none
     seeds = [0, 1, 2, 3, 4, 8]
     assert torch.equal(sample(unet, seeds), sample(unet, seeds, class_labels=[0, 1, 2, 0, 1, 2]))
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-@pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_image_depends_on_its_seed_and_label_alone(batch_size, guidance_scale):
-    unet, seeds, labels = tiny_unet(num_class_embeds=4), [5, 0, 5, 2, 0], [2, 0, 1, 3, 0]
-    options = {"guidance_scale": guidance_scale}
-    images = sample(unet, seeds, class_labels=labels, batch_size=batch_size, **options)
-    for image, seed, label in zip(images, seeds, labels, strict=True):
-        assert largest_difference(image, sample(unet, [seed], class_labels=[label], **options)[0]) <= 1
-    assert torch.equal(images[1], images[4])  # seed and label agree
-    assert largest_difference(images[0], images[2]) > 5  # labels differ
-
-
-def test_stock_pipeline_of_a_class_conditional_unet():
-    pipeline = stock_pipeline(tiny_unet(num_class_embeds=4), DDPMScheduler(prediction_type="v_prediction"))
-    assert isinstance(pipeline, ClassConditionalDDIMPipeline)
-    assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Evaluation commands run in this process, as their command line would run them."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -85,6 +87,34 @@ def folders(tmp_path_factory):
     """Two folders of grey images, unlike each other."""
     root = tmp_path_factory.mktemp("images")
     return save_pngs(root / "dark", 40), save_pngs(root / "bright", 30, seed=1, brightness=40)
+
+
+BOTH = """
+import runpy, sys
+
+for given in {calls}:
+    sys.argv = given
+    runpy.run_path(given[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory, checkpoint, folders, feature_network):
+    """What one start of two processes makes: seven images in `images`, and scores in `scores`; batches of 2 and 7."""
+    root = tmp_path_factory.mktemp("two")
+    made = [checkpoint, "--num_images", 7, "--batch_size", 2, "--num_inference_steps", 3, "--output", root / "images"]
+    scored = [folders[0], "--reference", folders[1], "--extractor", feature_network, "--kid_subset_size", 20]
+    scored += ["--batch_size", 7, "--output_dir", root / "scores"]
+    calls = [["generate.py", *made], ["score.py", *scored]]
+    calls = [[str(EVAL / name), *map(str, flags)] for name, *flags in calls]
+    (root / "both.py").write_text(BOTH.format(calls=calls))
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "VKD_GEN_CACHE": str(root / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(EVAL.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, *command, str(root / "both.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root
 
 
 @pytest.fixture(scope="session")

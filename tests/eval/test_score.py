@@ -1,9 +1,7 @@
 """eval/score.py: the numbers of torch-fidelity, from memory or disk, by one process or two."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -11,8 +9,10 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
+from torch_fidelity import registry
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from tests.eval.conftest import EVAL, save_pngs
+from tests.eval.conftest import save_pngs
 from vkd_gen.evaluation.extractors import load_extractor
 
 TORCH_FIDELITY = {
@@ -37,57 +37,68 @@ def pack(folder, path):
     return path
 
 
-def of_command_line(first, second, weights, monkeypatch, capfd, *flags):
+class TinyNetwork(FeatureExtractorBase):
+    """A network of torch-fidelity's own kind, small enough for a test."""
+
+    def __init__(self, name, features_list, **_options):
+        super().__init__(name, features_list)
+        generator = torch.Generator().manual_seed(0)
+        self.weights = torch.nn.Parameter(torch.randn(12, 3 * 8 * 8, generator=generator))
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("features", "logits")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    def forward(self, images):
+        found = (images.float() / 255).flatten(1) @ self.weights.T
+        layers = {"features": found.relu(), "logits": found[:, :5]}
+        return tuple(layers[name] for name in self.features_list)
+
+
+def of_command_line(first, second, extractor, monkeypatch, capfd, *flags):
     """What torch-fidelity's own command prints."""
     from torch_fidelity import fidelity
 
     command = ["fidelity", "--input1", first, "--input2", second, "--isc", "--fid", "--kid", "--prc", "--cpu", "--json"]
-    command += ["--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", weights]
-    monkeypatch.setattr(sys, "argv", [*map(str, command), "--no-cache", "--silent", "--save-cpu-ram", *flags])
+    command += ["--feature-extractor", extractor, "--no-cache", "--silent", "--save-cpu-ram", *flags]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
     capfd.readouterr()
     fidelity.main()
     return json.loads(capfd.readouterr().out)
 
 
+@pytest.mark.parametrize("network", ["tiny", pytest.param("inception", marks=pytest.mark.slow)])
 def test_a_folder_of_pngs_has_the_scores_of_torch_fidelitys_command_line(
-    tmp_path, inception_weights, run_eval, monkeypatch, capfd
+    network, tmp_path, run_eval, monkeypatch, capfd, request
 ):
-    first = save_pngs(tmp_path / "first", 16, size=32, mode="RGB")
-    second = save_pngs(tmp_path / "second", 14, size=32, mode="RGB", seed=5, brightness=60)
-    flags = ["--extractor_weights", inception_weights, "--kid_subset_size", 10, "--output_dir", tmp_path / "scores"]
-    run_eval("score", first, "--reference", second, *flags)
-    found = scores_in(tmp_path / "scores")
-    expected = of_command_line(first, second, inception_weights, monkeypatch, capfd, "--kid-subset-size", "10")
+    first = save_pngs(tmp_path / "first", 16, mode="RGB")
+    second = save_pngs(tmp_path / "second", 14, mode="RGB", seed=5, brightness=60)
+    if network == "tiny":
+        monkeypatch.setitem(registry.FEATURE_EXTRACTORS_REGISTRY, "tiny-net", TinyNetwork)
+        ours, theirs, suffix = ["--extractor", "tiny-net"], ("tiny-net",), "tiny_net"
+    else:
+        weights = request.getfixturevalue("inception_weights")
+        ours, suffix = ["--extractor_weights", weights], "inception_custom"
+        theirs = ("inception-v3-compat", "--feature-extractor-weights-path", weights)
+    flags = ["--kid_subset_size", 10, "--output_dir", tmp_path / "scores"]
+    run_eval("score", first, "--reference", second, *ours, *flags)
+    expected = of_command_line(first, second, theirs[0], monkeypatch, capfd, *theirs[1:], "--kid-subset-size", "10")
     assert expected["frechet_inception_distance"] > 1
-    assert found == pytest.approx(
-        {f"{ours}_inception_custom": expected[theirs] for ours, theirs in TORCH_FIDELITY.items()}, rel=1e-6
+    assert scores_in(tmp_path / "scores") == pytest.approx(
+        {f"{name}_{suffix}": expected[key] for name, key in TORCH_FIDELITY.items()}, rel=1e-6
     )
 
 
-@pytest.mark.slow
-def test_inception_from_memory_in_odd_batches_and_by_two_processes(tmp_path, inception_weights, run_eval):
-    first = save_pngs(tmp_path / "first", 24, size=32, mode="RGB")
-    second = save_pngs(tmp_path / "second", 20, size=32, mode="RGB", seed=5, brightness=60)
-    flags = ["--reference", second, "--extractor_weights", inception_weights, "--kid_subset_size", 10]
-    run_eval("score", first, *flags, "--output_dir", tmp_path / "expected")
-    expected = scores_in(tmp_path / "expected")
-    array = pack(first, tmp_path / "first.npz")
-    run_eval("score", array, *flags, "--batch_size", 7, "--output_dir", tmp_path / "found")
-    # KID is a small difference of large sums: the rounding of other batches is 5e-8 of these.
-    assert scores_in(tmp_path / "found") == pytest.approx(expected, rel=1e-6, abs=1e-7)
-    in_two_processes(first, *flags, "--batch_size", 7, "--output_dir", tmp_path / "two")
-    assert scores_in(tmp_path / "two") == pytest.approx(scores_in(tmp_path / "found"), rel=1e-6)
-
-
-def in_two_processes(*flags):
-    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    command = [sys.executable, *command, str(EVAL / "score.py"), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_two_processes_odd_batches_and_arrays_in_memory_give_the_same_scores(
-    tmp_path, folders, feature_network, run_eval
+def test_odd_batches_two_processes_and_arrays_in_memory_give_the_same_scores(
+    tmp_path, folders, feature_network, run_eval, two_processes
 ):
     first, second = folders
     flags = ["--reference", second, "--extractor", feature_network, "--kid_subset_size", 20]
@@ -97,10 +108,10 @@ def test_two_processes_odd_batches_and_arrays_in_memory_give_the_same_scores(
     array = pack(first, tmp_path / "first.npz")
     run_eval("score", array, *flags, "--output_dir", tmp_path / "array", "--batch_size", 7)
     assert scores_in(tmp_path / "array") == pytest.approx(expected, rel=1e-6)
-    in_two_processes(array, *flags, "--output_dir", tmp_path / "two", "--batch_size", 7)
-    assert scores_in(tmp_path / "two") == pytest.approx(expected, rel=1e-6)
-    hashes = {json.loads((tmp_path / name / "results.json").read_text())["sources"][str(source)]["images_sha256"]
-              for name, source in (("expected", first), ("array", array), ("two", array))}  # fmt: skip
+    two = two_processes / "scores"
+    assert scores_in(two) == pytest.approx(expected, rel=1e-6)
+    hashes = {next(iter(json.loads((folder / "results.json").read_text())["sources"].values()))["images_sha256"]
+              for folder in (tmp_path / "expected", tmp_path / "array", two)}  # fmt: skip
     assert len(hashes) == 1
 
 

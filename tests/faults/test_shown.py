@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.axes import Axes
 
 import figures
 from tables import markdown_page as comparison_table
+from tests.conftest import tiny_unet
 from tests.experiments.test_tables import comparison
 from tests.faults.small_run import options_of, train
 from tests.recipes.conftest import RECIPES, SHORT_STUDENT
@@ -117,7 +117,7 @@ def test_the_page_holds_the_diagnostics(looks, tmp_path):
 def steps_looked_at(num_steps, decay_end, every_steps=200, weighting="constant"):
     diagnostics = Ratios(*[2.0] * 2000)
     balance = FeatureBalance(
-        ProjectedStudent(torch.nn.Identity()),
+        ProjectedStudent(tiny_unet((4,))),
         diagnostics,
         weighting=weighting,
         weights=LossWeights(denoising=1.0, output=1.0, feature=0.3),
