@@ -91,10 +91,7 @@ class Model:
     def predict(self, noisy_sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any] | None = None) -> Tensor:
         """The denoiser's prediction, `[B, C, H, W]` float32, computed in the denoiser's own precision.
 
-        Args:
-            noisy_sample: `[B, C, H, W]`.
-            timesteps: indices of the schedule, `[B]`.
-            conditioning: further arguments of the denoiser, a row per sample.
+        Timesteps are indices of the schedule, `[B]`; conditioning holds further arguments of the denoiser.
         """
         sample = noisy_sample.to(self.network.dtype)
         return family_of(self.network).call(self.network, sample, timesteps, conditioning).float()

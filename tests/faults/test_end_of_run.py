@@ -74,24 +74,15 @@ def test_an_offset_out_of_the_schedule():
         usable_steps(DDIMScheduler(num_train_timesteps=20, steps_offset=30), 10)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "steps"),
-    [
-        pytest.param({"beta_schedule": "sigmoid"}, 2, marks=pytest.mark.slow),
-        pytest.param({"beta_schedule": "laplace"}, 2, marks=pytest.mark.slow),
-        ({"num_train_timesteps": 3, "beta_end": 0.5, "steps_offset": 1}, 2),
-        pytest.param({"num_train_timesteps": 1, "beta_end": 0.5}, 1, marks=pytest.mark.slow),
-    ],
-    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else str(value),
-)
-def test_schedules_are_exported_and_previewed(schedule, steps, flags, pipeline_folder, tmp_path, run_recipe, capsys):
+def test_a_short_schedule_is_exported_and_previewed(flags, pipeline_folder, tmp_path, run_recipe, capsys):
+    schedule = {"num_train_timesteps": 3, "beta_end": 0.5, "steps_offset": 1}
     DDPMScheduler(**schedule).save_pretrained(pipeline_folder / "scheduler")
     run = tmp_path / "run"
     run_recipe(RECIPE, *flags, "--preview_every_steps", 1, "--output_dir", run)
     exported = DDIMPipeline.from_pretrained(run / "pipeline").scheduler
     assert torch.equal(exported.alphas_cumprod, DDPMScheduler(**schedule).alphas_cumprod)
     assert len(list((run / "previews").iterdir())) == 2
-    assert f"{steps} steps" in json.loads((run / "results.json").read_text())["protocol"]["ms_per_image"]
+    assert "2 steps" in json.loads((run / "results.json").read_text())["protocol"]["ms_per_image"]
     assert "warning" not in capsys.readouterr().err
 
 
@@ -109,8 +100,6 @@ def change(file, **entries):
 
 SCHEDULER, UNET, INDEX = "scheduler/scheduler_config.json", "unet/config.json", "model_index.json"
 UNFIT = {
-    "fewer betas than steps": (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "it has 2 betas for 1000 steps"),
-    "betas above 1": (SCHEDULER, {"beta_end": 5.0}, "each from 0 to 1"),
     "no number": (SCHEDULER, {"steps_offset": "1"}, "a DDIMScheduler with .* steps_offset '1'"),
     "no such sampler": (
         INDEX, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "KarrasVeScheduler"]},
@@ -153,31 +142,14 @@ def test_ddpm_on_a_schedule_whose_teacher_learned_variances(variance):
 # ---- names
 
 
-NAMES = {
-    "no UTF-8": os.fsdecode(b"Bilder_\xfc"),
-    "markup": "<script>alert(1)</script>|`x`",
-    "two lines": "a\n# b",
-    "a formula": r"lr$\frac$",
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, id=case, marks=[pytest.mark.slow] * (case != "no UTF-8")) for case, name in NAMES.items()],
-)
-def test_names_of_any_bytes_reach_the_end(name, flags, tmp_path, run_recipe, capsys):
-    data, run = tmp_path / name.replace("/", "_") / "data", tmp_path / name.replace("/", "_") / "run"
-    if not name.isascii():  # safetensors reads no such path: see below
-        run = tmp_path / "run"
+def test_a_name_of_any_bytes_reaches_the_end(flags, tmp_path, run_recipe, capsys):
+    data, run = tmp_path / os.fsdecode(b"Bilder_\xfc"), tmp_path / "run"
     data.mkdir(parents=True)
     for number in range(12):
         Image.new("L", (8, 8), number * 20).save(data / f"{number}.png")
     run_recipe(RECIPE, *flags, "--dataset", data, "--output_dir", run, "--report_to", "tensorboard")
     assert "warning" not in capsys.readouterr().err
-    card = (run / "pipeline/README.md").read_text(encoding="utf-8")
-    assert "denoising error" in card  # of the table, which comes with the scores
-    assert "\n# b" not in card
-    assert "<script>" not in card.split("```")[0]
+    assert "denoising error" in (run / "pipeline/README.md").read_text(encoding="utf-8")  # of the table with the scores
     for file in ("report.html", "samples.png", "results.json"):
         assert (run / file).stat().st_size > 0
 
@@ -253,23 +225,17 @@ def test_what_stands_beside_the_weights_costs_a_line(flags, tmp_path, run_recipe
     assert "student" in json.loads((run / "results.json").read_text())["rows"]
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, pytest.param("train_teacher_unet", marks=pytest.mark.slow)])
-def test_scores_that_fail_leave_the_pipeline_and_are_made_again(
-    recipe, flags, tmp_path, run_recipe, capsys, monkeypatch
-):
-    if recipe != RECIPE:
-        flags = [*SHORT_STUDENT[:12], "--block_out_channels", 8, 16, "--extractor", "none"]
-
+def test_scores_that_fail_leave_the_pipeline_and_are_made_again(flags, tmp_path, run_recipe, capsys, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the samples are gone")
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr("vkd_gen.evaluation.compare.evaluate", fail)
-        line = error_of(capsys, lambda: run_recipe(recipe, *flags, "--output_dir", run))
+        line = error_of(capsys, lambda: run_recipe(RECIPE, *flags, "--output_dir", run))
     assert f"the pipeline is saved in {run / 'pipeline'}, but it could not be scored: the samples are gone" in line
     weights = (run / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    run_recipe(recipe, *flags, "--output_dir", run, "--resume_from_checkpoint", "latest")
+    run_recipe(RECIPE, *flags, "--output_dir", run, "--resume_from_checkpoint", "latest")
     assert (run / "results.json").exists()
     assert (run / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
@@ -300,18 +266,14 @@ def test_scores_on_the_way_cost_a_line(flags, pipeline_folder, tmp_path, run_rec
     ],
     ids=["no token", "no network", "a bad name"],
 )
-@pytest.mark.parametrize("recipe", [RECIPE, "train_teacher_unet"])
-def test_an_upload_is_checked_before_the_run(
-    recipe, broken, error, given, flags, tmp_path, run_recipe, capsys, monkeypatch
-):
+def test_an_upload_is_checked_before_the_run(broken, error, given, flags, tmp_path, run_recipe, capsys, monkeypatch):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
     monkeypatch.setattr(f"huggingface_hub.HfApi.{broken}", fail)
-    flags = flags if recipe == RECIPE else []
     given = [*flags, "--push_to_hub", *given, "--output_dir", tmp_path / "run"]
-    line = error_of(capsys, lambda: run_recipe(recipe, *given))
+    line = error_of(capsys, lambda: run_recipe(RECIPE, *given))
     assert f"--push_to_hub cannot upload to {'a b/c d' if 'a b/c d' in given else 'run'}: {error}" in line
     assert "hf auth login" in line
     assert not (tmp_path / "run").exists()

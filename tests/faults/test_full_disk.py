@@ -224,4 +224,4 @@ def test_scores_refuse_what_is_no_file(name, checkpoint, run_eval, tmp_path, cap
     with pytest.raises(SystemExit) as exit_status:
         run_eval("score", checkpoint, "--reference", "digits", "--output_dir", tmp_path, "--overwrite")
     assert exit_status.value.code == 2
-    assert f"{name} is not a file" in capsys.readouterr().err
+    assert f"{name} is a folder" in capsys.readouterr().err

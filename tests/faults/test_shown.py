@@ -16,7 +16,7 @@ from tables import markdown_page as comparison_table
 from tests.conftest import tiny_unet
 from tests.experiments.test_tables import comparison
 from tests.faults.small_run import options_of, train
-from tests.recipes.conftest import RECIPES, SHORT_STUDENT
+from tests.recipes.conftest import RECIPES
 from tests.test_balance import Ratios
 from tests.test_diagnostics_figure import look
 from tests.test_report import make_run
@@ -54,11 +54,12 @@ def page_of(folder):
 
 def test_a_page_names_data_teacher_student_method_steps_and_seed(tmp_path):
     run = make_run(tmp_path / "run")
-    (run / "config.json").write_text(json.dumps(CONFIG))
+    (run / "config.json").write_text(json.dumps(CONFIG | {"block_out_channels": "<b>"}))
     facts = dict(re.findall(r'<td class="dim">([^<]*)</td><td>([^<]*)</td>', page_of(run)))
     expected = {"data": "b/birds", "teacher": "a/teacher", "student": "width 0.5", "method": "vkd"}
     expected |= {"steps": "321", "seed": "17"}
     assert expected.items() <= facts.items()
+    assert facts["channels of the stages"] == "&lt;b&gt;"
 
 
 @pytest.mark.parametrize(
@@ -87,18 +88,13 @@ def test_a_page_of_a_teachers_run_and_of_several_runs(tmp_path):
     assert "<h2>Run: second</h2>" in page
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"dataset": {"a": [1]}, "seed": "<b>"}']
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe"])
 def test_a_configuration_that_is_none_costs_no_page(content, tmp_path):
-    run = make_run(tmp_path / "run")
-    (run / "config.json").write_bytes(content)
-    page = page_of(run)
-    assert "<h2>Scores</h2>" in page
-    assert "<b>" not in page
+    (tmp_path / "config.json").write_bytes(content)
+    assert asked_for(tmp_path) == {}
 
 
-@pytest.mark.parametrize("looks", [0, 1, 3])
+@pytest.mark.parametrize("looks", [0, 2])
 def test_the_page_holds_the_diagnostics(looks, tmp_path):
     run = make_run(tmp_path / "run")
     before = page_of(run).count("data:image/png")
@@ -157,19 +153,6 @@ def test_a_few_steps_are_looked_at_as_they_were():
     assert steps_looked_at(5, 1.0, every_steps=2)[0] == [2, 4, 5]
     assert steps_looked_at(300, 0.3, every_steps=0)[0] == []
     assert steps_looked_at(300, 1.0, every_steps=1)[0] == list(range(1, 301))
-
-
-@pytest.mark.slow
-def test_further_looks_change_nothing_in_a_run(pipeline_folder, tmp_path, run_recipe, monkeypatch):
-    found = {}
-    for name, least in (("often", 1), ("seldom", 10**6)):
-        monkeypatch.setattr("vkd_gen.training.balance.LEAST_STEPS_BETWEEN", least)
-        flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--max_train_steps", 40, "--extractor", "none"]
-        run_recipe("train_student_unet", *flags, "--output_dir", tmp_path / name)
-        lines = [json.loads(text) for text in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        found[name] = [{key: line[key] for key in line if key.startswith("loss/")} for line in lines]
-        assert (sum("diagnostics/gradient_ratio" in line for line in lines) > 1) == (name == "often")
-    assert [line for line in found["often"] if line] == [line for line in found["seldom"] if line]
 
 
 # ---- figures
@@ -272,7 +255,7 @@ def test_example_commands_stand_on_lines_of_their_own(path, monkeypatch, capsys)
 # ---- the progress line
 
 
-@pytest.mark.parametrize(("late", "passes"), [(False, 1), (False, 2), (True, 1)])
+@pytest.mark.parametrize(("late", "passes"), [(False, 2), (True, 1)])
 def test_the_losses_of_the_progress_line_move_with_every_step(late, passes, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     lines, totals = [], []

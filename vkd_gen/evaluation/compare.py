@@ -36,7 +36,7 @@ def evaluate(
         models: by name, brought to float32 here; from a `teacher` the distance of all of several is measured.
         held_out: images that no model was trained on.
         scorer: scores samples; None leaves these scores out.
-        scored: names of the models whose samples it scores, by default all; others' rows hold cost and errors alone.
+        scored: names of the models that it scores, by default all; others' rows hold cost and errors alone.
         num_inference_steps: where nothing is scored, and of the timing; at most those of the schedules.
         batch_size: images at a time.
         num_shown: samples to return.

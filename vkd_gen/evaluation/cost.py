@@ -46,11 +46,7 @@ def milliseconds_per_image(
 
     A tenth of the steps is timed and scaled up: each step costs the same.
 
-    Args:
-        models: by name, on the device to measure.
-        num_images: sampled at a time.
-        num_inference_steps: network evaluations per image.
-        repeats: measurements per model; the fastest counts.
+    The fastest of the repeats counts, each of `num_images` at a time.
     """
     timed_steps = max(1, num_inference_steps // 10)
     best = dict.fromkeys(models, float("inf"))

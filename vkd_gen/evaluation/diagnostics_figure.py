@@ -40,10 +40,7 @@ def save_diagnostics(metrics: Path, path: Path) -> None:
 
 
 def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
-    """Each layer's loss beside its floor, gradients, loss by timestep, effective ranks.
-
-    Args:
-        lines: from `pick_diagnostics`.
+    """Each layer's loss beside its floor, gradients, loss by timestep, effective ranks, of `pick_diagnostics`.
 
     Returns:
         A matplotlib figure; None if no line holds a feature loss.

@@ -27,8 +27,8 @@ def held_out_errors(
         images: that no model was trained on; with labels for class-conditional models, which are told them.
         teacher: to measure the distance to; None for the denoising error alone.
         num_draws: of (image, noise, timestep).
-        batch_size: at a time.
-        seed: of the draws, unlike the training's.
+        batch_size: draws at a time.
+        seed: unlike the training's.
 
     Returns:
         Name -> `denoising_error` and, with a teacher, `teacher_distance`: the squared difference between the two

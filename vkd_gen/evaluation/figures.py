@@ -84,7 +84,7 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, float]]], teacher: Mapp
         teacher: its row of results.json, for a dashed line where it has the score.
 
     Returns:
-        A matplotlib figure; None if no run has a curve.
+        A matplotlib figure; None without a curve.
     """
     kinds = _curve_kinds({name for lines in runs.values() for line in lines for name in line})
     if not kinds:

@@ -37,12 +37,7 @@ def open_reference(
 ) -> tuple[ImageSource | Statistics, ImageSource | None]:
     """What a reference on the command line stands for: images or statistics, and held-out images where there are some.
 
-    Args:
-        name: see `ScoreConfig.reference` in eval/score.py.
-        size: of the sources' images, in pixels.
-        held_out_fraction: of data without a test split of their own; None for the share that the recipes hold out.
-        image_column: see `load_images`.
-        on_bad_image: see `load_images`.
+    `size` is that of the sources' images, in pixels; for the rest see `ScoreConfig` in eval/score.py.
 
     Raises:
         ValueError: in one line, for what is not there, damaged or of another size.
@@ -94,15 +89,12 @@ def load_statistics_file(path: str) -> Statistics:
             mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
     except Exception as error:  # a zip file's, numpy's and the system's errors
         raise ValueError(f"cannot read statistics from {path}: {reason(error)}") from error
-    if mean.is_complex() or covariance.is_complex():
-        raise ValueError(f"the statistics in {path} are complex numbers")
-    if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise ValueError(f"the statistics in {path} are not finite")
+    if not all(part.is_floating_point() and part.isfinite().all() for part in (mean, covariance)):
+        raise ValueError(f"the statistics in {path} are not finite real numbers")
     if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{path} holds mu {list(mean.shape)} and sigma {list(covariance.shape)}, which do not fit")
-    values = covariance.double()
-    largest = float(values.abs().max()) if len(values) else 0.0
-    if not torch.allclose(values, values.T, rtol=0, atol=1e-3 * largest) or (values.diagonal() < 0).any():
+    tolerance = 1e-3 * float(covariance.abs().max())
+    if not torch.allclose(covariance, covariance.T, rtol=0, atol=tolerance) or (covariance.diagonal() < 0).any():
         raise ValueError(f"sigma in {path} is no covariance: it is not symmetric, or has variances below 0")
     return Statistics(mean, covariance)
 

@@ -95,10 +95,7 @@ def load_outcome(folder: Path) -> Outcome:
 def save_results(folder: Path, results: dict[str, Any], samples: Mapping[str, Tensor]) -> None:
     """Write results.json, samples.npz, samples.png and report.html; all but the first may fail, which costs a line.
 
-    Args:
-        folder: of a run or of scores; made if it is not there.
-        results: as `evaluate` gives them.
-        samples: name -> first samples, uint8, from equal seeds.
+    For results and samples see `evaluate`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
@@ -113,10 +110,6 @@ def save_results(folder: Path, results: dict[str, Any], samples: Mapping[str, Te
 
 def write_report(folders: Sequence[Path], path: Path) -> None:
     """Write the page; pictures, curves and style are inside it.
-
-    Args:
-        folders: of runs or scores; several make a comparison.
-        path: of the HTML file.
 
     Raises:
         ValueError: for a folder without results.

@@ -229,9 +229,6 @@ def blocks_of_process(count: int, batch_size: int, process_index: int = 0, num_p
 
     >>> [list(block) for block in blocks_of_process(7, 2, process_index=1, num_processes=2)]
     [[2, 3], [6]]
-
-    Raises:
-        ValueError: for fewer than no images, an empty batch, and a process that there is not.
     """
     if count < 0 or batch_size < 1:
         raise ValueError(f"count must be at least 0 and batch_size at least 1, not {count} and {batch_size}")
@@ -253,7 +250,7 @@ def extract_features(
 
     Args:
         source: of the images.
-        extractor: the network; None for the hash and the first images alone.
+        extractor: None for the hash and the first images alone.
         batch_size: images at a time, per process.
         num_shown: first images to keep.
         progress: title of the progress bar; none if empty.
