@@ -28,7 +28,6 @@ from vkd_gen import (
 )
 from vkd_gen.families.unet import call
 from vkd_gen.losses import feature_losses
-from vkd_gen.projectors import orthonormality_error
 from vkd_gen.schedule import Schedule
 
 FEATURE_ONLY = LossWeights(denoising=0.0, output=0.0, feature=1.0)
@@ -140,11 +139,6 @@ def test_teacher_in_bfloat16_takes_conditioning_in_float32():
     assert prediction.dtype == torch.float32
 
 
-def test_teacher_with_an_unknown_layer():
-    with pytest.raises(ValueError, match="'mid_block'"):
-        FrozenTeacher(tiny_unet(), ["midblock"])
-
-
 def test_one_teacher_layer_may_serve_two_student_layers():
     projected, teacher = make_projected(
         tiny_unet((8, 16)), tiny_unet((16, 32)), pairs=[("down_blocks.1", "mid_block"), ("mid_block", "mid_block")]
@@ -205,24 +199,6 @@ def test_exported_student_is_a_plain_unet(models, tmp_path):
     assert_states_equal(dict(loaded.state_dict()), dict(projected.student.state_dict()), atol=0, rtol=0)
     noisy, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
     torch.testing.assert_close(loaded(noisy, timesteps).sample, projected(noisy, timesteps)[0])
-
-
-def test_after_step_leaves_projectors_without_state_alone(schedule):
-    for method in ("linear", "identity"):
-        projected, teacher = make_projected(tiny_unet((8, 16)), tiny_unet((8, 16), seed=1), method=method)
-        distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
-        before = projector_state(projected)
-        projected.after_step(1)
-        assert_states_equal(projector_state(projected), before, atol=0, rtol=0)
-
-
-def test_eval_mode_does_not_touch_the_running_statistics(models, schedule):
-    projected, teacher = models
-    projected.eval()
-    before = {name: value.clone() for name, value in projected.named_buffers()}
-    with torch.no_grad():
-        distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher)
-    assert_states_equal(dict(projected.named_buffers()), before, atol=0, rtol=0)
 
 
 def test_a_look_in_eval_mode_is_nothing_to_solve_after(models, schedule, monkeypatch):
@@ -431,19 +407,6 @@ def test_targets_of_absent_terms_are_not_made(models, schedule, monkeypatch, wei
 # ---- gradient routing
 
 
-@pytest.mark.parametrize("layer", STAGES)
-def test_each_paired_layer_learns_from_its_own_feature_loss(models, schedule, layer):
-    projected, teacher = models
-    losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=FEATURE_ONLY)
-    losses[f"feature/{layer}"].backward()
-    own = list(projected.student.get_submodule(layer).parameters())
-    assert all(parameter.grad is not None for parameter in own)
-    assert any(parameter.grad.count_nonzero() for parameter in own)
-    for later in STAGES[STAGES.index(layer) + 1 :]:
-        assert all(parameter.grad is None for parameter in projected.student.get_submodule(later).parameters()), later
-    assert projected.student.conv_out.weight.grad is None
-
-
 def test_the_prediction_terms_reach_every_student_parameter(models, schedule):
     projected, teacher = models
     losses = distillation_losses(projected, make_batch(), schedule=schedule, teacher=teacher, weights=NO_FEATURES)
@@ -497,13 +460,6 @@ def test_no_gradient_reaches_the_teachers_features(method, widths):
     assert all(feature.grad is None for feature in features.values())
 
 
-def test_the_teacher_is_no_part_of_the_module_that_trains(models):
-    projected, teacher = models
-    teachers_own = {id(parameter) for parameter in teacher.unet.parameters()}
-    assert teachers_own.isdisjoint(id(parameter) for parameter in projected.parameters())
-    assert not isinstance(teacher, nn.Module)
-
-
 # ---- unlike prediction types, timestep weights, conditioning
 
 
@@ -519,8 +475,7 @@ class Translated(UNet2DModel):
         return (self.schedule.convert(prediction, sample, timestep, self.source),)
 
 
-@pytest.mark.parametrize("target", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("source", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("source", "target"), [("epsilon", "v_prediction"), ("sample", "epsilon")])
 def test_a_perfect_student_of_another_prediction_type_has_no_output_loss(source, target):
     schedule = Schedule.of(DDPMScheduler(prediction_type=target))
     teacher = FrozenTeacher(tiny_unet(), prediction_type=source)
@@ -574,32 +529,9 @@ def test_conditioning_goes_to_teacher_and_student(schedule):
     ]
     torch.testing.assert_close(found["output"], (predictions[0] - predictions[1]).square().mean())
     assert all(not torch.isclose(found[name], other[name], rtol=1e-6) for name in found)
+    projected.initialize_projectors(teacher, [batch | {"conditioning": {"encoder_hidden_states": texts[0]}}], schedule)
     found["total"].backward()
     assert student.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight.grad.count_nonzero() > 0
-
-
-def class_conditional_models():
-    """Student and teacher of three classes, and none."""
-    unets = [tiny_unet(channels, seed=seed, num_class_embeds=4) for seed, channels in ((1, (8, 16)), (2, (16, 32)))]
-    return (*unets, *make_projected(*unets))
-
-
-def labelled_batch(*labels):
-    return make_batch(len(labels)) | {"conditioning": {"class_labels": torch.tensor(labels)}}
-
-
-def test_teacher_and_student_are_given_the_same_labels(schedule):
-    student, teacher_unet, projected, teacher = class_conditional_models()
-    given = []
-    for unet in (teacher_unet, student):
-        unet.register_forward_pre_hook(
-            lambda module, _, options: given.append((module, options["class_labels"].tolist())), with_kwargs=True
-        )
-    batch = labelled_batch(2, 0, 3, 2)
-    distillation_losses(projected, batch, schedule=schedule, teacher=teacher)
-    assert given == [(teacher_unet, [2, 0, 3, 2]), (student, [2, 0, 3, 2])]
-    projected.initialize_projectors(teacher, [batch], schedule)
-    assert given[2:] == given[:2]
 
 
 def test_token_features_of_attention_layers(schedule):
@@ -612,33 +544,6 @@ def test_token_features_of_attention_layers(schedule):
     losses = distillation_losses(projected, batch, schedule=schedule, teacher=teacher, weights=FEATURE_ONLY)
     losses["total"].backward()
     assert projected.student.get_submodule(layer).attn1.to_q.weight.grad.count_nonzero() > 0
-
-
-def test_vkd_paper_combination(schedule):
-    """Matrix exponential, whitening by the batch's statistics, smooth-L1: P moves and stays orthonormal."""
-    projected, teacher = make_projected(
-        tiny_unet((8, 16), seed=1), tiny_unet((16, 32), seed=2), method="matrix_exp", normalization="batch_whiten"
-    )
-    start = [projector.matrix().detach().clone() for projector in projected.projectors]
-    optimizer = torch.optim.AdamW(projected.parameters(), lr=3e-3, weight_decay=0.05)
-    features = []
-    for _ in range(12):
-        losses = distillation_losses(
-            projected, make_batch(8), schedule=schedule, teacher=teacher, feature_loss_kind="smooth_l1"
-        )
-        optimizer.zero_grad()
-        losses["total"].backward()
-        optimizer.step()
-        projected.after_step(len(features) + 1)
-        features.append(losses["feature"].item())
-    assert features[-1] < 0.95 * features[0]
-    for projector, matrix in zip(projected.projectors, start, strict=True):
-        assert orthonormality_error(projector.matrix()) < 1e-5
-        assert (projector.matrix() - matrix).abs().max() > 1e-3
-    _, captured = teacher(torch.randn(8, 1, 8, 8), torch.arange(8))
-    normalizer = projected.normalizers[[pair.teacher for pair in projected.layer_pairs].index("mid_block")]
-    targets = normalizer(captured["mid_block"].flatten(2).transpose(1, 2), torch.arange(8)).flatten(0, 1)
-    torch.testing.assert_close(targets.T @ targets / len(targets), torch.eye(32), atol=0.05, rtol=0)
 
 
 # ---- errors

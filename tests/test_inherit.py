@@ -238,15 +238,6 @@ def test_dead_channels_are_the_ones_dropped(family, choice, rescaling, schedule)
             torch.testing.assert_close(value, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("family", ["attention", "cross attention"])
-def test_living_channels_are_missed(family, schedule):
-    """The test above can fail."""
-    teacher, _ = with_dead_channels(family)
-    student = build_student(teacher, Reduction(width=0.5))
-    inherit(student, teacher, schedule, channels="random", rescaling="none")
-    assert (predict(student) - predict(teacher)).abs().max() > 1e-2
-
-
 # ---- depth
 
 

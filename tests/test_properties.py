@@ -18,15 +18,12 @@ from vkd_gen.limits import check_sizes
 from vkd_gen.normalization import (
     FeatureNormalizer,
     FeatureStatistics,
-    timestep_bins,
-    width_floor,
 )
 from vkd_gen.pairing import pair_layers
 from vkd_gen.projectors import (
     IdentityProjector,
     LinearProjector,
     OrthogonalProjector,
-    RunningCrossCovariance,
     orthonormality_error,
 )
 
@@ -86,21 +83,6 @@ def test_an_orthogonal_projector_is_orthonormal_or_refused(student, target, meth
         assert orthonormality_error(projector.matrix()) < 1e-5
 
 
-@given(student=WIDTHS, target=WIDTHS, seed=SEEDS, scale=st.sampled_from([1e-6, 1.0, 1e6]), method=st.sampled_from(
-    ["solved", "cayley", "matrix_exp"]))  # fmt: skip
-def test_a_projector_stays_orthonormal_whatever_it_is_shown(student, target, seed, scale, method):
-    projector = OrthogonalProjector(student, target, method=method, start="procrustes", refresh_every_steps=1)
-    pair = rows(seed, 2, 5, student) * scale, rows(seed + 1, 2, 5, target) * scale
-    projector(*pair)
-    projector.initialize()
-    for step in (1, 2):
-        found = projector(*pair)
-        assert all(value.shape == (2, 5, max(student, target)) and value.isfinite().all() for value in found)
-        projector.after_step(step)
-    assert orthonormality_error(projector.matrix()) < 1e-5
-    assert projector.gain.isfinite()
-
-
 @given(bad=st.sampled_from([math.nan, math.inf, -math.inf]), student=WIDTHS, target=WIDTHS, in_student=st.booleans())
 def test_features_that_are_no_numbers_do_not_enter_the_statistics(bad, student, target, in_student):
     projector = OrthogonalProjector(student, target, refresh_every_steps=1)
@@ -123,13 +105,6 @@ SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=4)
 PROJECTORS = [OrthogonalProjector, LinearProjector, IdentityProjector]
 
 
-@given(shape=SHAPES, other=SHAPES, kind=st.sampled_from(PROJECTORS))
-def test_rows_that_do_not_fit_are_refused(shape, other, kind):
-    projector = kind(3, 3)
-    found = or_one_line(lambda: projector(torch.zeros(shape), torch.zeros(other)))
-    assert (found is not None) == (shape == other and shape[-1] == 3)
-
-
 @given(start=st.integers(0, 5).flatmap(lambda n: st.lists(st.lists(ANY_FLOAT, min_size=n, max_size=n), max_size=4)))
 def test_a_start_is_orthonormal_or_refused(start):
     matrix = torch.tensor(start, dtype=torch.float64).float() if start and start[0] else torch.zeros(len(start), 0)
@@ -137,19 +112,6 @@ def test_a_start_is_orthonormal_or_refused(start):
     if projector is not None:
         assert matrix.shape == (2, 3)
         assert orthonormality_error(matrix) <= 1e-4
-
-
-@given(parts=st.lists(st.integers(0, 6), min_size=1, max_size=5), seed=SEEDS)
-def test_statistics_do_not_depend_on_how_rows_are_split(parts, seed):
-    student, target = rows(seed, sum(parts), 3) + 50, rows(seed + 1, sum(parts), 4)
-    whole, split = (RunningCrossCovariance(3, 4, 0.9) for _ in range(2))
-    whole.accumulate(student, target)
-    for student_part, target_part in zip(student.split(parts), target.split(parts), strict=True):
-        split.accumulate(student_part, target_part)
-    for statistics in (whole, split):
-        statistics.merge()
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-4, atol=1e-4)
 
 
 # ---- normalizers
@@ -191,22 +153,6 @@ def test_a_normalizer_gives_numbers_or_is_refused(kind, channels, rank, exponent
         assert torch.linalg.eigvalsh(covariance).min() > -1e-6
 
 
-@given(timesteps=st.lists(st.integers(0, 2**40), min_size=1, max_size=9), bins=st.integers(1, 50))
-def test_bins_are_in_range_and_in_order(timesteps, bins):
-    found = timestep_bins(torch.tensor(sorted(timesteps)), bins, 1000)
-    assert 0 <= found.min() <= found.max() < bins
-    assert (found.diff() >= 0).all()
-
-
-@given(channels=st.integers(1, 6), seed=SEEDS, beta=st.floats(0.1, 10))
-def test_a_wider_student_has_no_higher_floor(channels, seed, beta):
-    covariance = statistics_of(seed, channels).covariance
-    for loss in ("mse", "smooth_l1"):
-        floors = [width_floor(covariance, width, loss, beta) for width in range(1, channels + 2)]
-        assert all(earlier >= later - 1e-9 for earlier, later in itertools.pairwise(floors))
-        assert floors[-1] == floors[-2] == 0
-
-
 # ---- the builder
 
 
@@ -239,16 +185,6 @@ def test_a_student_can_be_built_or_is_refused(width, layers, drop, attention, tr
     assert len(channels) == len(kept_stages(2, reduction)) >= 1
     if width <= 1 and not drop:
         assert all(own <= other for own, other in zip(channels, teacher.config.block_out_channels, strict=True))
-
-
-@given(num_stages=st.integers(1, 6), drop=st.lists(st.integers(-8, 8), max_size=6).map(tuple))
-def test_kept_stages_are_those_not_dropped(num_stages, drop):
-    kept = or_one_line(lambda: kept_stages(num_stages, Reduction(drop_stages=drop)))
-    in_range = all(-num_stages <= stage < num_stages for stage in drop)
-    dropped = {stage % num_stages for stage in drop}
-    assert (kept is not None) == (in_range and len(dropped) < num_stages)
-    if kept is not None:
-        assert sorted({*kept, *dropped}) == list(range(num_stages))
 
 
 VALUES = st.recursive(
@@ -323,44 +259,7 @@ def test_draws_are_numbers_and_the_same_again_or_refused(seed, dropout, draw):
     assert 0 <= items[0]["time"] < 1
 
 
-@given(count=st.integers(1, 9), epoch=st.integers(0, 10**6), seed=SEEDS)
-def test_every_epoch_shows_every_image_once(count, epoch, seed):
-    draws = TrainingDraws(few_images(count), seed=seed)
-    shown = [round((draws[epoch * count + place]["sample"][0, 0, 0].item() + 1) * 127.5) for place in range(count)]
-    assert sorted(shown) == list(range(count))
-
-
 # ---- shares of processes
-
-
-@given(
-    first=st.integers(0, 4),
-    steps=st.integers(0, 6),
-    batch=st.integers(1, 4),
-    accumulation=st.integers(1, 3),
-    processes=st.integers(1, 4),
-)
-def test_processes_share_every_step_whatever_their_number(first, steps, batch, accumulation, processes):
-    """Each draw once, and those of a step are the same as of one process with the whole batch."""
-    shares = [
-        list(
-            DrawBatches(
-                first_step=first,
-                num_steps=steps,
-                batch_size=batch,
-                accumulation_steps=accumulation,
-                process_index=index,
-                num_processes=processes,
-            )
-        )
-        for index in range(processes)
-    ]
-    whole = batch * accumulation * processes
-    assert len({len(share) for share in shares}) == 1
-    for step in range(first, steps):
-        passes = slice((step - first) * accumulation, (step - first + 1) * accumulation)
-        drawn = sorted(itertools.chain(*(itertools.chain(*share[passes]) for share in shares)))
-        assert drawn == list(range(step * whole, (step + 1) * whole))
 
 
 @given(count=st.integers(0, 60), batch=st.integers(1, 9), processes=st.integers(1, 6))

@@ -1,20 +1,15 @@
 """Students of any diffusers UNet: built, run, saved, reloaded, paired and trained; and what is refused."""
 
 import json
-import os
 
 import pytest
 import torch
 from diffusers import (
     DDIMPipeline,
     DDPMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from diffusers.utils import is_transformers_available
-from torch import nn
 
 from tests.conftest import tiny_condition_unet, tiny_unet
 from vkd_gen import (
@@ -212,85 +207,6 @@ def test_a_student_from_its_configuration_to_training(family, name, tmp_path):
     check_trains(projected, frozen, batch)
 
 
-@pytest.mark.skipif(not is_transformers_available(), reason="these pipelines need transformers")
-@pytest.mark.parametrize(
-    ("family", "pipeline_class", "absent"),
-    [
-        ("Stable Diffusion 1", StableDiffusionPipeline, ("safety_checker", "feature_extractor")),
-        ("Stable Diffusion 2", StableDiffusionPipeline, ("safety_checker", "feature_extractor")),
-        ("Stable Diffusion XL", StableDiffusionXLPipeline, ("text_encoder_2", "tokenizer_2")),
-    ],
-)
-def test_stock_text_to_image_pipelines_take_the_student(family, pipeline_class, absent, tmp_path):
-    student = build_student(TEACHERS[family](), REDUCTIONS["bk-tiny"])
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", *absent))
-    pipeline = pipeline_class(**parts, unet=student, scheduler=DDPMScheduler())
-    pipeline.save_pretrained(tmp_path)
-    again = pipeline_class.from_pretrained(tmp_path, **parts).unet.state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in student.state_dict().items())
-
-
-# ---- features are the same however the student is run
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def paired_everywhere(make_teacher):
-    """A student of fewer stages, all of its stages and self-attention layers paired, some of them pooled."""
-    teacher = make_teacher()
-    student = build_student(teacher, Reduction(width=0.5, drop_stages=(-1,)))
-    pairs = [pair for layers in ("all", "self_attention") for pair in pair_layers(student, teacher, layers=layers)]
-    assert {len(pair.student_shape) for pair in pairs} == ({3} if isinstance(teacher, UNet2DModel) else {2, 3})
-    assert any("/" in pair.student for pair in pairs if "attentions" in pair.student)
-    return *project(student, teacher, pairs), batch_for(student)
-
-
-def features_and_gradients(model, projected, teacher, batch):
-    """Losses of every pair, and the gradients of the feature loss alone."""
-    _, teacher_features = teacher(batch["sample"], batch["timesteps"], batch["conditioning"])
-    prediction, losses = model(batch["sample"], batch["timesteps"], batch["conditioning"], teacher_features)
-    (torch.stack(list(losses.values())).mean(1).sum() + 0 * prediction.sum()).backward()
-    gradients = {name: parameter.grad for name, parameter in projected.named_parameters()}
-    assert all(gradient is not None for gradient in gradients.values())
-    return {layer: values.detach() for layer, values in losses.items()}, gradients
-
-
-@pytest.mark.parametrize(
-    "way", ["DistributedDataParallel", "checkpointing", pytest.param("compile", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    "make_teacher", [lambda: tiny_unet(attention=True), tiny_condition_unet], ids=["maps", "tokens"]
-)
-def test_features_of_every_pair_are_the_same(make_teacher, way, request):
-    projected, teacher, batch = paired_everywhere(make_teacher)
-    expected = features_and_gradients(projected, projected, teacher, batch)
-    projected, teacher, batch = paired_everywhere(make_teacher)
-    model = projected
-    match way:
-        case "DistributedDataParallel":
-            request.getfixturevalue("one_process")
-            model = nn.parallel.DistributedDataParallel(projected)
-        case "checkpointing":
-            projected.student.enable_gradient_checkpointing()
-        case "compile":
-            if request.config.getoption("--jaxtyping-packages", default=None):
-                pytest.skip("torch.compile cannot trace the checks of shapes and types")
-            torch._dynamo.reset()
-            model = torch.compile(projected, backend="eager")
-    found = features_and_gradients(model, projected, teacher, batch)
-    for values, known in zip(found, expected, strict=True):
-        assert values.keys() == known.keys()
-        for name, value in known.items():
-            torch.testing.assert_close(values[name], value, rtol=1e-4, atol=1e-5, msg=name)
-
-
 # ---- what the configuration becomes
 
 
@@ -321,14 +237,6 @@ def test_nothing_reduced_is_the_teacher(family):
     teacher = TEACHERS[family]()
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     assert reduce_config(teacher.config, Reduction()) == config
-
-
-@pytest.mark.parametrize(
-    ("stages", "dropped", "kept"),
-    [(4, (), (0, 1, 2, 3)), (4, (-1,), (0, 1, 2)), (3, (0, -1), (1,)), (3, (1, 1, -2), (0, 2))],
-)
-def test_kept_stages(stages, dropped, kept):
-    assert kept_stages(stages, Reduction(drop_stages=dropped)) == kept
 
 
 @pytest.mark.parametrize("dropped", [0, 1])

@@ -73,22 +73,6 @@ def test_noisy_is_computed_in_float32(schedule, drawn, dtype):
     assert torch.equal(noisy, schedule.noisy(sample.float(), noise.float(), TIMESTEPS))
 
 
-def test_bfloat16_noising_would_lose_the_first_steps(schedule):
-    """Why it is float32: alpha_bar of the first steps rounds to 1 in bfloat16."""
-    sample, noise = torch.zeros(4, 1, dtype=torch.bfloat16), torch.ones(4, 1, dtype=torch.bfloat16)
-    timesteps = torch.arange(4)
-    assert torch.count_nonzero(DDPMScheduler().add_noise(sample, noise, timesteps)) == 0
-    expected = reference_alpha_sigma(timesteps)[1]
-    np.testing.assert_allclose(schedule.noisy(sample, noise, timesteps), expected, rtol=1e-3)
-
-
-def test_noising_keeps_unit_variance(schedule):
-    generator = torch.Generator().manual_seed(0)
-    sample, noise = torch.randn(2, 6, 20_000, generator=generator)
-    variance = schedule.noisy(sample, noise, TIMESTEPS).var(1)
-    np.testing.assert_allclose(variance, np.ones(6), atol=0.05)  # 5 standard errors of a variance of 20,000
-
-
 # ---- targets
 
 
@@ -121,16 +105,6 @@ def test_prediction_target_is_float32_for_bfloat16_input(schedule, drawn, kind):
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_perfect_predictions_convert_into_each_other(schedule, drawn, source, target):
-    sample, noise = drawn
-    noisy = schedule.noisy(sample, noise, TIMESTEPS)
-    prediction = predicting(source, schedule).target(sample, noise, TIMESTEPS)
-    converted = predicting(target, schedule).convert(prediction, noisy, TIMESTEPS, source)
-    expected = predicting(target, schedule).target(sample, noise, TIMESTEPS)
-    torch.testing.assert_close(converted, expected, atol=5e-4, rtol=0)
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_convert_prediction_reference(schedule, drawn, source, target):
     """Any prediction, not only perfect ones: solve the two equations in (sample, noise) entry by entry."""
     noisy, prediction = drawn
@@ -143,14 +117,6 @@ def test_convert_prediction_reference(schedule, drawn, source, target):
         solution = np.linalg.solve(equations, [noisy[i, j].item(), prediction[i, j].item()])
         expected[i, j] = np.dot(reference_row(target, alpha, sigma), solution)
     np.testing.assert_allclose(converted, expected, rtol=1e-3, atol=1e-4)  # float32: sigma_0 is known to 2e-4
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_conversions_are_inverse_to_each_other(schedule, drawn, source, target):
-    noisy, prediction = drawn
-    there = predicting(target, schedule).convert(prediction, noisy, TIMESTEPS, source)
-    back = predicting(source, schedule).convert(there, noisy, TIMESTEPS, target)
-    torch.testing.assert_close(back, prediction, atol=5e-4, rtol=5e-4)
 
 
 def test_conversion_is_float32_and_differentiable(schedule, drawn):
