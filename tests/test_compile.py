@@ -151,9 +151,9 @@ def whole_condition_unet(channels, seed):
     return tiny_condition_unet((channels, channels), seed=seed)
 
 
-SHORT, WHOLE = [short_unet, short_condition_unet], [whole_unet, whole_condition_unet]
+WHOLE = [whole_unet, whole_condition_unet]
 COMPILED = [
-    *(pytest.param(make_unet, "aot_eager") for make_unet in SHORT),
+    pytest.param(short_unet, "aot_eager"),
     *(pytest.param(make_unet, "aot_eager", marks=pytest.mark.slow) for make_unet in WHOLE),
     pytest.param(short_unet, "inductor", marks=[pytest.mark.slow, LOSES_GRADIENTS]),
     pytest.param(short_condition_unet, "inductor", marks=pytest.mark.slow),
