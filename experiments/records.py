@@ -1,7 +1,6 @@
 """Finished runs as short records in one JSON file, so that a comparison goes on from what is done."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,20 +102,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     record |= {"training_seconds": seconds, "images_per_second": rate, "commit": commit}
     last: dict[str, float] = {}
     for line in outcome.metrics:
-        last |= {name: short(value) for name, value in line.items() if name.startswith("diagnostics/")}
+        last |= {name: float(f"{value:.6g}") for name, value in line.items() if name.startswith("diagnostics/")}
     record |= {"diagnostics": last} if last else {}
     protocol = {name: value for name, value in outcome.results["protocol"].items() if name != "environment"}
     is_scored = any(name.startswith("fid") for name in rows.get("teacher", {})) or config.get("extractor") == "none"
     return record, {"rows": rows, "protocol": protocol} if is_scored else None
-
-
-def short(value: float) -> float:
-    """Six significant digits of a number.
-
-    >>> short(0.123456789)
-    0.123457
-    """
-    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 def training_speed(metrics: Sequence[Mapping[str, float]], batch_size: float) -> tuple[float, float | None]:

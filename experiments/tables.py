@@ -69,8 +69,8 @@ class Comparison:
 def decimals_for(values: Sequence[float]) -> int:
     """Decimals that show the largest of some values in four digits.
 
-    >>> decimals_for([0.0087, 0.0131]), decimals_for([9.6, 11.8])
-    (5, 2)
+    >>> decimals_for([0.0087, 0.0131]), decimals_for([9.6, -11.8]), decimals_for([99999.0]), decimals_for([])
+    (5, 2, 0, 0)
     """
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return max(0, 3 - math.floor(math.log10(largest))) if largest else 0

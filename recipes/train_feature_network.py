@@ -1,4 +1,4 @@
-"""Train the small classifier whose features score samples where Inception's mean little, on images of given classes.
+"""Train a small classifier on images of given classes; its features score samples for which Inception's mean little.
 
 python recipes/train_feature_network.py --dataset digits --output recipes/assets/digits-features.safetensors
 python recipes/train_feature_network.py --dataset IMAGES --output runs/my-features.safetensors
@@ -23,25 +23,24 @@ class FeatureNetworkConfig:
     preset: str = "default"
     """There is one preset."""
     dataset: str = "digits"
-    """`digits`, `mnist`, a folder with a folder of images for each class, parquet or arrow files, or a data set's id on
-    the hub; what training recipes hold out of it is held out here too."""
+    """`digits`, `mnist`, a folder with one folder of images per class, parquet or arrow files, or a hub id. The images
+    that training recipes hold out are held out here too."""
     image_column: str | None = None
-    """Column of the images in a table; by default the only one that holds images."""
+    """Column of a table with the images; by default the only one that has images."""
     label_column: str | None = None
-    """Column of the classes in a table; by default the only one of classes, else `label`."""
+    """Column of a table with the classes; by default the only one that has classes, else `label`."""
     on_bad_image: OnBadImage = "refuse"
-    """An image that cannot be read: `refuse` stops, `skip` leaves it out."""
+    """What to do about an image that cannot be read: `refuse` stops, `skip` leaves it out."""
     resolution: int | None = None
-    """Height and width of the images in pixels: that of the samples to score. By default 8 for digits, 28 for mnist, 32
-    for all else."""
+    """Height and width in pixels of the samples to score; by default 8 for digits, 28 for mnist, else 32."""
     channels: Literal[1, 3] | None = None
-    """1 for grey, 3 for RGB; by default grey for digits and mnist, RGB for all else."""
+    """1 for grey, 3 for RGB; by default grey for digits and mnist, else RGB."""
     output: str = ""
-    """File to write, .safetensors; by default runs/NAME-features.safetensors."""
+    """File to write, ending in .safetensors; by default runs/NAME-features.safetensors."""
     num_epochs: int = 40
     """Passes through the images."""
     seed: int = 0
-    """Seed of weights, order and augmentation."""
+    """Seed of the weights, the order of images and the augmentation."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -96,7 +95,7 @@ def main(config: FeatureNetworkConfig) -> None:
     if config.dataset not in EMBEDDED:
         facts |= {"resolution": str(train.resolution), "classes": str(train.num_classes)}
     save_feature_network(network, Path(output), facts)
-    print(f"{output}: {share:.2%} of {len(held_out)} held-out images right")
+    print(f"{output}: {share:.2%} of {len(held_out)} held-out images correct")
 
 
 PRESETS = {"default": FeatureNetworkConfig()}

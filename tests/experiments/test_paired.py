@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from paired import paired_difference, share_of_gap, summarize
+from paired import paired_difference, share_of_gap
 
 
 def test_a_difference_worked_out_by_hand():
@@ -37,14 +37,6 @@ def test_one_seed_has_no_interval_and_none_no_difference():
 def test_equal_differences_are_off_zero():
     assert paired_difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}).is_off_zero
     assert not paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).is_off_zero
-
-
-def test_summary_is_numpys():
-    values = [3.0, 1.0, 4.0, 1.0, 5.0]
-    summary = summarize(values)
-    assert summary.mean == pytest.approx(np.mean(values))
-    assert summary.standard_deviation == pytest.approx(np.std(values, ddof=1))
-    assert summarize([2.0]).standard_deviation is None
 
 
 def test_share_of_the_gap():

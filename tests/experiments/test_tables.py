@@ -3,7 +3,7 @@
 import pytest
 
 from figures import OPEN, draw_differences
-from tables import Comparison, decimals_for, markdown_page, print_tables, tables_of
+from tables import Comparison, markdown_page, tables_of
 
 DISTANCES = {  # arm -> by seed
     "denoising": (0.0140, 0.0160, 0.0150),
@@ -80,27 +80,12 @@ def test_markdown_has_a_heading_per_start_and_the_protocol_whatever_the_order_of
     assert markdown_page(comparison(records[::-1], starts=["random", "inherited"])) == text
 
 
-def test_the_terminal_shows_the_same_cells(capsys):
-    print_tables(tables_of(comparison()))
-    shown = capsys.readouterr().out
-    for title, table in tables_of(comparison()).items():
-        assert all(cell in shown for _, column in table.columns for cell in (title, *table.names, *column))
-
-
 def test_scores_stand_with_the_least_noisy_first():
     row = {"kid_digits": 1.0, "fid_digits": 1.0, "fid_held_out_digits": 1.0, "denoising_error": 1.0, "recall": 1.0}
     row |= {"teacher_distance": 1.0, "kid_std_digits": 1.0, "fid": 1.0}
     one = comparison([record("output", 0, student=row)])
     assert one.shown_scores == ["teacher_distance", "denoising_error", "fid", "fid_digits", "kid_digits"]
     assert one.frechet_distance == "fid"
-
-
-@pytest.mark.parametrize(
-    ("values", "decimals"),
-    [([0.0131], 5), ([9.99, -12.0], 2), ([1234.5], 0), ([99999.0], 0), ([0.0], 0), ([], 0), ([float("nan"), 1.0], 3)],
-)
-def test_decimals(values, decimals):
-    assert decimals_for(values) == decimals
 
 
 def test_panels_are_sorted_by_the_distance_and_show_intervals_and_seeds():
