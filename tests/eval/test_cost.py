@@ -10,8 +10,8 @@ from vkd_gen.evaluation.cost import LiveBytes, count_parameters, forward_costs
 
 
 def rows_of(run_eval, tmp_path, *flags):
-    run_eval("cost", *flags, "--output", tmp_path / "cost.json")
-    return json.loads((tmp_path / "cost.json").read_text())["rows"]
+    run_eval("cost", *flags, "--output", tmp_path / "new/cost.json")
+    return json.loads((tmp_path / "new/cost.json").read_text())["rows"]
 
 
 def test_published_students_are_counted_from_configurations_alone(tmp_path, run_eval, capsys):
@@ -41,19 +41,14 @@ def test_folders_files_and_runs_name_the_same_unet(tmp_path, run_eval, checkpoin
     assert len({(row["parameters"], row["macs"]) for row in rows.values()}) == 1
 
 
-def test_numbers_go_into_a_folder_that_is_new(tmp_path, run_eval, checkpoint):
-    output = tmp_path / "new" / "deep" / "cost.json"
-    run_eval("cost", checkpoint, "--output", output)
-    assert json.loads(output.read_text())["rows"]
-
-
 def test_measured_costs_grow_with_the_model(tmp_path, run_eval, checkpoint):
     wide = tiny_unet((32, 64))
     wide.save_pretrained(tmp_path / "wide")
     rows = rows_of(run_eval, tmp_path, tmp_path / "wide", checkpoint, "--measure", "--batch_size", 4)
     first, second = rows.values()
-    for column in ("ms_per_image_and_step", "peak_memory_bytes", "parameters", "macs"):
+    for column in ("peak_memory_bytes", "parameters", "macs"):
         assert first[column] > second[column] > 0
+    assert first["ms_per_image_and_step"] > 0  # of models this small the machine's other work decides
     assert first["peak_memory_bytes"] > 4 * first["parameters"]
 
 
@@ -73,7 +68,7 @@ def test_memory_of_activations_grows_with_the_batch():
 
 
 def test_live_bytes_known_value():
-    """Chains free what is behind them, views take nothing, and what is written in place is not new."""
+    """Chains free what comes before them, views take nothing, and what is written in place is not new."""
     with LiveBytes() as live:
         x = torch.zeros(1000)
         for _ in range(5):

@@ -1,19 +1,21 @@
 """eval/score.py: the numbers of torch-fidelity, from memory or disk, by one process or two."""
 
 import json
-import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch_fidelity import registry
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from tests.eval.conftest import save_pngs
 from vkd_gen.evaluation.extractors import load_extractor
+from vkd_gen.evaluation.reference import cached_features
+from vkd_gen.evaluation.sources import content_hash, from_folder
 
 TORCH_FIDELITY = {
     "fid": "frechet_inception_distance",
@@ -192,37 +194,31 @@ def test_saved_statistics_give_the_fid_of_their_images(tmp_path, folders, featur
     assert found == pytest.approx({"fid_stripes": scores_in(tmp_path / "images")["fid_stripes"]}, rel=1e-5)
 
 
-def test_the_reference_is_computed_once(tmp_path, folders, feature_network, run_eval, monkeypatch):
-    first, second = folders
-    flags = ["--reference", second, "--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
-    run_eval("score", first, *flags, tmp_path / "once")
-    (kept,) = (tmp_path / "cache/references").iterdir()
-    written = kept.stat().st_mtime_ns
-    run_eval("score", first, *flags, tmp_path / "twice")
-    assert scores_in(tmp_path / "twice") == scores_in(tmp_path / "once")
-    assert kept.stat().st_mtime_ns == written
-    kept.write_bytes(b"damaged")
-    run_eval("score", first, *flags, tmp_path / "again")
-    assert scores_in(tmp_path / "again") == scores_in(tmp_path / "once")
-    assert kept.stat().st_size > 100
+def test_the_reference_is_computed_once(tmp_path, folders, feature_network, monkeypatch, caplog):
+    """Once for the same images in the same weights; what is damaged, or cannot be kept, is computed anew."""
+    asked = []
 
+    def features_of(folder):
+        extractor = load_extractor(str(feature_network))
+        extract = extractor.extract
+        asked.clear()
+        extractor = replace(extractor, extract=lambda images: asked.append(len(images)) or extract(images))
+        return cached_features(from_folder(str(folder)), extractor, 16)[0]["features"]
 
-def test_other_images_or_weights_are_not_taken_for_the_cached_ones(tmp_path, folders, feature_network, run_eval):
-    first, second = folders
-    other = save_pngs(tmp_path / "other", 30, seed=1, brightness=41)
-    flags = ["--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
-    run_eval("score", first, "--reference", second, *flags, tmp_path / "second")
-    run_eval("score", first, "--reference", other, *flags, tmp_path / "other-scores")
-    assert scores_in(tmp_path / "other-scores") != scores_in(tmp_path / "second")
-    assert len(list((tmp_path / "cache/references").iterdir())) == 2
-
-
-def test_an_unwritable_cache_is_no_hindrance(tmp_path, folders, feature_network, run_eval, monkeypatch, caplog):
+    first = features_of(folders[1])
+    assert asked == [16, 14]
+    assert torch.equal(features_of(folders[1]), first)
+    assert asked == []
+    assert not torch.equal(features_of(save_pngs(tmp_path / "other", 30, seed=1, brightness=41)), first)
+    kept = list((tmp_path / "cache/references").iterdir())
+    assert len(kept) == 2
+    for file in kept:
+        file.write_bytes(b"damaged")
+    assert torch.equal(features_of(folders[1]), first)
+    assert asked == [16, 14]
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VKD_GEN_CACHE", str(tmp_path / "file"))
-    flags = ["--extractor", feature_network, "--kid_subset_size", 20, "--output_dir", tmp_path / "scores"]
-    run_eval("score", folders[0], "--reference", folders[1], *flags)
-    assert scores_in(tmp_path / "scores")["fid_stripes"] > 0
+    assert torch.equal(features_of(folders[1]), first)
     assert "not kept" in caplog.text
 
 
@@ -250,16 +246,14 @@ def test_class_conditional_pipelines_are_asked_for_every_class(tmp_path, run_eva
     assert source["guidance_scale"] == 2
 
 
-def test_a_grey_image_among_coloured_ones_changes_nothing_else(tmp_path, folders, feature_network, run_eval):
-    """Read as torch-fidelity reads it: everything as RGB."""
-    coloured = save_pngs(tmp_path / "coloured", 24, mode="RGB")
-    first = coloured / "000000.png"
-    Image.open(first).convert("L").save(first)
-    as_rgb = save_pngs(tmp_path / "rgb", 24, mode="RGB")
-    Image.open(first).convert("RGB").save(as_rgb / "000000.png")
-    flags = ["--reference", folders[0], "--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
-    run_eval("score", coloured, as_rgb, *flags, tmp_path / "scores")
-    assert scores_in(tmp_path / "scores", 0) == scores_in(tmp_path / "scores", 1)
+def test_a_grey_image_among_coloured_ones_is_read_as_rgb(tmp_path):
+    """As torch-fidelity reads it, and so it is the same image as in RGB."""
+    hashes = []
+    for mode in ("L", "RGB"):
+        coloured = save_pngs(tmp_path / mode, 3, mode="RGB")
+        Image.open(coloured / "000000.png").convert("L").convert(mode).save(coloured / "000000.png")
+        hashes.append(content_hash(from_folder(str(coloured))))
+    assert hashes[0] == hashes[1]
 
 
 def test_a_source_that_fails_does_not_lose_the_ones_before(tmp_path, folders, feature_network, run_eval, capfd):
@@ -271,31 +265,3 @@ def test_a_source_that_fails_does_not_lose_the_ones_before(tmp_path, folders, fe
         run_eval("score", folders[0], late, *flags, tmp_path / "scores")
     assert "cannot read the image" in capfd.readouterr().err
     assert list(json.loads((tmp_path / "scores/results.json").read_text())["rows"]) == [str(folders[0])]
-
-
-def test_other_peoples_results_in_a_model_card_stay(tmp_path, checkpoint, folders, feature_network, run_eval):
-    folder = shutil.copytree(checkpoint, tmp_path / "mymodel")
-    theirs = EvalResult("image-generation", "cats", "cats", "beauty", 7.0)
-    data = ModelCardData(license="mit", model_name="mine", eval_results=[theirs])
-    ModelCard(f"---\n{data.to_yaml()}\n---\n# Mine\n\nSome words.\n").save(folder / "README.md")
-    flags = ["--extractor", feature_network, "--num_score_samples", 12, "--kid_subset_size", 10]
-    run_eval(
-        "score",
-        folder,
-        "--reference",
-        folders[0],
-        *flags,
-        "--num_inference_steps",
-        1,
-        "--output_dir",
-        tmp_path / "s",
-        "--update_foreign_cards",
-    )
-    card = ModelCard.load(folder / "README.md")
-    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert values["beauty"] == 7.0
-    assert values["fid_stripes"] == scores_in(tmp_path / "s")["fid_stripes"]
-    assert card.data.license == "mit"
-    assert card.data.model_name == "mine"
-    assert "Some words." in card.text
-    assert str(tmp_path) not in card.data.to_yaml()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from vkd_gen.evaluation.card import update_model_card
@@ -53,6 +53,19 @@ def test_scores_against_other_data_stay_beside(tmp_path):
     write(tmp_path, 90.0, images=40, steps=2, data="path/to/mnist")
     assert scores(tmp_path) == (3.0, 10_000, 50)
     assert scores(tmp_path, "mnist") == (90.0, 40, 2)
+
+
+def test_other_peoples_words_and_results_stay(tmp_path):
+    theirs = EvalResult("image-generation", "cats", "cats", "beauty", 7.0)
+    data = ModelCardData(license="mit", model_name="mine", eval_results=[theirs])
+    ModelCard(f"---\n{data.to_yaml()}\n---\n# Mine\n\nSome words.\n").save(tmp_path / "README.md")
+    write(tmp_path, 3.0, images=40, steps=2, data=str(tmp_path / "digits"))
+    card = ModelCard.load(tmp_path / "README.md")
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values == {"beauty": 7.0, "fid": 3.0, "kid": 0.03}
+    assert (card.data.license, card.data.model_name) == ("mit", "mine")
+    assert "Some words." in card.text
+    assert str(tmp_path) not in card.data.to_yaml()
 
 
 def test_a_score_of_an_older_card_that_does_not_say_is_replaced(tmp_path):

@@ -1,6 +1,5 @@
 """What a run shows: its page, its figures and captions, its progress line, the words of tables and of --help."""
 
-import colorsys
 import importlib.util
 import json
 import re
@@ -185,20 +184,6 @@ def test_a_floor_of_nothing_does_not_stretch_the_axis(floor):
         line["floor/mid_block"] = floor
     losses = draw_diagnostics(lines).axes[0]
     assert losses.get_ylim()[0] > 1e-3
-
-
-def hue(colour):
-    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return colorsys.rgb_to_hsv(red, green, blue)[0] * 360
-
-
-def test_captions_call_colours_by_their_names():
-    names = {"red": (345, 15), "orange": (15, 45), "blue": (190, 250), "green": (90, 165)}
-    caption = figures.draw_differences(comparison()).get_supxlabel()
-    for word, colour in (("better", figures.BETTER), ("worse", figures.WORSE)):
-        (name,) = re.findall(rf"(\w+) \({word}\)", caption)
-        low, high = names[name]
-        assert (low <= hue(colour) <= high) if low < high else (hue(colour) >= low or hue(colour) <= high)
 
 
 # ---- words

@@ -49,7 +49,8 @@ def test_known_values(function, text, shown):
 
 def test_a_report_takes_any_names(tmp_path):
     """Of folders, rows, samples, sources and entries of the protocol."""
-    folders = [make_run(tmp_path / name.replace("/", "_"), fid=number) for number, name in enumerate(NAMES.values(), 2)]
+    few = ("a broken formula", "hidden from legends", "no UTF-8")
+    folders = [make_run(tmp_path / NAMES[name], fid=number) for number, name in enumerate(few, 2)]
     results = json.loads((folders[0] / "results.json").read_text())
     results["rows"] |= dict.fromkeys(NAMES.values(), results["rows"]["student"])
     results["protocol"] |= {name: name for name in NAMES.values()}
@@ -152,6 +153,12 @@ RESULTS = {
     "huge": {"rows": {"x": {"fid": 10**400}}, "protocol": {}},
     "a list of sources": {"rows": {"x": {"fid": 1}}, "protocol": {}, "sources": []},
     "a source of text": {"rows": {"x": {"fid": 1}}, "protocol": {}, "sources": {"x": "y"}},
+    "null": {"rows": {"x": {"fid": None}}, "protocol": {}},
+    "no rows": {"rows": {}, "protocol": {}},
+    "a list of rows": {"rows": [], "protocol": {}},
+    "a list": [],
+    "nothing": "",
+    "torn": "{",
     "deep": "[" * 100_000,
 }
 
