@@ -42,8 +42,8 @@ def held_out_errors(
         for model in (*models.values(), *([teacher] if teacher else [])):
             modes.enter_context(in_eval_mode(model.network))
         for first in range(0, num_draws, batch_size):
-            items = [draws[draw] for draw in range(first, min(first + batch_size, num_draws))]
-            batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+            numbers = range(first, min(first + batch_size, num_draws))
+            batch = {name: value.to(device) for name, value in draws[numbers].items()}
             conditioning = {"class_labels": batch["class_labels"]} if "class_labels" in batch else None
             for name, model in models.items():
                 schedule = schedules[name]
@@ -51,9 +51,9 @@ def held_out_errors(
                 noisy_sample = schedule.noisy(batch["sample"], batch["noise"], timesteps)
                 prediction = model.predict(noisy_sample, timesteps, conditioning)
                 target = schedule.target(batch["sample"], batch["noise"], timesteps)
-                sums[name]["denoising_error"] += float((prediction - target).square().mean()) * len(items)
+                sums[name]["denoising_error"] += float((prediction - target).square().mean()) * len(numbers)
                 if teacher is not None:
                     answer = teacher.predict(noisy_sample, timesteps, conditioning)
                     answer = schedule.convert(answer, noisy_sample, timesteps, teacher.schedule.prediction_type)
-                    sums[name]["teacher_distance"] += float((prediction - answer).square().mean()) * len(items)
+                    sums[name]["teacher_distance"] += float((prediction - answer).square().mean()) * len(numbers)
     return {name: {key: value / num_draws for key, value in errors.items()} for name, errors in sums.items()}

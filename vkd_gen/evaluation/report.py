@@ -71,25 +71,22 @@ def load_outcome(folder: Path) -> Outcome:
     if not path.is_file():
         raise ValueError(f"{folder} holds no results.json: it is neither a finished run nor a folder of scores")
     try:
-        results = json.loads(path.read_text())
-        samples = {}
+        results, samples = json.loads(path.read_text()), {}
         if (folder / "samples.npz").exists():
             with np.load(folder / "samples.npz", allow_pickle=False) as file:
                 samples = {name: torch.from_numpy(file[name]).permute(0, 3, 1, 2) for name in file.files}
-        metrics = read_metrics(folder / "metrics.jsonl")
-    except Exception as error:  # JSON's, numpy's and the zip file's errors
+        outcome = Outcome(folder.resolve().name, results, samples, read_metrics(folder / "metrics.jsonl"))
+        if not results["rows"] or not all(
+            is_number(value) for row in results["rows"].values() for value in row.values()
+        ):
+            raise ValueError("it has no rows of numbers")
+        for facts in (results["protocol"], *results.get("sources", {}).values()):
+            _facts(facts)
+        for images in samples.values():
+            sample_grid({"": images[:1]})
+    except Exception as error:  # JSON's, numpy's and the zip file's errors, and whatever cannot be shown
         raise ValueError(f"cannot read the results in {folder}: {reason(error)}") from error
-    parts = [results.get("rows"), results.get("protocol")] if isinstance(results, dict) else [None]
-    rows = parts[0].values() if all(isinstance(part, dict) for part in parts) and parts[0] else [None]
-    if not all(isinstance(row, dict) and all(map(is_number, row.values())) for row in rows):
-        raise ValueError(f"{path} is not a results file: it has no rows of numbers and no protocol")
-    sources = results.get("sources", {})
-    if not isinstance(sources, dict) or not all(isinstance(source, dict) for source in sources.values()):
-        raise ValueError(f"{path} is not a results file: its sources are no facts by name")
-    for name, images in samples.items():
-        if images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or not images.numel():
-            raise ValueError(f"{folder / 'samples.npz'} holds no images under {name!r}")
-    return Outcome(folder.resolve().name, results, samples, metrics)
+    return outcome
 
 
 def save_results(folder: Path, results: dict[str, Any], samples: Mapping[str, Tensor]) -> None:
