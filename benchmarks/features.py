@@ -67,8 +67,10 @@ def pair_operations(pair: vkd.LayerPair, batch_size: int, options: MatchingOptio
     """
     generator = torch.Generator().manual_seed(0)
     covariance = torch.eye(pair.teacher_channels, dtype=torch.float64)  # what features are does not change the cost
-    mean, scale = torch.zeros(1, pair.teacher_channels), torch.ones(1)
-    projector, normalizer = build_matching(options, pair, vkd.FeatureStatistics(mean, scale, covariance, covariance))
+    bins = options.num_timestep_bins
+    mean, scale = torch.zeros(bins, pair.teacher_channels), torch.ones(bins)
+    projector, normalizer = build_matching(options, pair)
+    normalizer.fill(vkd.FeatureStatistics(mean, scale, covariance, covariance))
     every = options.projector_refresh_steps
 
     def step(number: int, samples: int, positions: int) -> float:

@@ -26,16 +26,16 @@ from torch import Tensor, nn
 import vkd_gen as vkd
 from measuring import RESULTS, write_results
 from vkd_gen.cli import run_command
+from vkd_gen.data.draws import Draws
 from vkd_gen.data.images import Images
 from vkd_gen.evaluation.cost import LiveBytes
 from vkd_gen.evaluation.tables import print_columns
 from vkd_gen.families.build import unet_class
 from vkd_gen.families.unet import call
-from vkd_gen.training.accelerator import make_accelerator
-from vkd_gen.training.loop import TrainingRun, fixed_batches
+from vkd_gen.training.loop import Loop
 from vkd_gen.training.matching import build_projected_student, pair_named_or_all
 from vkd_gen.training.options import MatchingOptions, TrainingOptions
-from vkd_gen.training.run_folder import RunFolder
+from vkd_gen.training.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 512
@@ -119,8 +119,7 @@ class Bench:
         self.shape, self.place = SHAPES[config.shape], place
         self.batch_size = config.batch_size or self.shape.batch_size
         torch.manual_seed(0)
-        self.accelerator = make_accelerator(self.options())
-        self.device = self.accelerator.device
+        self.device = Run(self.options(), {}).device
         self.noise_scheduler = DDPMScheduler()
         self.schedule = vkd.Schedule.of(self.noise_scheduler).to(self.device)
         with self.device:
@@ -208,10 +207,6 @@ class Bench:
                 _ = [value.item() for value in (loss, *losses)]
                 yield
 
-    def draws(self, number: int) -> Iterator[dict[str, Any]]:
-        """Batches to calibrate on."""
-        return fixed_batches(self.images, self.schedule, number, seed=0, batch_size=self.batch_size, device=self.device)
-
     def our_steps(self, name: str, matching_changes: dict[str, Any], training: dict[str, Any]) -> Iterator[None]:
         """Variant d: steps of recipes/train_student_unet.py with `--method vkd`, log lines and refreshes included.
 
@@ -223,43 +218,23 @@ class Bench:
         pairs = pair_named_or_all(matching, student, teacher_unet)
         teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
         options = self.options(output_dir=str(self.place / name), **training)
-        folder = RunFolder(options.output_dir)
-        accelerator = make_accelerator(options)
-        folder.start({})
-        projected, balance = build_projected_student(
-            matching,
-            student,
-            teacher,
-            pairs,
-            self.draws,
-            self.schedule,
-            num_steps=options.max_train_steps,
-            calibration=folder.path / "calibration.safetensors",
-            resumes=False,
-            device=self.device,
-        )
-        run = TrainingRun(
-            accelerator=accelerator,
-            options=options,
-            folder=folder,
-            model=projected,
-            unet=student,
-            parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
-            images=self.images,
-            noise_scheduler=self.noise_scheduler,
-            config={},
-            diagnose=balance.look,
-        )
-        for batch in run.batches():
+        run = Run(options, {})
+        run.folder.start({})
+        draws = Draws(self.images, self.schedule, seed=0, batch_size=self.batch_size)
+        projected, balance = build_projected_student(matching, student, teacher, pairs, draws, run)
+        groups = vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay)
+        loop = Loop(run, projected, draws, average=student, parameter_groups=groups)
+        loop.every(1, balance.look)
+        for batch in loop:
             losses = vkd.distillation_losses(
-                run.model,
+                loop.module,
                 batch,
                 schedule=self.schedule,
                 teacher=teacher,
-                weights=balance.weights(run.step),
-                feature_loss_kind=matching.feature_loss or "mse",
+                weights=balance.weights(loop.step),
+                feature_loss_kind=matching.feature_loss,
             )
-            run.backward(losses)
+            loop.backward(losses)
             yield
 
     def steps(self, variant: Variant) -> Iterator[None]:

@@ -87,11 +87,9 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 def load(config: InheritanceConfig, folder: str, dataset: str) -> "tuple[Any, Any, Any, list[dict[str, Tensor]]]":
     """A teacher, its schedule, a function seed -> batches to start students from, and batches of other images."""
-    import torch
-
+    from vkd_gen.data.draws import Draws
     from vkd_gen.data.sources import load_images
     from vkd_gen.schedule import Schedule
-    from vkd_gen.training.loop import fixed_batches
     from vkd_gen.training.models import load_teacher
 
     teacher, noise_scheduler, _ = load_teacher(repository_path(folder, __file__))
@@ -99,8 +97,7 @@ def load(config: InheritanceConfig, folder: str, dataset: str) -> "tuple[Any, An
     images, held_out = load_images(dataset, resolution=teacher.config.sample_size, channels=teacher.config.in_channels)
 
     def draws(source: "Images", seed: int) -> "list[dict[str, Tensor]]":
-        num_draws, device = config.num_draws, torch.device("cpu")
-        return list(fixed_batches(source, schedule, seed=seed, num_draws=num_draws, batch_size=64, device=device))
+        return list(Draws(source, schedule, seed=seed).apart(config.num_draws))
 
     return teacher, schedule, partial(draws, images), draws(held_out, seed=1_000_003)
 

@@ -5,12 +5,10 @@ accelerate launch recipes/train_teacher_unet.py --preset digits --class_conditio
 accelerate launch recipes/train_teacher_unet.py --preset custom --dataset IMAGES --resolution 32 --channels 3
 """
 
-import json
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from vkd_gen.cli import announce, repository_path, run_recipe
+from vkd_gen.cli import announce, run_recipe
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
 from vkd_gen.evaluation.labels import data_label
@@ -159,139 +157,63 @@ def build_unet(config: TeacherConfig, num_classes: int = 0) -> "UNet2DModel":
 def main(config: TeacherConfig) -> None:
     """Train, export and sample one teacher."""
     config = complete(config)
-    aim = "what would be trained" if config.training.dry_run else f"into {config.training.output_dir}"
+    options, preset = config.training, PRESETS[config.preset]
+    aim = "what would be trained" if options.dry_run else f"into {options.output_dir}"
     announce(f"a teacher of {config.data.dataset}, {aim}")
 
-    import torch
     from diffusers import DDPMScheduler
 
-    from vkd_gen.evaluation.compare import markdown_table, print_table, score_model
     from vkd_gen.evaluation.cost import count_parameters
-    from vkd_gen.evaluation.report import save_results
-    from vkd_gen.evaluation.scorer import make_scorer
-    from vkd_gen.families.unet import call
+    from vkd_gen.families import family_of
     from vkd_gen.losses import prediction_loss
-    from vkd_gen.pictures import to_uint8
-    from vkd_gen.pipelines import num_classes_of
-    from vkd_gen.training.accelerator import make_accelerator, on_main_process
-    from vkd_gen.training.export import (
-        after_export,
-        check_upload,
-        export_pipeline,
-        finish_export,
-        model_card,
-        try_export,
-    )
-    from vkd_gen.training.facts import compare_folder, run_facts, start_folder
-    from vkd_gen.training.finished import show_if_finished
-    from vkd_gen.training.images import load_data, prepare_data
-    from vkd_gen.training.loop import TrainingRun
-    from vkd_gen.training.models import check_checkpoint
-    from vkd_gen.training.run_folder import RunFolder
+    from vkd_gen.models import Model
+    from vkd_gen.training.loop import Loop
+    from vkd_gen.training.run import Run
 
-    torch.set_float32_matmul_precision("high")
-    options = config.training
-    folder = RunFolder(options.output_dir)
-    scored_by = asdict(config.scores)
-    if not config.training.dry_run:  # which writes nothing, whatever the folder holds
-        folder.check(flat_config(config), options.resume_from_checkpoint)
-        check_checkpoint(folder.resume_point(options.resume_from_checkpoint))
-        check_upload(options)
-    accelerator = make_accelerator(options)
-    preset = PRESETS[config.preset]
-    form, of_preset = ((given.resolution, given.channels) for given in (config, preset))
-    if preset.data.dataset and form == of_preset and data_label(config.data.dataset) != data_label(preset.data.dataset):
-        accelerator.print(
-            f"note: {config.data.dataset} becomes {config.resolution} x {config.resolution} pixels in "
-            f"{'grey' if config.channels == 1 else 'RGB'}, as --preset {config.preset} is for {preset.data.dataset}; "
-            "for images of your own: --preset custom, with --resolution and --channels"
-        )
-    # The number of classes is the data's: those come first then, in a dry run too.
-    load = partial(
-        load_data,
-        replace(config.data, dataset=repository_path(config.data.dataset, __file__)),
-        resolution=config.resolution,
-        channels=config.channels,
-        with_labels=config.class_conditional,
-    )
-    loaded = load() if config.class_conditional else None
-    num_classes = loaded.train.num_classes if loaded else 0
-    unet = build_unet(config, num_classes)
-    classes = f", for {num_classes} classes" if num_classes else ""
-    data = data_label(config.data.dataset)
-    accelerator.print(f"{data}: a UNet of {count_parameters(unet):,} parameters{classes}")
-    if config.training.dry_run:
-        accelerator.print(json.dumps(flat_config(config), indent=2))
-        return
-    stream, images, held_out = prepare_data(loaded or load(), accelerator, config.data)
-    scores = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
-    scorer = make_scorer(scores, images, held_out, batch_size=options.eval_batch_size)
-    facts = {**flat_config(config), **run_facts(accelerator, images, stream)}
-    facts = compare_folder(folder, accelerator, facts, images, held_out)
-    if show_if_finished(folder, options, scored_by, print_table):
-        return
-    start_folder(folder, accelerator, facts, images, held_out)
-    if options.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    noise_scheduler = DDPMScheduler(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
-    exported, title = folder.path / "pipeline", f"{data} teacher"
-    card = {"parameters": f"{count_parameters(unet):,}", "steps": options.max_train_steps, "seed": options.seed}
-    describe = partial(model_card, title, data=config.data.dataset, num_classes=num_classes_of(unet))
-    on_main_process(
-        lambda: try_export(
-            unet,
-            noise_scheduler,
-            exported,
-            describe(card, ""),
-            num_inference_steps=config.scores.num_inference_steps,
-            name="the teacher",
-        )
-    )
+    with Run(options, flat_config(config), script=__file__) as run:
+        data, form = config.data.dataset, (config.resolution, config.channels)
+        is_of_preset = not preset.data.dataset or data_label(data) == data_label(preset.data.dataset)
+        if not is_of_preset and form == (preset.resolution, preset.channels):
+            run.print(
+                f"note: {data} becomes {form[0]} x {form[0]} pixels in {'grey' if form[1] == 1 else 'RGB'}, as "
+                f"--preset {config.preset} is for {preset.data.dataset}; for images of your own: --preset custom, with "
+                "--resolution and --channels"
+            )
+        # The number of classes is the data's: those come first then, in a dry run too.
+        by_class, num_classes = config.class_conditional, 0
+        if by_class:
+            num_classes = run.load_data(config.data, form, num_classes=0).train.num_classes
+        unet = build_unet(config, num_classes)
+        classes = f", for {num_classes} classes" if num_classes else ""
+        run.print(f"{data_label(data)}: a UNet of {count_parameters(unet):,} parameters{classes}")
+        if options.dry_run:
+            run.print(f"the same command without --dry_run trains it, into {options.output_dir}")
+            return
+        if not by_class:
+            run.load_data(config.data, form)
+        scorer = run.make_scorer(config.scores)
+        if not run.begin({}, asdict(config.scores)):
+            return
+        if options.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        scheduler = DDPMScheduler(prediction_type=config.prediction_type, beta_schedule=config.beta_schedule)
+        teacher = Model.of_unet(unet, scheduler)
+        draws = run.data.draws(teacher.schedule, config.data, seed=options.seed, batch_size=options.eval_batch_size)
+        facts = {"parameters": f"{count_parameters(unet):,}"}
+        steps = config.scores.num_inference_steps
+        run.try_end("teacher", teacher, facts, dataset=data, num_inference_steps=steps)
 
-    run = TrainingRun(
-        accelerator=accelerator,
-        options=options,
-        folder=folder,
-        model=unet,
-        unet=unet,
-        parameter_groups=[{"params": list(unet.parameters()), "weight_decay": options.adam_weight_decay}],
-        images=images,
-        noise_scheduler=noise_scheduler,
-        random_flip=config.data.random_flip,
-        guidance_dropout=config.data.guidance_dropout,
-        stream=stream,
-        config=flat_config(config),
-        score=(lambda unet: scorer.score_unet("teacher", unet, noise_scheduler)[0]) if scorer else None,
-    )
-    for batch in run.batches():
-        sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
-        noisy_sample = run.schedule.noisy(sample, noise, timesteps)
-        prediction = call(run.model, noisy_sample, timesteps, batch.get("conditioning"))
-        target = run.schedule.target(sample, noise, timesteps)
-        run.backward({"total": prediction_loss(prediction, target)})
-
-    unet = run.finish()
-    card |= {"training": run.cost()}
-    # Exported before it is scored, so that nothing which fails from here on can lose it.
-    run.on_main_process(lambda: export_pipeline(unet, noise_scheduler, exported, describe(card, "")))
-    with after_export(exported):
-        results, samples = score_model(
-            "teacher",
-            unet,
-            noise_scheduler,
-            held_out=held_out,
-            scorer=scorer,
-            num_inference_steps=config.scores.num_inference_steps,
-            batch_size=options.eval_batch_size,
-        )
-        if accelerator.is_main_process:
-            samples["held-out images"] = to_uint8(held_out.stack(32))
-            save_results(folder.path, {**results, "scored_by": scored_by}, samples)
-    run.end()
-    if accelerator.is_main_process:
-        finish_export(exported, lambda: describe(card, markdown_table(results)), options)
-        print_table(results)
-        print(f"teacher: {exported}\nsamples: {folder.path / 'samples.png'}\nreport: {folder.path / 'report.html'}")
+        groups = [{"params": list(unet.parameters()), "weight_decay": options.adam_weight_decay}]
+        loop = Loop(run, unet, draws, average=unet, parameter_groups=groups)
+        loop.every(options.preview_every_steps, run.preview(teacher), averaged=True)
+        loop.every(options.score_every_steps, run.score("teacher", teacher, scorer), averaged=True)
+        schedule, call = teacher.schedule.to(run.device), family_of(unet).call
+        for batch in loop:
+            sample, noise, timesteps, conditioning = batch.values()
+            prediction = call(loop.module, schedule.noisy(sample, noise, timesteps), timesteps, conditioning)
+            loop.backward({"total": prediction_loss(prediction, schedule.target(sample, noise, timesteps))})
+        loop.finish()
+        run.finish({"teacher": teacher}, scorer, shows_data=True)
 
 
 if __name__ == "__main__":

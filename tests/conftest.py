@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
+from vkd_gen.data.draws import Draws
 from vkd_gen.schedule import Schedule
 
 torch.set_num_threads(1)
@@ -70,6 +71,30 @@ def make_batch(batch_size=4, *, channels=1, size=8, seed=0):
         "noise": torch.randn(shape, generator=generator),
         "timesteps": torch.randint(0, 1000, (batch_size,), generator=generator),
     }
+
+
+class Times:
+    """In place of a schedule: timesteps are the times themselves."""
+
+    timesteps = staticmethod(lambda time: time)
+
+
+class DrawsByNumber:
+    """Draws one at a time, without the batch dimension, in one flat mapping, with `time` in place of `timesteps`."""
+
+    def __init__(self, images, **options):
+        self.draws = Draws(images, Times(), **options)
+
+    def __getitem__(self, number):
+        if isinstance(number, list):
+            return flat_draws(self.draws[number])
+        return {name: value[0] for name, value in flat_draws(self.draws[[number]]).items()}
+
+
+def flat_draws(batch):
+    """A batch of such draws as one flat mapping."""
+    batch = dict(batch)
+    return {**batch.pop("conditioning"), "time": batch.pop("timesteps"), **batch}
 
 
 @pytest.fixture

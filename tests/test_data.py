@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from scipy import stats  # comes with scikit-learn
 
-from tests.conftest import CIFAR10
+from tests.conftest import CIFAR10, DrawsByNumber, flat_draws
 from tests.sources import encoded, grey, grey_levels, image_table, labels_of, levels_of, load, save_greys
-from vkd_gen.data.draws import DrawBatches, TrainingDraws
+from vkd_gen.data.draws import DrawNumbers
 from vkd_gen.data.embedded import embedded_pixels
 from vkd_gen.data.images import Images, evenly_spaced
 from vkd_gen.data.sources import load_images
@@ -387,9 +387,9 @@ def assert_same_draw(found, expected, names=("sample", "noise", "time")):
 def test_a_draw_is_a_pure_function_of_seed_and_number():
     """Whatever was drawn before, in whatever order and by whichever instance."""
     images = numbered_images(7)
-    draws = TrainingDraws(images, seed=3, random_flip=True)
+    draws = DrawsByNumber(images, seed=3, random_flip=True)
     expected = [draws[number] for number in range(30)]
-    again, order = TrainingDraws(images, seed=3, random_flip=True), np.random.default_rng(0).permutation(30)
+    again, order = DrawsByNumber(images, seed=3, random_flip=True), np.random.default_rng(0).permutation(30)
     for number in [*order, *order[::-1]]:
         assert_same_draw(again[int(number)], expected[number])
     state = torch.get_rng_state()
@@ -401,7 +401,7 @@ def test_a_draw_is_a_pure_function_of_seed_and_number():
 
 def test_a_draw_is_what_a_new_generator_of_its_key_gives():
     """However the generator is set: resumed runs, and evidence, depend on these numbers."""
-    draws = TrainingDraws(load_images("digits", resolution=8, channels=1)[0], seed=2**63 - 1)
+    draws = DrawsByNumber(load_images("digits", resolution=8, channels=1)[0], seed=2**63 - 1)
     for number in (5, 0, 2**40):
         generator = np.random.Generator(np.random.Philox(key=np.array([2**63 - 1, 2 * number], dtype=np.uint64)))
         generator.random()  # of the flip
@@ -414,7 +414,7 @@ def test_a_draw_is_what_a_new_generator_of_its_key_gives():
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_a_batch_is_its_draws(num_classes):
     images = labelled_images(7, num_classes) if num_classes else numbered_images(7)
-    draws = TrainingDraws(images, seed=3, random_flip=True, guidance_dropout=0.5)
+    draws = DrawsByNumber(images, seed=3, random_flip=True, guidance_dropout=0.5)
     batch = draws[[11, 2, 30]]
     for place, number in enumerate((11, 2, 30)):
         expected = draws[number]
@@ -431,7 +431,7 @@ def test_images_of_a_small_set_are_decoded_once(limit, reads, monkeypatch):
         seen.append(number)
         return grey(number)
 
-    draws = TrainingDraws(Images(read, 4, 1, "two", np.arange(2)), seed=0)
+    draws = DrawsByNumber(Images(read, 4, 1, "two", np.arange(2)), seed=0)
     first = [draws[number]["sample"].clone() for number in range(10)]
     draws[0]["sample"].zero_()  # what was handed over is the caller's
     again = [draws[number]["sample"] for number in range(10)]
@@ -441,7 +441,7 @@ def test_images_of_a_small_set_are_decoded_once(limit, reads, monkeypatch):
 
 def test_seeds_and_numbers_draw_unlike_noise_and_times():
     images = numbered_images(7)
-    drawn = [TrainingDraws(images, seed=seed)[number] for seed in range(6) for number in range(6)]
+    drawn = [DrawsByNumber(images, seed=seed)[number] for seed in range(6) for number in range(6)]
     noise = torch.stack([draw["noise"].flatten() for draw in drawn])
     assert len({tuple(row) for row in noise.tolist()}) == 36
     assert len({draw["time"].item() for draw in drawn}) == 36
@@ -450,7 +450,7 @@ def test_seeds_and_numbers_draw_unlike_noise_and_times():
 def test_each_epoch_is_a_permutation_of_its_own():
     images = numbered_images(50)
     epochs = [
-        drawn_numbers(TrainingDraws(images, seed=seed), range(50 * epoch, 50 * (epoch + 1)))
+        drawn_numbers(DrawsByNumber(images, seed=seed), range(50 * epoch, 50 * (epoch + 1)))
         for seed in (0, 1)
         for epoch in range(3)
     ]
@@ -460,7 +460,7 @@ def test_each_epoch_is_a_permutation_of_its_own():
 
 
 def test_noise_is_standard_normal_and_time_uniform():
-    draws = TrainingDraws(numbered_images(40, resolution=8), seed=0)
+    draws = DrawsByNumber(numbered_images(40, resolution=8), seed=0)
     drawn = [draws[number] for number in range(400)]
     noise = torch.stack([draw["noise"] for draw in drawn])
     assert noise.shape == (400, 1, 8, 8)
@@ -483,7 +483,7 @@ def test_noise_is_standard_normal_and_time_uniform():
 def test_flips_mirror_half_of_the_images():
     ramp = Image.fromarray(np.tile(np.arange(4, dtype=np.uint8) * 10, (4, 1)))
     images = Images(lambda _: ramp, 4, 1, "ramp", np.arange(10))
-    plain, flipping = (TrainingDraws(images, seed=0, random_flip=flip) for flip in (False, True))
+    plain, flipping = (DrawsByNumber(images, seed=0, random_flip=flip) for flip in (False, True))
     num_flipped = 0
     for number in range(200):
         expected, found = plain[number], flipping[number]
@@ -501,8 +501,8 @@ def labelled_images(count, num_classes):
 
 
 def test_draws_with_labels_are_those_without_but_for_the_label():
-    plain = TrainingDraws(numbered_images(40), seed=5, random_flip=True)
-    labelled = TrainingDraws(labelled_images(40, 7), seed=5, random_flip=True, guidance_dropout=0.5)
+    plain = DrawsByNumber(numbered_images(40), seed=5, random_flip=True)
+    labelled = DrawsByNumber(labelled_images(40, 7), seed=5, random_flip=True, guidance_dropout=0.5)
     for number in range(100):
         found = labelled[number]
         label = found.pop("class_labels")
@@ -513,7 +513,7 @@ def test_draws_with_labels_are_those_without_but_for_the_label():
 
 def test_labels_follow_their_images():
     images = dataclasses.replace(labelled_images(40, 7), indices=np.arange(3, 40, 2))
-    draws = TrainingDraws(images, seed=5)
+    draws = DrawsByNumber(images, seed=5)
     drawn = [draws[number] for number in range(60)]
     assert [draw["class_labels"].item() for draw in drawn] == [
         level % 7 for level in grey_levels(draw["sample"] for draw in drawn)
@@ -523,7 +523,7 @@ def test_labels_follow_their_images():
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
 def test_share_of_dropped_labels(share):
     images = labelled_images(40, 7)
-    kept, dropping = (TrainingDraws(images, seed=5, guidance_dropout=dropout) for dropout in (0.0, share))
+    kept, dropping = (DrawsByNumber(images, seed=5, guidance_dropout=dropout) for dropout in (0.0, share))
     labels = [(kept[number]["class_labels"].item(), dropping[number]["class_labels"].item()) for number in range(1000)]
     dropped = [found == 7 for _, found in labels]
     assert all(found in (expected, 7) for expected, found in labels)
@@ -537,11 +537,11 @@ def test_share_of_dropped_labels(share):
 
 def test_dropped_labels_are_a_pure_function_of_seed_and_number():
     images = labelled_images(40, 7)
-    draws, again = (TrainingDraws(images, seed=5, guidance_dropout=0.5) for _ in range(2))
+    draws, again = (DrawsByNumber(images, seed=5, guidance_dropout=0.5) for _ in range(2))
     expected = [draws[number]["class_labels"].item() for number in range(60)]
     order = np.random.default_rng(0).permutation(60)
     assert [again[int(number)]["class_labels"].item() for number in order] == [expected[number] for number in order]
-    other = TrainingDraws(images, seed=6, guidance_dropout=0.5)
+    other = DrawsByNumber(images, seed=6, guidance_dropout=0.5)
     dropped = [[draw[number]["class_labels"].item() == 7 for number in range(60)] for draw in (draws, other)]
     assert dropped[0] != dropped[1]
 
@@ -549,19 +549,19 @@ def test_dropped_labels_are_a_pure_function_of_seed_and_number():
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
 def test_guidance_dropout_out_of_range(share):
     with pytest.raises(ValueError, match="guidance_dropout must be at least 0 and below 1"):
-        TrainingDraws(labelled_images(4, 2), seed=0, guidance_dropout=share)
+        DrawsByNumber(labelled_images(4, 2), seed=0, guidance_dropout=share)
 
 
 def test_negative_seed():
     with pytest.raises(ValueError, match="seed must be 0 or above"):
-        TrainingDraws(numbered_images(2), seed=-1)
+        DrawsByNumber(numbered_images(2), seed=-1)
 
 
 # ---- batches of draws
 
 
 def all_batches(**options):
-    return list(DrawBatches(**{"first_step": 0, "num_steps": 5, "batch_size": 12} | options))
+    return list(DrawNumbers(**{"first_step": 0, "num_steps": 5, "batch_size": 12} | options))
 
 
 def draws_of_steps(batches_of_processes, accumulation_steps):
@@ -597,21 +597,20 @@ def test_resuming_is_a_suffix(first_step):
     options = {"batch_size": 3, "accumulation_steps": 2, "process_index": 1, "num_processes": 2}
     whole, resumed = all_batches(**options), all_batches(first_step=first_step, **options)
     assert resumed == whole[2 * first_step :]
-    assert len(DrawBatches(first_step=first_step, num_steps=5, batch_size=3, accumulation_steps=2)) == len(resumed)
+    assert len(DrawNumbers(first_step=first_step, num_steps=5, batch_size=3, accumulation_steps=2)) == len(resumed)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_in_a_data_loader(num_workers):
     """Workers do not change what is drawn."""
     images = numbered_images(5)
-    loader = torch.utils.data.DataLoader(
-        TrainingDraws(images, seed=1),
-        batch_sampler=DrawBatches(first_step=1, num_steps=4, batch_size=3),
+    expected = DrawsByNumber(images, seed=1)
+    found = expected.draws.loader(
+        DrawNumbers(first_step=1, num_steps=4, batch_size=3),
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,
     )
-    expected = TrainingDraws(images, seed=1)
-    found = list(loader)
+    found = list(map(flat_draws, found))
     assert len(found) == 3
     for number, batch in enumerate(found, start=1):
         for position in range(3):

@@ -11,9 +11,8 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from tests.conftest import make_batch, tiny_unet
+from tests.conftest import DrawsByNumber, make_batch, tiny_unet
 from vkd_gen import FeatureNormalizer, FrozenTeacher, OrthogonalProjector, ProjectedStudent, calibrate, pair_layers
-from vkd_gen.data.draws import TrainingDraws
 from vkd_gen.data.images import Images
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import describe_models, evaluate
@@ -56,7 +55,7 @@ def constant(value, **schedule):
 
 def test_held_out_errors_reference(images):
     """Constant predictors, on the same draws in numpy float64."""
-    draws = [TrainingDraws(images, seed=1_000_003)[number] for number in range(30)]
+    draws = [DrawsByNumber(images, seed=1_000_003)[number] for number in range(30)]
     noise = np.stack([draw["noise"].numpy() for draw in draws]).astype(np.float64)
     samples = np.stack([draw["sample"].numpy() for draw in draws]).astype(np.float64)
     models = {"noise": constant(0.5), "sample": constant(0.25, prediction_type="sample")}
@@ -72,7 +71,7 @@ def test_distance_to_the_teacher_reference(images):
     found = held_out_errors({"student": student}, images, teacher=teacher, num_draws=10)["student"]["teacher_distance"]
     alpha_bar, expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), []
     for number in range(10):
-        draw = {name: value.double().numpy() for name, value in TrainingDraws(images, seed=1_000_003)[number].items()}
+        draw = {name: value.double().numpy() for name, value in DrawsByNumber(images, seed=1_000_003)[number].items()}
         timestep = int(draw["time"] * 1000)
         alpha, sigma = np.sqrt(alpha_bar[timestep]), np.sqrt(1 - alpha_bar[timestep])
         noisy = alpha * draw["sample"] + sigma * draw["noise"]
@@ -112,7 +111,7 @@ def test_held_out_errors_with_labels_reference(images):
     found = held_out_errors({"student": model_of(unet)}, labelled, teacher=model_of(teacher), num_draws=20)
     alpha_bar, expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), []
     for number in range(20):
-        draw = TrainingDraws(labelled, seed=1_000_003)[number]
+        draw = DrawsByNumber(labelled, seed=1_000_003)[number]
         assert draw["class_labels"] in (0, 1, 2)
         timestep = int(draw["time"] * 1000)
         noisy = np.sqrt(alpha_bar[timestep]) * draw["sample"] + np.sqrt(1 - alpha_bar[timestep]) * draw["noise"]

@@ -24,7 +24,7 @@ CORE = FOUNDATIONS | {
     "pictures": {"files", "text"},
     "provenance": {"files", "text"},
     "normalization": {"choices"},
-    "data": {"choices", "files", "provenance", "text"},
+    "data": {"choices", "files", "provenance", "schedule", "text"},
     "pairing": {"choices", "families", "features"},
     "families": {"choices", "reductions", "features", "schedule"},
     "sampling": {"choices", "hub", "models", "pipelines", "provenance", "text"},
@@ -142,7 +142,7 @@ def test_there_is_something_to_check():
         ("losses", "from . import features", {"."}),
         ("losses", "import vkd_gen as vkd", {"vkd_gen"}),
         ("pairing", "from vkd_gen.features import feature_shapes\nimport torch", set()),
-        ("sampling", "from vkd_gen.training.loop import TrainingRun", {"training"}),
+        ("sampling", "from vkd_gen.training.loop import Loop", {"training"}),
         ("training", "from vkd_gen.evaluation.cost import count_macs", set()),
         ("evaluation", "from vkd_gen.training.options import x", {"training"}),
         ("training", "from vkd_gen.training.options import x\nfrom vkd_gen.data import y", set()),
@@ -162,7 +162,7 @@ def test_violations_in_the_library_are_found(row, source, expected):
         ("from .other import x", {".other.x"}),
         ("def f():\n    import generate", {"generate"}),
         ("from experiments.tables import Comparison", {"experiments.tables.Comparison"}),
-        ("import torch\nimport vkd_gen as vkd\nfrom vkd_gen.training.loop import TrainingRun", set()),
+        ("import torch\nimport vkd_gen as vkd\nfrom vkd_gen.training.loop import Loop", set()),
     ],
 )
 def test_violations_in_commands_are_found(source, expected):

@@ -5,15 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from diffusers.training_utils import EMAModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vkd_gen as vkd
 from tests.faults.small_run import options_of, train
 from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
-from vkd_gen.training.guards import Flags
-from vkd_gen.training.loop import TrainingRun
+from vkd_gen.training.loop import Loop
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 
@@ -21,31 +19,6 @@ CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-
-
-def test_the_moving_average_is_diffusers(tmp_path):
-    references = []
-
-    def after_build(run):
-        reference = EMAModel(
-            run.unet.parameters(), decay=run.options.ema_max_decay, use_ema_warmup=True, power=0.75, foreach=False
-        )
-        references.append(reference)
-        ours = run._average
-
-        def average():
-            ours()
-            reference.step(run.unet.parameters())
-            assert run.ema.state_dict().keys() == reference.state_dict().keys()
-            assert run.ema.cur_decay_value == reference.cur_decay_value
-            assert run.ema.optimization_step == reference.optimization_step
-
-        run._average = average
-
-    run = train(options_of(tmp_path / "run", max_train_steps=6), after_build=after_build)
-    assert run.ema.optimization_step == 6
-    for found, expected in zip(run.ema.shadow_params, references[0].shadow_params, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_the_fused_optimizer_is_the_plain_one(tmp_path):
@@ -58,16 +31,16 @@ def test_the_fused_optimizer_is_the_plain_one(tmp_path):
             group["fused"] = None
 
         def watch(*_):
-            for name, parameter in run._bare_model.student.named_parameters():
+            for name, parameter in run._bare_module.student.named_parameters():
                 largest[name] = max(largest.get(name, 0.0), float(parameter.grad.abs().max()))
 
-        run._stepping.register_step_pre_hook(watch)
+        run.optimizer.optimizer.register_step_pre_hook(watch)
 
     runs = [
         train(options_of(tmp_path / name, max_train_steps=6), after_build=after_build)
         for name, after_build in (("fused", lambda run: None), ("plain", plain))
     ]
-    fused, expected = (dict(run._bare_model.student.named_parameters()) for run in runs)
+    fused, expected = (dict(run._bare_module.student.named_parameters()) for run in runs)
     compared = [name for name, gradient in largest.items() if gradient > 1e-6]
     assert len(compared) >= 0.9 * len(expected)
     for name in compared:
@@ -154,23 +127,15 @@ def test_a_wait_is_noted(name):
         assert waits.found
 
 
-def test_a_step_waits_for_nothing_between_log_lines_and_refreshes(pipeline_folder, tmp_path, monkeypatch):
-    """The recipe's own step by its default method, settled late as on a GPU; and the test notices what does wait."""
-    waits, reads, before, deliberate = Waits(), [], {}, {7: "item", 8: "tolist"}
-    batches, read, losses_of = TrainingRun.batches, Flags.read, vkd.distillation_losses
+def test_a_step_waits_once_between_log_lines_and_refreshes(pipeline_folder, tmp_path, monkeypatch):
+    """The recipe's own step by its default method reads its figures at once; and the test notices what else waits."""
+    waits, before, deliberate = Waits(), {}, {7: "item", 8: "tolist"}
+    batches, losses_of = Loop.__iter__, vkd.distillation_losses
 
-    def late_batches(run):
-        run._settles_late = True
-        for batch in batches(run):
-            before[run.step] = len(waits.found), len(reads)
+    def counted(loop):
+        for batch in batches(loop):
+            before[loop.step] = len(waits.found)
             yield batch
-
-    def one_read(flags):  # of the step before, which waits at most for that
-        number = len(waits.found)
-        values = read(flags)
-        reads.append(waits.found[number:])
-        del waits.found[number:]
-        return values
 
     def losses_with_waits(*args, **kwargs):
         losses = losses_of(*args, **kwargs)
@@ -179,33 +144,29 @@ def test_a_step_waits_for_nothing_between_log_lines_and_refreshes(pipeline_folde
             DELIBERATE[deliberate[step]](losses)
         return losses
 
-    monkeypatch.setattr(TrainingRun, "batches", late_batches)
-    monkeypatch.setattr(Flags, "read", one_read)
+    monkeypatch.setattr(Loop, "__iter__", counted)
     monkeypatch.setattr(vkd, "distillation_losses", losses_with_waits)
     # On a CPU it looks at the timesteps, where that is no wait; on a GPU it does not.
     monkeypatch.setattr("vkd_gen.distillation._check_batch", lambda *_: None)
-    flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run", "--no-score_teacher"]
-    flags += [
-        "--max_train_steps",
-        12,
-        "--log_every_steps",
-        10,
-        "--projector_refresh_steps",
-        5,
-        "--max_train_samples",
-        8,
-        "--feature_decay_end",  # features to the end
-        1,
+    flags = [
+        *SHORT_STUDENT,
+        "--extractor",
+        "none",
+        "--no-score_teacher",
+        "--teacher",
+        pipeline_folder,
+        "--output_dir",
+        tmp_path / "run",
     ]
+    flags += ["--max_train_steps", 12, "--log_every_steps", 10, "--projector_refresh_steps", 5]
+    flags += ["--max_train_samples", 8, "--feature_decay_end", 1]  # features to the end
     with waits:
         recipe_runner(monkeypatch, tmp_path)("train_student_unet", *flags)
-    counts = {step: before[step + 1][0] - before[step][0] for step in range(1, 11)}
+    counts = {step: before[step + 1] - before[step] for step in range(1, 11)}
     # Step n + 1 is made between batch n and the next. After step 1 and each fifth one projectors are refreshed; the
     # tenth writes a log line too.
-    assert [step for step, count in counts.items() if count == 0] == [1, 2, 3, 5, 6, 10]
-    assert (counts[7], counts[8]) == (1, 1)
-    assert [before[step + 1][1] - before[step][1] for step in (1, 2, 3, 5, 6)] == [1] * 5
-    assert all(calls == ["tolist"] for calls in reads)
+    assert [step for step, count in counts.items() if count == 1] == [1, 2, 3, 5, 6, 10]
+    assert (counts[7], counts[8]) == (2, 2)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed-zero2", "DEEPSPEED")])

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import tiny_condition_unet, tiny_unet
-from vkd_gen.data.draws import DrawBatches, TrainingDraws
+from tests.conftest import DrawsByNumber, tiny_condition_unet, tiny_unet
+from vkd_gen.data.draws import DrawNumbers
 from vkd_gen.data.images import Images
 from vkd_gen.evaluation.sources import blocks_of_process
 from vkd_gen.families import Reduction, build_student, family_of, kept_stages, reduce_config
@@ -249,7 +249,7 @@ def few_images(count):
 def test_draws_are_numbers_and_the_same_again_or_refused(seed, dropout, draw):
     items = []
     for _ in range(2):
-        draws = or_one_line(lambda: TrainingDraws(few_images(7), seed=seed, guidance_dropout=dropout))
+        draws = or_one_line(lambda: DrawsByNumber(few_images(7), seed=seed, guidance_dropout=dropout))
         if draws is None:
             assert seed < 0 or seed >= 2**63 or not 0 <= dropout < 1
             return
@@ -287,7 +287,7 @@ def test_blocks_that_cannot_be_are_refused(count, batch, index, processes):
 )
 def test_shares_that_cannot_be_are_refused(first, batch, accumulation, index, processes):
     found = or_one_line(
-        lambda: DrawBatches(
+        lambda: DrawNumbers(
             first_step=first,
             num_steps=3,
             batch_size=batch,

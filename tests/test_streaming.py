@@ -6,13 +6,16 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
+from tests.conftest import DrawsByNumber, flat_draws
 from tests.sources import encoded, grey_levels, labels_of, load, save_greys, write_shards
 from tests.test_data import assert_same_draw
-from vkd_gen.data.draws import DrawBatches, StreamedDraws, TrainingDraws
+from vkd_gen.data.draws import DrawNumbers, Draws
 from vkd_gen.data.images import ImageSpec
 from vkd_gen.data.streaming import Position, stream_images
+from vkd_gen.schedule import Schedule
 
 datasets = pytest.importorskip("datasets")
 
@@ -246,19 +249,16 @@ def test_a_label_out_of_range_behind_the_head(tmp_path):
 
 def streamed_batches(stream, *, positions=None, first_step=0, num_steps=6, num_workers=0, seed=5, **batches):
     given = {"first_step": first_step, "num_steps": num_steps, "batch_size": 3, **batches}
-    if positions is None:
-        positions = torch.tensor([Position()] * max(1, num_workers))
-    draws = StreamedDraws(
-        stream, TrainingDraws(stream.images, seed=seed, random_flip=True), DrawBatches(**given), positions
-    )
-    return torch.utils.data.DataLoader(
-        draws, batch_size=None, num_workers=num_workers, multiprocessing_context="fork" if num_workers else None
-    )
+    draws = DrawsByNumber(stream.images, seed=seed, random_flip=True, stream=stream).draws
+    if positions is not None:
+        draws.positions = positions
+    context = "fork" if num_workers else None
+    return map(flat_draws, draws.loader(DrawNumbers(**given), num_workers=num_workers, multiprocessing_context=context))
 
 
 def test_noise_flip_and_time_are_those_of_the_draw(numbered):
     stream, train, _ = open_stream(numbered, head_size=20)
-    expected = TrainingDraws(train, seed=5)
+    expected = DrawsByNumber(train, seed=5)
     for step, batch in enumerate(streamed_batches(stream, num_steps=3, process_index=1, num_processes=2)):
         for place in range(3):
             draw = expected[(2 * step + 1) * 3 + place]
@@ -302,13 +302,13 @@ def test_processes_and_workers_share_an_epoch(numbered, num_processes, num_worke
 
 def test_streamed_draws_can_be_sent_to_workers(numbered):
     """Workers are started afresh on macOS and Windows, and everywhere from Python 3.14 on; the head stays here."""
-    stream, _, _ = open_stream(numbered, head_size=20)
-    draws = streamed_batches(stream).dataset
-    sent = pickle.dumps(draws)
+    stream, head, _ = open_stream(numbered, head_size=20)
+    draws = Draws(head, Schedule.of(DDPMScheduler()), seed=5, stream=stream)
+    dataset = draws.loader(DrawNumbers(first_step=0, num_steps=2, batch_size=3), num_workers=0).dataset
+    sent = pickle.dumps(dataset)
     assert encoded(0) not in sent
-    assert_same_draw(
-        next(iter(pickle.loads(sent))), next(iter(draws)), names=("sample", "noise", "time", "reader", "position")
-    )
+    found, expected = next(iter(pickle.loads(sent))), next(iter(dataset))
+    assert all(torch.equal(found[name], expected[name]) for name in ("sample", "noise", "position"))
 
 
 # ---- what cannot be streamed

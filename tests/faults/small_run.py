@@ -24,12 +24,12 @@ import vkd_gen as vkd
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import load_recipe, read_metrics, skip_what_costs, without_times
 from vkd_gen.cli import one_line_errors
+from vkd_gen.data.draws import Draws
 from vkd_gen.data.images import Images
-from vkd_gen.training.accelerator import make_accelerator
-from vkd_gen.training.facts import compare_folder, run_facts, start_folder
-from vkd_gen.training.loop import TrainingRun, fixed_batches
+from vkd_gen.training.images import Data
+from vkd_gen.training.loop import Loop
 from vkd_gen.training.options import TrainingOptions, flat_config
-from vkd_gen.training.run_folder import RunFolder
+from vkd_gen.training.run import Run
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.faults.small_run", "sklearn.datasets", "torch_fidelity", "tensorboard"])
@@ -43,69 +43,45 @@ def options_of(folder, **changes):
     return TrainingOptions(output_dir=str(folder), **given)
 
 
-def train(
-    options, *, dropout=0.1, late=False, before_step=lambda run, batch, losses: None, after_build=lambda run: None
-):
-    """Distil a tiny teacher and write down what a run ends with; `weights.safetensors` is the moving average's.
-
-    With `late` every step is settled within the next one, as on a GPU.
-    """
+def train(options, *, dropout=0.1, before_step=lambda loop, batch, losses: None, after_build=lambda loop: None):
+    """Distil a tiny teacher and write down what a run ends with; `weights.safetensors` is the moving average's."""
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
-    folder = RunFolder(options.output_dir)
-    folder.check(flat_config(options), options.resume_from_checkpoint)
-    accelerator = make_accelerator(options)
     pixels = np.random.default_rng(0).integers(0, 255, (32, 8, 8), dtype=np.uint8)
     images = Images(lambda index: Image.fromarray(pixels[index]), 8, 1, "noise", np.arange(32))
-    facts = {**flat_config(options), **run_facts(accelerator, images)}
-    facts = compare_folder(folder, accelerator, facts, images, images)
-    start_folder(folder, accelerator, facts, images, images)
-    noise_scheduler = DDPMScheduler()
-    schedule = vkd.Schedule.of(noise_scheduler)
-    teacher_unet, student = tiny_unet(seed=1), tiny_unet((4, 8), dropout=dropout)
-    pairs = vkd.pair_layers(student, teacher_unet)
-    teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
-    draws = {"num_draws": 64, "batch_size": 64, "device": accelerator.device, "seed": options.seed}
-    saved = folder.path / "calibration.safetensors"
-    if saved.exists() and folder.resume_point(options.resume_from_checkpoint):
-        statistics = vkd.load_statistics(saved)
-    else:
-        statistics = vkd.calibrate(teacher, fixed_batches(images, schedule, **draws), schedule, num_timestep_bins=2)
-    matchings = [
-        (
-            vkd.OrthogonalProjector(pair.student_channels, pair.teacher_channels, refresh_every_steps=2),
-            vkd.FeatureNormalizer("center", statistics[pair.teacher]),
-        )
-        for pair in pairs
-    ]
-    projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True))
-    projected.initialize_projectors(teacher, fixed_batches(images, schedule, **draws), schedule)
-    if accelerator.is_main_process:
-        vkd.save_statistics(statistics, saved)
-    run = TrainingRun(
-        accelerator=accelerator,
-        options=options,
-        folder=folder,
-        model=projected,
-        unet=student,
-        parameter_groups=vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay),
-        images=images,
-        noise_scheduler=noise_scheduler,
-        config=flat_config(options),
-    )
-    run._settles_late = late
-    after_build(run)
-    for batch in run.batches():
-        losses = vkd.distillation_losses(run.model, batch, schedule=schedule, teacher=teacher)
-        before_step(run, batch, losses)
-        run.backward(losses)
-    raw = {f"raw/{name}": value.clone() for name, value in projected.state_dict().items()}
-    averaged = {f"ema/{name}": value.clone() for name, value in run.finish().state_dict().items()}
-    if accelerator.is_main_process:
-        save_file({**raw, **averaged}, folder.path / "weights.safetensors")
-    run.end()
-    return run
+    schedule = vkd.Schedule.of(DDPMScheduler())
+    with Run(options, flat_config(options)) as run:
+        run.data = Data(None, images, images, images)
+        run.begin({}, {})
+        teacher_unet, student = tiny_unet(seed=1), tiny_unet((4, 8), dropout=dropout)
+        pairs = vkd.pair_layers(student, teacher_unet)
+        teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
+        draws = Draws(images, schedule, seed=options.seed)
+        matchings = [
+            (
+                vkd.OrthogonalProjector(pair.student_channels, pair.teacher_channels, refresh_every_steps=2),
+                vkd.FeatureNormalizer("center", channels=pair.teacher_channels, num_timestep_bins=2),
+            )
+            for pair in pairs
+        ]
+        projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True))
+        if run.is_fresh:
+            projected.calibrate(teacher, draws.apart(64), schedule)
+        groups = vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay)
+        loop = Loop(run, projected, draws, average=student, parameter_groups=groups)
+        after_build(loop)
+        for batch in loop:
+            losses = vkd.distillation_losses(loop.module, batch, schedule=schedule, teacher=teacher)
+            before_step(loop, batch, losses)
+            loop.backward(losses)
+        raw = {f"raw/{name}": value.clone() for name, value in projected.state_dict().items()}
+        loop.finish()
+        averaged = {f"ema/{name}": value.clone() for name, value in student.state_dict().items()}
+        if run.accelerator.is_main_process:
+            save_file({**raw, **averaged}, run.folder.path / "weights.safetensors")
+        run.end()
+    return loop
 
 
 def _main(environment, output, function, arguments):

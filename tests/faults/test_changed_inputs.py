@@ -12,7 +12,7 @@ from vkd_gen.calibration import FeatureStatistics, load_statistics, save_statist
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.hub import read_tensors
 from vkd_gen.sampling import load_pipeline, stock_pipeline
-from vkd_gen.training.loop import TrainingRun
+from vkd_gen.training.loop import Loop
 from vkd_gen.training.models import load_teacher, load_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -103,7 +103,7 @@ def test_the_teachers_prediction_stays(tmp_path):
 def test_images_that_change_under_a_run(what, tmp_path, run_recipe, monkeypatch, capfd):
     unet_folder(tmp_path / "teacher")
     save_pngs(tmp_path / "images", 12)
-    after_step, file = TrainingRun._after_step, tmp_path / "images/000003.png"
+    after_step, file = Loop._after_step, tmp_path / "images/000003.png"
 
     def change(run):
         after_step(run)
@@ -112,7 +112,7 @@ def test_images_that_change_under_a_run(what, tmp_path, run_recipe, monkeypatch,
         elif what == "removed" and run.step == 2:
             file.unlink()
 
-    monkeypatch.setattr(TrainingRun, "_after_step", change)
+    monkeypatch.setattr(Loop, "_after_step", change)
     flags = (*SHORT_STUDENT, "--teacher", tmp_path / "teacher", "--dataset", tmp_path / "images", "--method", "output")
     run_recipe("train_student_unet", *flags, "--extractor", "none", "--output_dir", tmp_path / "run")
     assert (f"files of {tmp_path / 'images'} changed while the run" in capfd.readouterr().out) == (what != "nothing")

@@ -24,10 +24,8 @@ FILES = [
     "model.safetensors",
     "optimizer.bin",
     "random_states_0.pkl",
-    "training.pt",
-    "process-0.pt",
+    "custom_checkpoint_1.pkl",
     "config.json",
-    "calibration.safetensors",
     "manifest.json",
 ]
 
@@ -92,7 +90,7 @@ def test_a_whole_checkpoint_has_no_fault_and_holds_all_there_is(straight):
     assert find_fault(checkpoint) is None
     assert sorted([*read_manifest(checkpoint)["files"], "manifest.json"]) == sorted(FILES)
     assert read_manifest(checkpoint)["num_processes"] == 1
-    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    state = torch.load(checkpoint / "custom_checkpoint_1.pkl", weights_only=True)
     assert state["learning_rate"]["last_epoch"] == STEPS
     assert len(state["ema"]["shadow_params"]) > 10
     assert json.loads((checkpoint / "config.json").read_text()) == json.loads((straight / "config.json").read_text())
@@ -120,7 +118,6 @@ def test_a_run_goes_on_from_before_the_damage(checkpoint, straight, tmp_path):
     run = checkpoint.parent
     (run / "weights.safetensors").unlink()
     flip(checkpoint / "optimizer.bin", 0.5)
-    flip(run / "calibration.safetensors", 0.5)  # the checkpoint has its own
     output = end_as(straight, options_of(run), tmp_path / "output")
     assert "optimizer.bin is not as it was written" in output
     assert "going on from" in output
@@ -128,7 +125,7 @@ def test_a_run_goes_on_from_before_the_damage(checkpoint, straight, tmp_path):
     assert (run / f"set-aside-checkpoint-{STEPS}").is_dir()
 
 
-PICKLES = ["optimizer.bin", "process-0.pt", "random_states_0.pkl", "training.pt"]
+PICKLES = ["optimizer.bin", "random_states_0.pkl", *(f"custom_checkpoint_{n}.pkl" for n in range(3))]
 
 
 def test_these_are_all_pickles_of_a_checkpoint(checkpoint):
@@ -150,8 +147,8 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(checkpoint, executed, name, ki
 
 
 def test_a_truncated_file_and_shards_of_a_checkpoint(checkpoint, executed):
-    (checkpoint / "training.pt").write_bytes((checkpoint / "training.pt").read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"training.pt is not loaded"):
+    (checkpoint / "custom_checkpoint_1.pkl").write_bytes((checkpoint / "custom_checkpoint_1.pkl").read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"custom_checkpoint_1.pkl is not loaded"):
         check_checkpoint(checkpoint)
     (checkpoint / "optimizer_0").mkdir()
     write_payload(checkpoint / "optimizer_0" / ".metadata", executed, "pickle")
@@ -179,7 +176,7 @@ def test_a_configuration_that_is_none_is_told_in_one_line(text, words, checkpoin
     reseal(checkpoint)
     now = {**flat_config(options_of(checkpoint.parent)), "num_processes": 1}
     with pytest.raises(ValueError, match=f"config.json is damaged: .*{words}") as error:
-        RunFolder(checkpoint.parent).check(now, "latest")
+        RunFolder(checkpoint.parent).check(now, RunFolder(checkpoint.parent).resume_point("latest"))
     assert "\n" not in str(error.value)
 
 
@@ -199,7 +196,7 @@ def test_other_flags_or_of_another_type_are_another_run(values, words, checkpoin
     reseal(checkpoint)
     now = {**flat_config(options_of(checkpoint.parent)), "num_processes": 1}
     with pytest.raises(ValueError, match=words):
-        RunFolder(checkpoint.parent).check(now, "latest")
+        RunFolder(checkpoint.parent).check(now, RunFolder(checkpoint.parent).resume_point("latest"))
 
 
 @pytest.mark.parametrize(
@@ -224,15 +221,13 @@ def narrow(path):
 
 
 OTHERS = {
-    "training.pt": lambda path: torch.save({}, path),
+    "custom_checkpoint_1.pkl": lambda path: torch.save({}, path),
     "model.safetensors": narrow,
     "optimizer.bin": lambda path: torch.save([1], path),
-    "process-0.pt": lambda path: torch.save({"num_summed": 1}, path),
-    "calibration.safetensors": lambda path: path.write_bytes(b""),
 }
 
 
-@pytest.mark.parametrize("file", [file if file == "training.pt" else slow(file) for file in OTHERS])
+@pytest.mark.parametrize("file", [file if file == "custom_checkpoint_1.pkl" else slow(file) for file in OTHERS])
 def test_what_is_whole_but_something_else_is_told_in_one_line(file, checkpoint, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     (checkpoint.parent / "weights.safetensors").unlink()

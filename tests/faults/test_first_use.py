@@ -158,7 +158,7 @@ def test_a_finished_run_shows_its_table_at_once(finished, monkeypatch, capsys):
     folder, start = finished
     before = stamps(folder)
     monkeypatch.setattr("vkd_gen.evaluation.scorer.sample_scores", None)
-    monkeypatch.setattr("vkd_gen.training.facts.start_folder", None)
+    monkeypatch.setattr("vkd_gen.training.loop.Loop.backward", None)
     start()
     shown = capsys.readouterr().out
     assert f"{folder} is finished: 2 steps, exported and scored" in shown
@@ -215,7 +215,7 @@ def test_wandb_writes_into_the_folder_of_the_run(monkeypatch, tmp_path):
     monkeypatch.setitem(
         sys.modules, "wandb", mock.MagicMock(init=lambda **given: asked.append(given) or mock.MagicMock())
     )
-    monkeypatch.setattr("vkd_gen.training.loop.TrainingRun.batches", lambda run: sys.exit(0))
+    monkeypatch.setattr("vkd_gen.training.loop.Loop.__iter__", lambda run: sys.exit(0))
     flags = (*QUICK, "--report_to", "wandb", "--output_dir", tmp_path / "run")
     with pytest.raises(SystemExit):
         recipe_runner(monkeypatch, tmp_path)("train_student_unet", *flags)

@@ -15,7 +15,7 @@ from vkd_gen.training.interruption import StopRequest
 from vkd_gen.training.run_folder import RunFolder
 
 
-def train_and_signal(options, number, step, to_group=False, late=False):
+def train_and_signal(options, number, step, to_group=False):
     """The process is sent a signal within a step, as are those that read its images if all are meant."""
 
     def send(run, batch, losses):
@@ -25,7 +25,7 @@ def train_and_signal(options, number, step, to_group=False, late=False):
 
     if to_group:
         os.setpgid(0, 0)
-    train(options, late=late, before_step=send)
+    train(options, before_step=send)
 
 
 def slow(*values):
@@ -33,24 +33,23 @@ def slow(*values):
 
 
 @pytest.mark.parametrize(
-    ("number", "step", "to_group", "late", "stopped_after"),
+    ("number", "step", "to_group"),
     [
-        slow(signal.SIGTERM, 4, False, False, 5),
-        (signal.SIGTERM, 4, True, False, 5),  # those that read images are spared
-        slow(signal.SIGINT, 4, False, False, 5),
-        slow(signal.SIGTERM, 5, False, False, 6),  # where a checkpoint is due anyway
-        slow(signal.SIGTERM, 11, False, False, 12),  # in the last step
-        slow(signal.SIGTERM, 3, False, True, 5),  # read a step later, as on a GPU
+        slow(signal.SIGTERM, 4, False),
+        (signal.SIGTERM, 4, True),  # those that read images are spared
+        slow(signal.SIGINT, 4, False),
+        slow(signal.SIGTERM, 5, False),  # where a checkpoint is due anyway
+        slow(signal.SIGTERM, 11, False),  # in the last step
     ],
 )
-def test_a_signal_finishes_the_step_and_saves(number, step, to_group, late, stopped_after, straight, tmp_path):
+def test_a_signal_finishes_the_step_and_saves(number, step, to_group, straight, tmp_path):
     options = options_of(tmp_path / "run", dataloader_num_workers=int(to_group))
-    given = (train_and_signal, options, number, step, to_group, late)
+    given = (train_and_signal, options, number, step, to_group)
     status, output = run_to_end(*given, output=tmp_path / "output")
     assert status == 128 + number, output
-    told = f"stopped by {number.name} after step {stopped_after}; checkpoint-{stopped_after} is kept, and "
+    told = f"stopped by {number.name} after step {step + 1}; checkpoint-{step + 1} is kept, and "
     assert f"{told}--resume_from_checkpoint latest goes on" in output
-    assert RunFolder(tmp_path / "run").checkpoints()[-1].name == f"checkpoint-{stopped_after}"
+    assert RunFolder(tmp_path / "run").checkpoints()[-1].name == f"checkpoint-{step + 1}"
     end_as(straight, options, tmp_path / "output")
 
 
@@ -68,7 +67,7 @@ def hang(options):
 
     def wait(run, batch, losses):
         os.kill(os.getpid(), signal.SIGTERM)
-        (run.folder.path / "asked").touch()
+        (run.run.folder.path / "asked").touch()
         while True:
             time.sleep(0.05)
 

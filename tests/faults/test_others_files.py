@@ -49,7 +49,7 @@ def work(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *("config.json", "results.json", "metrics.jsonl", "calibration.safetensors", "report.html", "samples.png"),
+        *("config.json", "results.json", "metrics.jsonl", "report.html", "samples.png"),
         *("previews/a.png", "checkpoint-500/trainer_state.json", "pipeline/model_index.json", "diagnostics.png"),
     ],
 )
@@ -77,7 +77,7 @@ def test_folders_of_runs_are_known(straight, work):
     assert RunFolder(str(straight)).is_own()
     shutil.copytree(straight / "checkpoint-9", work / "checkpoint-9")  # all that a cluster kept
     assert RunFolder(str(work)).is_own()
-    RunFolder(str(work)).check(config_of(work), "latest")
+    RunFolder(str(work)).check(config_of(work), RunFolder(str(work)).resume_point("latest"))
 
 
 def test_what_is_removed_and_set_aside_is_the_runs_own(straight, tmp_path):

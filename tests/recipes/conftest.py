@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import vkd_gen.evaluation.cost as cost
 from vkd_gen.training.checkpoints import read_manifest, seal
-from vkd_gen.training.loop import TrainingRun
+from vkd_gen.training.loop import Loop
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -82,7 +82,7 @@ def run_recipe(monkeypatch, tmp_path):
 
 def run_until(step, run, *flags):
     """Ctrl-C after a step."""
-    after_step = TrainingRun._after_step
+    after_step = Loop._after_step
 
     def interrupt(run):
         after_step(run)
@@ -90,7 +90,7 @@ def run_until(step, run, *flags):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingRun, "_after_step", interrupt)
+        patch.setattr(Loop, "_after_step", interrupt)
         with pytest.raises(SystemExit) as exit_status:
             run(*flags)
     assert exit_status.value.code == 130

@@ -14,7 +14,6 @@ from diffusers import DDPMScheduler
 
 from tests.conftest import tiny_condition_unet, tiny_unet, write_payload
 from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, images_in, load_recipe, recipe_runner, reseal
-from vkd_gen.calibration import load_statistics
 from vkd_gen.sampling import stock_pipeline
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
@@ -295,11 +294,14 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_fold
         run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest", "--learning_rate", 0.5)
     assert "--learning_rate was 0.002 and is 0.5" in capfd.readouterr().err
     (tmp_path / "run/results.json").unlink()  # else it is finished, and nothing is loaded
-    write_payload(tmp_path / "run/checkpoint-2/training.pt", executed)
+    write_payload(tmp_path / "run/checkpoint-2/custom_checkpoint_1.pkl", executed)
     reseal(tmp_path / "run/checkpoint-2")
     with pytest.raises(SystemExit):
         run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest")
-    assert "training.pt is not loaded: it holds more than numbers, and could run code" in capfd.readouterr().err
+    assert (
+        "custom_checkpoint_1.pkl is not loaded: it holds more than numbers, and could run code"
+        in capfd.readouterr().err
+    )
     assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
@@ -330,17 +332,15 @@ def fail(*_, **_options):
     raise OSError("gone")
 
 
-def test_a_run_that_failed_early_does_not_block_its_folder_nor_lend_its_statistics(
-    tmp_path, pipeline_folder, run_recipe, monkeypatch, capfd
-):
+def test_a_run_that_failed_early_does_not_block_its_folder(tmp_path, pipeline_folder, run_recipe, monkeypatch, capfd):
     flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
     with monkeypatch.context() as patch:
-        patch.setattr("vkd_gen.training.loop.TrainingRun.backward", fail)
+        patch.setattr("vkd_gen.training.loop.Loop.backward", fail)
         with pytest.raises(SystemExit):
             run_recipe(STUDENT, *flags, "--num_timestep_bins", 2)
     assert "error: gone" in capfd.readouterr().err
     run_recipe(STUDENT, *flags, "--num_timestep_bins", 3, "--resume_from_checkpoint", "latest")
-    assert load_statistics(tmp_path / "run/calibration.safetensors")["mid_block"].mean.shape[0] == 3
+    assert (tmp_path / "run/pipeline/model_index.json").is_file()
 
 
 def test_a_student_is_exported_before_anything_can_fail_to_score_it(

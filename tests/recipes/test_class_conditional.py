@@ -8,13 +8,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from tests.conftest import tiny_unet
+from tests.conftest import DrawsByNumber, tiny_unet
 from tests.recipes.conftest import SHORT, SHORT_STUDENT, assert_same_run, images_in, read_metrics, weights_of
-from vkd_gen.data.draws import TrainingDraws
+from vkd_gen.data.draws import Draws
 from vkd_gen.data.sources import load_images
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline
 from vkd_gen.sampling import stock_pipeline
-from vkd_gen.training.loop import fixed_batches
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
 NO_SCORES = ("--extractor", "none", "--no-score_teacher")
@@ -82,7 +81,7 @@ def test_teacher_and_student_are_trained_on_the_labels_of_the_draws(tmp_path, te
     images, _ = load_images("digits", resolution=8, channels=1, with_labels=True)
 
     def labels(seed, numbers):
-        draws = TrainingDraws(images, seed=seed, guidance_dropout=0.4)
+        draws = DrawsByNumber(images, seed=seed, guidance_dropout=0.4)
         return [draws[number]["class_labels"].item() for number in numbers]
 
     calibration = [labels(2**32, range(first, first + 64)) for first in (0, 64, 128)]
@@ -96,14 +95,14 @@ def test_teacher_and_student_are_trained_on_the_labels_of_the_draws(tmp_path, te
 
 def test_conditioned_batches_of_the_calibration(schedule):
     images, _ = load_images("digits", resolution=8, channels=1, with_labels=True)
-    options = {"seed": 3, "num_draws": 40, "batch_size": 16, "device": torch.device("cpu")}
-    batches = list(fixed_batches(images, schedule, guidance_dropout=0.5, **options))
-    draws = TrainingDraws(images, seed=3 + 2**32, guidance_dropout=0.5)
+    batches = list(Draws(images, schedule, seed=3, guidance_dropout=0.5, batch_size=16).apart(40))
+    assert [len(batch["sample"]) for batch in batches] == [16, 16, 8]
+    draws = DrawsByNumber(images, seed=3 + 2**32, guidance_dropout=0.5)
     found = torch.cat([batch["conditioning"]["class_labels"] for batch in batches])
     assert found.tolist() == [draws[number]["class_labels"].item() for number in range(40)]
     assert "class_labels" not in batches[0]
     unlabelled, _ = load_images("digits", resolution=8, channels=1)
-    assert "conditioning" not in next(fixed_batches(unlabelled, schedule, **options))
+    assert not next(Draws(unlabelled, schedule, seed=3).apart(4))["conditioning"]
 
 
 @pytest.mark.parametrize("recipe", [TEACHER, pytest.param(STUDENT, marks=pytest.mark.slow)])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from vkd_gen.data.draws import TrainingDraws
+from vkd_gen.data.draws import Draws
 from vkd_gen.data.images import Images
 from vkd_gen.models import Model, in_eval_mode
 
@@ -34,26 +34,23 @@ def held_out_errors(
         Name -> `denoising_error` and, with a teacher, `teacher_distance`: the squared difference between the two
         predictions; both per element and in the model's own prediction type.
     """
-    draws = TrainingDraws(images, seed=seed)
-    device = next(iter(models.values())).network.device
+    some = next(iter(models.values()))
+    device, draws = some.network.device, Draws(images, some.schedule, seed=seed, batch_size=batch_size)
     schedules = {name: model.schedule.to(device) for name, model in models.items()}
     sums = {name: {"denoising_error": 0.0} | ({"teacher_distance": 0.0} if teacher else {}) for name in models}
     with contextlib.ExitStack() as modes:
         for model in (*models.values(), *([teacher] if teacher else [])):
             modes.enter_context(in_eval_mode(model.network))
-        for first in range(0, num_draws, batch_size):
-            numbers = range(first, min(first + batch_size, num_draws))
-            batch = {name: value.to(device) for name, value in draws[numbers].items()}
-            conditioning = {"class_labels": batch["class_labels"]} if "class_labels" in batch else None
+        for batch in draws.first(num_draws, device=device):
+            sample, noise, timesteps, conditioning = batch.values()
             for name, model in models.items():
                 schedule = schedules[name]
-                timesteps = schedule.timesteps(batch["time"])
-                noisy_sample = schedule.noisy(batch["sample"], batch["noise"], timesteps)
+                noisy_sample = schedule.noisy(sample, noise, timesteps)
                 prediction = model.predict(noisy_sample, timesteps, conditioning)
-                target = schedule.target(batch["sample"], batch["noise"], timesteps)
-                sums[name]["denoising_error"] += float((prediction - target).square().mean()) * len(numbers)
+                target = schedule.target(sample, noise, timesteps)
+                sums[name]["denoising_error"] += float((prediction - target).square().mean()) * len(sample)
                 if teacher is not None:
                     answer = teacher.predict(noisy_sample, timesteps, conditioning)
                     answer = schedule.convert(answer, noisy_sample, timesteps, teacher.schedule.prediction_type)
-                    sums[name]["teacher_distance"] += float((prediction - answer).square().mean()) * len(numbers)
+                    sums[name]["teacher_distance"] += float((prediction - answer).square().mean()) * len(sample)
     return {name: {key: value / num_draws for key, value in errors.items()} for name, errors in sums.items()}

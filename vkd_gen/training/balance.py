@@ -87,7 +87,7 @@ class FeatureBalance:
         values = self._diagnostics(weights)
         if self._follows and moves:
             self._move(self._undecayed(), values["gradient_ratio"] / self._decay(step - 1), exponent=0.5)
-        return {**values, "feature_weight": weights.feature}
+        return {f"diagnostics/{name}": value for name, value in {**values, "feature_weight": weights.feature}.items()}
 
     def _undecayed(self) -> float:
         if not self._follows:

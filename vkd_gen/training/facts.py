@@ -4,22 +4,17 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import ConfigMixin
 from torch import Tensor
 
-from vkd_gen.data.images import Images, data_facts
+from vkd_gen.data.images import data_facts
 from vkd_gen.data.listing import list_files
-from vkd_gen.data.streaming import ImageStream
-from vkd_gen.provenance import hash_tensors, write_json
-from vkd_gen.training.accelerator import on_main_process
+from vkd_gen.provenance import hash_tensors
+from vkd_gen.training.images import Data
 from vkd_gen.training.options import FREE_TO_CHANGE
-
-if TYPE_CHECKING:
-    from vkd_gen.training.run_folder import RunFolder
 
 BATCH = ("train_batch_size", "num_processes", "gradient_accumulation_steps")
 """What may change as long as its product does not."""
@@ -31,15 +26,15 @@ CONSTANT = ("constant", "constant_with_warmup")
 """Schedules of the learning rate that do not depend on the number of steps."""
 
 
-def run_facts(accelerator: Accelerator, images: Images, stream: ImageStream | None = None) -> dict[str, Any]:
+def run_facts(accelerator: Accelerator, data: Data) -> dict[str, Any]:
     """What decides the result beside the flags: a resumed run must find the same."""
-    facts: dict[str, Any] = {} if stream is None else {"num_shards": stream.num_shards}
+    facts: dict[str, Any] = {} if data.stream is None else {"num_shards": data.stream.num_shards}
     facts |= {
-        "num_training_images": len(images),
+        "num_training_images": len(data.train),
         "num_processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
     }
-    return facts if images.labels is None else {**facts, "num_classes": images.num_classes}
+    return facts if data.train.labels is None else {**facts, "num_classes": data.train.num_classes}
 
 
 def hash_model(weights: Mapping[str, Tensor], *parts: ConfigMixin) -> str:
@@ -60,55 +55,13 @@ def _plain(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value)
 
 
-def compare_folder(
-    folder: "RunFolder", accelerator: Accelerator, facts: dict[str, Any], train: Images, held_out: Images
-) -> dict[str, Any]:
-    """Hold the folder, and compare what a run is with what the folder holds; called by all processes.
-
-    Args:
-        folder: of the run.
-        accelerator: of the run.
-        facts: flags, with `resume_from_checkpoint`, and `run_facts`.
-        train: images to train on.
-        held_out: images that are not.
-
-    Returns:
-        The facts, with those of the data.
-
-    Raises:
-        ValueError: in one line, if another process holds the folder, or it holds another run.
-    """
-
-    def hold() -> dict[str, Any]:
-        folder.hold()
-        resumes = folder.resume_point(facts["resume_from_checkpoint"]) is not None
-        return _data_facts(facts, train, held_out, tell=resumes)
-
-    of_data = [on_main_process(hold) or {}]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(of_data)  # the first process has read the images, the others need not
-    facts = {**facts, **of_data[0]}
-    folder.check(facts, facts["resume_from_checkpoint"])
-    return facts
-
-
-def start_folder(
-    folder: "RunFolder", accelerator: Accelerator, facts: dict[str, Any], train: Images, held_out: Images
-) -> None:
-    """Write down what a run is, with the `facts` of `compare_folder`; called by all processes."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.start(facts)
-        write_json(folder.path / "skipped_images.json", [*train.skipped, *held_out.skipped])
-    accelerator.wait_for_everyone()
-
-
-def _data_facts(facts: Mapping[str, Any], train: Images, held_out: Images, *, tell: bool) -> dict[str, Any]:
+def facts_of_data(facts: Mapping[str, Any], data: Data, *, tell: bool) -> dict[str, Any]:
     """`data_facts`, and what is compared of data that is not read whole; says so where that is asked for."""
-    found, how = data_facts(train, held_out), None
+    train = data.train
+    found, how = data_facts(train, data.held_out), None
     if train.revision is not None:
         how = f"its commit on the hub, {train.revision}"
-    elif facts.get("streaming") and "dataset_sha256" in found:
+    elif data.stream is not None and "dataset_sha256" in found:
         listing = list_files(facts["dataset"], facts.get("image_column"))
         files = [file for chosen in listing.splits.values() for file in chosen]
         told = [f"{file.relative_to(listing.root)} {file.stat().st_size}" for file in files]
@@ -202,7 +155,8 @@ def _check_length(before: Mapping[str, Any], now: Mapping[str, Any], point: Path
             f"{point} is of a run of {before['max_train_steps']} steps, and --max_train_steps is "
             f"{now['max_train_steps']}: {' and '.join(reasons)}, so that is another run. A run can be longer if it "
             "was started with --lr_scheduler constant or constant_with_warmup (of a student also with "
-            "--feature_decay_start 1 --feature_weighting constant); else start a new one, of a student from what was "
+            "--feature_decay_start 1 --feature_decay_end 1 --feature_weighting constant); else start a new one, of a "
+            "student from what was "
             "exported: --student OUTPUT_DIR/pipeline"
         )
 

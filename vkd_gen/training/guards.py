@@ -16,31 +16,6 @@ LEAST_VARIANCE = 1e-12
 """Of a layer's features, below which a projector has nothing to match."""
 
 
-class Flags:
-    """Flags and a few other numbers of the device on their way to the host, to be read later.
-
-    On a GPU they are copied right behind the work that makes them, into memory that needs no wait for the copy to
-    begin: reading waits for that work alone, whatever was asked of the GPU since.
-
-    Args:
-        values: `[n]`; a flag is zero for false.
-    """
-
-    def __init__(self, values: Tensor):
-        self._values, self._arrival = values, None
-        if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
-
-    def read(self) -> list[float]:
-        """Their values."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return self._values.tolist()
-
-
 class Watch:
     """Names what is not finite in a step that is skipped.
 
@@ -78,20 +53,18 @@ class Watch:
 
         return look
 
-    def describe(
-        self, losses: Mapping[str, Tensor], timesteps: Sequence[Tensor], gradients: Mapping[Tensor, Tensor]
-    ) -> str:
+    def describe(self, losses: Mapping[str, Tensor], timesteps: Sequence[Tensor]) -> str:
         """What is not finite, in words.
 
         Args:
             losses: scalars by name.
             timesteps: of the step's forward passes, `[B]` each.
-            gradients: parameter -> norm of its gradient, for those that had one; they themselves may be gone.
         """
         terms = [name for name, value in losses.items() if not value.isfinite()]
         parameters = dict(self._model.named_parameters())
         weights = [name for name, value in parameters.items() if not value.isfinite().all()]
-        broken = [name for name, value in parameters.items() if value in gradients and not gradients[value].isfinite()]
+        gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+        broken = [name for name, gradient in gradients.items() if not _are_finite([gradient])]
         words = [f"not finite are the losses {', '.join(terms)}" if terms else "all losses are finite"]
         if self._first_layer is not None:
             words.append(f"the first layer with such an output is {self._first_layer}")

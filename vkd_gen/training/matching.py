@@ -1,19 +1,18 @@
 """What a recipe's user says about the distillation, and the projected student that comes of it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-import torch
 from diffusers import ModelMixin
 
 import vkd_gen as vkd
+from vkd_gen.data.draws import Draws
 from vkd_gen.diagnostics import Diagnostics
+from vkd_gen.distillation import matching_table
 from vkd_gen.projectors import Projector, random_orthonormal
-from vkd_gen.schedule import Schedule
 from vkd_gen.training.balance import FeatureBalance
 from vkd_gen.training.options import MatchingOptions
+from vkd_gen.training.run import Run
 
 NUM_DIAGNOSTIC_DRAWS = 64
 """Draws of training images, with noise that no step sees, that the diagnostics look at."""
@@ -47,22 +46,20 @@ def target_channels(options: MatchingOptions, pair: vkd.LayerPair) -> int:
     return reachable if options.whitening_rank is None else options.whitening_rank
 
 
-def build_matching(
-    options: MatchingOptions, pair: vkd.LayerPair, statistics: vkd.FeatureStatistics
-) -> tuple[Projector, vkd.FeatureNormalizer]:
-    """Projector and normaliser of one layer pair."""
+def build_matching(options: MatchingOptions, pair: vkd.LayerPair) -> tuple[Projector, vkd.FeatureNormalizer]:
+    """Projector and normaliser of one layer pair, not yet calibrated."""
     try:
         normalizer = vkd.FeatureNormalizer(
             options.feature_normalization,
-            statistics,
+            channels=pair.teacher_channels,
             rank=target_channels(options, pair),
             exponent=options.whitening_exponent,
             shrinkage=options.whitening_shrinkage,
+            num_timestep_bins=options.num_timestep_bins,
         )
     except ValueError as error:
         raise ValueError(f"layer {pair.teacher}: {error}") from error
     widths = pair.student_channels, normalizer.target_channels
-    refresh = options.projector_refresh_steps
     match options.projector:
         case "linear":
             return vkd.LinearProjector(*widths), normalizer
@@ -72,9 +69,9 @@ def build_matching(
             start = random_orthonormal(*sorted(widths))
             return vkd.OrthogonalProjector(*widths, method="fixed", start=start), normalizer
         case "solved" | "cayley" | "matrix_exp" as method:
-            projector = vkd.OrthogonalProjector(
-                *widths, method=method, start=options.projector_start, refresh_every_steps=refresh
-            )
+            refresh = options.projector_refresh_steps
+            start_at = options.projector_start
+            projector = vkd.OrthogonalProjector(*widths, method=method, start=start_at, refresh_every_steps=refresh)
             return projector, normalizer
     raise ValueError(f"unknown projector {options.projector!r}")
 
@@ -84,43 +81,34 @@ def build_projected_student(
     student: ModelMixin,
     teacher: vkd.FrozenTeacher,
     pairs: list[vkd.LayerPair],
-    draws: Callable[[int], Iterable[Mapping[str, Any]]],
-    schedule: Schedule,
-    *,
-    num_steps: int,
-    calibration: Path,
-    resumes: bool,
-    device: torch.device,
+    draws: Draws,
+    run: Run,
 ) -> tuple[vkd.ProjectedStudent, FeatureBalance]:
-    """Calibrate on the frozen teacher, start the projectors and find the weight of the feature loss.
+    """What trains, and the weight of its feature loss; calibrated where no checkpoint will do that.
 
     Args:
-        options: resolved.
+        options: of the recipe.
         student: the student.
         teacher: with the features that the pairs name.
         pairs: of layers; none for a student that learns from no features.
-        draws: number -> batches of so many draws, the same on every process.
-        schedule: the student's.
-        num_steps: of the run.
-        calibration: file of the teacher's statistics, which a resumed run starts from.
-        resumes: whether the run goes on from a checkpoint, which holds projectors and weight.
-        device: of the result.
+        draws: of the run, with the student's schedule.
+        run: begun.
     """
+    num_steps, device = run.options.max_train_steps, run.device
     if not pairs:
         projected = vkd.ProjectedStudent(student)
         return projected, FeatureBalance(projected, None, weights=options.weights, num_steps=num_steps)
-    if calibration.exists() and resumes:
-        statistics = vkd.load_statistics(calibration)
-    else:
-        batches = draws(options.calibration_samples)
-        statistics = vkd.calibrate(teacher, batches, schedule, num_timestep_bins=options.num_timestep_bins)
-    matchings = [build_matching(options, pair, statistics[pair.teacher]) for pair in pairs]
+    schedule, apart = draws.schedule.to(device), partial(draws.apart, device=device)
+    matchings = [build_matching(options, pair) for pair in pairs]
     projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True)).to(device)
-    projected.initialize_projectors(teacher, draws(min(512, options.calibration_samples)), schedule)
+    if run.is_fresh:
+        count = options.calibration_samples
+        projected.calibrate(teacher, apart(count), schedule, start_batches=apart(min(512, count)))
+        run.print(matching_table(projected, options.feature_loss))
     diagnostics = Diagnostics(
         projected,
         teacher,
-        draws(NUM_DIAGNOSTIC_DRAWS),
+        apart(NUM_DIAGNOSTIC_DRAWS),
         schedule=schedule,
         feature_loss_kind=options.feature_loss,
         timestep_weighting=options.timestep_weighting,
@@ -136,6 +124,6 @@ def build_projected_student(
         num_steps=num_steps,
         every_steps=options.diagnostics_every_steps,
     )
-    if not resumes:
+    if run.is_fresh:
         balance.start()
     return projected, balance

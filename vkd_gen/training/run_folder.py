@@ -8,16 +8,17 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
 from vkd_gen.files import hold_folder, own_name, remove_leftovers, whole_file
 from vkd_gen.provenance import RESULT_FILES, environment, read_metrics, write_json
-from vkd_gen.training.checkpoints import MANIFEST, find_fault, force_to_disk, read_manifest, seal
+from vkd_gen.training.checkpoints import MANIFEST, find_fault, force_to_disk, problem_of, read_manifest, seal
 from vkd_gen.training.facts import BATCH, compare_facts
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-CARRIED = ("config.json", "calibration.safetensors")
-"""Files of the run's folder that every checkpoint holds a copy of."""
 FILES = (
-    *("config.json", "environment.json", "metrics.jsonl", "calibration.safetensors", "skipped_images.json"),
+    *("config.json", "environment.json", "metrics.jsonl", "skipped_images.json"),
     *RESULT_FILES,
     "diagnostics.png",
 )
@@ -44,12 +45,12 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._is_first_process = os.environ.get("RANK", "0") == "0"  # asked before there is an Accelerator
 
-    def check(self, config: dict[str, Any], resume: str | None) -> None:
+    def check(self, config: dict[str, Any], point: Path | None) -> None:
         """Check that the run may use this folder; call it on every process, before one of them writes. Changes nothing.
 
         Args:
             config: what decides the result: the flags, and later also the facts that turned up.
-            resume: `--resume_from_checkpoint`.
+            point: the checkpoint to go on from; None to begin.
 
         Raises:
             ValueError: if the folder holds a run, or somebody's files, that would be overwritten, or the checkpoint is
@@ -70,7 +71,6 @@ class RunFolder:
                     raise ValueError(
                         f"{path} is not {kind}, as a run writes one there: move it, or choose another folder"
                     )
-        point = self.resume_point(resume)
         if point is None and (self.checkpoints() or (self.path / "pipeline").exists()):
             raise ValueError(
                 f"{self.path} already holds a run; go on from one of its checkpoints by --resume_from_checkpoint "
@@ -125,12 +125,6 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_own():
             remove_leftovers(self.path)
-        point = self.resume_point(config.get("resume_from_checkpoint"))
-        calibration = self.path / "calibration.safetensors"
-        calibration.unlink(missing_ok=True)  # of an earlier start, maybe with other flags
-        if point is not None and (point / calibration.name).exists():
-            with whole_file(calibration) as temporary:
-                shutil.copyfile(point / calibration.name, temporary)
         write_json(self.path / "config.json", config)
         write_json(self.path / "environment.json", environment())
 
@@ -174,6 +168,40 @@ class RunFolder:
             self._faults[path] = find_fault(path, hash_up_to=math.inf if self._is_first_process else 2**20)
         return self._faults[path]
 
+    def write_checkpoint(self, accelerator: Accelerator, step: int) -> str | None:
+        """Write `checkpoint-STEP`; it appears under that name once it is whole and on the disk. For all processes.
+
+        Args:
+            accelerator: with everything registered that a checkpoint holds.
+            step: that was made last.
+
+        Returns:
+            What went wrong on some process, in words; nothing of it is left then.
+        """
+        temporary = own_name(self.path / f"checkpoint-{step}")
+
+        def begin() -> None:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()  # not its parents: a run's folder that was removed is not made anew
+
+        def write() -> None:
+            accelerator.save_state(str(temporary))
+
+        def finish() -> None:
+            self.finish_checkpoint(temporary, {"step": step, "num_processes": accelerator.num_processes})
+
+        for action, is_for_all in ((begin, False), (write, True), (finish, False)):
+            problem = None
+            if is_for_all or accelerator.is_main_process:
+                problem = problem_of(action, self.path)
+            problems = [found for found in gather_object([problem]) if found]
+            if problems:
+                if accelerator.is_main_process:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                return problems[0]
+        return None
+
     def finish_checkpoint(self, temporary: Path, facts: dict[str, Any]) -> None:
         """Give a written checkpoint its manifest and then its name, so that it is whole or not there.
 
@@ -181,9 +209,7 @@ class RunFolder:
             temporary: folder beside it, all files written.
             facts: for the manifest, with `step`.
         """
-        for name in CARRIED:
-            if (self.path / name).exists():
-                shutil.copyfile(self.path / name, temporary / name)
+        shutil.copyfile(self.path / "config.json", temporary / "config.json")
         seal(temporary, facts)
         if self.metrics.exists():
             force_to_disk(self.metrics)  # a checkpoint's metrics are there whenever it is

@@ -1,24 +1,40 @@
-"""What a recipe's user says about the student, and the student that comes of it."""
+"""The teacher and the student of a recipe, as its user named them, and what comes of a dry run."""
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin, UNet2DModel
 
+from vkd_gen.data.draws import Draws
+from vkd_gen.evaluation.compare import describe_models
+from vkd_gen.evaluation.labels import data_label
 from vkd_gen.families import (
     REDUCTIONS,
-    Inheritance,
     Reduction,
     best_layers,
     build_student,
     inherit_weights,
+    published_cost,
     reduce_config,
 )
+from vkd_gen.models import Model
+from vkd_gen.pairing import pair_table
 from vkd_gen.schedule import Schedule
-from vkd_gen.training.models import check_memory, load_unet, read_student_config, unet_without_weights
+from vkd_gen.training.matching import pair_named_or_all, target_channels
+from vkd_gen.training.models import (
+    check_memory,
+    load_teacher,
+    load_unet,
+    read_student_config,
+    unet_without_weights,
+)
 from vkd_gen.training.options import StudentOptions
+from vkd_gen.training.probe import check_time_embedding
+from vkd_gen.training.run import Run
 
 LARGEST_START = 2**18
 """Pixels, in all draws together, that students are fitted on: every layer's output of them is held in memory."""
@@ -48,40 +64,139 @@ def resolve_student(options: StudentOptions, teacher: ModelMixin) -> dict[str, A
     return read_student_config(options.student, teacher)
 
 
-def build_resolved_student(options: StudentOptions, teacher: UNet2DModel) -> tuple[UNet2DModel, bool]:
-    """The student, and whether it comes with weights of its own."""
-    resolved = resolve_student(options, teacher)
-    check_memory(unet_without_weights(resolved, "the student"), "the student")
-    if not options.student or options.student in REDUCTIONS or Path(options.student).is_file():
-        return build_student(resolved), False
-    student = load_unet(options.student)
-    student.register_to_config(sample_size=teacher.config.sample_size)
-    return student, True
+def load_teacher_model(config: Any, preset: Any, run: Run) -> Model:
+    """The teacher at the resolution that is asked for, checked against its schedule and the student's prediction type.
 
+    Args:
+        config: of the student recipe, complete.
+        preset: that it began with.
+        run: of the recipe; in a dry run the teacher has no weights.
 
-def num_starting_draws(options: StudentOptions, resolution: int) -> int:
-    """Draws to start a student on: as asked for, but for large images fewer."""
-    return max(4, min(options.inherit_samples, LARGEST_START // resolution**2))
-
-
-def inherit(
-    options: StudentOptions,
-    student: UNet2DModel,
-    teacher: UNet2DModel,
-    batches: Sequence[Mapping[str, Any]],
-    schedule: Schedule,
-    *,
-    seed: int,
-) -> Inheritance:
-    """Start the student from the teacher, both in float32 on the batches' device."""
-    best = options.inherit_layers == "best"
-    return inherit_weights(
-        student,
-        teacher,
-        channels=options.inherit_channels,
-        rescaling=options.inherit_rescaling,
-        batches=batches,
-        schedule=schedule,
-        layers=best_layers(student, teacher, batches, schedule) if best else None,
-        seed=seed,
+    Raises:
+        ValueError: in one line.
+    """
+    options, source = config.start, run.find(config.teacher)
+    if config.teacher == preset.teacher and not Path(source).exists():
+        raise ValueError(
+            f"there is no {config.teacher}, the teacher of --preset {config.preset}: recipes/train_teacher_unet.py "
+            f"--preset {config.preset} makes it; or name another by --teacher"
+        )
+    warn_of_preset(config, preset, run.print)
+    unet, noise_scheduler, origin = load_teacher(source, without_weights=config.training.dry_run)
+    if options.resolution is not None:
+        unet.register_to_config(sample_size=options.resolution)
+    schedule = Schedule.of(noise_scheduler)
+    own = options.student_prediction_type or schedule.prediction_type
+    replace(schedule, prediction_type=own).check_convertible(schedule.prediction_type)
+    check_time_embedding(unet, schedule, f"the teacher {config.teacher}")
+    run.print(
+        f"schedule: {len(schedule)} steps, {noise_scheduler.config.beta_schedule}; the teacher predicts "
+        f"{schedule.prediction_type}, the student {own} (from {origin})"
     )
+    return Model.of_unet(unet, noise_scheduler)
+
+
+def make_student(options: StudentOptions, teacher: Model, run: Run) -> tuple[Model, bool]:
+    """The student, in the teacher's pipeline, and whether it comes with weights of its own."""
+    options = replace(options, student=run.find(options.student))
+    config = resolve_student(options, teacher.network)
+    check_memory(unet_without_weights(config, "the student"), "the student")
+    has_weights = bool(options.student) and options.student not in REDUCTIONS and not Path(options.student).is_file()
+    if has_weights:
+        network = load_unet(options.student)
+        network.register_to_config(sample_size=teacher.network.config.sample_size)
+    else:
+        network = build_student(config)
+    run.print(describe_models(teacher.network, network))
+    return teacher.around(network, options.student_prediction_type), has_weights
+
+
+def start_student(
+    options: StudentOptions, student: Model, has_weights: bool, teacher: Model, draws: Draws, run: Run
+) -> None:
+    """Bring both to the run's device in float32, and the student that begins without weights to a start.
+
+    Args:
+        options: of the recipe.
+        student: to start.
+        has_weights: of its own.
+        teacher: to start from.
+        draws: of the run; for large images fewer of them.
+        run: begun.
+
+    Raises:
+        ValueError: in one line, where one of them is not finite.
+    """
+    run.check_finite(teacher.network.to(run.device), draws, f"the teacher {run.flags['teacher']}")
+    network = student.network.to(run.device)
+    if options.inherit_weights and not has_weights and run.is_fresh:
+        schedule = draws.schedule.to(run.device)
+        count = max(4, min(options.inherit_samples, LARGEST_START // draws.images.resolution**2))
+        batches = list(draws.apart(count, device=run.device, guidance_dropout=0.0))
+        best = options.inherit_layers == "best"
+        inheritance = inherit_weights(
+            network,
+            teacher.network,
+            channels=options.inherit_channels,
+            rescaling=options.inherit_rescaling,
+            batches=batches,
+            schedule=schedule,
+            layers=best_layers(network, teacher.network, batches, schedule) if best else None,
+            seed=draws.seed,
+        )
+        run.print(inheritance)
+    run.check_finite(network, draws, "the student that training starts from")
+    if run.options.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+
+
+def show_plan(config: Any, teacher: ModelMixin, run: Run) -> None:
+    """What would be trained, from configurations alone; the answer comes last.
+
+    Args:
+        config: of the student recipe.
+        teacher: without weights.
+        run: of the recipe.
+    """
+    start, say = replace(config.start, student=run.find(config.start.student)), run.print
+    student = unet_without_weights(resolve_student(start, teacher), "the student")
+    before, after = (json.loads(unet.to_json_string()) for unet in (teacher, student))
+    changed = {name: value for name, value in after.items() if value != before.get(name)}
+    say(f"student: {type(student).__name__}, the teacher's but for {json.dumps(changed) if changed else 'nothing'}")
+    for name, unet in (("teacher", teacher), ("student", student)):
+        published = published_cost(unet.config)
+        if published:
+            macs = f", {published.macs:,} MACs" if published.macs else ""
+            say(f"{name}, as published: {published.parameters:,} parameters{macs} ({published.source})")
+    pairs = pair_named_or_all(config.matching, student, teacher)
+    if pairs:
+        widths = [f"{pair.student_channels} -> {target_channels(config.matching, pair)}" for pair in pairs]
+        say(pair_table(pairs, {f"projector ({config.matching.projector})": widths}))
+    say(describe_models(teacher, student))
+    if isinstance(teacher, UNet2DModel):
+        say(f"the same command without --dry_run trains it, into {config.training.output_dir}")
+    else:
+        say(f"this recipe cannot train it: a {type(teacher).__name__} needs another recipe, with text and latents")
+
+
+def warn_of_preset(config: Any, preset: Any, say: Callable[[str], None]) -> None:
+    """Say where a preset's teacher meets other data than it was trained on, and where features end at once.
+
+    Args:
+        config: of the student recipe, complete.
+        preset: that it began with.
+        say: prints a line.
+    """
+    data, training, matching = config.data.dataset, config.training, config.matching
+    if config.teacher == preset.teacher and data_label(data) != data_label(preset.data.dataset):
+        say(
+            f"note: the teacher of --preset {config.preset} was trained on {preset.data.dataset}, not on {data}, and "
+            "its students make what it makes; for images of your own: --preset custom --teacher FOLDER_OR_HUB_ID, such "
+            "as one that train_teacher_unet.py --preset custom trains"
+        )
+    last = math.ceil(matching.feature_decay_end * training.max_train_steps)
+    if matching.feature_weight and last <= training.lr_warmup_steps and training.lr_scheduler != "constant":
+        say(
+            f"note: the feature loss ends at step {last}, before the learning rate has risen (--lr_warmup_steps "
+            f"{training.lr_warmup_steps}): features hardly train the student"
+        )

@@ -1,0 +1,347 @@
+"""One start of a recipe: its folder, its processes, and whether it begins or goes on, decided once."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import ModelMixin
+from torch import nn
+from tqdm.auto import tqdm
+
+from vkd_gen.cli import repository_path
+from vkd_gen.data.draws import Draws
+from vkd_gen.data.images import ImageSpec
+from vkd_gen.distillation import FrozenTeacher
+from vkd_gen.evaluation.compare import evaluate, markdown_table, print_table
+from vkd_gen.evaluation.diagnostics_figure import save_diagnostics
+from vkd_gen.evaluation.labels import data_label
+from vkd_gen.evaluation.options import ScoreOptions
+from vkd_gen.evaluation.report import save_results
+from vkd_gen.evaluation.scorer import Scorer, make_scorer
+from vkd_gen.models import Model
+from vkd_gen.pictures import save_sample_grid, to_uint8
+from vkd_gen.provenance import hub_revision, only_warns, write_json
+from vkd_gen.training.accelerator import make_accelerator, on_main_process
+from vkd_gen.training.export import after_export, check_upload, finish_export, model_card, try_saving
+from vkd_gen.training.facts import facts_of_data, hash_model, run_facts
+from vkd_gen.training.images import Data, load_data
+from vkd_gen.training.models import check_checkpoint
+from vkd_gen.training.options import DataOptions, TrainingOptions
+from vkd_gen.training.probe import check_finite
+from vkd_gen.training.run_folder import RunFolder, checkpoint_step
+
+MADE = ("pipeline/model_index.json", "samples.npz", "samples.png", "report.html")
+"""What a finished run has made, beside its results."""
+
+
+class Run:
+    """A run of a recipe, from the checks of its folder to the table of its scores; to be used as a context.
+
+    Args:
+        options: of the run.
+        flags: all that was asked for, one flat dictionary: see `flat_config`.
+        script: `__file__` of the recipe, whose repository holds what presets name.
+        find_unused_parameters: some steps leave trainable parameters without a gradient.
+
+    Attributes:
+        point: the checkpoint that the run goes on from; None for one that begins.
+
+    Raises:
+        ValueError: in one line, if the folder, the checkpoint, the processes or the upload are not as they must be.
+    """
+
+    def __init__(
+        self,
+        options: TrainingOptions,
+        flags: Mapping[str, Any],
+        *,
+        script: str = "",
+        find_unused_parameters: bool = False,
+    ):
+        torch.set_float32_matmul_precision("high")
+        self.options, self.flags, self._script = options, dict(flags), script
+        self.folder = RunFolder(options.output_dir)
+        self.point: Path | None = None
+        if not options.dry_run:  # which writes nothing, whatever the folder holds
+            self.point = self.folder.resume_point(options.resume_from_checkpoint)
+            self.folder.check(self.flags, self.point)
+            check_checkpoint(self.point)
+            check_upload(options)
+        self.accelerator = make_accelerator(options, find_unused_parameters=find_unused_parameters)
+        choice = [self.point]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(choice)  # the first process has read every byte, the others sizes
+        self.point = choice[0]
+        self.device, self.print = self.accelerator.device, self.accelerator.print
+        self.exported = self.folder.path / "pipeline"
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.folder.release()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the run begins, from no checkpoint."""
+        return self.point is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a frozen network's forward passes."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def find(self, path: str) -> str:
+        """A path of the recipe's repository, or any other as it is."""
+        return repository_path(path, self._script)
+
+    # ---- the opening
+
+    def load_data(self, options: DataOptions, form: tuple[int, int], num_classes: int | None = None) -> Data:
+        """The images of the run, which are kept in `data`; see `load_data`.
+
+        Args:
+            options: of the recipe.
+            form: side in pixels and channels to bring the images to.
+            num_classes: of the model, 0 for as many as the data have; None reads no classes.
+        """
+        spec = ImageSpec(
+            resolution=form[0],
+            channels=form[1],
+            image_column=options.image_column,
+            with_labels=num_classes is not None,
+            label_column=options.label_column,
+            num_classes=num_classes or None,
+            on_bad_image=options.on_bad_image,
+        )
+        self.data = load_data(options, self.find(options.dataset), spec, self.print)
+        return self.data
+
+    def make_scorer(self, options: ScoreOptions) -> Scorer | None:
+        """What scores samples against the run's data; None for the extractor `none`."""
+        options = replace(options, extractor=self.find(options.extractor))
+        return make_scorer(options, self.data.reference, self.data.held_out, batch_size=self.options.eval_batch_size)
+
+    def begin(self, sources: Mapping[str, tuple[str, Model, Any]], scored_by: Mapping[str, Any]) -> bool:
+        """Hold the folder, compare what it holds with what is asked for, and write that down; for all processes.
+
+        Args:
+            sources: flag -> what was given for it, the model that is, and whether its weights are from there; the run
+                goes on with no others.
+            scored_by: how samples will be scored.
+
+        Returns:
+            Whether there is anything to do; False for a finished run, whose table is shown.
+
+        Raises:
+            ValueError: in one line, if another process holds the folder, or it holds another run.
+        """
+        data, facts = self.data, {**self.flags, **run_facts(self.accelerator, self.data)}
+        for flag, (source, model, has_weights) in sources.items():
+            facts[f"{flag}_sha256"] = hash_model(
+                model.network.state_dict() if has_weights else {}, model.network, model.noise_scheduler
+            )
+            if (revision := hub_revision(source)) is not None:
+                facts[f"{flag}_revision"] = revision
+
+        def hold() -> dict[str, Any]:
+            self.folder.hold()
+            return facts_of_data(facts, data, tell=not self.is_fresh)
+
+        of_data = [on_main_process(hold) or {}]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(of_data)  # the first process has read the images, the others need not
+        facts |= of_data[0]
+        self.folder.check(facts, self.point)
+        self._scored_by = dict(scored_by)
+        if self._show_if_finished():
+            return False
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.start(facts)
+            write_json(self.folder.path / "skipped_images.json", [*data.train.skipped, *data.held_out.skipped])
+        self._identity = self._identity_of_images()
+        if self.options.report_to is not None:
+            plain = {name: value for name, value in self.flags.items() if isinstance(value, int | float | str | bool)}
+            directory = {"wandb": {"dir": str(self.folder.path)}}
+            self.accelerator.init_trackers("vkd-gen", config=plain, init_kwargs=directory)
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def _show_if_finished(self) -> bool:
+        """Show the table of a run that is trained, exported and scored as asked for, and say that it is finished."""
+        options, path = self.options, self.folder.path
+        if self.point is None or checkpoint_step(self.point) != options.max_train_steps or options.push_to_hub:
+            return False
+        try:
+            results = json.loads((path / "results.json").read_bytes())
+            if results["scored_by"] != self._scored_by or not all((path / name).is_file() for name in MADE):
+                return False
+            self.print(
+                f"{path} is finished: {options.max_train_steps:,} steps, exported and scored. For another run choose "
+                "another --output_dir"
+            )
+            if self.accelerator.is_main_process:
+                print_table(results)
+            self.print(f"pipeline: {self.exported}\nreport: {path / 'report.html'}")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return False  # not there, damaged, or of an older version: it is scored again
+        return True
+
+    def freeze(self, teacher: Model, layers: list[str], draws: Draws) -> FrozenTeacher:
+        """The teacher for the steps, in the precision of the run; its predictions and features are finite."""
+        nn.Module.to(teacher.network, self.device, self.dtype)  # past diffusers' warning about casting
+        frozen = FrozenTeacher(teacher.network, layers, prediction_type=teacher.schedule.prediction_type)
+        self.check_finite(frozen, draws, f"the teacher {self.flags['teacher']}")
+        return frozen
+
+    def check_finite(self, network: ModelMixin | FrozenTeacher, draws: Draws, name: str) -> None:
+        """Ask a network, on the run's device, at both ends of the schedule; see `check_finite`."""
+        (few,) = draws.apart(4, device=self.device, guidance_dropout=0.0)
+        check_finite(network, draws.schedule.to(self.device), few, name)
+
+    def try_end(
+        self, name: str, model: Model, facts: Mapping[str, Any], *, dataset: str, num_inference_steps: int
+    ) -> None:
+        """Do before the first step what the end of the run will do; see `try_saving`.
+
+        Args:
+            name: `student` or `teacher`.
+            model: that is to be trained.
+            facts: for its card, a row each.
+            dataset: that it is trained on.
+            num_inference_steps: of the scores.
+        """
+        self._name, self._num_inference_steps = name, num_inference_steps
+        facts = {**facts, "steps": self.options.max_train_steps, "seed": self.options.seed}
+        title, classes = f"{data_label(dataset)} {name}", model.num_classes or None
+
+        def card(results: str = "", **more: Any) -> str:
+            return model_card(title, {**facts, **more}, results, data=dataset, num_classes=classes)
+
+        self._card = card
+        steps, name = num_inference_steps, f"the {name}"
+        on_main_process(lambda: try_saving(model, self.exported, card(), num_inference_steps=steps, name=name))
+
+    # ---- what a loop does at times
+
+    def preview(self, model: Model) -> Callable[[int], Mapping[str, float]]:
+        """An action of the loop: a grid of samples in previews/."""
+
+        def save(step: int) -> dict[str, float]:
+            path = self.folder.path / "previews" / f"step-{step:06d}.png"
+            with only_warns(f"the preview {path}", "training goes on"):
+                images = model.images(range(32), batch_size=self.options.eval_batch_size)
+                save_sample_grid({f"step {step}": images}, path)
+            return {}
+
+        def act(step: int) -> Mapping[str, float]:
+            on_main_process(lambda: save(step))
+            self.accelerator.wait_for_everyone()
+            return {}
+
+        return act
+
+    def score(self, name: str, model: Model, scorer: Scorer | None) -> Callable[[int], Mapping[str, float]]:
+        """An action of the loop: scores of samples; none without a scorer."""
+
+        def act(step: int) -> Mapping[str, float]:
+            if scorer is None:
+                return {}
+            try:
+                return {f"score/{score.key}": score.value for score in scorer.score_model(name, model)[0]}
+            except ValueError as error:  # samples that are not finite, on all processes alike
+                self.print(f"warning: step {step} has no scores, and training goes on: {error}")
+                return {}
+
+        return act
+
+    # ---- the end
+
+    def finish(
+        self,
+        models: Mapping[str, Model],
+        scorer: Scorer | None,
+        *,
+        scored: set[str] | None = None,
+        shows_data: bool = False,
+    ) -> None:
+        """Export the trained model, score it, and show and write down what came of it; for all processes.
+
+        Args:
+            models: to compare, by name, with averaged weights; the trained one is named as in `try_end`.
+            scorer: of samples.
+            scored: names of the models whose samples are scored; by default all.
+            shows_data: held-out images are shown beside the samples.
+        """
+        main, data, path, name = self.accelerator.is_main_process, self.data, self.folder.path, self._name
+        if self._identity != self._identity_of_images():
+            tqdm.write(
+                f"note: files of {data.train.name} changed while the run read them; it is not known which of their "
+                "contents it was trained on"
+            )
+        cost = self.cost()
+        # Exported before it is scored, so that nothing which fails from here on can lose it.
+        on_main_process(lambda: models[name].save(self.exported, self._card(training=cost)))
+        self.accelerator.wait_for_everyone()
+        with after_export(self.exported):
+            results, samples = evaluate(
+                models,
+                data.held_out,
+                scorer=scorer,
+                scored=scored,
+                num_inference_steps=self._num_inference_steps,
+                batch_size=self.options.eval_batch_size,
+            )
+            if main:
+                samples |= {"held-out images": to_uint8(data.held_out.stack(32))} if shows_data else {}
+                save_results(path, {**results, "scored_by": self._scored_by}, samples)
+        self.end()
+        if not main:
+            return
+        figure = path / "diagnostics.png"
+        with only_warns(f"the figure {figure}", "the numbers are in metrics.jsonl"):
+            save_diagnostics(path / "metrics.jsonl", figure)
+        finish_export(self.exported, lambda: self._card(markdown_table(results), training=cost), self.options)
+        print_table(results)
+        print(f"{name}: {self.exported}\nsamples: {path / 'samples.png'}\nreport: {path / 'report.html'}")
+        if figure.exists():
+            print(f"diagnostics: {figure}")
+
+    def end(self) -> None:
+        """End the trackers and the processes' connection."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        self.folder.release()
+
+    def cost(self) -> str:
+        """What the steps of the whole run took, without start and scores, as metrics.jsonl has it; for the card."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        options, accelerator = self.options, self.accelerator
+        images_per_step = options.gradient_accumulation_steps * options.train_batch_size * accelerator.num_processes
+        seconds, before = 0.0, 0
+        for line in self.folder.read_metrics():
+            if line.get("images_per_second"):
+                seconds += (line["step"] - before) * images_per_step / line["images_per_second"]
+                before = line["step"]
+        return (
+            f"{options.max_train_steps} steps in {seconds / 60:.1f} minutes on {accelerator.num_processes} x {device}, "
+            f"{accelerator.mixed_precision} mixed precision"
+        )
+
+    def _identity_of_images(self) -> str | None:
+        """A hash over names, sizes and times of the images' files; the main process alone asks for it."""
+        data = self.data
+        if data.stream is not None or data.train.identity is None or not self.accelerator.is_main_process:
+            return None
+        try:
+            return data.train.identity()
+        except OSError as error:  # gone by now, or by then
+            return str(error)
