@@ -40,7 +40,7 @@ def check_finite(unet: ModelMixin | FrozenTeacher, schedule: Schedule, batch: Ma
     Args:
         unet: on the device of the batch, in the precision that it is run with.
         schedule: of its training, on the device of the batch.
-        batch: a few draws, as `fixed_batches` yields them.
+        batch: a few draws, from `Draws.apart`.
         name: of the UNet, for messages.
 
     Raises:
