@@ -116,16 +116,18 @@ def test_statistics_that_are_none(mean, covariance, words, tmp_path):
         load_statistics_file(str(tmp_path / "x.npz"))
 
 
-@pytest.mark.parametrize("guidance_scale", [None, 3.0])
-def test_seeds_are_those_of_the_broken_class_alone(guidance_scale):
+@pytest.mark.parametrize(
+    ("row", "guidance_scale", "seeds"), [(1, None, "1, 4"), (1, 3.0, "1, 4"), (3, 3.0, "0, 1, 2, 3, 4, 5")]
+)
+def test_seeds_are_those_of_the_broken_class_alone(row, guidance_scale, seeds):
+    """Guidance asks for no class, the last row, too."""
     unet = tiny_unet(num_class_embeds=4)
     with torch.no_grad():
-        unet.class_embedding.weight[1] = math.nan
-    pipeline = stock_pipeline(unet, DDPMScheduler())
-    options = {"num_inference_steps": 2, "guidance_scale": guidance_scale}
-    with pytest.raises(ValueError, match=r"2 of 6 samples of the model .*\(seeds 1, 4\): 1 of its weights"):
-        Model(pipeline).images(range(6), **options)
-    assert Model(pipeline).images([0, 2], **options).shape == (2, 1, 8, 8)
+        unet.class_embedding.weight[row] = math.nan
+    model = Model.of_unet(unet, DDPMScheduler())
+    with pytest.raises(ValueError, match=rf"of 6 samples of the model .*\(seeds {seeds}\): 1 of its weights"):
+        model.images(range(6), num_inference_steps=2, guidance_scale=guidance_scale)
+    assert model.images([0, 2], num_inference_steps=2).shape == (2, 1, 8, 8)
 
 
 def test_the_mode_of_a_broken_unet_is_restored():
