@@ -27,7 +27,7 @@ CORE = FOUNDATIONS | {
     "data": {"choices", "files", "provenance", "schedule", "text"},
     "pairing": {"choices", "families", "features"},
     "families": {"choices", "reductions", "features", "schedule"},
-    "sampling": {"choices", "hub", "models", "pipelines", "provenance", "text"},
+    "sampling": {"choices", "hub", "pipelines", "provenance", "text"},
     "models": {"choices", "families", "files", "pipelines", "provenance", "sampling", "schedule", "text"},
     "calibration": {"features", "files", "hub", "schedule", "normalization"},
     "distillation": {

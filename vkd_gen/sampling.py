@@ -1,7 +1,7 @@
 """The diffusers pipelines that models are sampled with: around a bare UNet, or from a folder or the hub."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from diffusers import (
     ModelMixin,
     SchedulerMixin,
 )
-from jaxtyping import UInt8
-from torch import Tensor
 
 from vkd_gen.choices import Sampler
 from vkd_gen.hub import hub_folder, load_parts, part_files, pipeline_class, read_json
@@ -150,12 +148,3 @@ def _check_call(kind: type[DiffusionPipeline], source: str) -> None:
             f"{source} is a {kind.__name__}, which needs more than noise and class labels; unconditional and "
             "class-conditional pipelines can be sampled here"
         )
-
-
-def sample_images(
-    unet: ModelMixin, noise_scheduler: SchedulerMixin, seeds: Sequence[int], **options: Any
-) -> UInt8[Tensor, "images channels height width"]:
-    """`Model.images` of a bare UNet."""
-    from vkd_gen.models import Model
-
-    return Model.of_unet(unet, noise_scheduler).images(seeds, **options)

@@ -194,7 +194,7 @@ LATE = {
     "vkd_gen.training.export.save_card": (1, "python eval/score.py"),  # after the trial
     "vkd_gen.evaluation.report.write_report": (0, "python eval/report.py"),
     "vkd_gen.evaluation.report.save_sample_grid": (0, "python eval/generate.py"),
-    "vkd_gen.training.loop.save_sample_grid": (0, "training goes on"),
+    "vkd_gen.training.run.save_sample_grid": (0, "training goes on"),
     "vkd_gen.evaluation.diagnostics_figure.draw_diagnostics": (0, "the numbers are in metrics.jsonl"),
 }
 
@@ -231,7 +231,7 @@ def test_scores_that_fail_leave_the_pipeline_and_are_made_again(flags, tmp_path,
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("vkd_gen.evaluation.compare.evaluate", fail)
+        patch.setattr("vkd_gen.training.run.evaluate", fail)
         line = error_of(capsys, lambda: run_recipe(RECIPE, *flags, "--output_dir", run))
     assert f"the pipeline is saved in {run / 'pipeline'}, but it could not be scored: the samples are gone" in line
     weights = (run / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()

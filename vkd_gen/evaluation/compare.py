@@ -4,17 +4,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate import PartialState
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vkd_gen.data.images import Images
-from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.labels import row_of
 from vkd_gen.evaluation.scorer import Scorer
-from vkd_gen.evaluation.tables import markdown_table as markdown_table
-from vkd_gen.evaluation.tables import print_table as print_table
 from vkd_gen.models import Model
 from vkd_gen.provenance import environment
 from vkd_gen.sampling import usable_steps
@@ -90,29 +87,6 @@ def _costs_and_errors(
         counts = {"parameters": count_parameters(model.network), "macs": count_macs(model.network)}
         rows[name] = {**counts, "ms_per_image": times[name], **errors[name]}
     return rows
-
-
-def compare_to_teacher(
-    student: ModelMixin,
-    noise_scheduler: SchedulerMixin,
-    teacher: FrozenTeacher,
-    teacher_scheduler: SchedulerMixin,
-    *,
-    held_out: Images,
-    score_teacher: bool = True,
-    **options: Any,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`evaluate` of two bare UNets."""
-    unets = {"teacher": (teacher.unet, teacher_scheduler), "student": (student, noise_scheduler)}
-    models = {name: Model.of_unet(*parts) for name, parts in unets.items()}
-    return evaluate(models, held_out, scored=None if score_teacher else {"student"}, **options)
-
-
-def score_model(
-    name: str, unet: ModelMixin, noise_scheduler: SchedulerMixin, *, held_out: Images, **options: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`evaluate` of one bare UNet."""
-    return evaluate({name: Model.of_unet(unet, noise_scheduler)}, held_out, **options)
 
 
 def describe_models(teacher: ModelMixin, student: ModelMixin) -> str:

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from vkd_gen.data.images import Images
 from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity, load_extractor
-from vkd_gen.evaluation.labels import Score, data_label, row_of
+from vkd_gen.evaluation.labels import Score, data_label
 from vkd_gen.evaluation.metrics import Statistics, frechet_distance, memorization_scores, sample_scores
 from vkd_gen.evaluation.options import LEAST_IMAGES, SamplingOptions, ScoreOptions
 from vkd_gen.evaluation.reference import cached_features
@@ -125,11 +124,6 @@ class Scorer:
         count, steps = self.options.num_score_samples, self.options.num_inference_steps
         source = from_model(name, model, SamplingOptions(), count=count, num_inference_steps=steps)
         return *self(source, num_shown=num_shown), source
-
-    def score_unet(self, name: str, unet: ModelMixin, noise_scheduler: SchedulerMixin) -> tuple[dict[str, float], Any]:
-        """`score_model` of a bare UNet."""
-        scores, features, _ = self.score_model(name, Model.of_unet(unet, noise_scheduler))
-        return row_of(scores), features
 
     def _scores_of(self, features: dict[str, Tensor]) -> list[Score]:
         found, network = features[self._layer], self.extractor.network_of_scores

@@ -8,29 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from huggingface_hub import HfApi
 
-from vkd_gen.evaluation.card import model_card as model_card
 from vkd_gen.files import CannotWriteError, own_name
 from vkd_gen.models import Model, save_card
 from vkd_gen.provenance import only_warns
 from vkd_gen.sampling import load_pipeline, usable_steps
 from vkd_gen.text import reason
 from vkd_gen.training.options import TrainingOptions
-
-
-def export_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str) -> None:
-    """`Model.save` of a bare UNet."""
-    Model.of_unet(unet, noise_scheduler).save(folder, card)
-
-
-def try_export(
-    unet: ModelMixin, noise_scheduler: SchedulerMixin, folder: Path, card: str, *, num_inference_steps: int, name: str
-) -> None:
-    """`try_saving` of a bare UNet."""
-    model = Model.of_unet(unet, noise_scheduler)
-    try_saving(model, folder, card, num_inference_steps=num_inference_steps, name=name)
 
 
 def try_saving(model: Model, folder: Path, card: str, *, num_inference_steps: int, name: str) -> None:

@@ -17,17 +17,20 @@ from vkd_gen.cli import repository_path
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.images import ImageSpec
 from vkd_gen.distillation import FrozenTeacher
-from vkd_gen.evaluation.compare import evaluate, markdown_table, print_table
+from vkd_gen.evaluation.card import model_card
+from vkd_gen.evaluation.compare import evaluate
 from vkd_gen.evaluation.diagnostics_figure import save_diagnostics
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import Scorer, make_scorer
+from vkd_gen.evaluation.tables import markdown_table, print_table
 from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
 from vkd_gen.provenance import hub_revision, only_warns, write_json
+from vkd_gen.text import printable
 from vkd_gen.training.accelerator import make_accelerator, on_main_process
-from vkd_gen.training.export import after_export, check_upload, finish_export, model_card, try_saving
+from vkd_gen.training.export import after_export, check_upload, finish_export, try_saving
 from vkd_gen.training.facts import facts_of_data, hash_model, run_facts
 from vkd_gen.training.images import Data, load_data
 from vkd_gen.training.models import check_checkpoint
@@ -169,7 +172,8 @@ class Run:
             write_json(self.folder.path / "skipped_images.json", [*data.train.skipped, *data.held_out.skipped])
         self._identity = self._identity_of_images()
         if self.options.report_to is not None:
-            plain = {name: value for name, value in self.flags.items() if isinstance(value, int | float | str | bool)}
+            told = {name: printable(value) if isinstance(value, str) else value for name, value in self.flags.items()}
+            plain = {name: value for name, value in told.items() if isinstance(value, int | float | str | bool)}
             directory = {"wandb": {"dir": str(self.folder.path)}}
             self.accelerator.init_trackers("vkd-gen", config=plain, init_kwargs=directory)
         self.accelerator.wait_for_everyone()
