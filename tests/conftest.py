@@ -1,5 +1,6 @@
 """Models small enough to train on a CPU within a test."""
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -145,3 +146,22 @@ def write_payload(file, executed, kind="zip"):
         case "nested":
             torch.save({"state": {0: [torch.zeros(2), Payload(executed)]}, "param_groups": []}, file)
     return file
+
+
+@contextlib.contextmanager
+def one_line(words):
+    """A ValueError for the user, inside: one line with these words."""
+    with pytest.raises(ValueError, match=words) as error:
+        yield
+    assert "\n" not in str(error.value)
+
+
+def refused(capture, run, *flags):
+    """The one line on standard error of a command that exits with status 2."""
+    capture.readouterr()
+    with pytest.raises(SystemExit) as exit_status:
+        run(*flags)
+    assert exit_status.value.code == 2
+    lines = [line for line in capture.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(lines) == 1
+    return lines[0]

@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import FORMATS, Payload, tiny_unet, write_payload
+from tests.conftest import FORMATS, Payload, one_line, tiny_unet, write_payload
 from vkd_gen.calibration import load_statistics
 from vkd_gen.cli import tensors_alone
 from vkd_gen.data.sources import load_images
@@ -62,9 +62,8 @@ def change(file, **entries):
 @pytest.mark.parametrize("text", ["[]", "null", "{", '"x"', "[" * 100_000, ""])
 def test_a_model_index_that_is_none(pipeline_folder, text):
     (pipeline_folder / "model_index.json").write_text(text)
-    with pytest.raises(ValueError, match="cannot load the pipeline") as error:
+    with one_line("cannot load the pipeline"):
         load_pipeline(str(pipeline_folder))
-    assert "\n" not in str(error.value)
 
 
 # ---- sizes
@@ -138,9 +137,8 @@ def test_a_feature_network_is_loaded_whole_or_not_at_all(tmp_path):
 def test_extractor_weights(tmp_path, executed, name, kind):
     file = write_payload(tmp_path / "weights.pth", executed, kind)
     words = "downloads the weights of clip" if name.startswith("clip") else "not a plain state dict of tensors"
-    with pytest.raises(ValueError, match=words) as error:
+    with one_line(words):
         load_extractor(name, str(file))
-    assert "\n" not in str(error.value)
 
 
 def test_extractor_weights_that_change_after_they_were_checked(tmp_path, executed, monkeypatch):
@@ -269,9 +267,8 @@ def test_a_revision_is_what_is_loaded_and_noted(older, source, commit):
 )
 def test_a_revision_that_is_not_there(older, revision, words):
     for load in (load_teacher, load_unet, load_pipeline):
-        with pytest.raises(ValueError, match=words) as error:
+        with one_line(words):
             load(f"some/model@{revision}")
-        assert "\n" not in str(error.value)
 
 
 def test_a_folder_with_an_at_sign_is_a_folder(hub_cache, tmp_path, monkeypatch):
@@ -322,9 +319,8 @@ def test_a_revision_of_a_data_set(data_cache):
 )
 def test_another_revision_of_a_data_set_is_not_taken_for_it(data_cache, revision, words):
     """Without the hub, datasets itself takes whichever it has."""
-    with pytest.raises(ValueError, match=words) as error:
+    with one_line(words):
         load_images(f"some/data@{revision}", resolution=8, channels=1)
-    assert "\n" not in str(error.value)
 
 
 def test_models_of_the_hub_are_checked_as_folders_are(hub_cache):

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tiny_condition_unet, tiny_unet
+from tests.conftest import one_line, tiny_condition_unet, tiny_unet
 from vkd_gen.families import TEACHERS
 from vkd_gen.schedule import Schedule
 from vkd_gen.training.models import (
@@ -131,9 +131,8 @@ NO_SCHEDULES = [
 )
 def test_a_teacher_of_nonsense_is_told_in_one_line(file, changes, words, pipeline_folder):
     change(pipeline_folder / file, **changes)
-    with pytest.raises(ValueError, match=words) as error:
+    with one_line(words):
         Schedule.of(load_teacher(str(pipeline_folder)).noise_scheduler)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json"])

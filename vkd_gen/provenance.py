@@ -1,6 +1,7 @@
 """What a result came about by, and results written so that they are whole or not there."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -109,6 +110,7 @@ def environment() -> dict[str, str]:
     return {**versions, "commit": _commit()}
 
 
+@functools.cache
 def _commit() -> str:
     """Of the checkout that this package runs from; none if it is installed, also inside another repository."""
     package = Path(__file__).resolve().parent

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import FORMATS, write_payload
+from tests.conftest import FORMATS, one_line, write_payload
 from tests.faults.small_run import STEPS, end_as, end_of, error_of, options_of, run_to_end, start_processes, train
 from tests.recipes.conftest import read_metrics, reseal, without_times
 from vkd_gen.training.checkpoints import find_fault, read_manifest, seal
@@ -141,9 +141,8 @@ def test_these_are_all_pickles_of_a_checkpoint(checkpoint):
 def test_a_pickle_in_a_checkpoint_is_not_executed(checkpoint, executed, name, kind):
     """The recipes look before they load anything: see tests/recipes/test_bad_input.py."""
     write_payload(checkpoint / name, executed, kind)
-    with pytest.raises(ValueError, match=rf"the checkpoint's file .*{name} is not loaded: ") as error:
+    with one_line(rf"the checkpoint's file .*{name} is not loaded: "):
         check_checkpoint(checkpoint)
-    assert "\n" not in str(error.value)
 
 
 def test_a_truncated_file_and_shards_of_a_checkpoint(checkpoint, executed):
@@ -175,9 +174,8 @@ def test_a_configuration_that_is_none_is_told_in_one_line(text, words, checkpoin
     (checkpoint / "config.json").write_text(text)
     reseal(checkpoint)
     now = {**flat_config(options_of(checkpoint.parent)), "num_processes": 1}
-    with pytest.raises(ValueError, match=f"config.json is damaged: .*{words}") as error:
+    with one_line(f"config.json is damaged: .*{words}"):
         RunFolder(checkpoint.parent).check(now, RunFolder(checkpoint.parent).resume_point("latest"))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

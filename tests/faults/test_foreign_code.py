@@ -6,7 +6,7 @@ import sys
 import pytest
 from diffusers import DDIMPipeline, DDIMScheduler
 
-from tests.conftest import tiny_unet
+from tests.conftest import one_line, tiny_unet
 from tests.faults.test_weight_names import save_dit
 from vkd_gen.sampling import load_pipeline
 from vkd_gen.training.models import load_teacher
@@ -104,9 +104,8 @@ CASES = {
 def test_code_in_a_pipelines_folder(folder, name):
     damage, words = CASES[name]
     damage(folder)
-    with pytest.raises(ValueError, match=words) as error:
+    with one_line(words):
         load_pipeline(str(folder))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +138,8 @@ def test_a_part_that_is_another_network(folder, tmp_path):
 @pytest.mark.parametrize("name", [["evilmod", "M"], "evilmod.M", "AutoencoderKL", ["UNet2DModel"]])
 def test_a_teacher_with_another_class(folder, name):
     change(folder / "unet/config.json", _class_name=name)
-    with pytest.raises(ValueError, match=r"the configuration is of .*known are UNet2DModel") as error:
+    with one_line(r"the configuration is of .*known are UNet2DModel"):
         load_teacher(str(folder))
-    assert "\n" not in str(error.value)
 
 
 def test_a_teacher_that_is_a_nested_pipeline(folder):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.conftest import one_line, refused
 from tests.eval.conftest import EVAL
 from tests.faults.small_run import error_of, options_of, run_student, run_to_end
 from tests.recipes.conftest import SHORT_STUDENT
@@ -204,9 +205,8 @@ def test_no_room_for_scores(name, checkpoint, folders, feature_network, run_into
 @pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "config.json", "samples.png"])
 def test_what_is_no_file_is_refused_at_the_start(make, name, tmp_path):
     make(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name} is not a file") as error:
+    with one_line(f"{name} is not a file"):
         RunFolder(str(tmp_path)).check(flat_config(options_of(tmp_path)), None)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["previews", "pipeline"])
@@ -216,10 +216,7 @@ def test_what_is_no_folder_is_refused_at_the_start(name, tmp_path):
         RunFolder(str(tmp_path)).check(flat_config(options_of(tmp_path)), None)
 
 
-@pytest.mark.parametrize("name", ["results.json"])
-def test_scores_refuse_what_is_no_file(name, checkpoint, run_eval, tmp_path, capsys):
-    (tmp_path / name).mkdir()
-    with pytest.raises(SystemExit) as exit_status:
-        run_eval("score", checkpoint, "--reference", "digits", "--output_dir", tmp_path, "--overwrite")
-    assert exit_status.value.code == 2
-    assert f"{name} is a folder" in capsys.readouterr().err
+def test_scores_refuse_what_is_no_file(checkpoint, run_eval, tmp_path, capsys):
+    (tmp_path / "results.json").mkdir()
+    flags = ["--reference", "digits", "--output_dir", tmp_path, "--overwrite"]
+    assert "results.json is a folder" in refused(capsys, run_eval, "score", checkpoint, *flags)

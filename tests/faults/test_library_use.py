@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, VQModel
 
 import vkd_gen as vkd
-from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
+from tests.conftest import make_batch, one_line, refused, tiny_condition_unet, tiny_unet
 from tests.recipes.conftest import recipe_runner
 from vkd_gen.evaluation.cost import count_macs
 from vkd_gen.families import feature_shapes
@@ -214,9 +214,8 @@ def test_a_unet_that_fails_in_any_other_way():
         addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=20
     )
     for use in (count_macs, lambda unet: feature_shapes(unet, ["mid_block"])):
-        with pytest.raises(ValueError, match="cannot take a sample of size 8: ") as error:
+        with one_line("cannot take a sample of size 8: "):
             use(unet)
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["Stable unCLIP", "dual_cross_attention"])
@@ -230,7 +229,4 @@ def test_a_dry_run_of_other_conditions(name, tmp_path, monkeypatch, capfd):
         run("train_student_unet", *flags)
         assert "this recipe cannot train it" in capfd.readouterr().out
     else:
-        with pytest.raises(SystemExit) as status:
-            run("train_student_unet", *flags)
-        assert status.value.code == 2
-        assert name in capfd.readouterr().err.splitlines()[-1]
+        assert name in refused(capfd, run, "train_student_unet", *flags)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from tests.conftest import refused
 from tests.faults.small_run import options_of, run_to_end, train
 from vkd_gen.files import CannotWriteError, remove_leftovers, whole_file, whole_folder
 from vkd_gen.training.options import flat_config
@@ -174,10 +175,7 @@ def test_what_lies_among_images_that_are_packed_stays(checkpoint, run_eval, tmp_
 @pytest.mark.parametrize("name", ["report.html", "results.json"])
 def test_scores_do_not_overwrite_files_of_others(name, checkpoint, run_eval, tmp_path, capsys):
     fill(tmp_path, [name])
-    with pytest.raises(SystemExit) as exit_status:
-        run_eval("score", checkpoint, "--reference", "digits", "--output_dir", tmp_path)
-    assert exit_status.value.code == 2
-    assert name in capsys.readouterr().err
+    assert name in refused(capsys, run_eval, "score", checkpoint, "--reference", "digits", "--output_dir", tmp_path)
     assert texts(tmp_path, [name]) == {name: f"of mine: {name}"}
 
 
@@ -186,8 +184,7 @@ def test_scores_do_not_overwrite_a_runs_results(place, checkpoint, run_eval, tmp
     config = {"output_dir": "run", "max_train_steps": 9, "train_batch_size": 1, "log_every_steps": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     fill(tmp_path, ["results.json", "pipeline/model_index.json"])
-    with pytest.raises(SystemExit) as exit_status:
-        run_eval("score", checkpoint, "--reference", "digits", "--output_dir", tmp_path / place, "--overwrite")
-    assert exit_status.value.code == 2
-    assert "is a run's folder, or its pipeline" in capsys.readouterr().err
+    assert "is a run's folder, or its pipeline" in refused(
+        capsys, run_eval, "score", checkpoint, "--reference", "digits", "--output_dir", tmp_path / place, "--overwrite"
+    )
     assert texts(tmp_path, ["results.json"]) == {"results.json": "of mine: results.json"}

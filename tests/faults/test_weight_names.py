@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tiny_unet
+from tests.conftest import one_line, refused, tiny_unet
 from vkd_gen.calibration import load_statistics
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
@@ -82,9 +82,8 @@ def test_weights_that_are_not_the_models(pipeline_folder, name):
     damage, words = NAMES[name]
     damage(pipeline_folder / "unet" / WEIGHTS)
     for load in (load_teacher, load_unet, load_pipeline):
-        with pytest.raises(ValueError, match=words) as error:
+        with one_line(words):
             load(str(pipeline_folder))
-        assert "\n" not in str(error.value)
 
 
 def test_weights_of_a_deeper_model(pipeline_folder):
@@ -182,9 +181,8 @@ def test_a_feature_network(tmp_path, name):
     file = tmp_path / "features.safetensors"
     save_feature_network(FeatureNetwork(width=4), file, {})
     rename(file, change)
-    with pytest.raises(ValueError, match=f"is not a feature network: .*{words}") as error:
+    with one_line(f"is not a feature network: .*{words}"):
         load_feature_network(file)
-    assert "\n" not in str(error.value)
 
 
 def test_extractor_weights_of_another_kind(tmp_path):
@@ -202,10 +200,9 @@ def test_a_model_that_is_scored_by_mistake(tmp_path, run_eval, capsys):
     """It is no folder of images either."""
     tiny_unet().save_pretrained(tmp_path / "model" / "unet")
     flags = ("--reference", "digits", "--output_dir", tmp_path / "scores", "--extractor", "inception")
-    with pytest.raises(SystemExit) as status:
-        run_eval("score", tmp_path / "model", *flags)
-    assert status.value.code == 2
-    assert "holds no pipeline: neither model_index.json" in capsys.readouterr().err.splitlines()[-1]
+    assert "holds no pipeline: neither model_index.json" in refused(
+        capsys, run_eval, "score", tmp_path / "model", *flags
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,9 +219,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(pipeline_folder, name, ma
     (pipeline_folder / name).unlink()
     make(pipeline_folder / name)
     for load in (load_teacher, load_pipeline):
-        with pytest.raises(ValueError, match=rf"{name.split('/')[1]} is no regular file") as error:
+        with one_line(rf"{name.split('/')[1]} is no regular file"):
             load(str(pipeline_folder))
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("load", [from_array, load_feature_network, load_statistics, read_manifest, check_checkpoint])

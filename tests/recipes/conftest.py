@@ -1,5 +1,6 @@
 """Recipes run in this process, as their command line would run them."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -10,12 +11,14 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
 import vkd_gen.evaluation.cost as cost
+from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.training.checkpoints import read_manifest, seal
 from vkd_gen.training.loop import Loop
 
@@ -35,6 +38,9 @@ def load_recipe(name):
     return module
 
 
+sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # a table of text, read for each run
+
+
 def an_empty_figure(figure, file, **_):
     """In place of a figure that would be drawn for seconds."""
     Image.new("L", (8, 8)).save(file, format="png")
@@ -49,11 +55,12 @@ def no_times(unets, **_):
 
 
 def skip_what_costs(monkeypatch):
-    """Neither figures nor what a model costs are drawn and measured: half the time of a run of two steps."""
+    """No figures, no costs, few held-out images: half the time of a run of two steps."""
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", an_empty_figure)
     # By their code, for whoever has imported them by name.
     monkeypatch.setattr(cost.count_macs, "__code__", no_macs.__code__)
     monkeypatch.setattr(cost.milliseconds_per_image, "__code__", no_times.__code__)
+    monkeypatch.setitem(held_out_errors.__wrapped__.__kwdefaults__, "num_draws", 64)
 
 
 def recipe_runner(monkeypatch, folder, *, whole=False):

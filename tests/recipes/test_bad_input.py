@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from diffusers import DDPMScheduler
 
-from tests.conftest import tiny_condition_unet, tiny_unet, write_payload
+from tests.conftest import refused, tiny_condition_unet, tiny_unet, write_payload
 from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, images_in, load_recipe, recipe_runner, reseal
 from vkd_gen.sampling import stock_pipeline
 
@@ -234,22 +234,17 @@ def words_of(flags, tmp):
 )
 def test_mistake_is_told_in_one_line(recipe, flags, words, tmp_path, pipeline_folder, run_recipe, capfd):
     common = {STUDENT: [*SHORT_STUDENT, "--teacher", pipeline_folder], TEACHER: SHORT}[recipe]
-    with pytest.raises(SystemExit) as exit_status:
-        run_recipe(recipe, *common, "--output_dir", tmp_path / "run", *words_of(flags, tmp_path))
-    assert exit_status.value.code == 2
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
-    assert len(errors) == 1
-    assert re.search(words, errors[0]), errors[0]
+    flags = [*common, "--output_dir", tmp_path / "run", *words_of(flags, tmp_path)]
+    error = refused(capfd, run_recipe, recipe, *flags)
+    assert re.search(words, error), error
     assert not (tmp_path / "run" / "pipeline").exists()
 
 
 def test_a_size_that_no_feature_is_asked_for(tmp_path, pipeline_folder, monkeypatch, capfd):
     """What a model costs is the first to run it."""
     flags = ["--teacher", pipeline_folder, "--resolution", 9, "--method", "output", "--output_dir", tmp_path / "run"]
-    with pytest.raises(SystemExit) as exit_status:
-        recipe_runner(monkeypatch, tmp_path, whole=True)(STUDENT, *SHORT_STUDENT, *flags)
-    assert exit_status.value.code == 2
-    assert "cannot take a sample of size 9" in capfd.readouterr().err
+    run_recipe = recipe_runner(monkeypatch, tmp_path, whole=True)
+    assert "cannot take a sample of size 9" in refused(capfd, run_recipe, STUDENT, *SHORT_STUDENT, *flags)
 
 
 @pytest.mark.parametrize(
@@ -283,24 +278,17 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tmp_path, pipeline_fold
     flags = [*SHORT_STUDENT, "--teacher", pipeline_folder, "--output_dir", tmp_path / "run"]
     run_recipe(STUDENT, *flags)
     weights = (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    with pytest.raises(SystemExit):
-        run_recipe(STUDENT, *flags)
-    assert "already holds a run" in capfd.readouterr().err
+    assert "already holds a run" in refused(capfd, run_recipe, STUDENT, *flags)
     other = [*flags[:-1], tmp_path / "other", "--resume_from_checkpoint", tmp_path / "run/checkpoint-2"]
-    with pytest.raises(SystemExit):
-        run_recipe(STUDENT, *other, "--method", "none")
-    assert "--method was 'vkd' and is 'none'" in capfd.readouterr().err
-    with pytest.raises(SystemExit):
-        run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest", "--learning_rate", 0.5)
-    assert "--learning_rate was 0.002 and is 0.5" in capfd.readouterr().err
+    assert "--method was 'vkd' and is 'none'" in refused(capfd, run_recipe, STUDENT, *other, "--method", "none")
+    assert "--learning_rate was 0.002 and is 0.5" in refused(
+        capfd, run_recipe, STUDENT, *flags, "--resume_from_checkpoint", "latest", "--learning_rate", 0.5
+    )
     (tmp_path / "run/results.json").unlink()  # else it is finished, and nothing is loaded
     write_payload(tmp_path / "run/checkpoint-2/custom_checkpoint_1.pkl", executed)
     reseal(tmp_path / "run/checkpoint-2")
-    with pytest.raises(SystemExit):
-        run_recipe(STUDENT, *flags, "--resume_from_checkpoint", "latest")
-    assert (
-        "custom_checkpoint_1.pkl is not loaded: it holds more than numbers, and could run code"
-        in capfd.readouterr().err
+    assert "custom_checkpoint_1.pkl is not loaded: it holds more than numbers, and could run code" in refused(
+        capfd, run_recipe, STUDENT, *flags, "--resume_from_checkpoint", "latest"
     )
     assert (tmp_path / "run/pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
