@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,14 +21,8 @@ from vkd_gen.training.models import check_checkpoint
 from vkd_gen.training.options import flat_config
 from vkd_gen.training.run_folder import RunFolder
 
-FILES = [
-    "model.safetensors",
-    "optimizer.bin",
-    "random_states_0.pkl",
-    "custom_checkpoint_1.pkl",
-    "config.json",
-    "manifest.json",
-]
+PICKLES = [*(f"custom_checkpoint_{number}.pkl" for number in range(3)), "optimizer.bin", "random_states_0.pkl"]
+FILES = ["model.safetensors", *PICKLES, "config.json", "manifest.json"]
 
 
 def flip(path, share):
@@ -90,9 +85,9 @@ def test_a_whole_checkpoint_has_no_fault_and_holds_all_there_is(straight):
     assert find_fault(checkpoint) is None
     assert sorted([*read_manifest(checkpoint)["files"], "manifest.json"]) == sorted(FILES)
     assert read_manifest(checkpoint)["num_processes"] == 1
-    state = torch.load(checkpoint / "custom_checkpoint_1.pkl", weights_only=True)
-    assert state["learning_rate"]["last_epoch"] == STEPS
-    assert len(state["ema"]["shadow_params"]) > 10
+    states = [torch.load(checkpoint / name, weights_only=True) for name in PICKLES[:3]]
+    assert states[0]["last_epoch"] == STEPS
+    assert len(states[2]["shadow_params"]) > 10
     assert json.loads((checkpoint / "config.json").read_text()) == json.loads((straight / "config.json").read_text())
 
 
@@ -123,9 +118,6 @@ def test_a_run_goes_on_from_before_the_damage(checkpoint, straight, tmp_path):
     assert "going on from" in output
     assert find_fault(checkpoint) is None
     assert (run / f"set-aside-checkpoint-{STEPS}").is_dir()
-
-
-PICKLES = ["optimizer.bin", "random_states_0.pkl", *(f"custom_checkpoint_{n}.pkl" for n in range(3))]
 
 
 def test_these_are_all_pickles_of_a_checkpoint(checkpoint):
@@ -248,6 +240,7 @@ def test_what_is_whole_but_something_else_is_told_in_one_line(file, checkpoint, 
 )
 def test_checkpoints_are_kept(keep, every, kept, tmp_path):
     folder = RunFolder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     for step in range(2, 13, 2):
         (tmp_path / f".vkd-gen.checkpoint-{step}").mkdir()
         folder.finish_checkpoint(tmp_path / f".vkd-gen.checkpoint-{step}", {"step": step})
@@ -349,9 +342,9 @@ def test_a_run_on_a_disk_that_is_read_only_does_not_start(straight, mount, tmp_p
 def train_without(options, name):
     """The folder `name` is removed after four steps."""
 
-    def remove(run, batch, losses):
-        if run.step == 4:
-            shutil.rmtree(run.folder.path / name)
+    def remove(loop, batch, losses):
+        if loop.step == 4:
+            shutil.rmtree(Path(options.output_dir) / name)
 
     train(options, before_step=remove)
 

@@ -148,7 +148,8 @@ class Loop:
         self._sums = {name: np.float32(value) for name, value in state["sums"].items()}
         self._num_summed = state["num_summed"]
         self._num_skipped, self._skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
-        self.draws.positions = state["positions"].chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        positions = state["positions"].tensor_split(self.accelerator.num_processes)  # no rows for a process too many
+        self.draws.positions = positions[self.accelerator.process_index]
 
     # ---- the loop
 
