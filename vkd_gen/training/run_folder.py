@@ -209,7 +209,8 @@ class RunFolder:
             temporary: folder beside it, all files written.
             facts: for the manifest, with `step`.
         """
-        shutil.copyfile(self.path / "config.json", temporary / "config.json")
+        if (self.path / "config.json").exists():
+            shutil.copyfile(self.path / "config.json", temporary / "config.json")
         seal(temporary, facts)
         if self.metrics.exists():
             force_to_disk(self.metrics)  # a checkpoint's metrics are there whenever it is
