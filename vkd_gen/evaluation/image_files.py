@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from vkd_gen.evaluation.sources import ImageSource, blocks_of_process, progress_bar
+from vkd_gen.evaluation.sources import ImageSource, own_blocks
 from vkd_gen.files import whole_file
 from vkd_gen.text import printable
 
@@ -30,17 +30,14 @@ def png_name(number: int) -> str:
 
 def make_pngs(source: ImageSource, folder: Path, batch_size: int) -> None:
     """Write each image as a PNG of its number, unless it is there; processes share the work."""
-    state = PartialState()
-    with progress_bar(source.count, "images") as bar:
-        for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
-            files = [folder / png_name(number) for number in block]
-            if not all(file.exists() for file in files):
-                for file, image in zip(files, source.read(block), strict=True):
-                    pixels = image.permute(1, 2, 0).numpy()
-                    with whole_file(file) as temporary:
-                        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary)
-            bar.update(min(len(block) * state.num_processes, source.count - bar.n))
-    state.wait_for_everyone()
+    for block in own_blocks(source.count, batch_size, "images"):
+        files = [folder / png_name(number) for number in block]
+        if not all(file.exists() for file in files):
+            for file, image in zip(files, source.read(block), strict=True):
+                pixels = image.permute(1, 2, 0).numpy()
+                with whole_file(file) as temporary:
+                    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary)
+    PartialState().wait_for_everyone()
 
 
 def pack_pngs(folder: Path, numbers: Sequence[int], path: Path) -> None:

@@ -238,6 +238,23 @@ def blocks_of_process(count: int, batch_size: int, process_index: int = 0, num_p
     return (range(first, min(first + batch_size, count)) for first in firsts)
 
 
+def own_blocks(count: int, batch_size: int, title: str = "") -> Iterator[range]:
+    """The batches of this process; with a title the main one shows how far all are."""
+    state = PartialState()
+    with tqdm(
+        total=count,
+        desc=title,
+        unit="image",
+        disable=not title or not state.is_main_process,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no animation
+    ) as bar:
+        for block in blocks_of_process(count, batch_size, state.process_index, state.num_processes):
+            yield block
+            bar.update(min(len(block) * state.num_processes, count - bar.n))
+
+
 def content_hash(source: ImageSource, batch_size: int = 500) -> str:
     """The hash that `extract_features` gives, without a network."""
     return extract_features(source, None, batch_size=batch_size, num_shown=1).content_hash
@@ -260,16 +277,14 @@ def extract_features(
     numbers: list[int] = []
     shown: list[tuple[int, Tensor]] = []
     problem = None
-    with progress_bar(source.count, progress) as bar:
-        try:
-            for block in blocks_of_process(source.count, batch_size, state.process_index, state.num_processes):
-                images = source.read(block)
-                parts.append(_rows(images, extractor))
-                numbers += block
-                shown += [pair for pair in zip(block, images, strict=True) if pair[0] < num_shown]
-                bar.update(min(len(block) * state.num_processes, source.count - bar.n))
-        except ValueError as error:
-            problem = error
+    try:
+        for block in own_blocks(source.count, batch_size, progress):
+            images = source.read(block)
+            parts.append(_rows(images, extractor))
+            numbers += block
+            shown += [pair for pair in zip(block, images, strict=True) if pair[0] < num_shown]
+    except ValueError as error:
+        problem = error
     if state.num_processes > 1:  # all end alike: one that is left alone would wait for the others
         told = [None if problem is None else str(problem)]
         problem = next((ValueError(words) for words in gather_object(told) if words is not None), None)
@@ -286,19 +301,6 @@ def extract_features(
     return Features(rows, whole, torch.stack([image for _, image in shown]))
 
 
-def progress_bar(total: int, title: str) -> tqdm:
-    """A bar that counts images on the main process; none without a title."""
-    return tqdm(
-        total=total,
-        desc=title,
-        unit="image",
-        disable=not title or not PartialState().is_main_process,
-        leave=False,
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no animation
-    )
-
-
 def _rows(images: Tensor, extractor: Extractor | None) -> dict[str, Tensor]:
     """What is kept of a batch, a row per image: the hash of its pixels, and its features by layer."""
     images = images.expand(-1, 3, -1, -1).contiguous()  # grey or not: the same image is the same everywhere
@@ -313,12 +315,10 @@ def _rows(images: Tensor, extractor: Extractor | None) -> dict[str, Tensor]:
 def _gather(rows: dict[str, Tensor], numbers: list[int], count: int, device: torch.device) -> dict[str, Tensor]:
     """The rows of all processes in the order of the images; some processes have fewer than others."""
     held = {"order": torch.tensor(numbers, dtype=torch.long)[:, None], **rows}
-    # What is padded goes to a row after the last one.
-    padded = {name: value.to(device) for name, value in held.items()}
-    padded = {name: pad_across_processes(value, pad_index=count * (name == "order")) for name, value in padded.items()}
+    padded = {
+        name: pad_across_processes(value.to(device), pad_index=count if name == "order" else 0)
+        for name, value in held.items()
+    }
     gathered = {name: value.cpu() for name, value in gather(padded).items()}
-    order = gathered.pop("order")[:, 0]
-    whole = {name: value.new_empty(count + 1, value.shape[1]) for name, value in gathered.items()}
-    for name, value in gathered.items():
-        whole[name][order] = value
-    return {name: value[:count] for name, value in whole.items()}
+    order = gathered.pop("order")[:, 0].argsort()[:count]  # what is padded comes last
+    return {name: value[order] for name, value in gathered.items()}
