@@ -21,7 +21,7 @@ from vkd_gen.families.build import unet_class
 from vkd_gen.families.specs import TEACHERS
 from vkd_gen.families.unet import call
 from vkd_gen.training.matching import build_matching
-from vkd_gen.training.options import METHODS, MatchingOptions
+from vkd_gen.training.methods import METHODS, MatchingOptions
 
 STUDENTS = {"half width": vkd.Reduction(width=0.5), "bk-small": vkd.REDUCTIONS["bk-small"]}
 NUM_TOKENS = 77

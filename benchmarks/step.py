@@ -34,7 +34,8 @@ from vkd_gen.families.build import unet_class
 from vkd_gen.families.unet import call
 from vkd_gen.training.loop import Loop
 from vkd_gen.training.matching import build_projected_student, pair_named_or_all
-from vkd_gen.training.options import MatchingOptions, TrainingOptions
+from vkd_gen.training.methods import MatchingOptions
+from vkd_gen.training.options import TrainingOptions
 from vkd_gen.training.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 
 # What takes seconds to load, torch and all that needs it, is imported in `main`: flags are read before.
 import vkd_gen as vkd
-from vkd_gen.cli import announce, run_recipe
+from vkd_gen.cli import Rare, announce, run_recipe
 from vkd_gen.evaluation.options import ScoreOptions
+from vkd_gen.training.methods import METHODS, MatchingOptions
 from vkd_gen.training.options import (
-    METHODS,
     DataOptions,
-    MatchingOptions,
     StudentOptions,
     TrainingOptions,
     complete,
@@ -27,17 +26,15 @@ class StudentConfig:
     """Distil a teacher into a student."""
 
     preset: str = "digits"
-    """Which of digits, mnist, cifar10 and custom to start from; every flag overrides a field of it."""
+    """What the other flags start from: digits, mnist, cifar10 or custom."""
     teacher: str = ""
-    """Folder of a diffusers pipeline, of a UNet or of a recipe's run, or a hub id; ID@REVISION is a commit, tag or
-    branch of it. For --dry_run also a config.json, or stable-diffusion-1, stable-diffusion-2, stable-diffusion-xl or
-    ddpm-cifar10-32."""
+    """Folder or hub id (ID@REVISION) of a diffusers pipeline, of a UNet or of a recipe's run."""
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions
     start: StudentOptions = field(default_factory=StudentOptions)
     matching: MatchingOptions = field(default_factory=MatchingOptions)
     scores: ScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
-    score_teacher: bool = True
+    score_teacher: Rare[bool] = True
     """Score the teacher's samples too; without, its row holds its cost and errors alone."""
 
 

@@ -34,7 +34,8 @@ def test_the_file_tree_names_what_is_there():
 
 def test_presets_methods_and_flags_are_the_recipes():
     recipe = recipes.load_recipe("train_student_unet")
-    from vkd_gen.training.options import METHODS, flat_config
+    from vkd_gen.training.methods import METHODS
+    from vkd_gen.training.options import flat_config
 
     rows = set(re.findall(r"^\| `([a-z0-9-]+)`", PAGES, flags=re.MULTILINE))
     assert rows >= set(recipe.PRESETS) | set(METHODS)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -25,6 +26,12 @@ RESUMES = "--resume_from_checkpoint latest goes on from the last checkpoint, if 
 GOES_ON = "the same command goes on with what is done already, or starts anew"
 
 HELP_ALL = "--help_all"
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Rare = Annotated[T, None]
+else:
+    Rare = Annotated[T, tyro.conf.Suppress if "--help" in sys.argv or "-h" in sys.argv else None]
+"""The type of a flag that few people change: --help leaves it out, --help_all shows it."""
 
 USER_ERROR = 2
 """Exit status for a mistake in the command line, the configuration, the data or the models."""
@@ -125,6 +132,22 @@ def _exit(message: str) -> NoReturn:
     prefix = "error: " if rank == "0" else f"error in process {rank}: "
     print(prefix + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(USER_ERROR)
+
+
+def check_at_least(options: Any, minima: Mapping[str, float]) -> None:
+    """Check that options are finite and not too small, None aside.
+
+    Args:
+        options: with the names as attributes.
+        minima: name of a flag -> its least value.
+
+    Raises:
+        ValueError: in one line, naming the flag.
+    """
+    for name, least in minima.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name} must be at least {least}{' and finite' * (value > least)}, not {value}")
 
 
 def announce(aim: str) -> None:

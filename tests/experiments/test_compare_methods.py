@@ -23,7 +23,8 @@ from plan import PRESETS, plan
 from records import RunRecords, read_run, training_speed
 from tests.recipes.conftest import load_recipe
 from vkd_gen.cli import parse_command_line, run_recipe
-from vkd_gen.training.options import METHODS, complete
+from vkd_gen.training.methods import METHODS
+from vkd_gen.training.options import complete
 
 DRAW = figures.draw_differences
 SCREEN = PRESETS["screen"]

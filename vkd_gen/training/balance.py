@@ -9,7 +9,7 @@ import torch.distributed
 
 import vkd_gen as vkd
 from vkd_gen.diagnostics import Diagnostics
-from vkd_gen.training.options import FeatureWeighting
+from vkd_gen.training.methods import FeatureWeighting
 
 NUM_LOOKS = 10
 """Looks while features have a weight, at least, and so points of every line in the figure of a run."""

@@ -11,7 +11,7 @@ from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.distillation import matching_table
 from vkd_gen.projectors import Projector, random_orthonormal
 from vkd_gen.training.balance import FeatureBalance
-from vkd_gen.training.options import MatchingOptions
+from vkd_gen.training.methods import MatchingOptions
 from vkd_gen.training.run import Run
 
 NUM_DIAGNOSTIC_DRAWS = 64

@@ -1,44 +1,14 @@
 """What training recipes let their users choose. Loads nothing heavy: flags are read before torch is loaded."""
 
 import dataclasses
-import math
 import os
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
-import tyro
-
-import vkd_gen as vkd
-from vkd_gen.choices import ChannelChoice, FeatureLoss, Normalization, OnBadImage, PairedLayers, Rescaling
+from vkd_gen.choices import ChannelChoice, OnBadImage, Rescaling
+from vkd_gen.cli import Rare, check_at_least
 from vkd_gen.evaluation.options import choose_extractor
-
-T = TypeVar("T")
-if TYPE_CHECKING:
-    Rare = Annotated[T, None]
-else:
-    Rare = Annotated[T, tyro.conf.Suppress if "--help" in sys.argv or "-h" in sys.argv else None]
-"""The type of a flag that few people change: --help leaves it out, --help_all shows it."""
-
-FeatureWeighting = Literal["constant", "gradient_ratio"]
-ProjectorChoice = Literal["solved", "cayley", "matrix_exp", "random", "linear", "identity"]
-
-
-def check_at_least(options: Any, minima: Mapping[str, float]) -> None:
-    """Check that options are finite and not too small, None aside.
-
-    Args:
-        options: with the names as attributes.
-        minima: name of a flag -> its least value.
-
-    Raises:
-        ValueError: in one line, naming the flag.
-    """
-    for name, least in minima.items():
-        value = getattr(options, name)
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"--{name} must be at least {least}{' and finite' * (value > least)}, not {value}")
+from vkd_gen.training.methods import METHODS, check_effects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +18,13 @@ class TrainingOptions:
     output_dir: str
     """Folder of the run: checkpoints, metrics, samples and the exported pipeline."""
     dry_run: bool = False
-    """Show what would be trained, from configurations alone, and stop."""
+    """Show what would be trained, then stop. Of a teacher a config.json is enough, or a known name such as
+    stable-diffusion-1."""
     seed: int = 0
-    """Seed of initialisation, data order, noise and timesteps; 0 or above."""
+    """Seed of initialisation, data order, noise and timesteps."""
     train_batch_size: int = 128
     """Images per process and forward pass."""
-    eval_batch_size: int = 64
+    eval_batch_size: Rare[int] = 64
     """Images per forward pass in calibration, previews and scores."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
@@ -61,49 +32,45 @@ class TrainingOptions:
     """Optimizer steps of the whole run."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    lr_scheduler: Rare[Literal["constant", "constant_with_warmup", "linear", "cosine"]] = "cosine"
     """Learning rate schedule, as in diffusers."""
-    lr_warmup_steps: int | None = None
+    lr_warmup_steps: Rare[int | None] = None
     """Steps over which the learning rate rises from zero; by default a tenth of the run, but no more than 50, or than
     1,000 in the presets cifar10 and custom."""
-    adam_weight_decay: float = 0.01
+    adam_weight_decay: Rare[float] = 0.01
     """Weight decay of the network; projectors are never decayed."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Rare[float] = 1.0
     """Norm that gradients are clipped to; 0 for no clipping."""
-    max_skipped_steps: int = 20
+    max_skipped_steps: Rare[int] = 20
     """Steps in a row that may be skipped because a loss or a gradient is not finite; one more ends the run."""
-    ema_max_decay: float = 0.9999
+    ema_max_decay: Rare[float] = 0.9999
     """Highest decay of the exponential moving average of the weights, which is what is exported. It warms up as
     1 - (1 + step)^-0.75. 0 exports the last weights."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the networks' forward passes; by default what `accelerate launch` says. Noising, statistics and
-    losses stay in float32."""
-    gradient_checkpointing: bool = False
+    """Precision of forward passes; by default what `accelerate launch` says."""
+    gradient_checkpointing: Rare[bool] = False
     """Save memory by computing activations a second time during backward."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: Rare[int] = 0
     """Processes that read images; 0 reads them in the training process."""
-    log_every_steps: int = 20
+    log_every_steps: Rare[int] = 20
     """Steps between lines in metrics.jsonl and the trackers."""
     preview_every_steps: int = 0
     """Steps between sample grids in previews/; 0 for none."""
-    score_every_steps: int = 0
+    score_every_steps: Rare[int] = 0
     """Steps between scores of the moving average; 0 for none before the end."""
-    checkpointing_steps: int = 500
+    checkpointing_steps: Rare[int] = 500
     """Steps between checkpoints; one is always made at the end."""
-    checkpoints_total_limit: int = 2
+    checkpoints_total_limit: Rare[int] = 2
     """Checkpoints to keep; the oldest are removed."""
-    checkpoints_keep_every_steps: int = 0
+    checkpoints_keep_every_steps: Rare[int] = 0
     """Keep also the checkpoints at multiples of this many steps; 0 keeps none beside the newest."""
     resume_from_checkpoint: str | None = None
-    """`latest`, the newest whole checkpoint, or a checkpoint folder: go on from there, to the same result as without
-    the interruption. With `latest` and no checkpoint the run starts anew. SIGTERM and SIGINT (Ctrl-C) finish the step,
-    save a checkpoint and exit with status 143 and 130; a second one exits at once."""
+    """`latest` or a checkpoint folder: go on from there, to the result of a run without the interruption."""
     report_to: str | None = None
-    """Experiment tracker, such as `tensorboard` or `wandb` (the extra `wandb`), its files in the run's folder;
-    metrics.jsonl is always written."""
-    push_to_hub: bool = False
+    """Experiment tracker beside metrics.jsonl, such as `tensorboard` or `wandb`."""
+    push_to_hub: Rare[bool] = False
     """Upload the exported pipeline to the Hugging Face hub. Its repository is made before the run."""
-    hub_model_id: str | None = None
+    hub_model_id: Rare[str | None] = None
     """Repository to upload to; by default the name of the output folder."""
 
     def __post_init__(self) -> None:
@@ -144,31 +111,31 @@ class DataOptions:
     """Images to train on."""
 
     dataset: str = ""
-    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a data set's id on the hub."""
-    image_column: str | None = None
+    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a hub id."""
+    image_column: Rare[str | None] = None
     """Column of the images in a table; by default the only one that holds images."""
-    max_train_samples: int | None = None
+    max_train_samples: Rare[int | None] = None
     """Train on so many of the images, evenly spaced; scores still compare to all of them."""
-    on_bad_image: OnBadImage = "refuse"
+    on_bad_image: Rare[OnBadImage] = "refuse"
     """An image that cannot be read: `refuse` stops, at once or when it is read; `skip` decodes all images once before
     the run, leaves bad ones out and names them in skipped_images.json."""
     random_flip: bool = False
     """Mirror half of the images."""
-    image_cache: str = ""
+    image_cache: Rare[str] = ""
     """Folder to keep the training images in, decoded, cropped and resized, so that it is done once and not in each pass
     through them; runs may share it. Empty for none."""
-    label_column: str | None = None
+    label_column: Rare[str | None] = None
     """Of a class-conditional model: column of the classes in a table; by default the only one of classes, else
     `label`."""
-    guidance_dropout: float = 0.1
+    guidance_dropout: Rare[float] = 0.1
     """Of a class-conditional model: share of the images whose label is hidden, for classifier-free guidance."""
-    streaming: bool = False
+    streaming: Rare[bool] = False
     """Read --dataset, parquet or arrow files or a data set of the hub, from front to back, epoch after epoch, instead
     of copying it to the disk. The run goes on only with as many processes and workers: see docs/SCALING.md."""
-    stream_head: int = 6000
+    stream_head: Rare[int] = 6000
     """Images that are read before the run and kept in memory, encoded: a sixth of them, or as many of the test split,
     are held out; statistics, scores and what a student starts from are taken from the others."""
-    stream_buffer: int = 4096
+    stream_buffer: Rare[int] = 4096
     """Images that each process, or each of its workers, shuffles among, encoded."""
 
     def __post_init__(self) -> None:
@@ -196,37 +163,36 @@ class StudentOptions:
     """Which student, and what it starts from."""
 
     student: str = ""
-    """A published student by name (bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m), of which the flags
-    below change a trait; or a config.json; or folder or hub id of a pipeline or UNet, whose weights are the start. Left
-    empty: what the flags below make of the teacher."""
+    """bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m, a config.json, or folder or hub id of a UNet with
+    weights; empty: the teacher at --student_width."""
     student_width: float | None = None
-    """Factor on the teacher's channels; by default 0.5, or what --student has."""
-    student_layers_per_block: int | tuple[int, ...] | None = None
+    """Factor on the teacher's channels; by default 0.5, or --student's."""
+    student_layers_per_block: Rare[int | tuple[int, ...] | None] = None
     """Residual layers of each block of the student, one number or one for each stage; by default the teacher's."""
-    student_transformer_layers: int | tuple[int, ...] | None = None
+    student_transformer_layers: Rare[int | tuple[int, ...] | None] = None
     """Transformer blocks of each attention layer, likewise."""
-    student_drop_stages: tuple[int, ...] = ()
+    student_drop_stages: Rare[tuple[int, ...]] = ()
     """Stages that the student does without; 0 has the highest resolution, -1 the lowest."""
-    student_drop_mid_block: bool = False
+    student_drop_mid_block: Rare[bool] = False
     """Leave out the middle block."""
-    student_drop_attention: tuple[int, ...] = ()
+    student_drop_attention: Rare[tuple[int, ...]] = ()
     """Stages of the teacher that lose their attention."""
-    student_prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    student_prediction_type: Rare[Literal["epsilon", "v_prediction", "sample"] | None] = None
     """What the student predicts; by default what the teacher does."""
-    resolution: int | None = None
+    resolution: Rare[int | None] = None
     """Height and width of the images in pixels; by default the teacher's sample size."""
-    inherit_weights: bool = True
+    inherit_weights: Rare[bool] = True
     """Start from the teacher's weights, if the student comes without weights of its own."""
-    inherit_channels: ChannelChoice = "activation"
+    inherit_channels: Rare[ChannelChoice] = "activation"
     """Which of the teacher's channels a narrower student starts from: those that best restore the others' effect, those
     of the largest weights, the first, or random ones."""
-    inherit_rescaling: Rescaling = "least_squares"
+    inherit_rescaling: Rare[Rescaling] = "least_squares"
     """What makes up for missing channels and layers at the start: each of the student's layers fitted to what the
     teacher's computes, weights multiplied for the smaller fan-in, or nothing."""
-    inherit_layers: Literal["best", "rule"] = "best"
+    inherit_layers: Rare[Literal["best", "rule"]] = "best"
     """Which of the teacher's layers a shallower student starts from: those with which it comes closest to the teacher,
     or as in BK-SDM the first of each block and the decoder's last."""
-    inherit_samples: int = 256
+    inherit_samples: Rare[int] = 256
     """Draws of (image, noise, timestep) for these, all held in memory at once with every layer's output: fewer, down to
     4, if they have more than 2^18 pixels together."""
 
@@ -236,133 +202,46 @@ class StudentOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingOptions:
-    """How the student learns from the teacher. --method sets the defaults of the flags below it (see `METHODS`)."""
+class TeacherOptions:
+    """A UNet to train from random weights."""
 
-    method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
-    """vkd: the teacher's output, and features through a solved orthogonal projector, their gradient at first 0.3 of the
-    output's and falling to 0 within the first 0.3 of the run; no denoising loss. vkd-paper: denoising, output, and
-    features through a learned orthogonal projector, full whitening by batch statistics, smooth-L1, as published.
-    fitnet: denoising, output, and features through a free 1x1 convolution. output: denoising and output. none:
-    denoising alone."""
-    denoising_weight: float = 0.0
-    """Weight of the denoising loss; 0 removes it."""
-    output_weight: float = 1.0
-    """Weight of the output distillation loss."""
-    feature_weight: float = 0.3
-    """Weight of the feature loss, summed over layers, or the ratio that --feature_weighting keeps."""
-    feature_weighting: FeatureWeighting = "gradient_ratio"
-    """`constant`: --feature_weight is the weight. `gradient_ratio`: it is the ratio of the feature loss' gradient to
-    that of the other terms, over the student's weights, and the weight follows."""
-    feature_decay_start: float = 0.0
-    """Share of the run after which the feature weight falls linearly; 1 keeps it."""
-    feature_decay_end: float = 0.3
-    """Share of the run at which it has fallen to 0; after that features cost nothing. 1 for the whole run."""
-    layers: PairedLayers = "all"
-    """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
-    self-attention layers of all stages."""
-    layer_pairs: Rare[tuple[str, ...]] = ()
-    """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
-    average-pooled by 2."""
-    projector: ProjectorChoice = "solved"
-    """Map from the student's to the teacher's channels. solved (orthogonal) is found in closed form;
-    cayley and matrix_exp (orthogonal) and linear (free) are trained; random is orthogonal and stays as it is."""
-    projector_start: Rare[Literal["identity", "procrustes"]] = "identity"
-    """Where cayley and matrix_exp start."""
-    projector_refresh_steps: Rare[int] = 10
-    """Steps between two solutions of a solved projector."""
-    feature_normalization: Normalization = "none"
-    """Normalisation of the teacher's features."""
-    feature_loss: FeatureLoss = "mse"
-    """Feature loss; `cka` compares relations between positions."""
-    whitening_rank: Rare[int | None] = None
-    """Directions that `whiten` keeps; by default as many as the student's layer has channels."""
-    whitening_exponent: Rare[float] = 1.0
-    """From 0, rotation only, to 1, full whitening."""
-    whitening_shrinkage: Rare[float] = 1e-3
-    """Share of the mean variance mixed into what is inverted."""
-    diagnostics_every_steps: Rare[int] = 200
-    """Steps between measurements of what the feature loss does: its gradient against the others', losses by timestep
-    and their floors, ranks and gains, in metrics.jsonl under diagnostics/; gradient_ratio follows at these steps. Where
-    features last for less than ten times as many steps, there are further ones. 0 measures never."""
-    calibration_samples: Rare[int] = 2048
-    """Draws of (image, noise, timestep) that the teacher's statistics are taken from."""
-    num_timestep_bins: Rare[int] = 10
-    """Bins that the teacher's features are centred in."""
-    timestep_weighting: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of the timesteps in every term."""
-    snr_gamma: Rare[float] = 5.0
-    """Bound of min_snr."""
+    class_conditional: bool = False
+    """Learn images of given classes: the labels come from the data, and their number decides the network's."""
+    resolution: int = 8
+    """Height and width of the images in pixels."""
+    channels: int = 1
+    """1 for grey, 3 for RGB."""
+    block_out_channels: tuple[int, ...] = (32, 64)
+    """Channels of each stage, from the highest resolution to the lowest."""
+    attention_stages: tuple[int, ...] = ()
+    """Stages, counted from 0, whose blocks have self-attention; the middle block has it if any stage does."""
+    layers_per_block: Rare[int] = 2
+    """Residual layers of each block."""
+    norm_num_groups: Rare[int] = 8
+    """Groups of the group norms; divides every stage's channels."""
+    prediction_type: Rare[Literal["epsilon", "v_prediction", "sample"]] = "epsilon"
+    """What the network predicts."""
+    beta_schedule: Rare[Literal["linear", "squaredcos_cap_v2"]] = "linear"
+    """Noise schedule, 1,000 steps."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        start, end = self.feature_decay_start, self.feature_decay_end
-        for name, value in (("feature_decay_start", start), ("feature_decay_end", end)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"--{name} must lie between 0 and 1, not {value}")
-        check_at_least(self, {"denoising_weight": 0, "output_weight": 0, "feature_weight": 0})
-        check_at_least(self, {"diagnostics_every_steps": 0, "num_timestep_bins": 1, "projector_refresh_steps": 1})
-        if self.calibration_samples < self.num_timestep_bins:
+        check_at_least(self, {"resolution": 1, "norm_num_groups": 1, "layers_per_block": 1})
+        stages = range(len(self.block_out_channels))
+        if not stages or min(self.block_out_channels) < 1:
+            raise ValueError("--block_out_channels must name at least one stage, each of at least 1 channel")
+        if set(self.attention_stages) - set(stages):
+            raise ValueError(f"--attention_stages must name stages 0 to {len(stages) - 1}")
+        if self.resolution % 2 ** (len(stages) - 1):
             raise ValueError(
-                f"too few samples to calibrate on: --num_timestep_bins {self.num_timestep_bins} need at least as many "
-                f"--calibration_samples, not {self.calibration_samples}"
+                f"--resolution {self.resolution} cannot be halved {len(stages) - 1} times, once between each two of "
+                f"the {len(stages)} stages of --block_out_channels"
             )
-        has_others = bool(self.denoising_weight + self.output_weight)
-        if not self.feature_weight:
-            if not has_others:
-                raise ValueError("all weights are 0: nothing is left to train on")
-            if self.layer_pairs:
-                raise ValueError(
-                    "the feature weight is 0: there is no feature loss for --layer_pairs to act on; choose another "
-                    "--method, or set --feature_weight"
-                )
-            return
-        if start > end or start == end < 1:
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(
-                f"the feature weight falls from --feature_decay_start {start} to --feature_decay_end {end}: the end "
-                "must come after the start (1 and 1 keep it)"
+                f"--norm_num_groups {self.norm_num_groups} must divide each of --block_out_channels "
+                f"{' '.join(map(str, self.block_out_channels))}"
             )
-        if end < 1 and not has_others:
-            raise ValueError(
-                f"nothing is left to train on after --feature_decay_end {end}; set it to 1, or --denoising_weight or "
-                "--output_weight above 0"
-            )
-        if self.feature_weighting == "gradient_ratio" and not (has_others and self.diagnostics_every_steps):
-            raise ValueError(
-                "--feature_weighting gradient_ratio needs another term to be in proportion to and measurements to "
-                "follow: set --denoising_weight or --output_weight, and --diagnostics_every_steps, above 0, or choose "
-                "--feature_weighting constant"
-            )
-
-    @property
-    def ends_early(self) -> bool:
-        """Whether the run goes on without the feature loss that it began with."""
-        return bool(self.feature_weight) and self.feature_decay_end < 1
-
-    @property
-    def weights(self) -> "vkd.LossWeights":
-        """Of the terms at the start of the run."""
-        return vkd.LossWeights(denoising=self.denoising_weight, output=self.output_weight, feature=self.feature_weight)
-
-
-VKD = MatchingOptions()
-DENOISING_TOO = replace(
-    VKD, denoising_weight=1.0, feature_weighting="constant", feature_decay_start=1.0, feature_decay_end=1.0
-)
-METHODS = {
-    "vkd": VKD,
-    "vkd-paper": replace(
-        DENOISING_TOO,
-        method="vkd-paper",
-        projector="matrix_exp",
-        feature_normalization="batch_whiten",
-        feature_loss="smooth_l1",
-    ),
-    "fitnet": replace(DENOISING_TOO, method="fitnet", projector="linear"),
-    "output": replace(DENOISING_TOO, method="output", feature_weight=0.0),
-    "none": replace(DENOISING_TOO, method="none", feature_weight=0.0, output_weight=0.0),
-}
-"""What each --method sets; every flag overrides a field of it."""
 
 
 FREE_TO_CHANGE = frozenset(
@@ -397,16 +276,7 @@ def complete(config: Any) -> Any:
             f"--lr_warmup_steps {warmup} is more than --max_train_steps {steps}: the learning rate would never reach "
             "--learning_rate; leave it out for a tenth of the run"
         )
-    matching = getattr(config, "matching", VKD)
-    of_features = [getattr(matching, name) for name in ("projector", "feature_normalization", "feature_loss")]
-    of_method = [
-        getattr(METHODS[matching.method], name) for name in ("projector", "feature_normalization", "feature_loss")
-    ]
-    if not matching.feature_weight and of_features != of_method:
-        raise ValueError(
-            "the feature weight is 0: there is no feature loss for --projector, --feature_normalization or "
-            "--feature_loss to act on; choose another --method, or set --feature_weight"
-        )
+    check_effects(getattr(config, "matching", METHODS["vkd"]))
     scores = choose_extractor(config.scores, data.dataset)
     if scores.extractor == "none" and training.score_every_steps:
         raise ValueError("--score_every_steps needs an --extractor, such as inception")
