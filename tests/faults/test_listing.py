@@ -235,7 +235,7 @@ def test_what_pil_decodes_is_an_image(tmp_path, end):
     assert sum(map(len, load(save(tmp_path, 6, end=end)))) == 6
 
 
-@pytest.mark.parametrize("end", ["eps", "pdf", "h5", "pfm"])
+@pytest.mark.parametrize("end", ["eps", "pdf", "h5"])
 def test_what_pil_would_hand_to_a_program_is_none(tmp_path, end):
     save(tmp_path, 6)
     (tmp_path / f"x.{end}").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
@@ -265,11 +265,6 @@ def test_saved_tables_are_what_their_state_lists(tmp_path):
     next((tmp_path / "a").glob("data-*.arrow")).unlink()
     with pytest.raises(ValueError, match=r"state\.json lists data-00000-of-00001\.arrow, which is not there"):
         load(tmp_path / "a")
-
-
-def test_a_plain_saved_table_has_nothing_to_tell(tmp_path):
-    image_table(range(12)).save_to_disk(tmp_path / "a")
-    assert told_of(*load(tmp_path / "a")) == []
 
 
 @pytest.mark.parametrize("stray", ["metadata.parquet", "damaged.parquet"])

@@ -16,12 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vkd_gen.text import one_line
 
 ADVICE = "repair or remove it"
-COMMON_FORMATS = frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"})
 NO_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
 """Formats that PIL knows, but does not decode by itself: PostScript is a program, which it hands to Ghostscript, and
 the others need a system's or an application's own decoder. PDF it only writes."""
-NO_SUFFIXES = frozenset({".pfm"})
-"""Depth maps: floating point numbers, which are not images here."""
 HASHED_BYTES = 2**33
 """Files of up to this size in all are hashed whole, of larger sets each image's first bytes."""
 FIRST_BYTES = 2**12
@@ -30,16 +27,17 @@ FIRST_BYTES = 2**12
 
 @functools.cache
 def image_formats() -> tuple[str, ...]:
-    """The formats that this installation of PIL decodes by itself, the common ones first."""
+    """The formats that this installation of PIL decodes by itself."""
+    Image.preinit()  # first the common ones, in PIL's own order
     Image.init()
-    return tuple(sorted((name for name in Image.ID if name not in NO_FORMATS), key=lambda n: n not in COMMON_FORMATS))
+    return tuple(name for name in Image.ID if name not in NO_FORMATS)
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
     """Ends of the names of such files, in lower case, with the dot."""
     formats = set(image_formats())
-    return frozenset(end for end, name in Image.registered_extensions().items() if name in formats) - NO_SUFFIXES
+    return frozenset(end for end, name in Image.registered_extensions().items() if name in formats)
 
 
 def check_headers(files: Mapping[str, Path]) -> None:

@@ -25,8 +25,6 @@ SYSTEM_NAMES = {
     *("network trash folder", "@recently-snapshot", "@tmp", "~snapshot"),
 }
 """What archives, servers and desktops leave in folders, in lower case, beside what begins with a dot."""
-SAVED_FACTS = ("state.json", "dataset_info.json", "dataset_dict.json")
-"""What datasets' save_to_disk writes beside its arrow files."""
 SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")
 """How the names of the hub's tables end; the older ones in letters that are not words."""
 CACHE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
@@ -86,7 +84,7 @@ def list_files(source: str, image_column: str | None = None) -> Listing:
             tables.append(file)
         elif end in image_suffixes():
             images.append(file)
-        elif file.name not in SAVED_FACTS:
+        else:
             left_out["file of no image format"].append(end or f"{file.name}, without an ending")
     tables = _tables_to_read(tables, images, image_column, left_out)
     if tables and images:
