@@ -38,6 +38,8 @@ FILE_BYTES = 2**28
 SECONDS_LEFT = 3600
 """A temporary file that has not changed for so long was left by a process that was killed."""
 MISSING = "it is not there"
+Compute = Callable[[Sequence[int]], dict[str, Tensor]]
+"""Numbers of rows -> name -> tensor `[rows, ...]` on the CPU, contiguous."""
 
 
 class KeptRows:
@@ -114,7 +116,7 @@ def keep_rows(
     folder: Path,
     facts: Mapping[str, Any],
     num_rows: int,
-    compute: Callable[[Sequence[int]], dict[str, Tensor]],
+    compute: Compute,
     *,
     what: str,
     advice: str,
@@ -128,8 +130,8 @@ def keep_rows(
         folder: that holds a folder for each kind of rows; all processes see the same one.
         facts: everything that decides the rows, as JSON. Names, shapes and types of the rows are added.
         num_rows: how many there are, at least 1.
-        compute: numbers of rows -> name -> tensor `[rows, ...]` on the CPU, contiguous.
-        what: these rows are, in the plural, for messages.
+        compute: makes some of them.
+        what: the name of such rows in messages, in the plural.
         advice: what to do where the disk has no room.
 
     Raises:
@@ -142,26 +144,22 @@ def keep_rows(
     layout = {name: [str(value.dtype), *value.shape[1:]] for name, value in first.items()}
     facts = {"format": FORMAT, "num_rows": num_rows, "layout": layout, **facts}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    row_bytes = sum(value.nbytes for value in first.values())
+    state, row_bytes = PartialState(), sum(value.nbytes for value in first.values())
     kept = KeptRows(folder / key, num_rows, max(1, FILE_BYTES // row_bytes))
-    PartialState().print(
-        f"{num_rows:,} {what}: {row_bytes:,} bytes each, {_size(num_rows * row_bytes)} in {kept.folder}"
-    )
-    missing = _missing_files(kept)
+    state.print(f"{num_rows:,} {what}: {row_bytes:,} bytes each, {_size(num_rows * row_bytes)} in {kept.folder}")
+    missing = _missing_files(kept, state)
     if missing:
         num_bytes = sum(len(kept.rows_of(number)) for number in missing) * row_bytes
-        _together(partial(_begin, kept.folder, facts, num_bytes, what, advice))
-        _together(partial(_fill, kept, missing, compute, what))
+        _together(partial(_begin, kept.folder, facts, num_bytes, what, advice) if state.is_main_process else None)
+        _together(partial(_fill, kept, missing, compute, what, state))
         _together(partial(_check_seen, kept))
     return kept
 
 
-def _missing_files(kept: KeptRows) -> list[int]:
+def _missing_files(kept: KeptRows, state: Any) -> list[int]:
     """Numbers of the files that are missing or damaged; all processes share the reading."""
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state = PartialState()
     own = range(state.process_index, kept.num_files, state.num_processes)
     faults = gather_object([(number, fault) for number in own if (fault := kept.fault(number))])
     for number, fault in faults:
@@ -171,11 +169,7 @@ def _missing_files(kept: KeptRows) -> list[int]:
 
 
 def _begin(folder: Path, facts: Mapping[str, Any], num_bytes: int, what: str, advice: str) -> None:
-    """On the main process: see that there is room, write down what the folder is of, and tidy up after killed runs."""
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
-        return
+    """See that there is room, write down what the folder is of, and tidy up after killed runs."""
     free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
     if num_bytes > free:
         raise ValueError(
@@ -190,12 +184,10 @@ def _begin(folder: Path, facts: Mapping[str, Any], num_bytes: int, what: str, ad
         write_json(folder / "facts.json", facts)
 
 
-def _fill(kept: KeptRows, missing: list[int], compute: Callable[[Sequence[int]], dict[str, Tensor]], what: str) -> None:
+def _fill(kept: KeptRows, missing: list[int], compute: Compute, what: str, state: Any) -> None:
     """Compute and write this process' share of the files."""
-    from accelerate import PartialState
     from tqdm.auto import tqdm
 
-    state = PartialState()
     own = missing[state.process_index :: state.num_processes]
     for number in tqdm(own, f"computing {what}", unit="file", disable=not state.is_main_process):
         rows = compute(kept.rows_of(number))
@@ -219,13 +211,14 @@ def _told(folder: Path, what: str) -> Iterator[None]:
         raise ValueError(f"the {what} cannot be written to {folder}: {reason}") from error
 
 
-def _together(action: Callable[[], None]) -> None:
-    """Run an action, and raise on all processes what is a mistake on one of them."""
+def _together(action: Callable[[], None] | None) -> None:
+    """Run an action, if this process has one, and raise on all processes what is a mistake on one of them."""
     from accelerate.utils import gather_object
 
     problem = None
     try:
-        action()
+        if action:
+            action()
     except ValueError as error:
         problem = str(error)
     problems = [found for found in gather_object([problem]) if found is not None]
