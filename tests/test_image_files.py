@@ -92,6 +92,11 @@ def test_opaque_images_are_what_pil_makes_of_them(tmp_path, mode, channels):
     assert np.array_equal(found, expected)
 
 
+def test_images_are_resized_by_pils_bicubic(tmp_path):
+    expected = np.asarray(noise(size=(9, 9)).resize((4, 4), Image.Resampling.BICUBIC))
+    assert np.array_equal(only(noise(size=(9, 9)), tmp_path / "x", resolution=4), expected)
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 def test_sixteen_bits(tmp_path, mode):
     ramp = np.linspace(0, 65535, 36).reshape(6, 6)
@@ -246,6 +251,18 @@ def test_skipping_is_the_same_in_every_run_and_told_apart(good_folder):
     assert len({fact["image_numbers_sha256"] for fact in facts}) == 3  # as many skipped, but another one
 
 
+def test_of_a_large_set_sizes_and_first_bytes_count(good_folder, monkeypatch):
+    monkeypatch.setattr("vkd_gen.data.decoding.HASHED_BYTES", 100)
+    monkeypatch.setattr("vkd_gen.data.decoding.FIRST_BYTES", 10)
+    (good_folder / "bad.png").write_bytes(bytes(30))
+    hashes = []
+    for content in (bytes(30), bytes(29) + b"1", bytes(31), b"1" + bytes(29)):
+        (good_folder / "bad.png").write_bytes(content)
+        hashes.append(data_facts(*load(good_folder, on_bad_image="skip"))["dataset_sha256"])
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
 def test_nothing_left(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"")
@@ -265,11 +282,14 @@ def test_labels_stay_with_their_images(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60_000), (60_000, 1), (3, 5000)])
-def test_one_pixel_and_lines_of_pixels(tmp_path, size):
+def test_one_pixel_and_lines_of_pixels(tmp_path, size, monkeypatch):
     """A line of 60,000 pixels, its shorter side brought to 64, would be 64 x 3,840,000."""
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(Image.Image, "resize", lambda image, to, *how: sizes.append(to) or resize(image, to, *how))
     found = only(grey(77, size), tmp_path / "x", channels=1, resolution=64)
     assert found.shape == (64, 64, 1)
     assert (found == 77).all()
+    assert max(map(max, sizes)) <= 16 * 64
 
 
 def test_the_middle_of_a_long_image(tmp_path):

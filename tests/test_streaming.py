@@ -320,6 +320,11 @@ def test_sources_that_cannot_be_streamed(tmp_path):
             open_stream(source)
 
 
+def test_an_empty_table_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no images"):
+        open_stream(write_shards(tmp_path / "a", [], [0]))
+
+
 def test_classes_that_a_stream_cannot_count(tmp_path):
     source = write_shards(tmp_path / "a", range(4), [4], labels=(datasets.Value("int64"), [0, 1, 0, 1]))
     with pytest.raises(ValueError, match="does not say how many classes it has"):

@@ -262,6 +262,10 @@ def test_saved_tables_are_what_their_state_lists(tmp_path):
     train, held_out = load(tmp_path / "a", channels=3)
     assert levels_of([train, held_out]) == list(range(12))
     assert "2 cached arrow files" in told_of(train)[0]
+    (tmp_path / "a/more.arrow").unlink()
+    (tmp_path / "a/state.json").rename(tmp_path / "state.json")  # as in the folders that datasets keeps itself
+    assert levels_of(load(tmp_path / "a", channels=3)) == list(range(12))
+    (tmp_path / "state.json").rename(tmp_path / "a/state.json")
     next((tmp_path / "a").glob("data-*.arrow")).unlink()
     with pytest.raises(ValueError, match=r"state\.json lists data-00000-of-00001\.arrow, which is not there"):
         load(tmp_path / "a")
@@ -367,7 +371,10 @@ def test_images_are_not_enlarged_beyond_sense(resolution):
         load("digits", resolution=resolution)
 
 
-def test_one_thumbnail_does_not_speak_for_all(tmp_path):
-    save(tmp_path, 11, side=64)
-    grey(0, (1, 1)).save(tmp_path / "000.png")
+@pytest.mark.parametrize("large", range(3))
+def test_thumbnails_do_not_speak_for_all(tmp_path, large):
+    """The largest of three evenly spaced images does."""
+    train, _ = load(save(tmp_path, 12, side=1), resolution=64)
+    number = train.indices[large * len(train) // 3]
+    grey(0, (64, 64)).save(tmp_path / f"{number:03}.png")
     assert told_of(*load(tmp_path, resolution=64)) == []
