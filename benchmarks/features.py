@@ -24,7 +24,7 @@ from vkd_gen.training.matching import build_matching
 from vkd_gen.training.methods import METHODS, MatchingOptions
 
 STUDENTS = {"half width": vkd.Reduction(width=0.5), "bk-small": vkd.REDUCTIONS["bk-small"]}
-NUM_TOKENS = 77
+BATCH_SIZE, NUM_TOKENS = 8, 77
 
 DEFAULT = METHODS["vkd"]
 VARIANTS: dict[str, MatchingOptions] = {
@@ -39,10 +39,8 @@ VARIANTS: dict[str, MatchingOptions] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureCostConfig:
-    """What to count."""
+    """Where to write."""
 
-    batch_size: int = 8
-    """Images per step."""
     output: str = str(RESULTS / "features.json")
     """File for the numbers."""
 
@@ -136,10 +134,8 @@ def stable_diffusion() -> ModelMixin:
 
 def main(config: FeatureCostConfig) -> None:
     """Count, show and write."""
-    if config.batch_size < 1:
-        raise ValueError("--batch_size must be at least 1")
     teacher = stable_diffusion()
-    counted = {name: count(teacher, reduction, config.batch_size, VARIANTS) for name, reduction in STUDENTS.items()}
+    counted = {name: count(teacher, reduction, BATCH_SIZE, VARIANTS) for name, reduction in STUDENTS.items()}
     for name, result in counted.items():
         total = sum(result["floor"].values())
         variants = result["variants"].values()
@@ -151,7 +147,7 @@ def main(config: FeatureCostConfig) -> None:
         Path(config.output),
         {"counted": counted},
         teacher="stable-diffusion-1",
-        batch_size=config.batch_size,
+        batch_size=BATCH_SIZE,
         num_tokens=NUM_TOKENS,
         refresh_every_steps=DEFAULT.projector_refresh_steps,
     )

@@ -77,15 +77,6 @@ class StepConfig:
             raise ValueError("--rounds, --threads and --batch_size must be at least 1")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The teacher's configuration, how its student is made smaller, and the batch."""
-
-    teacher: dict[str, Any]
-    reduction: vkd.Reduction
-    batch_size: int
-
-
 UNET_32 = {
     "_class_name": "UNet2DModel",
     "sample_size": 32,
@@ -95,14 +86,9 @@ UNET_32 = {
     "attention_head_dim": 32,
     "norm_num_groups": 8,
 }
-SHAPES = {
-    "digits": Shape(
-        teacher=json.loads((ROOT / "recipes/assets/digits-teacher/unet/config.json").read_text()),
-        reduction=vkd.Reduction(width=0.5),
-        batch_size=128,
-    ),
-    "unet-32": Shape(teacher=UNET_32, reduction=vkd.Reduction(width=0.5), batch_size=16),
-}
+DIGITS = json.loads((ROOT / "recipes/assets/digits-teacher/unet/config.json").read_text())
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {"digits": (DIGITS, 128), "unet-32": (UNET_32, 16)}
+"""The teacher's configuration and the batch size. The student is half as wide."""
 
 
 def random_images(config: dict[str, Any]) -> Images:
@@ -117,17 +103,17 @@ class Bench:
     """Teacher and data, which the variants share; each variant has its own student, all with the same weights."""
 
     def __init__(self, config: StepConfig, place: Path):
-        self.shape, self.place = SHAPES[config.shape], place
-        self.batch_size = config.batch_size or self.shape.batch_size
+        teacher_config, batch_size = SHAPES[config.shape]
+        self.batch_size, self.place = config.batch_size or batch_size, place
         torch.manual_seed(0)
         self.device = Run(self.options(), {}).device
         self.noise_scheduler = DDPMScheduler()
         self.schedule = vkd.Schedule.of(self.noise_scheduler).to(self.device)
         with self.device:
-            self.teacher_unet = unet_class(self.shape.teacher).from_config(self.shape.teacher)
+            self.teacher_unet = unet_class(teacher_config).from_config(teacher_config)
         self.teacher_unet.eval().requires_grad_(False)
         with torch.device("cpu"):
-            self.student_weights = vkd.build_student(self.teacher_unet, self.shape.reduction).state_dict()
+            self.student_weights = vkd.build_student(self.teacher_unet, width=0.5).state_dict()
         self.pairs = vkd.pair_layers(self.student(), self.teacher_unet)
         self.images = random_images(dict(self.teacher_unet.config))
         self.sample = torch.stack([self.images[i % NUM_IMAGES] for i in range(self.batch_size)]).to(self.device)
@@ -144,7 +130,7 @@ class Bench:
     def student(self) -> ModelMixin:
         """A new student of the same weights as the others."""
         with self.device:
-            student = vkd.build_student(self.teacher_unet, self.shape.reduction)
+            student = vkd.build_student(self.teacher_unet, width=0.5)
         student.load_state_dict(self.student_weights)
         return student.train()
 

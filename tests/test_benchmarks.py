@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import features
 import step
-import vkd_gen as vkd
 from tests.conftest import tiny_condition_unet
 from vkd_gen.evaluation.cost import LiveBytes, count_macs
 from vkd_gen.families import copy_without_weights
@@ -126,7 +125,7 @@ def test_nothing_grows(tmp_path, monkeypatch, request, num_rounds):
     The last two rounds are also watched operation by operation: Python does not know what a graph holds.
     """
     teacher = {**step.UNET_32, "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1}
-    monkeypatch.setitem(step.SHAPES, "small", step.Shape(teacher, vkd.Reduction(width=0.5), batch_size=8))
+    monkeypatch.setitem(step.SHAPES, "small", (teacher, 8))
     monkeypatch.setattr(step, "NUM_IMAGES", 64)
     gc.freeze()  # what is there before is not counted
     request.addfinalizer(gc.unfreeze)
