@@ -321,7 +321,7 @@ def test_sources_that_cannot_be_streamed(tmp_path):
 
 
 def test_an_empty_table_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="the source holds no images to train on"):
         open_stream(write_shards(tmp_path / "a", [], [0]))
 
 

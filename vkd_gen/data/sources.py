@@ -56,7 +56,7 @@ def split_images(found: Mapping[str, Images], spec: ImageSpec) -> tuple[Images, 
     """Training and held-out images of the splits `train` and maybe `test`; what `load_images` does to all sources."""
     splits = {split: images for split, images in found.items() if len(images)}
     if "train" not in splits:
-        raise ValueError(f"{found['train'].name} holds no images")
+        raise ValueError("the source holds no images to train on")
     if spec.with_labels:
         splits = _with_classes(splits, spec.num_classes)
     train, held_out = (splits["train"], splits["test"]) if "test" in splits else _split(splits["train"], spec)

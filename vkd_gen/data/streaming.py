@@ -214,7 +214,7 @@ def stream_images(
         )
     chosen = {split: _chosen_columns(table, spec, source) for split, table in tables.splits.items()}
     heads = {split: _read_head(table, head_size, source) for split, (table, _, _) in chosen.items()}
-    splits = {split: _as_table(rows, chosen[split][0]) for split, rows in heads.items()}
+    splits = {split: _as_table(rows, chosen[split][0]) for split, rows in heads.items() if rows}
     train, held_out = split_images({split: table_images(table, tables, spec) for split, table in splits.items()}, spec)
     left_out: dict[int, set[int]] = defaultdict(set)
     for number in () if heads.get("test") else held_out.indices.tolist():
