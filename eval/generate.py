@@ -109,8 +109,9 @@ def main(config: GenerateConfig) -> None:
 
     from vkd_gen.evaluation.image_files import make_pngs, pack_pngs, png_name
     from vkd_gen.evaluation.sources import from_model, protocol_file
+    from vkd_gen.hub import hub_revision
     from vkd_gen.models import Model
-    from vkd_gen.provenance import hub_revision, write_json
+    from vkd_gen.provenance import write_json
     from vkd_gen.sampling import load_pipeline
     from vkd_gen.training.accelerator import make_sampling_accelerator, on_main_process
 

@@ -110,7 +110,8 @@ def main(config: ScoreConfig) -> None:
     from vkd_gen.evaluation.scorer import Scorer, note_foreign_features
     from vkd_gen.evaluation.sources import check_comparable
     from vkd_gen.evaluation.tables import print_table
-    from vkd_gen.provenance import environment, hub_revision, only_warns
+    from vkd_gen.hub import hub_revision
+    from vkd_gen.provenance import environment, only_warns
     from vkd_gen.training.accelerator import make_sampling_accelerator, on_main_process
 
     accelerator = make_sampling_accelerator()

@@ -18,18 +18,19 @@ NO_SIBLING = "choices reductions features schedule limits pipelines files text"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
-    "hub": {"limits", "provenance"},
+    "hub": {"text"},
+    "loading": {"hub", "limits"},
     "losses": {"choices"},
     "projectors": {"choices", "losses"},
     "pictures": {"files", "text"},
     "provenance": {"files", "text"},
     "normalization": {"choices"},
-    "data": {"choices", "files", "provenance", "schedule", "text"},
+    "data": {"choices", "files", "hub", "loading", "provenance", "schedule", "text"},
     "pairing": {"choices", "families", "features"},
     "families": {"choices", "reductions", "features", "schedule"},
-    "sampling": {"choices", "hub", "pipelines", "provenance", "text"},
+    "sampling": {"choices", "hub", "loading", "pipelines", "text"},
     "models": {"choices", "families", "files", "pipelines", "provenance", "sampling", "schedule", "text"},
-    "calibration": {"features", "files", "hub", "schedule", "normalization"},
+    "calibration": {"features", "files", "loading", "schedule", "normalization"},
     "distillation": {
         "families", "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
     },

@@ -23,8 +23,8 @@ from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.evaluation.reference import load_statistics_file
 from vkd_gen.evaluation.sources import from_array
+from vkd_gen.hub import hub_revision
 from vkd_gen.limits import MANY, check_sizes
-from vkd_gen.provenance import hub_revision
 from vkd_gen.sampling import load_pipeline, stock_pipeline
 from vkd_gen.training.models import load_teacher, load_unet, read_unet_config
 

@@ -40,7 +40,7 @@ def test_presets_methods_and_flags_are_the_recipes():
     rows = set(re.findall(r"^\| `([a-z0-9-]+)`", PAGES, flags=re.MULTILINE))
     assert rows >= set(recipe.PRESETS) | set(METHODS)
     flags = set(re.findall(r"--([a-z]+(?:_[a-z]+)+)", re.sub(r"accelerate launch (--\w+ (\d+ )?)+", "", PAGES)))
-    known = set(flat_config(recipe.PRESETS["digits"]))
+    known = {*flat_config(recipe.PRESETS["digits"]), *flat_config(recipes.load_recipe("train_teacher_unet").DIGITS)}
     for file in (*(ROOT / "eval").glob("*.py"), *(ROOT / "recipes").glob("*.py")):
         known |= set(re.findall(r"^    ([a-z_]+): ", file.read_text(), flags=re.MULTILINE))
     assert flags <= known

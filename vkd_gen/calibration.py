@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vkd_gen.features import to_rows
 from vkd_gen.files import whole_file
-from vkd_gen.hub import read_tensors
+from vkd_gen.loading import read_tensors
 from vkd_gen.normalization import FeatureStatistics, timestep_bins
 from vkd_gen.schedule import Schedule
 

@@ -7,12 +7,11 @@ import importlib.metadata
 import json
 import logging
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vkd_gen.files import CannotWriteError, whole_file
 from vkd_gen.text import printable
@@ -126,49 +125,3 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         pass
     return "unknown"
-
-
-def split_revision(source: str) -> tuple[str, str | None]:
-    """What `ID@REVISION` means on the Hugging Face hub: the repository, and the commit, tag or branch to load.
-
-    The hub's own way to write it, as in `hf://` addresses. A folder or file of that name here goes before.
-
-    Args:
-        source: such as `google/ddpm-cifar10-32@0123456`, or without a revision.
-
-    Returns:
-        The repository, and the revision, None for the newest.
-
-    Raises:
-        ValueError: for what cannot be a revision.
-    """
-    repository, at, revision = source.partition("@")
-    if not at or source.startswith((".", "/", "~")) or Path(source).exists():
-        return source, None
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)*", revision) or ".." in revision:
-        raise ValueError(f"{source} names no revision: behind the @ stands a commit, a tag or a branch of the hub")
-    return repository, revision
-
-
-def hub_revision(source: str, kind: Literal["model", "dataset"] = "model") -> str | None:
-    """The commit that something from the Hugging Face hub was last loaded at, as the hub's cache here notes it.
-
-    Args:
-        source: what was loaded, such as `google/ddpm-cifar10-32`, with `@REVISION` if one was asked for.
-        kind: of the repository.
-
-    Returns:
-        40 hexadecimal digits; None for a folder or file, and for what was never loaded.
-    """
-    if Path(source).exists():
-        return None
-    repository, revision = split_revision(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        return None
-    from huggingface_hub import constants
-
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    note = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "refs" / (revision or "main")
-    found = note.read_text().strip() if note.is_file() else ""
-    return found if re.fullmatch("[0-9a-f]{40}", found) else None

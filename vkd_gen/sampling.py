@@ -17,9 +17,9 @@ from diffusers import (
 )
 
 from vkd_gen.choices import Sampler
-from vkd_gen.hub import hub_folder, load_parts, part_files, pipeline_class, read_json
+from vkd_gen.hub import hub_folder, part_files, split_revision
+from vkd_gen.loading import load_parts, pipeline_class, read_json
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
-from vkd_gen.provenance import split_revision
 from vkd_gen.text import reason
 
 

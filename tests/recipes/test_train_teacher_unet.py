@@ -3,6 +3,7 @@
 from tests.recipes.conftest import SHORT, load_recipe
 from vkd_gen.cli import repository_path
 from vkd_gen.training.models import load_teacher
+from vkd_gen.training.teachers import build_teacher
 
 RECIPE = "train_teacher_unet"
 
@@ -35,5 +36,5 @@ def test_the_committed_digits_teacher_is_what_its_preset_describes():
     recipe = load_recipe(RECIPE)
     students = load_recipe("train_student_unet")
     unet = load_teacher(repository_path(students.PRESETS["digits"].teacher, students.__file__)).unet
-    described = recipe.build_unet(recipe.PRESETS["digits"])
+    described = build_teacher(recipe.PRESETS["digits"].teacher).network
     assert {k: v.shape for k, v in unet.state_dict().items()} == {k: v.shape for k, v in described.state_dict().items()}

@@ -25,7 +25,7 @@ from vkd_gen.data.decoding import (
 from vkd_gen.data.embedded import EMBEDDED
 from vkd_gen.data.images import Images, ImageSpec
 from vkd_gen.data.listing import TABLE_SUFFIXES, Listing, list_files
-from vkd_gen.provenance import hub_revision, split_revision
+from vkd_gen.hub import hub_revision, split_revision
 from vkd_gen.text import one_line, printable
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vkd_gen.cli import tensors_alone
 from vkd_gen.evaluation.feature_network import check_network_name, load_feature_network
-from vkd_gen.hub import explain_names
+from vkd_gen.loading import explain_names
 from vkd_gen.provenance import hash_tensors
 from vkd_gen.text import one_line, reason
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vkd_gen.data.images import Images
 from vkd_gen.files import whole_file
-from vkd_gen.hub import check_layout, read_tensors, stored_layout
+from vkd_gen.loading import check_layout, read_tensors, stored_layout
 from vkd_gen.text import one_line
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vkd_gen.provenance import split_revision
+from vkd_gen.hub import split_revision
 
 
 class Metric(NamedTuple):

@@ -21,7 +21,7 @@ from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor
 from vkd_gen.evaluation.metrics import Statistics
 from vkd_gen.evaluation.sources import ImageSource, content_hash, extract_features, from_array, from_images
-from vkd_gen.hub import read_tensors
+from vkd_gen.loading import read_tensors
 from vkd_gen.text import reason
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from vkd_gen.data.images import Images, told_of
 from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor
 from vkd_gen.evaluation.options import SamplingOptions
-from vkd_gen.hub import check_file
+from vkd_gen.loading import check_file
 from vkd_gen.models import Model
 from vkd_gen.provenance import hash_tensors
 from vkd_gen.sampling import usable_steps

@@ -12,10 +12,10 @@ from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 from vkd_gen.families import REDUCTIONS, TEACHERS
 from vkd_gen.families.build import complete_config, unet_class
-from vkd_gen.hub import check_betas, check_file, check_memory, hub_folder, load_model, model_files, read_json
+from vkd_gen.hub import hub_folder, model_files, split_revision
 from vkd_gen.limits import check_sizes
+from vkd_gen.loading import check_betas, check_file, check_memory, load_model, read_json
 from vkd_gen.pipelines import num_classes_of
-from vkd_gen.provenance import split_revision
 from vkd_gen.text import one_line
 
 CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")

@@ -25,9 +25,10 @@ from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import Scorer, make_scorer
 from vkd_gen.evaluation.tables import markdown_table, print_table
+from vkd_gen.hub import hub_revision
 from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
-from vkd_gen.provenance import hub_revision, only_warns, write_json
+from vkd_gen.provenance import only_warns, write_json
 from vkd_gen.text import printable
 from vkd_gen.training.accelerator import make_accelerator, on_main_process
 from vkd_gen.training.export import after_export, check_upload, finish_export, try_saving

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from diffusers import DDPMScheduler, UNet2DModel
 
 from vkd_gen.evaluation.labels import data_label
-from vkd_gen.hub import check_memory
+from vkd_gen.loading import check_memory
 from vkd_gen.models import Model
 from vkd_gen.training.models import unet_without_weights
 from vkd_gen.training.options import TeacherOptions
