@@ -8,7 +8,7 @@ from typing import Literal
 
 from diffusers import DiffusionPipeline
 
-from vkd_gen.text import one_line
+from vkd_gen.text import reason
 
 WEIGHTS = "diffusion_pytorch_model"
 """The name of a model's weights in its folder, before the suffix."""
@@ -83,7 +83,7 @@ def hub_folder(source: str, files: Sequence[str]) -> Path:
         try:  # one request without retries: downloads try each file ten times before they say that there is no network
             HfApi().model_info(repository, revision=revision, timeout=10)
         except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise ValueError(one_line(error)) from error
+            raise ValueError(reason(error)) from error
         except Exception as error:  # each version of the hub's client has other classes for a network that is down
             problem = (
                 f"the hub cannot be reached ({type(error).__name__}): check the network, or download it once where "
@@ -94,7 +94,7 @@ def hub_folder(source: str, files: Sequence[str]) -> Path:
             snapshot_download(repository, revision=revision, allow_patterns=list(files), local_files_only=bool(problem))
         )
     except Exception as error:
-        raise ValueError(f"it is not in the hub's cache here, and {problem}" if problem else one_line(error)) from error
+        raise ValueError(f"it is not in the hub's cache here, and {problem}" if problem else reason(error)) from error
 
 
 def part_files(kind: type[DiffusionPipeline]) -> list[str]:
