@@ -1,4 +1,5 @@
 import gc
+import json
 import weakref
 
 import pytest
@@ -366,3 +367,14 @@ def test_feature_shapes_refuses_a_model_without_a_size():
     unet = UNet2DModel.from_config({**tiny_unet().config, "sample_size": None})
     with pytest.raises(ValueError, match="sample_size"):
         feature_shapes(unet, ["mid_block"])
+
+
+def test_feature_shapes_follow_what_is_registered_after_loading(tmp_path):
+    """diffusers notes which entries a config.json leaves out, and would set them back to their defaults."""
+    tiny_unet().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sample_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    unet = UNet2DModel.from_pretrained(tmp_path)
+    unet.register_to_config(sample_size=16)
+    assert feature_shapes(unet, ["mid_block"]) == {"mid_block": (16, 8, 8)}

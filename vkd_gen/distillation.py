@@ -296,8 +296,8 @@ def distillation_losses(
 
     Args:
         student: a `ProjectedStudent`, bare or wrapped by DDP, compile or accelerate.
-        batch: `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]`, and `conditioning`, a mapping of further
-            arguments for both networks, where they need it.
+        batch: `sample` and `noise` `[B, C, H, W]`, `timesteps` `[B]`, and where it is needed `conditioning`, further
+            arguments of both networks by name.
         schedule: the student's: what it predicts, and what the teacher's prediction is expressed in.
         noise_scheduler: a diffusers scheduler instead, whose schedule is read in each call.
         teacher: may be None where neither output nor features are asked for.
@@ -307,16 +307,14 @@ def distillation_losses(
         snr_gamma: of `min_snr`.
 
     Returns:
-        Scalars: `total`, to differentiate, and, unweighted, for those that are asked for, `denoising`, `output`,
-        `feature` (the sum over layers) and `feature/LAYER` for each student layer.
-
-    Raises:
-        ValueError: if the teacher is asked for and None, for no schedule or two, and for batches that do not fit.
+        Scalars: `total`, to differentiate, and, unweighted, those that are asked for of `denoising`, `output`,
+        `feature` (the sum over layers) and `feature/LAYER`.
     """
-    schedule = _one_schedule(schedule, noise_scheduler, batch["sample"].device)
-    _check_batch(batch, len(schedule))
+    _check_batch(batch)
     sample, noise, timesteps = batch["sample"], batch["noise"], batch["timesteps"]
     conditioning = batch.get("conditioning")
+    schedule = _one_schedule(schedule, noise_scheduler, sample.device)
+    _check_timesteps(timesteps, len(schedule))
     noisy_sample = schedule.noisy(sample, noise, timesteps)
     features = None
     if weights.output > 0 or weights.feature > 0:
@@ -335,12 +333,12 @@ def distillation_losses(
         target = schedule.convert(teacher_prediction, noisy_sample, timesteps, teacher.prediction_type)
         losses["output"] = prediction_loss(prediction, target, per_sample)
     if weights.feature > 0:
-        layers = {f"feature/{layer}": weighted_mean(values, per_sample) for layer, values in matched.items()}
-        if not layers:
+        if not matched:
             raise ValueError("a feature loss is asked for, but the student has no layer pairs")
+        layers = {f"feature/{layer}": weighted_mean(values, per_sample) for layer, values in matched.items()}
         losses["feature"] = torch.stack(list(layers.values())).sum()
         losses |= layers
-    terms = [getattr(weights, name) * losses[name] for name in ("denoising", "output", "feature") if name in losses]
+    terms = [weight * losses[name] for name, weight in vars(weights).items() if name in losses]
     return {"total": torch.stack(terms).sum(), **losses}
 
 
@@ -350,15 +348,19 @@ def _one_schedule(schedule: Schedule | None, noise_scheduler: SchedulerMixin | N
     return Schedule.of(noise_scheduler).to(device) if schedule is None else schedule
 
 
-def _check_batch(batch: Mapping[str, Any], num_timesteps: int) -> None:
+def _check_batch(batch: Mapping[str, Any]) -> None:
     if missing := [name for name in ("sample", "noise", "timesteps") if name not in batch]:
         raise ValueError(f"the batch has no {' and no '.join(missing)}; it needs sample, noise and timesteps")
-    sample, noise, timesteps = batch["sample"], batch["noise"], torch.as_tensor(batch["timesteps"])
+    sample, noise = batch["sample"], batch["noise"]
     if sample.shape != noise.shape or not len(sample):
         raise ValueError(
             f"sample and noise must have one shape, of at least one sample, not {list(sample.shape)} and "
             f"{list(noise.shape)}"
         )
+
+
+def _check_timesteps(timesteps: Tensor, num_timesteps: int) -> None:
+    timesteps = torch.as_tensor(timesteps)
     # On a GPU a look at the values would wait for it.
     is_outside = timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < num_timesteps)).all()
     if timesteps.is_floating_point() or is_outside:

@@ -138,6 +138,7 @@ def with_timesteps(change):
 
 
 BATCHES = {
+    "nothing": (lambda batch: {}, "the batch has no sample and no noise and no timesteps"),
     "no noise": (lambda batch: {"sample": batch["sample"], "timesteps": batch["timesteps"]}, "the batch has no noise"),
     "noise of another shape": (lambda batch: {**batch, "noise": batch["noise"][:, :, :4]}, "must have one shape"),
     "no samples": (lambda batch: {name: value[:0] for name, value in batch.items()}, "at least one sample"),
