@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from tests.conftest import tiny_unet
 from tests.test_diagnostics import SCHEDULE, build, probe
-from vkd_gen import LossWeights, ProjectedStudent, distillation_losses
+from vkd_gen import LossWeights, distillation_losses
 from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.training.balance import LEAST_RATIO, FeatureBalance
 
@@ -22,9 +21,8 @@ class Ratios:
         return {"gradient_ratio": self.ratios.pop(0) * weights.feature, "rank": 3.0}
 
 
-def follow(diagnostics, *, feature=0.5, num_steps=10, every_steps=2, projected=None, **options):
+def follow(diagnostics, *, feature=0.5, num_steps=10, every_steps=2, **options):
     return FeatureBalance(
-        ProjectedStudent(tiny_unet((4,))) if projected is None else projected,
         diagnostics,
         weighting="gradient_ratio",
         weights=LossWeights(denoising=1.0, output=2.0, feature=feature),
@@ -36,7 +34,7 @@ def follow(diagnostics, *, feature=0.5, num_steps=10, every_steps=2, projected=N
 
 def constant(diagnostics=None, *, feature=0.5, **options):
     weights = LossWeights(denoising=1.0, output=2.0, feature=feature)
-    return FeatureBalance(ProjectedStudent(tiny_unet((4,))), diagnostics, weights=weights, num_steps=10, **options)
+    return FeatureBalance(diagnostics, weights=weights, num_steps=10, **options)
 
 
 # ---- constant and decayed
@@ -77,7 +75,11 @@ def test_figures_are_given_when_they_are_due():
     balance = constant(Ratios(*[3.0] * 9), every_steps=4)
     balance.start()  # which a constant weight does not need
     assert [step for step in range(1, 11) if balance.look(step)] == [4, 8, 10]
-    assert balance.look(4) == {"gradient_ratio": 1.5, "rank": 3.0, "feature_weight": 0.5}
+    assert balance.look(4) == {
+        "diagnostics/gradient_ratio": 1.5,
+        "diagnostics/rank": 3.0,
+        "diagnostics/feature_weight": 0.5,
+    }
 
 
 def test_the_last_step_with_features_is_looked_at():
@@ -111,7 +113,9 @@ def test_the_start_gives_the_ratio_and_looks_move_half_of_the_way():
     assert balance.weights(0).feature == pytest.approx(0.125)
     assert balance.look(1) == {}
     values = balance.look(2)
-    assert values == pytest.approx({"gradient_ratio": 1.0, "rank": 3.0, "feature_weight": 0.125})  # that of this step
+    assert values == pytest.approx(
+        {"diagnostics/gradient_ratio": 1.0, "diagnostics/rank": 3.0, "diagnostics/feature_weight": 0.125}
+    )  # that of this step
     assert balance.weights(2).feature == pytest.approx(0.125 / math.sqrt(2))
     balance.look(4)
     assert balance.weights(4).feature == pytest.approx(0.0625 * 2**0.25)  # 0.0625 is where it goes to
@@ -123,7 +127,7 @@ def test_a_decayed_weight_is_no_reason_to_move():
     balance = follow(Ratios(*[4.0] * 5), decay_start=0.0)
     balance.start()
     for step in (2, 4, 6, 8):
-        looked_at = balance.look(step)["gradient_ratio"]
+        looked_at = balance.look(step)["diagnostics/gradient_ratio"]
         assert looked_at == pytest.approx(0.5 * (1 - (step - 1) / 10))  # with the weight that the step was made with
         assert balance.weights(step).feature == pytest.approx(0.125 * (1 - step / 10))
 
@@ -164,29 +168,26 @@ def test_a_feature_loss_without_a_gradient_gets_no_weight_beyond_all_bounds():
 def test_the_ratio_found_at_the_start_is_met_when_it_is_measured(kind, ratio):
     projected, teacher = build()
     diagnostics = Diagnostics(projected, teacher, [probe(4)], schedule=SCHEDULE, feature_loss_kind=kind)
-    balance = follow(diagnostics, feature=ratio, projected=projected)
+    balance = follow(diagnostics, feature=ratio)
     balance.start()
     assert balance.weights(0).feature != pytest.approx(ratio, rel=0.01)
     assert diagnostics(balance.weights(0))["gradient_ratio"] == pytest.approx(ratio, rel=1e-5)
     losses = distillation_losses(projected.eval(), probe(4), schedule=SCHEDULE, teacher=teacher, feature_loss_kind=kind)
     assert losses["feature"] > 0
-    assert balance.look(2)["gradient_ratio"] == pytest.approx(ratio, rel=1e-5)
+    assert balance.look(2)["diagnostics/gradient_ratio"] == pytest.approx(ratio, rel=1e-5)
     assert diagnostics(balance.weights(2))["gradient_ratio"] == pytest.approx(ratio, rel=1e-5)
 
 
 # ---- resuming
 
 
-def test_the_factor_is_saved_with_the_student():
+def test_the_factor_is_saved():
     """A resumed run builds anew, does not start, and loads."""
-    diagnostics, projected = Ratios(4.0, 8.0), ProjectedStudent(tiny_unet((4,)))
-    balance = follow(diagnostics, projected=projected)
+    balance, again = follow(Ratios(4.0, 8.0)), follow(Ratios())
     balance.start()
     balance.look(2)
-    resumed = ProjectedStudent(tiny_unet((4,), seed=1))
-    again = follow(Ratios(), projected=resumed)
-    resumed.load_state_dict(projected.state_dict())
-    assert again.weights(2) == balance.weights(2)  # to the last bit: it is float64
+    again.load_state_dict(balance.state_dict())
+    assert again.weights(2) == balance.weights(2)
     assert again.weights(2).feature != 0.125
 
 
@@ -201,7 +202,6 @@ def test_a_ratio_needs_diagnostics():
 def test_a_ratio_needs_another_term():
     with pytest.raises(ValueError, match="denoising or output loss to be in proportion to"):
         FeatureBalance(
-            ProjectedStudent(tiny_unet((4,))),
             Ratios(),
             weighting="gradient_ratio",
             weights=LossWeights(denoising=0.0, output=0.0),

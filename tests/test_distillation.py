@@ -636,13 +636,6 @@ def test_gradient_checkpointing_changes_nothing(method):
     assert_runs_equal(found, expected)
 
 
-def test_the_feature_scale_is_saved_but_no_wrapper_overwrites_it(models):
-    projected, _ = models
-    assert projected.state_dict()["feature_scale"] == 1
-    assert "feature_scale" in projected._ddp_params_and_buffers_to_ignore
-    assert "feature_scale" not in dict(projected.student.named_buffers())  # the exported student has none of it
-
-
 # ---- two processes
 
 DDP_CASES = [

@@ -30,7 +30,7 @@ CORE = FOUNDATIONS | {
     "families": {"choices", "reductions", "features", "schedule"},
     "sampling": {"choices", "hub", "loading", "pipelines", "text"},
     "models": {"choices", "families", "files", "pipelines", "provenance", "sampling", "schedule", "text"},
-    "calibration": {"features", "files", "loading", "schedule", "normalization"},
+    "calibration": {"features", "schedule", "normalization"},
     "distillation": {
         "families", "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
     },

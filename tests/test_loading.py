@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import FORMATS, Payload, one_line, tiny_unet, write_payload
-from vkd_gen.calibration import load_statistics
 from vkd_gen.cli import tensors_alone
 from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import load_extractor
@@ -160,9 +159,8 @@ def test_extractor_weights_that_change_after_they_were_checked(tmp_path, execute
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_pickle_that_is_called_safetensors(tmp_path, executed, kind):
     file = write_payload(tmp_path / "x.safetensors", executed, kind)
-    for load, words in ((load_feature_network, "is not a feature network"), (load_statistics, r"(?i)header")):
-        with pytest.raises(Exception, match=words):
-            load(file)
+    with pytest.raises(ValueError, match="is not a feature network"):
+        load_feature_network(file)
 
 
 @pytest.mark.parametrize("load", [from_array, load_statistics_file])

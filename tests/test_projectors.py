@@ -740,17 +740,19 @@ def test_linear_projector_is_a_1x1_convolution():
     """FitNets' regressor."""
     projector = LinearProjector(3, 6)
     feature = torch.randn(2, 3, 4, 4)
-    target = torch.randn(2, 16, 6)
+    target = torch.randn(2, 16, 6, requires_grad=True)
     weight, bias = projector.linear.weight, projector.linear.bias
     expected = nn.functional.conv2d(feature, weight[:, :, None, None], bias)
     projected, wanted = projector(feature.flatten(2).transpose(1, 2), target)
     torch.testing.assert_close(projected, expected.flatten(2).transpose(1, 2))
     assert torch.equal(wanted, target)
+    assert not wanted.requires_grad
 
 
 def test_identity_projector_changes_nothing():
     student, target = make_rows((4, 4))
-    projected, wanted = IdentityProjector(4, 4)(student, target)
+    projected, wanted = IdentityProjector(4, 4)(student, target.requires_grad_())
+    assert not wanted.requires_grad
     assert torch.equal(projected, student)
     assert torch.equal(wanted, target)
     assert not list(IdentityProjector(4, 4).parameters())

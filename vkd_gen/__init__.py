@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vkd_gen.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from vkd_gen.calibration import calibrate, load_statistics, save_statistics
+    from vkd_gen.calibration import calibrate
     from vkd_gen.distillation import FrozenTeacher, LossWeights, ProjectedStudent, distillation_losses
     from vkd_gen.families import (
         REDUCTIONS,
@@ -50,13 +50,11 @@ __all__ = [
     "calibrate",
     "distillation_losses",
     "inherit_weights",
-    "load_statistics",
     "pair_layers",
     "pair_table",
     "parameter_groups",
     "published_cost",
     "reduce_config",
-    "save_statistics",
     "width_floor",
 ]
 

@@ -5,17 +5,13 @@ B batch, N positions, C channels, M timestep bins.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vkd_gen.features import to_rows
-from vkd_gen.files import whole_file
-from vkd_gen.loading import read_tensors
 from vkd_gen.normalization import FeatureStatistics, timestep_bins
 from vkd_gen.schedule import Schedule
 
@@ -100,41 +96,4 @@ def calibrate(
     statistics = {layer: moment.statistics(len(schedule)) for layer, moment in moments.items()}
     if any(bool((entry.share == 0).any()) for entry in statistics.values()) or not statistics:
         raise ValueError(f"too few samples to calibrate on: not every one of {num_timestep_bins} timestep bins has one")
-    return statistics
-
-
-def save_statistics(statistics: Mapping[str, FeatureStatistics], path: Path) -> None:
-    """Write statistics as safetensors."""
-    tensors = {
-        f"{layer}/{name}": value.contiguous()
-        for layer, entry in statistics.items()
-        for name, value in vars(entry).items()
-        if isinstance(value, Tensor)
-    }
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary)
-
-
-def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
-    """Read what `save_statistics` wrote.
-
-    Raises:
-        ValueError: in one line, for a file that is damaged or holds anything else.
-    """
-    grouped: dict[str, dict[str, Any]] = {}
-    try:
-        for key, value in read_tensors(path).items():
-            layer, name = key.rsplit("/", 1)
-            grouped.setdefault(layer, {})[name] = value
-        statistics = {layer: FeatureStatistics(**entry) for layer, entry in grouped.items()}
-    except Exception as error:  # safetensors' own, the system's, and names that are none of ours
-        raise ValueError(f"cannot read statistics of features from {path}: {' '.join(str(error).split())}") from error
-    for layer, entry in statistics.items():
-        bins, channels = entry.share.numel(), entry.layer_norm_covariance.shape[-1:].numel()
-        tensors = [value for value in vars(entry).values() if isinstance(value, Tensor)]
-        shapes = [value.shape for value in tensors]
-        if shapes != [(bins, channels), (bins,), (channels, channels), (channels, channels)]:
-            raise ValueError(f"{path} holds no statistics of features: {layer} has shapes {[*map(list, shapes)]}")
-        if not all(value.isfinite().all() for value in tensors):
-            raise ValueError(f"{path} holds statistics of {layer} that are not finite")
     return statistics

@@ -124,8 +124,6 @@ class ProjectedStudent(nn.Module):
         ValueError: if their numbers or widths do not match.
     """
 
-    feature_scale: Tensor
-
     def __init__(
         self,
         student: ModelMixin,
@@ -151,8 +149,6 @@ class ProjectedStudent(nn.Module):
         self.layer_pairs = tuple(layer_pairs)
         self.projectors = nn.ModuleList(projectors)
         self.normalizers = nn.ModuleList(normalizers)
-        # A weight of the feature loss that follows the gradients; here, so that checkpoints hold it.
-        self.register_buffer("feature_scale", torch.ones((), dtype=torch.float64))
         self._family = family_of(student)
         self._capture = FeatureCapture(student, [pair.student for pair in layer_pairs], self._family.feature)
         self._has_compared = False
@@ -160,7 +156,7 @@ class ProjectedStudent(nn.Module):
         parts = {"projectors": self.projectors, "normalizers": self.normalizers}
         self._ddp_params_and_buffers_to_ignore = [
             f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_buffers()
-        ] + ["feature_scale"]
+        ]
 
     def forward(
         self,

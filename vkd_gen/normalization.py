@@ -196,7 +196,6 @@ class FeatureNormalizer(nn.Module):
         self.register_buffer("num_train_timesteps", torch.zeros((), dtype=torch.long))  # 0 until it is filled
         self.is_filled = False
         self.register_load_state_dict_post_hook(_note_filled)
-        self.statistics = statistics
         if statistics is not None:
             self.fill(statistics)
 
@@ -301,9 +300,6 @@ def width_floor(
     """
     if loss not in ("mse", "smooth_l1", "cka"):
         raise ValueError(f"unknown feature loss {loss!r}; choose mse, smooth_l1 or cka")
-    channels = len(target_covariance)
-    if student_channels >= channels:
-        return 0.0
     values, vectors = descending_eigh(target_covariance)
     if loss == "cka":  # of rows that agree in the leading directions and are empty in the others
         squares = values.square()

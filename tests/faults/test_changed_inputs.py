@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from tests.conftest import make_batch, tiny_unet
 from tests.eval.conftest import save_pngs
 from tests.recipes.conftest import SHORT_STUDENT
-from vkd_gen.calibration import FeatureStatistics, load_statistics, save_statistics
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.loading import read_tensors
 from vkd_gen.sampling import load_pipeline, stock_pipeline
@@ -53,15 +52,6 @@ def network_of(folder):
     return folder / "x.safetensors"
 
 
-def statistics_of(folder):
-    entry = FeatureStatistics(
-        **{name: torch.rand(shape) for name, shape in (("mean", (2, 30)), ("share", (2,)))},
-        **{name: torch.rand(30, 30) for name in ("covariance", "layer_norm_covariance")},
-    )
-    save_statistics({"mid_block": entry}, folder / "x.safetensors")
-    return folder / "x.safetensors"
-
-
 def tensors_of(folder):
     save_file({"x": torch.rand(3000)}, folder / "x.safetensors")
     return folder / "x.safetensors"
@@ -73,7 +63,6 @@ LOADED = {
     "student": (unet_folder, lambda file: load_unet(str(file.parent)).state_dict()),
     "pipeline": (pipeline_of, lambda file: load_pipeline(str(file.parents[1])).unet.state_dict()),
     "feature network": (network_of, lambda file: load_feature_network(file).state_dict()),
-    "statistics": (statistics_of, lambda file: vars(load_statistics(file)["mid_block"])),
     "tensors": (tensors_of, read_tensors),
 }
 

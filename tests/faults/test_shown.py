@@ -12,14 +12,13 @@ from matplotlib.axes import Axes
 
 import figures
 from tables import markdown_page as comparison_table
-from tests.conftest import tiny_unet
 from tests.experiments.test_tables import comparison
 from tests.faults.small_run import options_of, train
 from tests.recipes.conftest import RECIPES
 from tests.test_balance import Ratios
 from tests.test_diagnostics_figure import look
 from tests.test_report import make_run
-from vkd_gen import LossWeights, ProjectedStudent
+from vkd_gen import LossWeights
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics
 from vkd_gen.evaluation.figures import draw_curves
 from vkd_gen.evaluation.labels import METRICS, label_of
@@ -98,7 +97,6 @@ def test_a_configuration_that_is_none_costs_no_page(content, tmp_path):
 def steps_looked_at(num_steps, decay_end, every_steps=200, weighting="constant"):
     diagnostics = Ratios(*[2.0] * 2000)
     balance = FeatureBalance(
-        ProjectedStudent(tiny_unet((4,))),
         diagnostics,
         weighting=weighting,
         weights=LossWeights(denoising=1.0, output=1.0, feature=0.3),
@@ -111,7 +109,7 @@ def steps_looked_at(num_steps, decay_end, every_steps=200, weighting="constant")
     steps, scales = [], []
     for step in range(1, num_steps + 1):
         steps += [step] if balance.look(step) else []
-        scales.append(balance._undecayed())
+        scales.append(balance.state_dict())
     return steps, scales
 
 

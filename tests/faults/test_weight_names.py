@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import one_line, refused, tiny_unet
-from vkd_gen.calibration import load_statistics
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.evaluation.sources import from_array
@@ -223,7 +222,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(pipeline_folder, name, ma
             load(str(pipeline_folder))
 
 
-@pytest.mark.parametrize("load", [from_array, load_feature_network, load_statistics, read_manifest, check_checkpoint])
+@pytest.mark.parametrize("load", [from_array, load_feature_network, read_manifest, check_checkpoint])
 def test_a_pipe_in_place_of_any_other_file(tmp_path, load):
     names = {read_manifest: MANIFEST, check_checkpoint: "optimizer.bin", from_array: "x.npz"}
     path = tmp_path / names.get(load, "x.safetensors")

@@ -25,11 +25,10 @@ class FeatureBalance:
     With `gradient_ratio` the feature weight is a ratio: that of the norm of the feature loss' gradient over the
     student's weights to that of the other terms' together, on the probe of the diagnostics. The factor that gives it is
     found before the first step and moved half of the way, in the logarithm, every `every_steps`. A ratio that is not
-    finite, as where the other terms have no gradient, leaves it as it is. It lives in `ProjectedStudent.feature_scale`,
-    equal on every process, so a resumed run goes on with it.
+    finite, as where the other terms have no gradient, leaves it as it is. The factor is equal on every process and the
+    state of this object, to be registered for checkpointing.
 
     Args:
-        projected: the student.
         diagnostics: None looks at nothing; then the weighting must be constant.
         weighting: see above.
         weights: at the start of the run; `feature` is the constant weight or the ratio.
@@ -45,7 +44,6 @@ class FeatureBalance:
 
     def __init__(
         self,
-        projected: vkd.ProjectedStudent,
         diagnostics: Diagnostics | None,
         *,
         weighting: FeatureWeighting = "constant",
@@ -58,16 +56,24 @@ class FeatureBalance:
         self._follows = weighting == "gradient_ratio" and weights.feature > 0
         if self._follows and (diagnostics is None or not weights.denoising + weights.output):
             raise ValueError("a gradient ratio needs diagnostics, and denoising or output loss to be in proportion to")
-        self._projected, self._diagnostics, self._weights = projected, diagnostics, weights
+        self._diagnostics, self._weights = diagnostics, weights
         self._decay_start, self._decay_end = decay_start, decay_end
         self._num_steps, self._every_steps = num_steps, every_steps
         self._last = math.ceil(decay_end * num_steps)  # step that features have a weight in
         self._shown_every_steps = min(every_steps, max(LEAST_STEPS_BETWEEN, self._last // NUM_LOOKS))
-        self._scale: float | None = None
+        self._scale = 1.0 if self._follows else weights.feature
 
     def weights(self, step: int) -> vkd.LossWeights:
         """The weights of the terms after so many steps."""
-        return replace(self._weights, feature=self._undecayed() * self._decay(step))
+        return replace(self._weights, feature=self._scale * self._decay(step))
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run goes on with."""
+        return {"scale": self._scale}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """What `state_dict` gave."""
+        self._scale = state["scale"]
 
     def start(self) -> None:
         """Before the first step: find the factor, so that the proportion is right from there on."""
@@ -86,15 +92,8 @@ class FeatureBalance:
             return {}
         values = self._diagnostics(weights)
         if self._follows and moves:
-            self._move(self._undecayed(), values["gradient_ratio"] / self._decay(step - 1), exponent=0.5)
+            self._move(self._scale, values["gradient_ratio"] / self._decay(step - 1), exponent=0.5)
         return {f"diagnostics/{name}": value for name, value in {**values, "feature_weight": weights.feature}.items()}
-
-    def _undecayed(self) -> float:
-        if not self._follows:
-            return self._weights.feature
-        if self._scale is None:  # read from the device once: after a start or a resume
-            self._scale = float(self._projected.feature_scale)
-        return self._scale
 
     def _decay(self, step: int) -> float:
         share = step / self._num_steps
@@ -107,8 +106,7 @@ class FeatureBalance:
         if not math.isfinite(ratio):
             return
         wanted = self._weights.feature
-        factor = self._projected.feature_scale
-        factor.fill_(min(scale * (wanted / max(ratio, LEAST_RATIO)) ** exponent, wanted / LEAST_RATIO))
+        found = [min(scale * (wanted / max(ratio, LEAST_RATIO)) ** exponent, wanted / LEAST_RATIO)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(factor, 0)  # unlike devices may round the same gradients differently
-        self._scale = float(factor)
+            torch.distributed.broadcast_object_list(found, 0)  # unlike devices may round the same gradients differently
+        self._scale = found[0]

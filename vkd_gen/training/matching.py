@@ -97,7 +97,7 @@ def build_projected_student(
     num_steps, device = run.options.max_train_steps, run.device
     if not pairs:
         projected = vkd.ProjectedStudent(student)
-        return projected, FeatureBalance(projected, None, weights=options.weights, num_steps=num_steps)
+        return projected, FeatureBalance(None, weights=options.weights, num_steps=num_steps)
     schedule, apart = draws.schedule.to(device), partial(draws.apart, device=device)
     matchings = [build_matching(options, pair) for pair in pairs]
     projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True)).to(device)
@@ -115,7 +115,6 @@ def build_projected_student(
         snr_gamma=options.snr_gamma,
     )
     balance = FeatureBalance(
-        projected,
         diagnostics,
         weighting=options.feature_weighting,
         weights=options.weights,
@@ -124,6 +123,7 @@ def build_projected_student(
         num_steps=num_steps,
         every_steps=options.diagnostics_every_steps,
     )
+    run.accelerator.register_for_checkpointing(balance)
     if run.is_fresh:
         balance.start()
     return projected, balance
