@@ -2,10 +2,13 @@
 
 import io
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from vkd_gen.data.images import Images
 from vkd_gen.data.sources import load_images
 
 
@@ -15,6 +18,16 @@ def load(source, *, resolution=4, channels=3, **fields):
 
 def grey(level, size=(4, 4)):
     return Image.new("L", size, level)
+
+
+def numbered_images(count, *, resolution=4):
+    """Image i is of grey level i."""
+    return Images(grey, resolution, 1, "numbered", np.arange(count))
+
+
+def labelled_images(count, num_classes):
+    """Image i is of grey level i and of class i modulo `num_classes`."""
+    return replace(numbered_images(count), labels=np.arange(count) % num_classes, num_classes=num_classes)
 
 
 def save_greys(folder, levels, *, size=(4, 4), end="png"):

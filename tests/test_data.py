@@ -1,4 +1,4 @@
-"""Images from every kind of source, and what a run draws from them."""
+"""Images from every kind of source."""
 
 import dataclasses
 import itertools
@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats  # comes with scikit-learn
 
-from tests.conftest import CIFAR10, DrawsByNumber, flat_draws
-from tests.sources import encoded, grey, grey_levels, image_table, labels_of, levels_of, load, save_greys
-from vkd_gen.data.draws import DrawNumbers
+from tests.conftest import CIFAR10
+from tests.sources import (
+    encoded,
+    grey_levels,
+    image_table,
+    labelled_images,
+    labels_of,
+    levels_of,
+    load,
+    numbered_images,
+    save_greys,
+)
 from vkd_gen.data.embedded import embedded_pixels
-from vkd_gen.data.images import Images, evenly_spaced
-from vkd_gen.data.sources import load_images
+from vkd_gen.data.images import evenly_spaced
 from vkd_gen.training.options import default_cifar10
-
-
-def numbered_images(count, *, resolution=4, channels=1):
-    """Image i is i / 255 all over, as a number from 0 to 255."""
-    return Images(lambda index: grey(index), resolution, channels, "numbered", np.arange(count))
 
 
 @pytest.fixture
@@ -370,248 +372,3 @@ def test_two_columns_of_classes_need_a_choice(datasets, tmp_path):
     table.add_column("coarse", [0, 1, 0]).cast_column("coarse", kind).to_parquet(tmp_path / "two.parquet")
     with pytest.raises(ValueError, match="has 2 columns of classes and none called label; name one by --label_column"):
         load(tmp_path, with_labels=True)
-
-
-# ---- draws
-
-
-def drawn_numbers(draws, numbers):
-    return grey_levels(draws[number]["sample"] for number in numbers)
-
-
-def assert_same_draw(found, expected, names=("sample", "noise", "time")):
-    assert found.keys() == expected.keys() == set(names)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_a_draw_is_a_pure_function_of_seed_and_number():
-    """Whatever was drawn before, in whatever order and by whichever instance."""
-    images = numbered_images(7)
-    draws = DrawsByNumber(images, seed=3, random_flip=True)
-    expected = [draws[number] for number in range(30)]
-    again, order = DrawsByNumber(images, seed=3, random_flip=True), np.random.default_rng(0).permutation(30)
-    for number in [*order, *order[::-1]]:
-        assert_same_draw(again[int(number)], expected[number])
-    state = torch.get_rng_state()
-    torch.manual_seed(99)
-    np.random.seed(99)
-    assert_same_draw(again[12], expected[12])
-    torch.set_rng_state(state)
-
-
-def test_a_draw_is_what_a_new_generator_of_its_key_gives():
-    """However the generator is set: resumed runs, and evidence, depend on these numbers."""
-    draws = DrawsByNumber(load_images("digits", resolution=8, channels=1)[0], seed=2**63 - 1)
-    for number in (5, 0, 2**40):
-        generator = np.random.Generator(np.random.Philox(key=np.array([2**63 - 1, 2 * number], dtype=np.uint64)))
-        generator.random()  # of the flip
-        noise, time = generator.standard_normal((1, 8, 8), dtype=np.float32), generator.random()
-        draw = draws[number]
-        assert np.array_equal(draw["noise"].numpy(), noise)
-        assert draw["time"] == np.float32(time)
-
-
-@pytest.mark.parametrize("num_classes", [0, 3])
-def test_a_batch_is_its_draws(num_classes):
-    images = labelled_images(7, num_classes) if num_classes else numbered_images(7)
-    draws = DrawsByNumber(images, seed=3, random_flip=True, guidance_dropout=0.5)
-    batch = draws[[11, 2, 30]]
-    for place, number in enumerate((11, 2, 30)):
-        expected = draws[number]
-        assert_same_draw({name: values[place] for name, values in batch.items()}, expected, names=expected)
-    assert batch["noise"].shape == (3, 1, 4, 4)
-
-
-@pytest.mark.parametrize(("limit", "reads"), [(2 * 4 * 16, 2), (2 * 4 * 16 - 1, 21)])
-def test_images_of_a_small_set_are_decoded_once(limit, reads, monkeypatch):
-    monkeypatch.setattr("vkd_gen.data.draws.KEPT_BYTES", limit)
-    seen = []
-
-    def read(number):
-        seen.append(number)
-        return grey(number)
-
-    draws = DrawsByNumber(Images(read, 4, 1, "two", np.arange(2)), seed=0)
-    first = [draws[number]["sample"].clone() for number in range(10)]
-    draws[0]["sample"].zero_()  # what was handed over is the caller's
-    again = [draws[number]["sample"] for number in range(10)]
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    assert len(seen) == reads
-
-
-def test_seeds_and_numbers_draw_unlike_noise_and_times():
-    images = numbered_images(7)
-    drawn = [DrawsByNumber(images, seed=seed)[number] for seed in range(6) for number in range(6)]
-    noise = torch.stack([draw["noise"].flatten() for draw in drawn])
-    assert len({tuple(row) for row in noise.tolist()}) == 36
-    assert len({draw["time"].item() for draw in drawn}) == 36
-
-
-def test_each_epoch_is_a_permutation_of_its_own():
-    images = numbered_images(50)
-    epochs = [
-        drawn_numbers(DrawsByNumber(images, seed=seed), range(50 * epoch, 50 * (epoch + 1)))
-        for seed in (0, 1)
-        for epoch in range(3)
-    ]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(50))
-    assert len({tuple(epoch) for epoch in [*epochs, list(range(50))]}) == 7  # and none is the identity
-
-
-def test_noise_is_standard_normal_and_time_uniform():
-    draws = DrawsByNumber(numbered_images(40, resolution=8), seed=0)
-    drawn = [draws[number] for number in range(400)]
-    noise = torch.stack([draw["noise"] for draw in drawn])
-    assert noise.shape == (400, 1, 8, 8)
-    assert noise.dtype == torch.float32
-    times = torch.stack([draw["time"] for draw in drawn])
-    assert times.dtype == torch.float32
-    assert times.min() >= 0
-    assert times.max() < 1
-    # Kolmogorov-Smirnov at one in a thousand; the draws are fixed, so this cannot fail by chance later.
-    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
-    assert stats.kstest(times.numpy(), "uniform").pvalue > 1e-3
-    # Draws do not depend on one another, nor pixels on pixels, nor the time on the noise.
-    rows = noise.flatten(1)
-    correlations = torch.corrcoef(torch.cat([rows.T[:20], times[None]])).triu(1)
-    assert correlations.abs().max() < 0.2  # 4 standard errors of a correlation over 400
-    assert abs(np.corrcoef(rows[:-1].flatten(), rows[1:].flatten())[0, 1]) < 0.025  # 4 over 25,600
-    assert abs(np.corrcoef(times[:-1], times[1:])[0, 1]) < 0.2
-
-
-def test_flips_mirror_half_of_the_images():
-    ramp = Image.fromarray(np.tile(np.arange(4, dtype=np.uint8) * 10, (4, 1)))
-    images = Images(lambda _: ramp, 4, 1, "ramp", np.arange(10))
-    plain, flipping = (DrawsByNumber(images, seed=0, random_flip=flip) for flip in (False, True))
-    num_flipped = 0
-    for number in range(200):
-        expected, found = plain[number], flipping[number]
-        assert torch.equal(found["noise"], expected["noise"])  # flips do not shift the other draws
-        assert torch.equal(found["time"], expected["time"])
-        if not torch.equal(found["sample"], expected["sample"]):
-            assert torch.equal(found["sample"], expected["sample"].flip(-1))
-            num_flipped += 1
-    assert 70 <= num_flipped <= 130  # 4 standard errors
-
-
-def labelled_images(count, num_classes):
-    """Image i is i / 255 all over and of class i modulo `num_classes`."""
-    return dataclasses.replace(numbered_images(count), labels=np.arange(count) % num_classes, num_classes=num_classes)
-
-
-def test_draws_with_labels_are_those_without_but_for_the_label():
-    plain = DrawsByNumber(numbered_images(40), seed=5, random_flip=True)
-    labelled = DrawsByNumber(labelled_images(40, 7), seed=5, random_flip=True, guidance_dropout=0.5)
-    for number in range(100):
-        found = labelled[number]
-        label = found.pop("class_labels")
-        assert_same_draw(found, plain[number])
-        assert label.dtype == torch.int64
-        assert label.shape == ()
-
-
-def test_labels_follow_their_images():
-    images = dataclasses.replace(labelled_images(40, 7), indices=np.arange(3, 40, 2))
-    draws = DrawsByNumber(images, seed=5)
-    drawn = [draws[number] for number in range(60)]
-    assert [draw["class_labels"].item() for draw in drawn] == [
-        level % 7 for level in grey_levels(draw["sample"] for draw in drawn)
-    ]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
-def test_share_of_dropped_labels(share):
-    images = labelled_images(40, 7)
-    kept, dropping = (DrawsByNumber(images, seed=5, guidance_dropout=dropout) for dropout in (0.0, share))
-    labels = [(kept[number]["class_labels"].item(), dropping[number]["class_labels"].item()) for number in range(1000)]
-    dropped = [found == 7 for _, found in labels]
-    assert all(found in (expected, 7) for expected, found in labels)
-    assert abs(np.mean(dropped) - share) <= 4 * np.sqrt(share * (1 - share) / 1000)  # 4 standard errors
-    # Neither the class nor the draw before has a say.
-    if share:
-        by_class = [np.mean([found == 7 for label, found in labels if label == number]) for number in range(7)]
-        assert np.ptp(by_class) < 0.25
-        assert abs(np.corrcoef(dropped[:-1], dropped[1:])[0, 1]) < 0.13
-
-
-def test_dropped_labels_are_a_pure_function_of_seed_and_number():
-    images = labelled_images(40, 7)
-    draws, again = (DrawsByNumber(images, seed=5, guidance_dropout=0.5) for _ in range(2))
-    expected = [draws[number]["class_labels"].item() for number in range(60)]
-    order = np.random.default_rng(0).permutation(60)
-    assert [again[int(number)]["class_labels"].item() for number in order] == [expected[number] for number in order]
-    other = DrawsByNumber(images, seed=6, guidance_dropout=0.5)
-    dropped = [[draw[number]["class_labels"].item() == 7 for number in range(60)] for draw in (draws, other)]
-    assert dropped[0] != dropped[1]
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
-def test_guidance_dropout_out_of_range(share):
-    with pytest.raises(ValueError, match="guidance_dropout must be at least 0 and below 1"):
-        DrawsByNumber(labelled_images(4, 2), seed=0, guidance_dropout=share)
-
-
-def test_negative_seed():
-    with pytest.raises(ValueError, match="seed must be 0 or above"):
-        DrawsByNumber(numbered_images(2), seed=-1)
-
-
-# ---- batches of draws
-
-
-def all_batches(**options):
-    return list(DrawNumbers(**{"first_step": 0, "num_steps": 5, "batch_size": 12} | options))
-
-
-def draws_of_steps(batches_of_processes, accumulation_steps):
-    """Sorted draws of every optimizer step, over all processes."""
-    steps = []
-    for step in range(len(batches_of_processes[0]) // accumulation_steps):
-        passes = slice(step * accumulation_steps, (step + 1) * accumulation_steps)
-        steps.append(sorted(itertools.chain(*(itertools.chain(*batches[passes]) for batches in batches_of_processes))))
-    return steps
-
-
-def test_batches_of_one_process():
-    assert all_batches(num_steps=3, batch_size=2) == [[0, 1], [2, 3], [4, 5]]
-
-
-@pytest.mark.parametrize(("num_processes", "accumulation_steps"), [(1, 3), (2, 1), (3, 1), (2, 3), (3, 2), (12, 1)])
-def test_any_split_covers_the_same_draws_in_every_step(num_processes, accumulation_steps):
-    whole = all_batches()
-    split = [
-        all_batches(
-            batch_size=12 // num_processes // accumulation_steps,
-            accumulation_steps=accumulation_steps,
-            process_index=index,
-            num_processes=num_processes,
-        )
-        for index in range(num_processes)
-    ]
-    assert draws_of_steps(split, accumulation_steps) == whole
-
-
-@pytest.mark.parametrize("first_step", [0, 1, 4, 5])
-def test_resuming_is_a_suffix(first_step):
-    options = {"batch_size": 3, "accumulation_steps": 2, "process_index": 1, "num_processes": 2}
-    whole, resumed = all_batches(**options), all_batches(first_step=first_step, **options)
-    assert resumed == whole[2 * first_step :]
-    assert len(DrawNumbers(first_step=first_step, num_steps=5, batch_size=3, accumulation_steps=2)) == len(resumed)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_in_a_data_loader(num_workers):
-    """Workers do not change what is drawn."""
-    images = numbered_images(5)
-    expected = DrawsByNumber(images, seed=1)
-    found = expected.draws.loader(
-        DrawNumbers(first_step=1, num_steps=4, batch_size=3),
-        num_workers=num_workers,
-        multiprocessing_context="fork" if num_workers else None,
-    )
-    found = list(map(flat_draws, found))
-    assert len(found) == 3
-    for number, batch in enumerate(found, start=1):
-        for position in range(3):
-            assert_same_draw({name: value[position] for name, value in batch.items()}, expected[3 * number + position])

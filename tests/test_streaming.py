@@ -1,21 +1,15 @@
 """Streams of images: who reads what, in which order, and how to go on."""
 
 import itertools
-import pickle
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 
-from tests.conftest import DrawsByNumber, flat_draws
 from tests.sources import encoded, grey_levels, labels_of, load, save_greys, write_shards
-from tests.test_data import assert_same_draw
-from vkd_gen.data.draws import DrawNumbers, Draws
 from vkd_gen.data.images import ImageSpec
 from vkd_gen.data.streaming import Position, stream_images
-from vkd_gen.schedule import Schedule
 
 datasets = pytest.importorskip("datasets")
 
@@ -242,73 +236,6 @@ def test_a_label_out_of_range_behind_the_head(tmp_path):
     stream, _, _ = open_stream(source, head_size=3, with_labels=True, num_classes=2)
     with pytest.raises(ValueError, match=r"image 4 of shard 0 of .* has the label 5; labels are 0 to 1"):
         first_epoch(stream)
-
-
-# ---- draws
-
-
-def streamed_batches(stream, *, positions=None, first_step=0, num_steps=6, num_workers=0, seed=5, **batches):
-    given = {"first_step": first_step, "num_steps": num_steps, "batch_size": 3, **batches}
-    draws = DrawsByNumber(stream.images, seed=seed, random_flip=True, stream=stream).draws
-    if positions is not None:
-        draws.positions = positions
-    context = "fork" if num_workers else None
-    return map(flat_draws, draws.loader(DrawNumbers(**given), num_workers=num_workers, multiprocessing_context=context))
-
-
-def test_noise_flip_and_time_are_those_of_the_draw(numbered):
-    stream, train, _ = open_stream(numbered, head_size=20)
-    expected = DrawsByNumber(train, seed=5)
-    for step, batch in enumerate(streamed_batches(stream, num_steps=3, process_index=1, num_processes=2)):
-        for place in range(3):
-            draw = expected[(2 * step + 1) * 3 + place]
-            assert torch.equal(batch["noise"][place], draw["noise"])
-            assert torch.equal(batch["time"][place], draw["time"])
-
-
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-@pytest.mark.parametrize("first_step", [1, 4])
-def test_stopped_and_gone_on_is_the_straight_run(numbered, num_workers, first_step):
-    """With any number of workers, as long as it stays the same; whatever they have read ahead."""
-    stream, _, _ = open_stream(numbered)
-    options = {"num_workers": num_workers, "accumulation_steps": 2, "process_index": 1, "num_processes": 2}
-    straight = list(streamed_batches(stream, **options))
-    assert len(straight) == 12
-    positions = torch.tensor([Position()] * max(1, num_workers))
-    for batch in itertools.islice(streamed_batches(stream, **options), 2 * first_step):
-        positions[batch["reader"]] = batch["position"]
-    gone_on = list(streamed_batches(stream, positions=positions, first_step=first_step, **options))
-    assert len(gone_on) == 12 - 2 * first_step
-    for found, expected in zip(gone_on, straight[2 * first_step :], strict=True):
-        assert_same_draw(found, expected, names=("sample", "noise", "time", "reader", "position"))
-
-
-@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 2), (2, 0), (2, 2)])
-def test_processes_and_workers_share_an_epoch(numbered, num_processes, num_workers):
-    stream, _, _ = open_stream(numbered)
-    seen = []
-    for index in range(num_processes):
-        loader = streamed_batches(
-            stream,
-            num_steps=15 * max(1, num_workers),  # more than any reader has in an epoch
-            batch_size=1,
-            num_workers=num_workers,
-            process_index=index,
-            num_processes=num_processes,
-        )
-        seen += [grey_levels(batch["sample"])[0] for batch in loader if batch["position"][0] == 0]
-    assert sorted(seen) == list(range(20))
-
-
-def test_streamed_draws_can_be_sent_to_workers(numbered):
-    """Workers are started afresh on macOS and Windows, and everywhere from Python 3.14 on; the head stays here."""
-    stream, head, _ = open_stream(numbered, head_size=20)
-    draws = Draws(head, Schedule.of(DDPMScheduler()), seed=5, stream=stream)
-    dataset = draws.loader(DrawNumbers(first_step=0, num_steps=2, batch_size=3), num_workers=0).dataset
-    sent = pickle.dumps(dataset)
-    assert encoded(0) not in sent
-    found, expected = next(iter(pickle.loads(sent))), next(iter(dataset))
-    assert all(torch.equal(found[name], expected[name]) for name in ("sample", "noise", "position"))
 
 
 # ---- what cannot be streamed
