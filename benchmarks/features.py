@@ -49,7 +49,6 @@ OPERATIONS = {
     torch.ops.aten._linalg_eigh: lambda a, *_, **__: 9 * a[-1] ** 3,  # 8.3; LAPACK's divide and conquer takes less
     torch.ops.aten.linalg_cholesky_ex: lambda a, *_, **__: a[-1] ** 3 / 3,  # 4.2
     torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: a[-1] * math.prod(b),  # 3.1
-    torch.ops.aten.cholesky_solve: lambda b, a, *_, **__: 2 * a[-1] * math.prod(b),
     torch.ops.aten._linalg_solve_ex: lambda a, b, **_: 2 / 3 * a[-1] ** 3 + 2 * a[-1] * math.prod(b),  # 3.2
     torch.ops.aten.linalg_lu_solve: lambda a, _pivots, b, **_: 2 * a[-1] * math.prod(b),
     # Five products, for 1-norms up to 1.09: the polynomial of Bader, Blanes and Casas, 2019, Mathematics 7(12).
