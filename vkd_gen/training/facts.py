@@ -119,8 +119,18 @@ def compare_facts(before: dict[str, Any], now: dict[str, Any], point: Path, tell
     if forbidden or other_contents:
         words = [f"--{name} was {before[name]!r} and is {changed[name]!r}" for name in forbidden]
         raise ValueError(f"{point} is of another run: {'; '.join([*words, *other_contents])}")
-    if not knows_facts:  # the flags alone: all is told once the facts are known
-        return
+    if knows_facts:  # not of the flags alone, which come first
+        _tell_changes(before, now, changed, point, tell)
+
+
+def _tell_changes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    point: Path,
+    tell: Callable[[str], None],
+) -> None:
+    """Say what may change, and what of it does."""
     if any(name in changed for name in BATCH):
         tell(
             f"{point} was made by {_batch_in_words(before)}, this run goes on by {_batch_in_words(now)}: each step "
@@ -156,8 +166,7 @@ def _check_length(before: Mapping[str, Any], now: Mapping[str, Any], point: Path
             f"{now['max_train_steps']}: {' and '.join(reasons)}, so that is another run. A run can be longer if it "
             "was started with --lr_scheduler constant or constant_with_warmup (of a student also with "
             "--feature_decay_start 1 --feature_decay_end 1 --feature_weighting constant); else start a new one, of a "
-            "student from what was "
-            "exported: --student OUTPUT_DIR/pipeline"
+            "student from what was exported: --student OUTPUT_DIR/pipeline"
         )
 
 

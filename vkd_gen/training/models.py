@@ -252,6 +252,11 @@ def check_checkpoint(folder: Path | None) -> None:
     """
     if folder is None:
         return
+    if (folder / "training.pt").exists():
+        raise ValueError(
+            f"{folder} was made by an earlier version, whose checkpoints hold other files: finish that run with its "
+            "version, or start a new one"
+        )
     shards = sorted(path for path in folder.iterdir() if path.is_dir())
     if shards:
         raise ValueError(
