@@ -49,7 +49,7 @@ class CostConfig:
 def read_configs(config: CostConfig) -> dict[str, dict[str, Any]]:
     """Name -> configuration of each UNet, students of the first model behind the others."""
     from vkd_gen.families import reduce_config
-    from vkd_gen.training.models import read_unet_config
+    from vkd_gen.training.unets import read_unet_config
 
     configs = {}
     for name in config.models:
@@ -74,7 +74,7 @@ def main(config: CostConfig) -> None:
     from vkd_gen.evaluation.cost import count_macs, count_parameters, forward_costs
     from vkd_gen.families import build_student, published_cost
     from vkd_gen.provenance import environment, write_json
-    from vkd_gen.training.models import check_memory, unet_without_weights
+    from vkd_gen.training.unets import check_memory, unet_without_weights
 
     torch.set_float32_matmul_precision("high")
     configs = read_configs(config)

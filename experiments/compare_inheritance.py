@@ -90,7 +90,7 @@ def load(config: InheritanceConfig, folder: str, dataset: str) -> "tuple[Any, An
     from vkd_gen.data.draws import Draws
     from vkd_gen.data.sources import load_images
     from vkd_gen.schedule import Schedule
-    from vkd_gen.training.models import load_teacher
+    from vkd_gen.training.unets import load_teacher
 
     teacher, noise_scheduler, _ = load_teacher(repository_path(folder, __file__))
     schedule = Schedule.of(noise_scheduler)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import one_line, tiny_condition_unet, tiny_unet
 from vkd_gen.families import TEACHERS
 from vkd_gen.schedule import Schedule
-from vkd_gen.training.models import (
+from vkd_gen.training.unets import (
     check_memory,
     load_teacher,
     load_unet,

@@ -12,7 +12,7 @@ from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_netw
 from vkd_gen.loading import read_tensors
 from vkd_gen.sampling import load_pipeline, stock_pipeline
 from vkd_gen.training.loop import Loop
-from vkd_gen.training.models import load_teacher, load_unet
+from vkd_gen.training.unets import load_teacher, load_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import FORMATS, one_line, write_payload
 from tests.faults.small_run import STEPS, end_as, end_of, error_of, options_of, run_to_end, start_processes, train
 from tests.recipes.conftest import read_metrics, reseal, without_times
-from vkd_gen.training.checkpoints import find_fault, read_manifest, seal
-from vkd_gen.training.models import check_checkpoint
+from vkd_gen.training.checkpoints import check_checkpoint, find_fault, read_manifest, seal
 from vkd_gen.training.options import flat_config
 from vkd_gen.training.run_folder import RunFolder
 

@@ -2,8 +2,8 @@
 
 from tests.recipes.conftest import SHORT, load_recipe
 from vkd_gen.cli import repository_path
-from vkd_gen.training.models import load_teacher
 from vkd_gen.training.teachers import build_teacher
+from vkd_gen.training.unets import load_teacher
 
 RECIPE = "train_teacher_unet"
 

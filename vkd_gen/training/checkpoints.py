@@ -4,12 +4,17 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from accelerate.utils import load
+
 from vkd_gen.files import reason_of
+from vkd_gen.loading import check_file
 from vkd_gen.text import one_line
 
 MANIFEST = "manifest.json"
@@ -83,6 +88,46 @@ def find_fault(folder: Path, *, hash_up_to: float = math.inf) -> str | None:
         if manifest["files"][name] != now:
             return f"{name} is not as it was written"
     return None
+
+
+def check_checkpoint(folder: Path | None) -> None:
+    """Refuse a checkpoint with a file that would run code, or cannot be read, before anything of it is loaded.
+
+    Beside the weights there are pickles: optimizer.bin, scaler.pt, random_states_*.pkl, and custom_checkpoint_*.pkl of
+    what is registered with Accelerate, which it reads with `weights_only=False`. Here all are read with
+    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are refused: their own loaders
+    unpickle whatever they hold.
+
+    Args:
+        folder: of the checkpoint; None for a run that starts anew.
+
+    Raises:
+        ValueError: in one line, naming the file.
+    """
+    if folder is None:
+        return
+    if (folder / "training.pt").exists():
+        raise ValueError(
+            f"{folder} was made by an earlier version, whose checkpoints hold other files: finish that run with its "
+            "version, or start a new one"
+        )
+    shards = sorted(path for path in folder.iterdir() if path.is_dir())
+    if shards:
+        raise ValueError(
+            f"the checkpoint holds a folder, {shards[0]}; shards (FSDP, DeepSpeed) are unpickled by their own loaders "
+            "and not loaded here"
+        )
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".pth")):
+        try:
+            check_file(path)
+            with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than its own
+                load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # damaged, truncated and executable files each have a class of their own
+            is_code = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error)
+            reason = "it holds more than numbers, and could run code" if is_code else one_line(error)[:200]
+            raise ValueError(
+                f"the checkpoint's file {path} is not loaded: {reason}; resume from another one"
+            ) from error
 
 
 def problem_of(action: Callable[[], None], folder: Path) -> str | None:

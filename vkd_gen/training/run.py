@@ -31,10 +31,10 @@ from vkd_gen.pictures import save_sample_grid, to_uint8
 from vkd_gen.provenance import only_warns, write_json
 from vkd_gen.text import printable
 from vkd_gen.training.accelerator import make_accelerator, on_main_process
+from vkd_gen.training.checkpoints import check_checkpoint
 from vkd_gen.training.export import after_export, check_upload, finish_export, try_saving
 from vkd_gen.training.facts import facts_of_data, hash_model, run_facts
 from vkd_gen.training.images import Data, load_data
-from vkd_gen.training.models import check_checkpoint
 from vkd_gen.training.options import DataOptions, TrainingOptions
 from vkd_gen.training.probe import check_finite
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step

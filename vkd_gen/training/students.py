@@ -25,16 +25,16 @@ from vkd_gen.models import Model
 from vkd_gen.pairing import pair_table
 from vkd_gen.schedule import Schedule
 from vkd_gen.training.matching import pair_named_or_all, target_channels
-from vkd_gen.training.models import (
+from vkd_gen.training.options import StudentOptions
+from vkd_gen.training.probe import check_time_embedding
+from vkd_gen.training.run import Run
+from vkd_gen.training.unets import (
     check_memory,
     load_teacher,
     load_unet,
     read_student_config,
     unet_without_weights,
 )
-from vkd_gen.training.options import StudentOptions
-from vkd_gen.training.probe import check_time_embedding
-from vkd_gen.training.run import Run
 
 LARGEST_START = 2**18
 """Pixels, in all draws together, that students are fitted on: every layer's output of them is held in memory."""

@@ -7,8 +7,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.loading import check_memory
 from vkd_gen.models import Model
-from vkd_gen.training.models import unet_without_weights
 from vkd_gen.training.options import TeacherOptions
+from vkd_gen.training.unets import unet_without_weights
 
 
 def build_teacher(options: TeacherOptions, num_classes: int = 0) -> Model:

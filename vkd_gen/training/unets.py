@@ -1,22 +1,18 @@
 """UNets from folders, files and the hub: safetensors only, no code, and sizes checked before anything is allocated."""
 
-import pickle
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import load
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 from vkd_gen.families import REDUCTIONS, TEACHERS
 from vkd_gen.families.build import complete_config, unet_class
 from vkd_gen.hub import hub_folder, model_files, split_revision
 from vkd_gen.limits import check_sizes
-from vkd_gen.loading import check_betas, check_file, check_memory, load_model, read_json
+from vkd_gen.loading import check_betas, check_memory, load_model, read_json
 from vkd_gen.pipelines import num_classes_of
-from vkd_gen.text import one_line
 
 CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
 """What a UNet and its schedule are known by, in a repository of the hub."""
@@ -233,44 +229,3 @@ def _check(unet: UNet2DModel, source: str) -> UNet2DModel:
             "variance cannot be distilled here"
         )
     return unet
-
-
-def check_checkpoint(folder: Path | None) -> None:
-    """Refuse a checkpoint with a file that would run code, or cannot be read, before anything of it is loaded.
-
-    Beside the weights there are pickles: optimizer.bin, scaler.pt, random_states_*.pkl, and the loop's training.pt and
-    process-*.pt; Accelerate also keeps custom_checkpoint_*.pkl of what is registered with it, which it reads with
-    `weights_only=False`, and goes on without the random states where it cannot read them. Here all are read with
-    `weights_only=True` first; values stay on disk. Folders of shards (FSDP, DeepSpeed) are refused: their own loaders
-    unpickle whatever they hold.
-
-    Args:
-        folder: of the checkpoint; None for a run that starts anew.
-
-    Raises:
-        ValueError: in one line, naming the file.
-    """
-    if folder is None:
-        return
-    if (folder / "training.pt").exists():
-        raise ValueError(
-            f"{folder} was made by an earlier version, whose checkpoints hold other files: finish that run with its "
-            "version, or start a new one"
-        )
-    shards = sorted(path for path in folder.iterdir() if path.is_dir())
-    if shards:
-        raise ValueError(
-            f"the checkpoint holds a folder, {shards[0]}; shards (FSDP, DeepSpeed) are unpickled by their own loaders "
-            "and not loaded here"
-        )
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pkl", ".pt", ".pth")):
-        try:
-            check_file(path)
-            with warnings.catch_warnings(action="ignore"):  # of pickles of another kind than its own
-                load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # damaged, truncated and executable files each have a class of their own
-            is_code = isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error)
-            reason = "it holds more than numbers, and could run code" if is_code else one_line(error)[:200]
-            raise ValueError(
-                f"the checkpoint's file {path} is not loaded: {reason}; resume from another one"
-            ) from error
