@@ -186,21 +186,6 @@ def test_widths_that_do_not_fit_are_refused(projector, channels):
         )
 
 
-def test_exported_student_is_a_plain_unet(models, tmp_path):
-    projected, teacher = models
-    distillation_losses(projected, make_batch(), schedule=Schedule.of(DDPMScheduler()), teacher=teacher)[
-        "total"
-    ].backward()
-    plain = tiny_unet((8, 16), seed=9)
-    assert projected.student.state_dict().keys() == plain.state_dict().keys()
-    assert any(name.startswith("projectors.") for name in projected.state_dict())
-    projected.student.save_pretrained(tmp_path)
-    loaded = type(plain).from_pretrained(tmp_path)
-    assert_states_equal(dict(loaded.state_dict()), dict(projected.student.state_dict()), atol=0, rtol=0)
-    noisy, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
-    torch.testing.assert_close(loaded(noisy, timesteps).sample, projected(noisy, timesteps)[0])
-
-
 def test_a_look_in_eval_mode_is_nothing_to_solve_after(models, schedule, monkeypatch):
     projected, teacher = models
     steps = []

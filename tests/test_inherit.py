@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DModel
 
-from tests.conftest import make_batch, tiny_unet
+from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from vkd_gen.families import (
     REDUCTIONS,
     Reduction,
@@ -27,37 +27,19 @@ from vkd_gen.families.unet import example
 CHOICES = ("activation", "magnitude", "first", "random")
 
 
-def unconditional(scale=1, **config):
-    settings = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (8 * scale, 16 * scale),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-    }
-    torch.manual_seed(0)
-    return shaken(UNet2DModel(**{**settings, **config}))
+KINDS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 
 
-def conditional(scale=1, **config):
-    settings = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (8 * scale, 16 * scale),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 2,
-        "cross_attention_dim": 6,
-    }
-    torch.manual_seed(0)
-    return shaken(UNet2DConditionModel(**{**settings, **config}))
+def unconditional(scale=1, *, channels=(8, 16), attention=True, **config):
+    widths = tuple(scale * count for count in channels)
+    return shaken(tiny_unet(widths, attention=attention, **{**KINDS, **config}))
+
+
+def conditional(scale=1, *, channels=(8, 16), **config):
+    return shaken(
+        tiny_condition_unet(tuple(scale * count for count in channels), **{"cross_attention_dim": 6, **config})
+    )
 
 
 def shaken(unet):
@@ -71,12 +53,10 @@ def shaken(unet):
 
 
 FAMILIES = {
-    "no attention": lambda scale=1: unconditional(
-        scale, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False
-    ),
+    "no attention": lambda scale=1: unconditional(scale, attention=False, **PLAIN),
     "attention": unconditional,
     "three layers": lambda scale=1: unconditional(scale, layers_per_block=3),
-    "equal stages": lambda scale=1: unconditional(scale, block_out_channels=(16 * scale, 16 * scale)),
+    "equal stages": lambda scale=1: unconditional(scale, channels=(16, 16)),
     "scale and shift": lambda scale=1: unconditional(scale, resnet_time_scale_shift="scale_shift"),
     "resnet samplers": lambda scale=1: unconditional(scale, downsample_type="resnet", upsample_type="resnet"),
     "classes": lambda scale=1: unconditional(scale, num_class_embeds=5),
@@ -243,18 +223,12 @@ def test_dead_channels_are_the_ones_dropped(family, choice, rescaling, schedule)
 
 def stable_diffusion(**config):
     """Stable Diffusion's blocks at a tenth of their widths."""
-    torch.manual_seed(3)
-    settings = {
-        "sample_size": 8,
-        "block_out_channels": (32, 64, 128, 128),
+    kinds = {
         "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
         "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-        "layers_per_block": 2,
-        "cross_attention_dim": 16,
         "attention_head_dim": 8,
-        "norm_num_groups": 8,
     }
-    return shaken(UNet2DConditionModel(**{**settings, **config}))
+    return shaken(tiny_condition_unet((32, 64, 128, 128), layers_per_block=2, **{**kinds, **config}))
 
 
 OUTSIDE = {name: name for name in ("conv_in", "time_embedding", "conv_norm_out", "conv_out")}
@@ -378,8 +352,7 @@ def test_choices_of_layers_are_measured(schedule):
 
 
 def test_the_best_layers_are_never_worse_than_the_default(schedule):
-    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
-    teacher = unconditional(layers_per_block=2, block_out_channels=(8, 8), **plain)
+    teacher = unconditional(layers_per_block=2, channels=(8, 8), attention=False, **PLAIN)
     student = build_student(teacher, Reduction(layers_per_block=1))
     batches = batches_of(teacher)
     results = compare_layer_choices(student, teacher, batches, schedule)
@@ -408,10 +381,10 @@ REDUCED = [
     ids=str,
 )
 def test_any_reduction_inherits_and_fitting_helps(family, reduction, schedule):
-    widths = {"block_out_channels": (8, 16, 16), "layers_per_block": 2}
+    widths = {"channels": (8, 16, 16), "layers_per_block": 2}
     if family == "attention":
         blocks = {"down_block_types": ("AttnDownBlock2D", *["DownBlock2D"] * 2)}
-        blocks |= {"up_block_types": (*["UpBlock2D"] * 2, "AttnUpBlock2D"), "add_attention": False}
+        blocks |= {"up_block_types": (*["UpBlock2D"] * 2, "AttnUpBlock2D"), "attention": False}
         teacher = unconditional(**widths, **blocks)
     else:
         blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
@@ -425,6 +398,7 @@ def test_any_reduction_inherits_and_fitting_helps(family, reduction, schedule):
         assert all(parameter.isfinite().all() for parameter in student.parameters())
         errors[rescaling] = step0_error(student, teacher, batches_of(teacher), schedule)
         assert bool(report.fitted) == (rescaling == "least_squares")
+        assert not report.copied.keys() & report.fitted.keys()
     assert errors["least_squares"] < errors["none"]
     assert errors["least_squares"] < 0.9
 

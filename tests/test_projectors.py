@@ -350,17 +350,6 @@ def test_learned_matrix_equals_a_float64_reference(method, widths):
 
 @METHODS
 @WIDTHS
-def test_matrix_starts_where_it_is_told(method, widths):
-    start = random_orthonormal(min(widths), max(widths), seed=3)
-    projector = OrthogonalProjector(*widths, method=method, start=start)
-    torch.testing.assert_close(projector.matrix().detach(), start, rtol=0, atol=1e-6)
-    assert projector.matrix().dtype == torch.float32
-    start.zero_()  # the projector keeps its own copy
-    assert projector.matrix().norm() > 1
-
-
-@METHODS
-@WIDTHS
 def test_identity_start_pads_the_narrower_side_with_zeros(method, widths):
     projector = OrthogonalProjector(*widths, method=method).eval()
     student, target = make_rows(widths)

@@ -30,7 +30,8 @@ def forward(unet, size=8):
         ((16, 32), 4, None, 1.5, (24, 48)),
         ((16, 32), 4, 8, 0.3, (8, 16)),  # multiples of 8
         ((24, 48), 4, 6, 0.3, (12, 24)),  # of 12, the least common multiple of 4 and 6: 7.2 and 14.4
-        ((12, 24), 4, 8, 1.0, (12, 24)),  # a teacher whose heads do not divide its channels is not widened
+        ((6, 8), 1, None, 0.5, (4, 4)),  # sines and cosines of the timestep take an even number in the first stage
+        ((12, 24), 4, 8, 0.95, (12, 24)),  # a teacher whose heads do not divide its channels is not widened
     ],
 )
 def test_channels_of_the_student(channels, groups, head, width, expected):
