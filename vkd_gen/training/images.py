@@ -41,18 +41,30 @@ class Data(NamedTuple):
         )
 
 
-def load_data(options: DataOptions, source: str, spec: ImageSpec, say: Callable[[str], None]) -> Data:
+def load_data(
+    options: DataOptions, source: str, form: tuple[int, int], num_classes: int | None, say: Callable[[str], None]
+) -> Data:
     """The images that a recipe's user chose, kept decoded if that was asked for; called by all processes.
 
     Args:
         options: of the recipe.
         source: `options.dataset`, found.
-        spec: how they are read.
+        form: side in pixels and channels to bring the images to.
+        num_classes: of the model, 0 for as many as the data have; None reads no classes.
         say: prints a line.
 
     Raises:
         ValueError: in one line, see `load_images`, `stream_images` and `cache_images`.
     """
+    spec = ImageSpec(
+        resolution=form[0],
+        channels=form[1],
+        image_column=options.image_column,
+        with_labels=num_classes is not None,
+        label_column=options.label_column,
+        num_classes=num_classes or None,
+        on_bad_image=options.on_bad_image,
+    )
     stream = None
     if options.streaming:
         sizes = {"head_size": options.stream_head, "buffer_size": options.stream_buffer}

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from vkd_gen.cli import repository_path
 from vkd_gen.data.draws import Draws
-from vkd_gen.data.images import ImageSpec
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.evaluation.card import model_card
 from vkd_gen.evaluation.compare import evaluate
@@ -28,7 +27,7 @@ from vkd_gen.evaluation.tables import markdown_table, print_table
 from vkd_gen.hub import hub_revision
 from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
-from vkd_gen.provenance import only_warns, write_json
+from vkd_gen.provenance import only_warns, read_metrics, write_json
 from vkd_gen.text import printable
 from vkd_gen.training.accelerator import make_accelerator, on_main_process
 from vkd_gen.training.checkpoints import check_checkpoint
@@ -109,23 +108,8 @@ class Run:
     # ---- the opening
 
     def load_data(self, options: DataOptions, form: tuple[int, int], num_classes: int | None = None) -> Data:
-        """The images of the run, which are kept in `data`; see `load_data`.
-
-        Args:
-            options: of the recipe.
-            form: side in pixels and channels to bring the images to.
-            num_classes: of the model, 0 for as many as the data have; None reads no classes.
-        """
-        spec = ImageSpec(
-            resolution=form[0],
-            channels=form[1],
-            image_column=options.image_column,
-            with_labels=num_classes is not None,
-            label_column=options.label_column,
-            num_classes=num_classes or None,
-            on_bad_image=options.on_bad_image,
-        )
-        self.data = load_data(options, self.find(options.dataset), spec, self.print)
+        """The images of the run, which are kept in `data`; see `load_data` of images.py."""
+        self.data = load_data(options, self.find(options.dataset), form, num_classes, self.print)
         return self.data
 
     def make_scorer(self, options: ScoreOptions) -> Scorer | None:
@@ -332,7 +316,7 @@ class Run:
         options, accelerator = self.options, self.accelerator
         images_per_step = options.gradient_accumulation_steps * options.train_batch_size * accelerator.num_processes
         seconds, before = 0.0, 0
-        for line in self.folder.read_metrics():
+        for line in read_metrics(self.folder.metrics):
             if line.get("images_per_second"):
                 seconds += (line["step"] - before) * images_per_step / line["images_per_second"]
                 before = line["step"]

@@ -252,13 +252,9 @@ class RunFolder:
                 f"{self.metrics} cannot be written ({error.strerror}); {self.last_checkpoint_in_words()}"
             ) from error
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a line torn by a crash is none."""
-        return read_metrics(self.metrics)
-
     def cut_metrics(self, step: int) -> None:
         """Drop the metrics after `step`: a resumed run writes them again."""
-        kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self.metrics) if line["step"] <= step]
         with whole_file(self.metrics) as temporary:
             temporary.write_text("".join(kept))
 
