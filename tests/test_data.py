@@ -19,7 +19,6 @@ from tests.sources import (
     labels_of,
     levels_of,
     load,
-    numbered_images,
     save_greys,
 )
 from vkd_gen.data.embedded import embedded_pixels
@@ -125,13 +124,6 @@ def test_sizes_that_are_not_square_are_cropped_at_the_centre(tmp_path, size):
     assert train[0][0, 1:3, 1:3].abs().max() < 0.15
 
 
-def test_stack():
-    images = numbered_images(5)
-    assert grey_levels(images.stack()) == [0, 1, 2, 3, 4]
-    assert grey_levels(images.stack(2)) == [0, 2]
-    assert len(images.stack(9)) == 5
-
-
 @pytest.mark.parametrize(("count", "expected"), [(1, [10]), (2, [10, 14]), (3, [10, 12, 16]), (9, range(10, 20, 2))])
 def test_evenly_spaced(count, expected):
     """Of those that there are, with their classes; the rest of what is known about them stays."""
@@ -141,6 +133,8 @@ def test_evenly_spaced(count, expected):
     assert labels_of(some) == [level % 7 for level in expected]
     assert len(images) == 5
     assert dataclasses.replace(some, indices=images.indices) == images
+    assert grey_levels(images.stack(count)) == list(expected)
+    assert grey_levels(images.stack()) == list(range(10, 20, 2))
 
 
 @pytest.mark.parametrize("kind", ["embedded", "folder", "table"])

@@ -44,18 +44,6 @@ def test_transparency_is_laid_on_white(tmp_path, alpha):
         assert np.array_equal(found, expected)
 
 
-def test_every_colour_survives_an_opaque_alpha_channel(tmp_path):
-    levels = np.arange(256, dtype=np.uint8)
-    pixels = np.stack(
-        [np.tile(levels, (256, 1)), np.tile(levels[:, None], (1, 256)), np.tile(levels[::-1], (256, 1))], -1
-    )
-    opaque = Image.fromarray(np.dstack([pixels, np.full((256, 256), 255, np.uint8)]))
-    for channels in (1, 3):  # grey as grey is made of the image without its alpha
-        expected = np.asarray(Image.fromarray(pixels).convert("L" if channels == 1 else "RGB"))
-        found = only(opaque, tmp_path / "a", channels=channels, resolution=256)
-        assert np.array_equal(found, expected.reshape(256, 256, channels))
-
-
 def transparent_in_some_way(way, path):
     """Left half black, right half transparent."""
     key = {"palette": 1, "grey key": 9, "colour key": (9, 9, 9)}.get(way)

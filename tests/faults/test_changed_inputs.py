@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
-from tests.conftest import make_batch, tiny_unet
+from tests.conftest import tiny_unet
 from tests.eval.conftest import save_pngs
 from tests.recipes.conftest import SHORT_STUDENT
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
@@ -79,16 +79,7 @@ def test_a_file_that_changes_under_a_run(tmp_path, name, change):
     assert all(torch.equal(value, untouched[key]) for key, value in tensors.items())
 
 
-def test_the_teachers_prediction_stays(tmp_path):
-    file = unet_folder(tmp_path)
-    unet, batch = load_teacher(str(tmp_path)).unet, make_batch()
-    with torch.no_grad():
-        before = unet(batch["sample"], batch["timesteps"]).sample
-        overwrite(file)
-        assert torch.equal(unet(batch["sample"], batch["timesteps"]).sample, before)
-
-
-@pytest.mark.parametrize("what", ["nothing", "replaced", "removed"])
+@pytest.mark.parametrize("what", ["nothing", "replaced"])
 def test_images_that_change_under_a_run(what, tmp_path, run_recipe, monkeypatch, capfd):
     unet_folder(tmp_path / "teacher")
     save_pngs(tmp_path / "images", 12)
@@ -98,8 +89,6 @@ def test_images_that_change_under_a_run(what, tmp_path, run_recipe, monkeypatch,
         after_step(run)
         if what == "replaced":
             file.write_bytes((tmp_path / "images/000004.png").read_bytes())
-        elif what == "removed" and run.step == 2:
-            file.unlink()
 
     monkeypatch.setattr(Loop, "_after_step", change)
     flags = (*SHORT_STUDENT, "--teacher", tmp_path / "teacher", "--dataset", tmp_path / "images", "--method", "output")

@@ -19,10 +19,8 @@ ADVICE = "repair or remove it"
 NO_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
 """Formats that PIL knows, but does not decode by itself: PostScript is a program, which it hands to Ghostscript, and
 the others need a system's or an application's own decoder. PDF it only writes."""
-HASHED_BYTES = 2**33
-"""Files of up to this size in all are hashed whole, of larger sets each image's first bytes."""
-FIRST_BYTES = 2**12
-"""How many those are."""
+HASHED_BYTES, FIRST_BYTES = 2**33, 2**12
+"""Sets of up to so many bytes are hashed whole, of larger ones so many of each image."""
 
 
 @functools.cache
@@ -143,10 +141,15 @@ def files_identity(files: list[Path], root: Path, beside: str = "") -> str:
     return digest.hexdigest()
 
 
+def num_hashed(num_bytes: int) -> int | None:
+    """How many bytes of each image are hashed in a set that has so many; None for all."""
+    return None if num_bytes <= HASHED_BYTES else FIRST_BYTES
+
+
 def files_contents(files: list[Path], root: Path | None) -> str:
-    """Over bytes and, with `root`, names below it; of a set larger than `HASHED_BYTES` over sizes and first bytes."""
+    """A hash over bytes, see `num_hashed`, over sizes and, with `root`, over names below it."""
     sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
-    count = -1 if sum(sizes) <= HASHED_BYTES else FIRST_BYTES
+    count = num_hashed(sum(sizes))
 
     def describe(file: Path) -> bytes:
         if not file.is_file() or not os.access(file, os.R_OK):  # one that --on_bad_image skip leaves out

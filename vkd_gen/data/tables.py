@@ -13,15 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vkd_gen.data.decoding import (
-    ADVICE,
-    FIRST_BYTES,
-    HASHED_BYTES,
-    check_headers,
-    decode_image,
-    files_contents,
-    files_identity,
-)
+from vkd_gen.data.decoding import ADVICE, check_headers, decode_image, files_contents, files_identity, num_hashed
 from vkd_gen.data.embedded import EMBEDDED
 from vkd_gen.data.images import Images, ImageSpec
 from vkd_gen.data.listing import TABLE_SUFFIXES, Listing, list_files
@@ -191,8 +183,8 @@ def table_images(table: Any, tables: Tables, spec: ImageSpec) -> Images:
 
 
 def _cells_contents(table: Any, column: str, files: list[Path]) -> str:
-    """Over the images' bytes in a table and in the files that its paths name; of a large set as `files_contents`."""
-    count = None if table.data.nbytes <= HASHED_BYTES else FIRST_BYTES
+    """A hash over the images' bytes in a table, see `num_hashed`, and in the files that its paths name."""
+    count = num_hashed(table.data.nbytes)
     digest = hashlib.sha256(files_contents(files, None).encode())
     for cells in table.select_columns([column]).iter(batch_size=256):
         for cell in cells[column]:
