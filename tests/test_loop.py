@@ -169,9 +169,8 @@ def test_a_step_waits_once_between_log_lines_and_refreshes(pipeline_folder, tmp_
     assert (counts[7], counts[8]) == (2, 2)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed-zero2", "DEEPSPEED")])
-def test_accelerate_reads_the_configurations(name, kind):
-    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
-    assert config.distributed_type == kind
+def test_accelerate_reads_the_configuration():
+    config = load_config_from_file(str(CONFIGS / "ddp.yaml"))
+    assert config.distributed_type == "MULTI_GPU"
     assert config.mixed_precision == "bf16"
     assert config.num_processes == 8
