@@ -59,8 +59,6 @@ class ScoreConfig:
             raise ValueError("name at least one pipeline, folder or .npz to score")
         if len(set(self.sources)) < len(self.sources):
             raise ValueError(f"a source is named twice: {' '.join(self.sources)}")
-        if self.held_out_fraction is not None and not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"--held_out_fraction must be at least 0 and below 1, not {self.held_out_fraction}")
         if self.scores.extractor == "none":
             raise ValueError("scores need an --extractor")
 

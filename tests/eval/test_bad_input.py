@@ -91,7 +91,7 @@ MISTAKES = [
     ("score", "{dark} --reference {bad}/unlike.npz", "which do not fit"),
     ("score", "{dark} --reference {bad}/statistics.npz", "5 dimensions.*another network"),
     ("score", "{dark} --reference {bad}/floats.npz --held_out_fraction 0.5", "an .npz reference is taken whole"),
-    ("score", "{dark} --held_out_fraction 1", "--held_out_fraction must be"),
+    ("score", "{dark} --held_out_fraction 1", "held_out_fraction must be"),
     ("score", "{dark} --extractor resnet", "no extractor 'resnet'.*choose one of"),
     ("score", "{dark} --extractor none", "scores need an --extractor"),
     ("score", "{dark} --extractor clip-vit-b-32 --extractor_weights {bad}/text", "downloads the weights of clip-vit"),
