@@ -111,8 +111,8 @@ def main(config: GenerateConfig) -> None:
     from vkd_gen.evaluation.sources import from_model, protocol_file
     from vkd_gen.hub import hub_revision
     from vkd_gen.models import Model
+    from vkd_gen.pipelines import load_pipeline
     from vkd_gen.provenance import write_json
-    from vkd_gen.sampling import load_pipeline
     from vkd_gen.training.accelerator import make_sampling_accelerator, on_main_process
 
     accelerator = make_sampling_accelerator()

@@ -85,7 +85,7 @@ def open_source(name: str, config: ScoreConfig) -> "tuple[ImageSource, Model | N
     """The images that a name on the command line stands for, and the model that makes them, if one does."""
     from vkd_gen.evaluation.sources import from_model, open_images
     from vkd_gen.models import Model
-    from vkd_gen.sampling import load_pipeline
+    from vkd_gen.pipelines import load_pipeline
 
     place = repository_path(name, __file__)
     if (images := open_images(place)) is not None:

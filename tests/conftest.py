@@ -107,7 +107,7 @@ def schedule():
 @pytest.fixture
 def pipeline_folder(tmp_path):
     """A saved pipeline with a tiny UNet, as teachers come."""
-    from vkd_gen.sampling import stock_pipeline
+    from vkd_gen.pipelines import stock_pipeline
 
     folder = tmp_path / "teacher"
     stock_pipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)

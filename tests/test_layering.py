@@ -14,7 +14,7 @@ LIBRARY = ROOT / "vkd_gen"
 COMMANDS = ("recipes", "eval", "benchmarks", "experiments")
 
 # What is absent is forbidden. A folder is one row; inside it its files may import one another.
-NO_SIBLING = "choices reductions features schedule limits pipelines files text"
+NO_SIBLING = "choices reductions features schedule limits files text"
 FOUNDATIONS = {name: set() for name in NO_SIBLING.split()}
 CORE = FOUNDATIONS | {
     "version": set(),
@@ -28,8 +28,8 @@ CORE = FOUNDATIONS | {
     "data": {"choices", "files", "hub", "loading", "provenance", "schedule", "text"},
     "pairing": {"choices", "families", "features"},
     "families": {"choices", "reductions", "features", "schedule"},
-    "sampling": {"choices", "hub", "loading", "pipelines", "text"},
-    "models": {"choices", "families", "files", "pipelines", "provenance", "sampling", "schedule", "text"},
+    "pipelines": {"choices", "hub", "loading", "text"},
+    "models": {"choices", "families", "files", "pipelines", "provenance", "schedule", "text"},
     "calibration": {"features", "schedule", "normalization"},
     "distillation": {
         "families", "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",
@@ -143,12 +143,12 @@ def test_there_is_something_to_check():
         ("losses", "from . import features", {"."}),
         ("losses", "import vkd_gen as vkd", {"vkd_gen"}),
         ("pairing", "from vkd_gen.features import feature_shapes\nimport torch", set()),
-        ("sampling", "from vkd_gen.training.loop import Loop", {"training"}),
+        ("pipelines", "from vkd_gen.training.loop import Loop", {"training"}),
         ("training", "from vkd_gen.evaluation.cost import count_macs", set()),
         ("evaluation", "from vkd_gen.training.options import x", {"training"}),
         ("training", "from vkd_gen.training.options import x\nfrom vkd_gen.data import y", set()),
         ("evaluation", "from vkd_gen import FrozenTeacher", set()),
-        ("sampling", "from vkd_gen import FrozenTeacher", {"vkd_gen"}),
+        ("pipelines", "from vkd_gen import FrozenTeacher", {"vkd_gen"}),
     ],
 )
 def test_violations_in_the_library_are_found(row, source, expected):

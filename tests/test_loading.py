@@ -24,7 +24,7 @@ from vkd_gen.evaluation.reference import load_statistics_file
 from vkd_gen.evaluation.sources import from_array
 from vkd_gen.hub import hub_revision
 from vkd_gen.limits import MANY, check_sizes
-from vkd_gen.sampling import load_pipeline, stock_pipeline
+from vkd_gen.pipelines import load_pipeline, stock_pipeline
 from vkd_gen.training.unets import load_teacher, load_unet, read_unet_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -7,7 +7,7 @@ from diffusers import DDIMPipeline, DDPMScheduler
 
 from tests.conftest import tiny_unet
 from vkd_gen.models import Model
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.pipelines import stock_pipeline
 
 
 def sample(unet, seeds, scheduler=None, num_inference_steps=4, class_labels=None, **options):

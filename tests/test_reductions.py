@@ -30,7 +30,7 @@ from vkd_gen.families import TEACHERS as KNOWN
 from vkd_gen.families import kept_stages
 from vkd_gen.families.unet import example
 from vkd_gen.features import split_pooling
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.pipelines import stock_pipeline
 from vkd_gen.schedule import Schedule
 
 CHANNELS = (8, 16, 16)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from vkd_gen.choices import Precision
 from vkd_gen.families import family_of
 from vkd_gen.files import whole_file, whole_folder
-from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of
+from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of, stock_pipeline, usable_steps
 from vkd_gen.provenance import only_warns
-from vkd_gen.sampling import stock_pipeline, usable_steps
 from vkd_gen.schedule import PredictionType, Schedule
 from vkd_gen.text import reason
 

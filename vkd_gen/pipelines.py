@@ -1,15 +1,34 @@
-"""Class-conditional sampling, which diffusers has no pipeline of UNets for.
+"""The diffusers pipelines that models are sampled with: around a bare UNet, from a folder or the hub; one of our own.
 
 A class-conditional UNet here is a `UNet2DModel` with `num_class_embeds` = classes + 1: the last label means "no class".
 B images, C channels, H height, W width.
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
+
+from vkd_gen.choices import Sampler
+from vkd_gen.hub import hub_folder, part_files, split_revision
+from vkd_gen.loading import load_parts, pipeline_class, read_json
+from vkd_gen.text import reason
 
 
 def num_classes_of(unet: ModelMixin) -> int | None:
@@ -66,9 +85,6 @@ class ClassConditionalDDIMPipeline(DiffusionPipeline):
             output_type: `pil`, `np` (`[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in [0, 1]).
             return_dict: False for a tuple of the images alone.
 
-        Returns:
-            The images, in `.images`.
-
         Raises:
             ValueError: for labels that the UNet does not know, a guidance below 1, or another number of generators.
         """
@@ -113,3 +129,130 @@ class ClassConditionalDDIMPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"{len(labels)} labels need one generator or as many, not {len(generator)}")
         return labels.long()
+
+
+def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: Sampler = "ddim") -> DiffusionPipeline:
+    """The diffusers pipeline that students are sampled with and, for `ddim`, exported as.
+
+    Args:
+        unet: a `UNet2DModel`; diffusers' own `DDIMPipeline` takes it, or, if it is class-conditional, this package's.
+        noise_scheduler: any diffusers scheduler; its schedule and prediction type are taken over.
+        sampler: `ddim` (Song et al., 2021, arXiv 2010.02502), `ddpm` (Ho et al., 2020, arXiv 2006.11239) or
+            `dpm-solver` (DPM-Solver++, Lu et al., 2022, arXiv 2211.01095).
+
+    Raises:
+        ValueError: for an unknown sampler.
+    """
+    config = noise_scheduler.config
+    if num_classes_of(unet) is not None and sampler != "ddim":
+        raise ValueError(f"class-conditional UNets are sampled by ddim, not by {sampler}")
+    match sampler:
+        case "ddim" if num_classes_of(unet) is not None:
+            pipeline = ClassConditionalDDIMPipeline(unet=unet, scheduler=_on_schedule(DDIMScheduler, config))
+        case "ddim":
+            pipeline = DDIMPipeline(unet=unet, scheduler=_on_schedule(DDIMScheduler, config))
+        case "ddpm":
+            # A UNet here predicts no variance, whatever the schedule of its teacher says.
+            learned = str(config.get("variance_type")).startswith("learned")
+            variance = {"variance_type": "fixed_small"} if learned else {}
+            pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler.from_config(config, **variance))
+        case "dpm-solver":
+            pipeline = DDPMPipeline(unet=unet, scheduler=_on_schedule(DPMSolverMultistepScheduler, config))
+        case _:
+            raise ValueError(f"there is no sampler {sampler!r}; choose ddim, ddpm or dpm-solver")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _on_schedule(kind: type[SchedulerMixin], config: Mapping[str, Any]) -> SchedulerMixin:
+    """A sampler on the schedule of a config; betas that DDPMScheduler alone can make are handed over as numbers."""
+    if config.get("beta_schedule") not in ("sigmoid", "laplace") or config.get("trained_betas") is not None:
+        return kind.from_config(config)
+    betas = DDPMScheduler.from_config(config, rescale_betas_zero_snr=False).betas
+    return kind.from_config(config, trained_betas=betas.tolist())
+
+
+def usable_steps(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> int:
+    """As many sampling steps as are asked for, or the most that the schedule has timesteps for.
+
+    Raises:
+        ValueError: for a schedule that leaves no timestep to sample at.
+    """
+    config = noise_scheduler.config
+    num_timesteps, offset = config.get("num_train_timesteps"), config.get("steps_offset", 0)
+    if not isinstance(num_timesteps, int) or not isinstance(offset, int):
+        raise ValueError(
+            f"a {type(noise_scheduler).__name__} with num_train_timesteps {num_timesteps!r} and steps_offset "
+            f"{offset!r} cannot be sampled with here; choose another scheduler"
+        )
+    steps = min(num_inference_steps, num_timesteps)
+    if config.get("timestep_spacing", "leading") != "leading":
+        return steps
+    # Such timesteps are raised by the offset, and diffusers does not look whether the last one is still there.
+    while steps and (steps - 1) * (num_timesteps // steps) + offset >= num_timesteps:
+        steps -= 1
+    if not steps:
+        raise ValueError(f"steps_offset {offset} leads out of a schedule of {num_timesteps} timesteps")
+    return steps
+
+
+def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipeline:
+    """Load a pipeline that makes images from noise, or from noise and class labels.
+
+    Args:
+        source: a pipeline's folder, the folder of a run of a recipe (its exported pipeline is taken), or a hub id,
+            `ID@REVISION` for a certain commit, tag or branch; safetensors only.
+        sampler: for a pipeline of a `UNet2DModel`, what to sample it with; None keeps the pipeline's own.
+
+    Raises:
+        ValueError: in one line, for what is not there, cannot be loaded, or needs more than labels, such as a prompt.
+    """
+    path = Path(source)
+    repository, _ = split_revision(source)
+    is_here = path.is_dir()
+    if is_here:
+        found = [folder for folder in (path, path / "pipeline") if (folder / "model_index.json").exists()]
+        if not found:
+            raise ValueError(f"{source} holds no pipeline: neither model_index.json nor pipeline/model_index.json")
+        path = found[0]
+    elif path.exists() or path.suffix == ".npz" or source.startswith((".", "/", "~")) or repository.count("/") > 1:
+        raise ValueError(f"there is no pipeline folder {source}")
+    try:
+        path = path if is_here else hub_folder(source, ["model_index.json"])
+        kind = pipeline_class(read_json(path / "model_index.json"), [ClassConditionalDDIMPipeline])
+    except ValueError as error:
+        where = "" if is_here else "there is no such folder, and the hub did not give it: "
+        raise ValueError(f"cannot load the pipeline {source}: {where}{error}") from error
+    _check_call(kind, source)
+    try:
+        path = path if is_here else hub_folder(source, part_files(kind))
+        pipeline = kind(**load_parts(kind, path))
+    except Exception as error:  # missing, damaged and foreign parts each have a class of their own
+        raise ValueError(f"cannot load the pipeline {source}: {reason(error, 1000)}") from error
+    if sampler is not None:
+        if isinstance(pipeline, DDIMPipeline | DDPMPipeline | ClassConditionalDDIMPipeline):
+            pipeline = stock_pipeline(pipeline.unet, pipeline.scheduler, sampler)
+        else:
+            raise ValueError(
+                f"{source} is a {type(pipeline).__name__}; a sampler can be chosen for UNet pipelines only"
+            )
+    elif isinstance(pipeline, DDIMPipeline | DDPMPipeline) and num_classes_of(pipeline.unet) is not None:
+        raise ValueError(
+            f"{source} is a {type(pipeline).__name__}, which gives its UNet no class labels, and the UNet needs them; "
+            "--sampler ddim gives it some"
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_call(kind: type[DiffusionPipeline], source: str) -> None:
+    """Refuse a pipeline that needs more than noise and class labels, by its class alone."""
+    parameters = inspect.signature(kind.__call__).parameters
+    has_no_default = (entry for entry in parameters.values() if entry.default is entry.empty)
+    needed = {entry.name for entry in has_no_default if entry.kind is not entry.VAR_KEYWORD}
+    makes_images = "output_type" in parameters and bool({"batch_size", "class_labels"} & set(parameters))
+    if needed - {"self", "class_labels"} or "prompt" in parameters or not makes_images:
+        raise ValueError(
+            f"{source} is a {kind.__name__}, which needs more than noise and class labels; unconditional and "
+            "class-conditional pipelines can be sampled here"
+        )

@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.conftest import tiny_unet
 from vkd_gen.evaluation.feature_network import FeatureNetwork, save_feature_network
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.pipelines import stock_pipeline
 
 EVAL = Path(__file__).parents[2] / "eval"
 

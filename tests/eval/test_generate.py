@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.conftest import tiny_unet
 from vkd_gen.models import Model
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.pipelines import stock_pipeline
 
 STEPS = ("--num_inference_steps", 3)
 

@@ -10,7 +10,7 @@ from tests.eval.conftest import save_pngs
 from tests.recipes.conftest import SHORT_STUDENT
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.loading import read_tensors
-from vkd_gen.sampling import load_pipeline, stock_pipeline
+from vkd_gen.pipelines import load_pipeline, stock_pipeline
 from vkd_gen.training.loop import Loop
 from vkd_gen.training.unets import load_teacher, load_unet
 

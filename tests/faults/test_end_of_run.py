@@ -13,7 +13,7 @@ from PIL import Image
 from tests.conftest import tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT
 from vkd_gen.models import Model
-from vkd_gen.sampling import load_pipeline, stock_pipeline, usable_steps
+from vkd_gen.pipelines import load_pipeline, stock_pipeline, usable_steps
 from vkd_gen.training.export import try_saving
 
 RECIPE = "train_student_unet"

@@ -8,7 +8,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 
 from tests.conftest import one_line, tiny_unet
 from tests.faults.test_weight_names import save_dit
-from vkd_gen.sampling import load_pipeline
+from vkd_gen.pipelines import load_pipeline
 from vkd_gen.training.unets import load_teacher
 
 CODE = """from pathlib import Path

@@ -13,7 +13,7 @@ from tests.conftest import make_batch, tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT
 from vkd_gen.evaluation.reference import load_statistics_file
 from vkd_gen.models import Model
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.pipelines import stock_pipeline
 from vkd_gen.schedule import Schedule
 from vkd_gen.training.probe import check_finite
 
@@ -125,7 +125,9 @@ def test_seeds_are_those_of_the_broken_class_alone(row, guidance_scale, seeds):
     with torch.no_grad():
         unet.class_embedding.weight[row] = math.nan
     model = Model.of_unet(unet, DDPMScheduler())
-    with pytest.raises(ValueError, match=rf"of 6 samples .* finite, from evaluation 1 of 2 on \(seeds {seeds}\): 1 of its weights"):
+    with pytest.raises(
+        ValueError, match=rf"of 6 samples .* finite, from evaluation 1 of 2 on \(seeds {seeds}\): 1 of its weights"
+    ):
         model.images(range(6), num_inference_steps=2, guidance_scale=guidance_scale)
     assert model.images([0, 2], num_inference_steps=2).shape == (2, 1, 8, 8)
 

@@ -14,7 +14,7 @@ from tests.conftest import one_line, refused, tiny_unet
 from vkd_gen.evaluation.extractors import load_extractor
 from vkd_gen.evaluation.feature_network import FeatureNetwork, load_feature_network, save_feature_network
 from vkd_gen.evaluation.sources import from_array
-from vkd_gen.sampling import load_pipeline
+from vkd_gen.pipelines import load_pipeline
 from vkd_gen.training.checkpoints import MANIFEST, check_checkpoint, read_manifest
 from vkd_gen.training.unets import load_teacher, load_unet
 

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 
 from tests.conftest import refused, tiny_condition_unet, tiny_unet, write_payload
 from tests.recipes.conftest import RECIPES, SHORT, SHORT_STUDENT, images_in, load_recipe, recipe_runner, reseal
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.pipelines import stock_pipeline
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
 

@@ -12,8 +12,7 @@ from tests.conftest import DrawsByNumber, refused, tiny_unet
 from tests.recipes.conftest import SHORT, SHORT_STUDENT, assert_same_run, images_in, read_metrics, weights_of
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.sources import load_images
-from vkd_gen.pipelines import ClassConditionalDDIMPipeline
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.pipelines import ClassConditionalDDIMPipeline, stock_pipeline
 
 STUDENT, TEACHER = "train_student_unet", "train_teacher_unet"
 NO_SCORES = ("--extractor", "none", "--no-score_teacher")

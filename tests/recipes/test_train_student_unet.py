@@ -26,7 +26,7 @@ from tests.recipes.conftest import (
     weights_of,
     without_times,
 )
-from vkd_gen.sampling import stock_pipeline
+from vkd_gen.pipelines import stock_pipeline
 
 RECIPE = "train_student_unet"
 EVERY_STEP = ["--feature_weighting", "gradient_ratio", "--diagnostics_every_steps", 1]

@@ -13,8 +13,8 @@ from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.labels import row_of
 from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.models import Model
+from vkd_gen.pipelines import usable_steps
 from vkd_gen.provenance import environment
-from vkd_gen.sampling import usable_steps
 
 
 def evaluate(

@@ -28,8 +28,8 @@ from vkd_gen.evaluation.extractors import Extractor
 from vkd_gen.evaluation.options import SamplingOptions
 from vkd_gen.loading import check_file
 from vkd_gen.models import Model
+from vkd_gen.pipelines import usable_steps
 from vkd_gen.provenance import hash_tensors
-from vkd_gen.sampling import usable_steps
 from vkd_gen.text import reason
 
 logger = logging.getLogger(__name__)

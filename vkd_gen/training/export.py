@@ -13,8 +13,8 @@ from huggingface_hub import HfApi
 
 from vkd_gen.files import CannotWriteError, own_name
 from vkd_gen.models import Model, save_card
+from vkd_gen.pipelines import load_pipeline, usable_steps
 from vkd_gen.provenance import only_warns
-from vkd_gen.sampling import load_pipeline, usable_steps
 from vkd_gen.text import reason
 from vkd_gen.training.options import TrainingOptions
 
