@@ -259,8 +259,12 @@ def test_tables_show_every_row_in_columns_of_the_extractors_name(capsys):
     assert table[2] == "| student | 1,234 | 9.00 | 1.50 |"
     assert table[3] == "| real | - | - | 0.25 |"
     assert table[-1] == "- reference: images x; number of images 3"
+    rows["real"]["nearest_training_digits"] = 2.0  # for which a terminal has no room
     print_table(results)
-    assert "1,234" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1,234" in shown
+    assert "nearest" not in shown
+    assert "| distance to the nearest training image (digits) |" in markdown_table(results)
 
 
 def test_describe_models():
