@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,24 @@ CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+
+def test_what_a_run_ends_with_is_the_average_over_its_steps(tmp_path):
+    """With diffusers' warm-up of the decay: 1 - (1 + step)^-0.75, 0 at first."""
+    seen = []
+
+    def before_step(loop, batch, losses):
+        seen.append([parameter.detach().clone() for parameter in loop.network.parameters()])
+
+    loop = train(options_of(tmp_path / "run", max_train_steps=6), before_step=before_step)
+    ended = load_file(tmp_path / "run" / "weights.safetensors")
+    names = [name for name, _ in loop.network.named_parameters()]
+    average = seen[0]
+    for step, weights in enumerate([*seen[1:], [ended[f"raw/student.{name}"] for name in names]]):
+        share = (1 + step) ** -0.75
+        average = [old + share * (new - old) for old, new in zip(average, weights, strict=True)]
+    for name, expected in zip(names, average, strict=True):
+        torch.testing.assert_close(ended[f"ema/{name}"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_fused_optimizer_is_the_plain_one(tmp_path):

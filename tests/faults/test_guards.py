@@ -38,6 +38,17 @@ def snapshot(run):
     return [part.clone() for part in parts]
 
 
+def test_a_gradient_alone_that_is_not_finite_skips_the_step(tmp_path, capsys):
+    def before_step(loop, batch, losses):
+        if loop.step == 3:
+            loop._parameters[0].register_hook(lambda gradient: gradient * (torch.inf if loop.step == 3 else 1))
+
+    loop = train(options_of(tmp_path / "run", max_train_steps=6), before_step=before_step)
+    assert check_state(loop._bare_module, loop._parameters) is None
+    (line,) = told(capsys)
+    assert line.startswith("step 4 is skipped: process 0: all losses are finite, ")
+
+
 def told(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
 

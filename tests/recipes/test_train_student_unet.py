@@ -22,14 +22,13 @@ from tests.recipes.conftest import (
     launch,
     read_metrics,
     recipe_runner,
-    run_until,
     weights_of,
     without_times,
 )
 from vkd_gen.pipelines import stock_pipeline
 
 RECIPE = "train_student_unet"
-EVERY_STEP = ["--feature_weighting", "gradient_ratio", "--diagnostics_every_steps", 1]
+EVERY = "--feature_weighting gradient_ratio --diagnostics_every_steps 1"
 NO_SCORES = ["--extractor", "none", "--no-score_teacher"]
 
 
@@ -162,14 +161,11 @@ def test_a_run_interrupted_at_any_step_ends_as_the_straight_one(
 
 
 @pytest.mark.slow
-def test_the_published_method_interrupted_at_any_step(dropout_teacher, tmp_path, run_recipe):
+def test_the_published_method_interrupted(dropout_teacher, tmp_path, run_recipe, run_interrupted):
     flags = [*every_kind(dropout_teacher), "--method", "vkd-paper", "--checkpointing_steps", 2]
     run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "straight")
-    for step in range(1, 7):
-        run = ["--output_dir", tmp_path / str(step)]
-        run_until(step, run_recipe, RECIPE, *flags, *run)
-        torch.manual_seed(step)
-        run_recipe(RECIPE, *flags, *run)
+    for step in (1, 4, 6):
+        run_interrupted(RECIPE, *flags, "--output_dir", tmp_path / str(step), step=step)
         assert_same_run(tmp_path / "straight", tmp_path / str(step))
 
 
@@ -269,19 +265,18 @@ def test_accumulated_passes_equal_one_large_batch(student_flags, tmp_path, run_r
             assert small[name] == pytest.approx(large[name], rel=1e-5)
 
 
-SOLVED = [*EVERY_STEP, "--feature_decay_end", 1]
-
-
 @pytest.mark.parametrize(
-    "flags",
-    [["--method", "vkd", "--guidance_dropout", 0.5], *slow(["--method", "vkd-paper"], SOLVED)],
-    ids=lambda flags: " ".join(map(str, flags[:2])),
+    "words",
+    [
+        "--method vkd --guidance_dropout 0.5",
+        *slow("--method vkd-paper", f"{EVERY} --feature_decay_end 1"),
+    ],
 )
-def test_two_processes_equal_one(flags, tmp_path, run_recipe):
+def test_two_processes_equal_one(words, tmp_path, run_recipe):
     """The same images, noise, times and labels in each step, whoever computes them; with diagnostics."""
     stock_pipeline(tiny_unet(num_class_embeds=11), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
-    flags = [*SHORT_STUDENT, *NO_SCORES, "--teacher", tmp_path / "teacher", "--max_train_steps", 6, *flags]
-    flags += ["--projector_refresh_steps", 2, "--diagnostics_every_steps", 2]
+    flags = [*SHORT_STUDENT, *NO_SCORES, "--teacher", tmp_path / "teacher", "--max_train_steps", 6]
+    flags += ["--projector_refresh_steps", 2, "--diagnostics_every_steps", 2, *words.split()]
     run_recipe(RECIPE, *flags, "--train_batch_size", 8, "--output_dir", tmp_path / "1")
     flags += ["--train_batch_size", 4, "--output_dir", tmp_path / "2"]
     processes = start_processes(2, run_student, flags, output=tmp_path / "output")
@@ -404,42 +399,32 @@ def test_cifar10_from_teacher_to_samples(tmp_path, run_recipe):
     assert len(json.loads((tmp_path / "student/results.json").read_text())["rows"]) == 2
 
 
-ALONE = ["--output_weight", 0, "--feature_weighting", "constant", "--feature_decay_end", 1]
+ALONE = "--output_weight 0 --feature_weighting constant --feature_decay_end 1"
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--mixed_precision", "bf16", "--ema_max_decay", 0, "--max_grad_norm", 0, "--lr_scheduler", "constant"],
-        ["--gradient_checkpointing", "--layers", "mid_and_up", "--student_prediction_type", "v_prediction"],
-        ["--projector", "cayley", "--projector_start", "procrustes", "--feature_normalization", "whiten"],
-        ["--projector", "random", "--feature_normalization", "standardize", "--timestep_weighting", "min_snr"],
-        [
-            *ALONE,
-            "--student_width",
-            1,
-            "--projector",
-            "identity",
-            "--layer_pairs",
-            "mid_block",
-            "up_blocks.1.resnets.0",
-        ],
-        ["--feature_weight", 0],
+        "--mixed_precision bf16 --ema_max_decay 0 --max_grad_norm 0 --lr_scheduler constant",
+        "--gradient_checkpointing --layers mid_and_up --student_prediction_type v_prediction",
+        "--projector cayley --projector_start procrustes --feature_normalization whiten",
+        "--projector random --feature_normalization standardize --timestep_weighting min_snr",
+        f"{ALONE} --student_width 1 --projector identity --layer_pairs mid_block up_blocks.1.resnets.0",
+        "--feature_weight 0",
         *slow(
-            ["--projector", "random", "--feature_normalization", "layer_norm", "--feature_loss", "smooth_l1"],
-            ["--feature_normalization", "whiten", "--whitening_rank", 3, "--whitening_exponent", 0.5],
-            ["--student_width", 2, "--feature_normalization", "center"],
-            [*EVERY_STEP, "--mixed_precision", "bf16", "--gradient_checkpointing"],
-            [*EVERY_STEP, "--feature_loss", "cka", "--timestep_weighting", "min_snr", "--feature_decay_end", 1],
-            [*EVERY_STEP, "--method", "vkd-paper", "--denoising_weight", 0],
-            [*EVERY_STEP, "--student_width", 2],
-            [*EVERY_STEP, "--method", "output"],
+            "--projector random --feature_normalization layer_norm --feature_loss smooth_l1",
+            "--feature_normalization whiten --whitening_rank 3 --whitening_exponent 0.5",
+            "--student_width 2 --feature_normalization center",
+            f"{EVERY} --mixed_precision bf16 --gradient_checkpointing",
+            f"{EVERY} --feature_loss cka --timestep_weighting min_snr --feature_decay_end 1",
+            f"{EVERY} --method vkd-paper --denoising_weight 0",
+            f"{EVERY} --student_width 2",
+            f"{EVERY} --method output",
         ),
     ],
-    ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_options_combine(flags, student_flags, tmp_path, run_recipe):
-    run_recipe(RECIPE, *student_flags, *flags, "--output_dir", tmp_path / "run")
+    run_recipe(RECIPE, *student_flags, *flags.split(), "--output_dir", tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
     assert last["step"] == 2
     assert all(np.isfinite(value) for value in last.values())
