@@ -235,7 +235,7 @@ def test_what_pil_decodes_is_an_image(tmp_path, end):
     assert sum(map(len, load(save(tmp_path, 6, end=end)))) == 6
 
 
-@pytest.mark.parametrize("end", ["eps", "pdf", "h5"])
+@pytest.mark.parametrize("end", ["eps", "pdf", "h5", "pfm"])
 def test_what_pil_would_hand_to_a_program_is_none(tmp_path, end):
     save(tmp_path, 6)
     (tmp_path / f"x.{end}").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")

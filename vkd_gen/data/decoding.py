@@ -35,7 +35,8 @@ def image_formats() -> tuple[str, ...]:
 def image_suffixes() -> frozenset[str]:
     """Ends of the names of such files, in lower case, with the dot."""
     formats = set(image_formats())
-    return frozenset(end for end, name in Image.registered_extensions().items() if name in formats)
+    ends = {end for end, name in Image.registered_extensions().items() if name in formats}
+    return frozenset(ends - {".pfm"})  # depth maps, of floating point numbers
 
 
 def check_headers(files: Mapping[str, Path]) -> None:
