@@ -317,6 +317,9 @@ def test_paths_out_of_the_folder_are_told_and_never_streamed(tmp_path, kind):
     assert told_of(train) == [f"12 images lie outside {tmp_path / 'set'}, such as {tmp_path / 'private/000.png'}"]
     with pytest.raises(ValueError, match=rf"it is .*private/0..\.png, outside {tmp_path / 'set'}"):
         stream(table, image_column="image")[0].stack()
+    paths_table(table, ["../nowhere.png"] * 6)  # nor is it looked for
+    with pytest.raises(ValueError, match=r"nowhere\.png, outside"):
+        stream(table, image_column="image")[0].stack()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
