@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vkd_gen as vkd
 from tests.faults.small_run import options_of, train
-from tests.recipes.conftest import SHORT_STUDENT, recipe_runner
+from tests.recipes.conftest import SHORT_STUDENT, read_metrics, recipe_runner
 from vkd_gen.training.loop import Loop
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -38,6 +38,14 @@ def test_what_a_run_ends_with_is_the_average_over_its_steps(tmp_path):
         average = [old + share * (new - old) for old, new in zip(average, weights, strict=True)]
     for name, expected in zip(names, average, strict=True):
         torch.testing.assert_close(ended[f"ema/{name}"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_line_of_the_log_is_the_mean_over_its_steps(tmp_path):
+    for every in (1, 5):
+        train(options_of(tmp_path / str(every), max_train_steps=5, log_every_steps=every))
+    lines, (mean,) = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "5")
+    for name in ("loss/total", "gradient_norm"):
+        assert mean[name] == pytest.approx(sum(line[name] for line in lines) / 5, rel=1e-6)
 
 
 def test_the_fused_optimizer_is_the_plain_one(tmp_path):
