@@ -782,5 +782,3 @@ def test_projectors_without_parameters_make_no_group(projectors):
     groups = parameter_groups(nn.Linear(4, 4), projectors, 0.1)
     assert len(groups) == 1
     torch.optim.AdamW(groups)
-
-

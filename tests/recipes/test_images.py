@@ -46,14 +46,6 @@ def flags(source):
     return [*given, "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
 
 
-@pytest.mark.slow
-def test_a_student_stopped_and_gone_on_is_the_straight_one(flags, student_flags, tmp_path, run_recipe, run_interrupted):
-    flags = [*student_flags, *flags, "--gradient_accumulation_steps", 2]
-    run_recipe(STUDENT, *flags, "--output_dir", tmp_path / "straight")
-    run_interrupted(STUDENT, *flags, "--output_dir", tmp_path / "run")
-    assert_same_run(tmp_path / "straight", tmp_path / "run")
-
-
 def test_a_teacher_of_classes_with_workers_stopped_and_gone_on(flags, tmp_path, run_recipe, run_interrupted, capfd):
     flags = [*SHORT, *flags, "--extractor", "none", "--class_conditional", "--block_out_channels", 8, 16]
     flags += ["--dataloader_num_workers", 2, "--gradient_accumulation_steps", 2]
@@ -136,10 +128,6 @@ def test_two_processes_stopped_and_gone_on(flags, student_flags, tmp_path):
 # ---- the cache
 
 
-def kept_files(folder):
-    return sorted(folder.rglob("*.safetensors"))
-
-
 def test_kept_images_change_nothing(tmp_path, run_recipe, capsys):
     folder = images_in(tmp_path / "images", count=24, side=9)
     flags = [*SHORT, "--extractor", "none", "--dataset", folder, "--random_flip"]
@@ -148,20 +136,4 @@ def test_kept_images_change_nothing(tmp_path, run_recipe, capsys):
     run_recipe(TEACHER, *flags, "--output_dir", tmp_path / "with")
     assert "20 decoded images: 64 bytes each, 0.0 MB in" in capsys.readouterr().out
     assert_same_weights(tmp_path / "without", tmp_path / "with")
-    assert len(kept_files(tmp_path / "cache")) == 1
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_cache(student_flags, tmp_path):
-    flags = [*student_flags, "--max_train_steps", 6, "--eval_batch_size", 4, "--projector_refresh_steps", 2]
-    flags += ["--image_cache", tmp_path / "images", "--dataset", images_in(tmp_path / "pngs", count=24)]
-    for processes, batch_size in ((1, 8), (2, 4)):
-        launcher = ["--num_processes", 1, "--cpu"] if processes == 1 else None
-        own = ["--train_batch_size", batch_size, "--output_dir", tmp_path / str(processes)]
-        result = launch(STUDENT, *flags, *own, launcher=launcher)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("20 decoded images: ") == 1
-    assert len(kept_files(tmp_path / "images")) == 1
-    for first, second in zip(read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2"), strict=True):
-        for name in (name for name in first if name.startswith("loss/")):
-            assert second[name] == pytest.approx(first[name], rel=1e-5)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
