@@ -130,10 +130,9 @@ def errors_by_layers(config: InheritanceConfig, folder: str, dataset: str) -> li
     """With one layer in each block: the error before training for every choice of the teacher's layers."""
     from vkd_gen.families import build_student, compare_layer_choices, layer_choices
 
-    teacher, schedule, train_batches, tests = load(config, folder, dataset)
+    teacher, schedule, _, tests = load(config, folder, dataset)
     student = build_student(teacher, Reduction(layers_per_block=1))
-    options: dict[str, Any] = {"test_batches": tests, "rescaling": "none"}
-    results = compare_layer_choices(student, teacher, train_batches(0), schedule, **options)
+    results = compare_layer_choices(student, teacher, tests, schedule)
     default = layer_choices(student, teacher)[0]
     return [{"error": error, "layers": layers, "default": layers == default} for error, layers in results]
 

@@ -17,7 +17,7 @@ from vkd_gen.families import (
     restore,
     step0_error,
 )
-from vkd_gen.families.activations import Reading
+from vkd_gen.families.activations import Reading, read_channels
 from vkd_gen.families.channels import choose_channels, keep_highest, keep_restorable
 from vkd_gen.families.links import default_layers, link_layers, match_stages
 from vkd_gen.families.restore import fit_layers
@@ -430,6 +430,21 @@ def test_whole_heads_are_kept_and_queries_follow_values():
     assert keep_highest(logits, -torch.arange(12.0)).tolist() == [3, 4, 5, 9, 10, 11]
     fewer_each = Stream(12, 8, heads=(4, 4))
     assert keep_highest(fewer_each, torch.arange(12.0)).tolist() == [1, 2, 4, 5, 7, 8, 10, 11]
+
+
+def test_queries_are_read_by_the_keys_of_their_own_head(schedule):
+    teacher = conditional(2)
+    links = link_layers(build_student(teacher, Reduction(width=0.5)), teacher)
+    readings = read_channels(links, teacher, batches_of(teacher), schedule)
+    streams = {link.writes[0] for link in links if link.is_logit}
+    assert streams
+    for stream in streams:
+        head = torch.arange(stream.teacher) * stream.heads[1] // stream.teacher
+        others = head[:, None] != head
+        for reading in readings[stream]:
+            assert others.any()
+            assert not reading.gram[others].any()
+            assert not reading.covariance[others].any()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -213,37 +213,34 @@ class FeatureNormalizer(nn.Module):
             )
         within = statistics.covariance
         match self.kind:
-            case "center":
-                matrix = within.diagonal().mean().rsqrt().view(1, 1)
-            case "standardize":
-                matrix = shrink(within, self.shrinkage).diagonal().rsqrt()[None]
+            case "none":
+                covariance = statistics.total_covariance
+            case "layer_norm":
+                covariance = statistics.layer_norm_covariance
+            case "batch_whiten":
+                covariance = torch.eye(self.channels)
             case "whiten":
                 matrix = whitening_matrix(within, self.target_channels, self.exponent, self.shrinkage)
+                matrix = self._take(statistics.mean, matrix)
+                covariance = matrix.T @ within @ matrix
                 values = descending_eigh(within)[0]
                 self.discarded.copy_(1 - values[: self.target_channels].sum() / values.sum())
             case _:
-                matrix = torch.ones(1, 1)
-        if not matrix.isfinite().all():
-            raise ValueError("the teacher's features do not vary at all in this layer; pair another one")
-        self.matrix.copy_(matrix)
-        if self.kind in ("center", "standardize", "whiten"):
-            self.mean.copy_(statistics.mean)
+                is_center = self.kind == "center"
+                variances = within.diagonal().mean() if is_center else shrink(within, self.shrinkage).diagonal()
+                scale = self._take(statistics.mean, variances.rsqrt().view(1, -1)).expand(1, self.channels)
+                covariance = scale.T * within * scale
+        self.covariance.copy_(covariance)
         self.num_train_timesteps.fill_(statistics.num_train_timesteps)
-        self.covariance.copy_(self._target_covariance(statistics, matrix.float().double()))
         self.is_filled = True
 
-    def _target_covariance(self, statistics: FeatureStatistics, matrix: Tensor) -> Tensor:
-        match self.kind:
-            case "none":
-                return statistics.total_covariance
-            case "layer_norm":
-                return statistics.layer_norm_covariance
-            case "batch_whiten":
-                return torch.eye(self.channels, dtype=torch.float64)
-            case "whiten":
-                return matrix.T @ statistics.covariance @ matrix
-        scale = matrix.expand(1, self.channels)
-        return scale.T * statistics.covariance * scale
+    def _take(self, mean: Tensor, matrix: Tensor) -> Tensor:
+        """Keep what rows are centred and multiplied by; the matrix as it is kept, in float64."""
+        if not matrix.isfinite().all():
+            raise ValueError("the teacher's features do not vary at all in this layer; pair another one")
+        self.mean.copy_(mean)
+        self.matrix.copy_(matrix)
+        return matrix.float().double()
 
     def forward(
         self, rows: Float[Tensor, "batch positions channels"], timesteps: Int[Tensor, " batch"]

@@ -6,8 +6,7 @@ import itertools
 from diffusers import ModelMixin
 
 from vkd_gen.families.activations import Batches, step0_error
-from vkd_gen.families.channels import ChannelChoice
-from vkd_gen.families.inherit import Rescaling, inherit_weights
+from vkd_gen.families.inherit import inherit_weights
 from vkd_gen.families.links import default_layers, link_layers, match_stages
 from vkd_gen.schedule import Schedule
 
@@ -43,58 +42,43 @@ def _options(student: ModelMixin, teacher: ModelMixin) -> dict[str, list[tuple[i
     return options
 
 
-def compare_layer_choices(
-    student: ModelMixin,
-    teacher: ModelMixin,
-    batches: Batches,
-    schedule: Schedule,
-    *,
-    test_batches: Batches | None = None,
-    rescaling: Rescaling = "none",
-) -> list[tuple[float, dict[str, tuple[int, ...]]]]:
-    """The student's `step0_error`, on the test batches or else on the others, for each of `layer_choices`.
+def _error(
+    layers: dict[str, tuple[int, ...]], student: ModelMixin, teacher: ModelMixin, batches: Batches, schedule: Schedule
+) -> float:
+    """The error of a student that has copied these layers, before any training."""
+    trial = copy.deepcopy(student)
+    inherit_weights(trial, teacher, channels="magnitude", rescaling="none", layers=layers)
+    return step0_error(trial, teacher, batches, schedule)
 
-    The lowest comes first. Student and teacher stay as they are; `inherit_weights` gets the batches and the rescaling.
-    """
+
+def compare_layer_choices(
+    student: ModelMixin, teacher: ModelMixin, batches: Batches, schedule: Schedule
+) -> list[tuple[float, dict[str, tuple[int, ...]]]]:
+    """The student's `step0_error` on the batches for each of `layer_choices`, the lowest first; nothing is changed."""
     batches = list(batches)
-    test_batches = batches if test_batches is None else list(test_batches)
-    results = []
-    for layers in layer_choices(student, teacher):
-        trial = copy.deepcopy(student)
-        inherit_weights(trial, teacher, rescaling=rescaling, batches=batches, schedule=schedule, layers=layers)
-        results.append((step0_error(trial, teacher, test_batches, schedule), layers))
+    results = [
+        (_error(layers, student, teacher, batches, schedule), layers) for layers in layer_choices(student, teacher)
+    ]
     return sorted(results, key=lambda result: result[0])
 
 
 def best_layers(
-    student: ModelMixin,
-    teacher: ModelMixin,
-    batches: Batches,
-    schedule: Schedule,
-    *,
-    channels: ChannelChoice = "magnitude",
-    rescaling: Rescaling = "none",
+    student: ModelMixin, teacher: ModelMixin, batches: Batches, schedule: Schedule
 ) -> dict[str, tuple[int, ...]]:
     """Layers to copy, block after block the ones with which the student's error before training is lowest.
 
     Never worse than the default, from which it starts. It tries the sum of the blocks' choices, where
     `compare_layer_choices` tries their product. Student and teacher stay as they are; the result is a value for
-    `layers` of `inherit_weights`, which gets the other arguments too.
+    `layers` of `inherit_weights`.
     """
-    batches = list(batches)
-
-    def error(layers: dict[str, tuple[int, ...]]) -> float:
-        trial = copy.deepcopy(student)
-        settings = {"channels": channels, "rescaling": rescaling, "layers": layers}
-        inherit_weights(trial, teacher, batches=batches, schedule=schedule, **settings)  # type: ignore[arg-type]
-        return step0_error(trial, teacher, batches, schedule)
-
-    options = _options(student, teacher)
+    batches, options = list(batches), _options(student, teacher)
     best = {name: choices[0] for name, choices in options.items()}
-    lowest = error(best) if any(len(choices) > 1 for choices in options.values()) else 0.0
+    lowest = None
     for name, choices in options.items():
         for choice in choices[1:]:
+            if lowest is None:
+                lowest = _error(best, student, teacher, batches, schedule)
             trial = {**best, name: choice}
-            if (found := error(trial)) < lowest:
+            if (found := _error(trial, student, teacher, batches, schedule)) < lowest:
                 best, lowest = trial, found
     return best

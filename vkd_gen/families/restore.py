@@ -6,7 +6,8 @@ fitted, layers hand it, so errors do not add up.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,18 +69,15 @@ def fit_layers(
     def keep(module: Layer, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
         addends[module] = inputs[0] if output is None else output
 
-    def fit(link: Link) -> Callable[..., None]:
-        def hook(module: Layer, inputs: tuple[Tensor, ...]) -> None:
-            target = targets.pop(link)
-            if link.residual is not None:
-                added = to_rows(addends[_adds(link)])
-                if added.shape != target.shape:
-                    return
-                target = target - added
-            if _fit(link, module, inputs[0], target):
-                done.append(link)
-
-        return hook
+    def fit(link: Link, module: Layer, inputs: tuple[Tensor, ...]) -> None:
+        target = targets.pop(link)
+        if link.residual is not None:
+            added = to_rows(addends[_adds(link)])
+            if added.shape != target.shape:
+                return
+            target = target - added
+        if _fit(link, module, inputs[0], target):
+            done.append(link)
 
     with contextlib.ExitStack() as hooks:
         for link in fitted:
@@ -88,7 +86,7 @@ def fit_layers(
                 is_block = source is link.residual[0]
                 register = source.register_forward_pre_hook if is_block else source.register_forward_hook
                 hooks.enter_context(register(keep))
-            hooks.enter_context(link.student.register_forward_pre_hook(fit(link)))
+            hooks.enter_context(link.student.register_forward_pre_hook(functools.partial(fit, link)))
         predict_noisy(student, batch, schedule)
     return done
 
@@ -98,9 +96,18 @@ def _targets(
 ) -> dict[Link, Tensor]:
     """What each link's layer is to compute, in one pass of the teacher."""
     targets: dict[Link, Tensor] = {}
+
+    def keep(link: Link, module: Layer, _inputs: tuple[Tensor, ...], output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        factor = getattr(module, "output_scale_factor", None) or getattr(module, "rescale_output_factor", None) or 1.0
+        rows = _norm_rows(output) if isinstance(module, nn.GroupNorm) else to_rows(output)
+        index = channel_index(link.writes).to(output.device)
+        targets[link] = rows[..., index] * (factor if link.residual else link.scale)
+
     with contextlib.ExitStack() as hooks:
         for link in links:
-            hooks.enter_context(_keep_target(link, targets))
+            source = link.residual[1] if link.residual else link.teacher
+            hooks.enter_context(source.register_forward_hook(functools.partial(keep, link)))
         predict_noisy(teacher, batch, schedule)
     return targets
 
@@ -110,19 +117,6 @@ def _adds(link: Link) -> Layer:
     assert link.residual is not None
     block = link.residual[0]
     return block.conv2 if link.student is getattr(block, "conv_shortcut", None) else block
-
-
-def _keep_target(link: Link, targets: dict[Link, Tensor]) -> Any:
-    index = channel_index(link.writes)
-
-    def hook(module: Layer, _inputs: tuple[Tensor, ...], output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        factor = getattr(module, "output_scale_factor", None) or getattr(module, "rescale_output_factor", None) or 1.0
-        rows = _norm_rows(output) if isinstance(module, nn.GroupNorm) else to_rows(output)
-        targets[link] = rows[..., index.to(output.device)] * (factor if link.residual else link.scale)
-
-    assert link.teacher is not None
-    return (link.residual[1] if link.residual else link.teacher).register_forward_hook(hook)
 
 
 def _fit(link: Link, module: Layer, inputs: Tensor, target: Tensor) -> bool:
