@@ -666,7 +666,8 @@ def ddp_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1])  # the processes import this file as tests.test_distillation
-        torch.multiprocessing.spawn(ddp_process, (str(folder),), nprocs=2)
+        torch.multiprocessing.set_forkserver_preload([__name__])  # imported once for both
+        torch.multiprocessing.start_processes(ddp_process, (str(folder),), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
