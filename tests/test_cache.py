@@ -152,18 +152,6 @@ def test_a_file_that_is_missing_is_made_again(tmp_path, capsys):
     assert "is damaged" not in capsys.readouterr().out
 
 
-def test_temporaries_of_killed_processes_are_removed_and_others_left(tmp_path):
-    folder = keep(tmp_path).folder
-    old, new = folder / "00000.1.tmp", folder / "00001.2.tmp"
-    for path in (old, new):
-        path.write_text("")
-    os.utime(old, (0, 0))
-    files(tmp_path)[0].unlink()
-    keep(tmp_path)
-    assert not old.exists()
-    assert new.exists()
-
-
 # ---- room
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,8 +34,6 @@ FORMAT = 1
 """Part of every name; to be raised when the same facts come to mean other rows or other files."""
 FILE_BYTES = 2**28
 """A file holds as many rows as fit into this, and at least one."""
-SECONDS_LEFT = 3600
-"""A temporary file that has not changed for so long was left by a process that was killed."""
 MISSING = "it is not there"
 Compute = Callable[[Sequence[int]], dict[str, Tensor]]
 """Numbers of rows -> name -> tensor `[rows, ...]` on the CPU, contiguous."""
@@ -169,7 +166,7 @@ def _missing_files(kept: KeptRows, state: Any) -> list[int]:
 
 
 def _begin(folder: Path, facts: Mapping[str, Any], num_bytes: int, what: str, advice: str) -> None:
-    """See that there is room, write down what the folder is of, and tidy up after killed runs."""
+    """See that there is room, and write down what the folder is of."""
     free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
     if num_bytes > free:
         raise ValueError(
@@ -178,9 +175,6 @@ def _begin(folder: Path, facts: Mapping[str, Any], num_bytes: int, what: str, ad
         )
     with _told(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
-        for temporary in folder.glob("*.tmp"):
-            if time.time() - temporary.stat().st_mtime > SECONDS_LEFT:
-                temporary.unlink()
         write_json(folder / "facts.json", facts)
 
 
