@@ -197,7 +197,9 @@ def test_a_bad_image_is_refused_or_skipped(tmp_path, bad, caplog):
     stream, _, _ = open_stream(source, head_size=2, on_bad_image="skip")
     assert sorted(first_epoch(stream)) == [0, 1, 2, 3, 4, 5, 6, 7, 9]
     assert [record.message.count("image 3 of shard 1") for record in caplog.records] == [1]
+    caplog.clear()
     images = list(itertools.islice(stream.read(Position(), seed=0, reader=0, num_readers=1), 30))
+    assert len(caplog.records) == 1  # of three epochs
     levels = grey_levels(image for _, image, _ in images)
     for number in (1, 5, 8, 9, 12):
         rest = itertools.islice(stream.read(images[number - 1][0], seed=0, reader=0, num_readers=1), 10)
