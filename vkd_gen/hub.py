@@ -4,11 +4,12 @@ import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-from diffusers import DiffusionPipeline
+from typing import TYPE_CHECKING, Literal
 
 from vkd_gen.text import reason
+
+if TYPE_CHECKING:  # flags are read before anything heavy is loaded
+    from diffusers import DiffusionPipeline
 
 WEIGHTS = "diffusion_pytorch_model"
 """The name of a model's weights in its folder, before the suffix."""
@@ -97,7 +98,7 @@ def hub_folder(source: str, files: Sequence[str]) -> Path:
         raise ValueError(f"it is not in the hub's cache here, and {problem}" if problem else reason(error)) from error
 
 
-def part_files(kind: type[DiffusionPipeline]) -> list[str]:
+def part_files(kind: "type[DiffusionPipeline]") -> list[str]:
     """Patterns of the files that `load_parts` needs, for a download."""
     names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
     return [file for name in names for file in model_files(f"{name}/")] + model_files("")

@@ -14,6 +14,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from tests.eval.conftest import save_pngs
 from vkd_gen.evaluation.extractors import load_extractor
+from vkd_gen.evaluation.feature_network import load_feature_network
 from vkd_gen.evaluation.reference import cached_features
 from vkd_gen.evaluation.sources import content_hash, from_folder
 
@@ -188,7 +189,8 @@ def test_saved_statistics_give_the_fid_of_their_images(tmp_path, folders, featur
     flags = ["--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
     run_eval("score", first, "--reference", second, *flags, tmp_path / "images")
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in sorted(second.glob("*.png"))])
-    features = load_extractor(str(feature_network))(pixels[:, None])["features"].numpy()
+    with torch.no_grad():
+        features = load_feature_network(feature_network)(pixels[:, None].double().div(127.5).sub(1).float())[0].numpy()
     np.savez(tmp_path / "statistics.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     run_eval("score", first, "--reference", tmp_path / "statistics.npz", *flags, tmp_path / "statistics")
     found = scores_in(tmp_path / "statistics")
