@@ -12,6 +12,12 @@ from vkd_gen.pairing import pair_table
 REFUSED = (ValueError, TypeCheckError)  # the second one where the tests run with shapes and types checked
 
 
+@pytest.fixture(scope="module")
+def attentive():
+    """Student and teacher, both with attention everywhere; never changed."""
+    return tiny_unet((8, 16), attention=True), tiny_unet((16, 32), attention=True)
+
+
 def names(pairs):
     return [(pair.student, pair.teacher) for pair in pairs]
 
@@ -205,8 +211,8 @@ def test_named_pairs_are_kept_in_their_order():
         ),
     ],
 )
-def test_the_finer_of_a_named_pair_is_pooled(pair, expected):
-    student, teacher = tiny_unet((8, 16), attention=True), tiny_unet((16, 32), attention=True)
+def test_the_finer_of_a_named_pair_is_pooled(pair, expected, attentive):
+    student, teacher = attentive
     (made,) = pair_layers(student, teacher, pairs=[pair])
     assert made == expected
     assert feature_shapes(student, [made.student]) == {made.student: made.student_shape}
@@ -238,10 +244,9 @@ def test_the_finer_of_a_named_pair_is_pooled(pair, expected):
         ({"layers": "middle"}, "middle"),
     ],
 )
-def test_what_cannot_be_paired_is_refused_in_words(options, message):
-    student, teacher = tiny_unet((8, 16), attention=True), tiny_unet((16, 32), attention=True)
+def test_what_cannot_be_paired_is_refused_in_words(options, message, attentive):
     with pytest.raises(REFUSED, match=message):
-        pair_layers(student, teacher, **options)
+        pair_layers(*attentive, **options)
 
 
 def test_no_layer_of_that_kind():
