@@ -48,6 +48,21 @@ def test_a_line_of_the_log_is_the_mean_over_its_steps(tmp_path):
         assert mean[name] == pytest.approx(sum(line[name] for line in lines) / 5, rel=1e-6)
 
 
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path):
+    norms = []
+
+    def after_build(loop):
+        def measure(*_):
+            gradients = [parameter.grad for parameter in loop.module.parameters() if parameter.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+        loop.optimizer.optimizer.register_step_pre_hook(measure)
+
+    train(options_of(tmp_path / "run", max_train_steps=2, max_grad_norm=0.01), after_build=after_build)
+    assert norms == pytest.approx([0.01] * 2, rel=1e-3)
+    assert read_metrics(tmp_path / "run")[-1]["gradient_norm"] > 0.01
+
+
 def test_the_fused_optimizer_is_the_plain_one(tmp_path):
     """Where there is a gradient: Adam makes whole steps of rounding errors too, in biases that a group norm undoes."""
     largest = {}
