@@ -21,7 +21,7 @@ from tests.faults.small_run import (
 )
 
 KILLED = -signal.SIGKILL
-NUMBER_OF_EVENTS = 138  # file operations in the folder of an undisturbed run
+NUMBER_OF_EVENTS = 129  # file operations in the folder of an undisturbed run
 
 
 def slow(cases):

@@ -136,7 +136,7 @@ def test_a_bad_line_of_metrics_costs_that_line(text, num_left_out, tmp_path, cap
     assert draw_curves({"run": metrics}, {}) is not None
     assert draw_diagnostics(pick_diagnostics(metrics)) is None
     RunFolder(str(tmp_path)).cut_metrics(20)
-    assert {line["step"] for line in read_metrics(path)} <= {7, 10, 20}
+    assert {line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")} <= {7, 10, 20}
 
 
 def test_diagnostics_with_gaps_are_drawn():
