@@ -19,7 +19,9 @@ def test_published_students_are_counted_from_configurations_alone(tmp_path, run_
     counts = {name: row["parameters"] for name, row in rows.items()}
     assert counts == {"stable-diffusion-1": 859_520_964, "bk-small": 482_346_884, "bk-tiny": 323_384_964}
     assert {name: row["published_parameters"] for name, row in rows.items()} == counts
-    assert "(37.6%)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(37.6%)" in shown
+    assert "3,278.81" in shown  # MiB of float32 weights
 
 
 def test_an_sdxl_unet_is_counted_without_its_memory(tmp_path, run_eval):
