@@ -206,7 +206,7 @@ OF_A_TEACHERS_FLAGS = [
     ("--channels 2", "1 or 3 channels"),
     ("--guidance_dropout -0.1", "--guidance_dropout must be at least 0"),
     ("--block_out_channels", "block_out_channels|block-out-channels"),
-    ("--block_out_channels 0", "--block_out_channels must be at least 1, not 0"),
+    ("--block_out_channels 0", "--block_out_channels must .* at least 1"),
     ("--block_out_channels 8000000000", "could be built: block_out_channels"),
     ("--block_out_channels 32768 65536", "would take .* GB; this machine has"),
     ("--layers_per_block 0", "--layers_per_block must be at least 1"),
