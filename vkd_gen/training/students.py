@@ -114,7 +114,7 @@ def make_student(options: StudentOptions, teacher: Model, run: Run) -> tuple[Mod
 def start_student(
     options: StudentOptions, student: Model, has_weights: bool, teacher: Model, draws: Draws, run: Run
 ) -> None:
-    """Bring both to the run's device in float32, and the student that begins without weights to a start.
+    """Bring the student to the run's device, and one that begins without weights to a start, both in float32.
 
     Args:
         options: of the recipe.
@@ -125,9 +125,8 @@ def start_student(
         run: begun.
 
     Raises:
-        ValueError: in one line, where one of them is not finite.
+        ValueError: in one line, where the student is not finite.
     """
-    run.check_finite(teacher.network.to(run.device), draws, f"the teacher {run.flags['teacher']}")
     network = student.network.to(run.device)
     if options.inherit_weights and not has_weights and run.is_fresh:
         schedule = draws.schedule.to(run.device)
