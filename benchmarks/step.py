@@ -208,17 +208,17 @@ class Bench:
         run = Run(options, {})
         run.folder.start({})
         draws = Draws(self.images, self.schedule, seed=0, batch_size=self.batch_size)
-        projected, balance = build_projected_student(matching, student, teacher, pairs, draws, run)
+        projected, features = build_projected_student(matching, student, teacher, pairs, draws, run)
         groups = vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay)
         loop = Loop(run, projected, draws, average=student, parameter_groups=groups)
-        loop.every(1, balance.look)
+        loop.every(1, features.measure)
         for batch in loop:
             losses = vkd.distillation_losses(
                 loop.module,
                 batch,
                 schedule=self.schedule,
                 teacher=teacher,
-                weights=balance.weights(loop.step),
+                weights=features.weights(loop.step),
                 feature_loss_kind=matching.feature_loss,
             )
             loop.backward(losses)

@@ -120,11 +120,11 @@ def main(config: StudentConfig) -> None:
         facts = {"teacher": config.teacher, "method": matching.method}
         steps, dataset = config.scores.num_inference_steps, config.data.dataset
         run.try_end("student", student, facts, dataset=dataset, num_inference_steps=steps)
-        projected, balance = build_projected_student(matching, student.network, frozen, pairs, draws, run)
+        projected, features = build_projected_student(matching, student.network, frozen, pairs, draws, run)
 
         groups = vkd.parameter_groups(student.network, projected.projectors, options.adam_weight_decay)
         loop = Loop(run, projected, draws, average=student.network, parameter_groups=groups)
-        loop.every(1, balance.look)
+        loop.every(1, features.measure)
         loop.every(options.preview_every_steps, run.preview(student), averaged=True)
         loop.every(options.score_every_steps, run.score("student", student, scorer), averaged=True)
         schedule, asked = student.schedule.to(run.device), compile_as_asked(run.accelerator, frozen)
@@ -134,7 +134,7 @@ def main(config: StudentConfig) -> None:
                 batch,
                 schedule=schedule,
                 teacher=asked,
-                weights=balance.weights(loop.step),
+                weights=features.weights(loop.step),
                 feature_loss_kind=matching.feature_loss,
                 timestep_weighting=matching.timestep_weighting,
                 snr_gamma=matching.snr_gamma,

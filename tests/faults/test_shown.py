@@ -15,8 +15,8 @@ from tables import markdown_page as comparison_table
 from tests.experiments.test_tables import comparison
 from tests.faults.small_run import options_of, train
 from tests.recipes.conftest import RECIPES
-from tests.test_balance import Ratios
 from tests.test_diagnostics_figure import look
+from tests.test_feature_weight import Ratios
 from tests.test_report import make_run
 from vkd_gen import LossWeights
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics
@@ -24,7 +24,7 @@ from vkd_gen.evaluation.figures import draw_curves
 from vkd_gen.evaluation.labels import METRICS, label_of
 from vkd_gen.evaluation.report import asked_for, write_report
 from vkd_gen.evaluation.tables import markdown_table, print_table
-from vkd_gen.training.balance import FeatureBalance
+from vkd_gen.training.feature_weight import FeatureWeight
 
 EVAL = RECIPES.parent / "eval"
 
@@ -96,7 +96,7 @@ def test_a_configuration_that_is_none_costs_no_page(content, tmp_path):
 
 def steps_looked_at(num_steps, decay_end, every_steps=200, weighting="constant"):
     diagnostics = Ratios(*[2.0] * 2000)
-    balance = FeatureBalance(
+    features = FeatureWeight(
         diagnostics,
         weighting=weighting,
         weights=LossWeights(denoising=1.0, output=1.0, feature=0.3),
@@ -105,11 +105,11 @@ def steps_looked_at(num_steps, decay_end, every_steps=200, weighting="constant")
         num_steps=num_steps,
         every_steps=every_steps,
     )
-    balance.start()
+    features.start()
     steps, scales = [], []
     for step in range(1, num_steps + 1):
-        steps += [step] if balance.look(step) else []
-        scales.append(balance.state_dict())
+        steps += [step] if features.measure(step) else []
+        scales.append(features.state_dict())
     return steps, scales
 
 

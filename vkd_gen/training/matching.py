@@ -10,7 +10,7 @@ from vkd_gen.data.draws import Draws
 from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.distillation import matching_table
 from vkd_gen.projectors import Projector, random_orthonormal
-from vkd_gen.training.balance import FeatureBalance
+from vkd_gen.training.feature_weight import FeatureWeight
 from vkd_gen.training.methods import MatchingOptions
 from vkd_gen.training.run import Run
 
@@ -83,7 +83,7 @@ def build_projected_student(
     pairs: list[vkd.LayerPair],
     draws: Draws,
     run: Run,
-) -> tuple[vkd.ProjectedStudent, FeatureBalance]:
+) -> tuple[vkd.ProjectedStudent, FeatureWeight]:
     """What trains, and the weight of its feature loss; calibrated where no checkpoint will do that.
 
     Args:
@@ -97,7 +97,7 @@ def build_projected_student(
     num_steps, device = run.options.max_train_steps, run.device
     if not pairs:
         projected = vkd.ProjectedStudent(student)
-        return projected, FeatureBalance(None, weights=options.weights, num_steps=num_steps)
+        return projected, FeatureWeight(None, weights=options.weights, num_steps=num_steps)
     schedule, apart = draws.schedule.to(device), partial(draws.apart, device=device)
     matchings = [build_matching(options, pair) for pair in pairs]
     projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True)).to(device)
@@ -114,7 +114,7 @@ def build_projected_student(
         timestep_weighting=options.timestep_weighting,
         snr_gamma=options.snr_gamma,
     )
-    balance = FeatureBalance(
+    features = FeatureWeight(
         diagnostics,
         weighting=options.feature_weighting,
         weights=options.weights,
@@ -123,7 +123,7 @@ def build_projected_student(
         num_steps=num_steps,
         every_steps=options.diagnostics_every_steps,
     )
-    run.accelerator.register_for_checkpointing(balance)
+    run.accelerator.register_for_checkpointing(features)
     if run.is_fresh:
-        balance.start()
-    return projected, balance
+        features.start()
+    return projected, features

@@ -11,15 +11,15 @@ import vkd_gen as vkd
 from vkd_gen.diagnostics import Diagnostics
 from vkd_gen.training.methods import FeatureWeighting
 
-NUM_LOOKS = 10
+NUM_MEASUREMENTS = 10
 """Looks while features have a weight, at least, and so points of every line in the figure of a run."""
 LEAST_STEPS_BETWEEN = 5
-"""Of these, as a look takes as long as a few steps."""
+"""Of these, as a measurement takes as long as a few steps."""
 LEAST_RATIO = 1e-9
 """The weight grows no larger than for a feature loss of weight 1 whose gradient is so small beside the others'."""
 
 
-class FeatureBalance:
+class FeatureWeight:
     """Weights of the loss at every step, with figures of what the feature loss does now and then.
 
     With `gradient_ratio` the feature weight is a ratio: that of the norm of the feature loss' gradient over the
@@ -29,14 +29,14 @@ class FeatureBalance:
     state of this object, to be registered for checkpointing.
 
     Args:
-        diagnostics: None looks at nothing; then the weighting must be constant.
+        diagnostics: None measures nothing; then the weighting must be constant.
         weighting: see above.
         weights: at the start of the run; `feature` is the constant weight or the ratio.
         decay_start: share of the run after which the feature weight falls linearly.
         decay_end: share of the run after which it is 0, and features are neither captured nor compared.
         num_steps: of the run.
-        every_steps: steps between two moves of the factor, each with a look; the last step with features has one too.
-            Further looks in between, which move nothing, show what a short run does. 0 looks at the start alone.
+        every_steps: steps between two moves of the factor, each measured; so is the last step with features.
+            Further measurements in between, which move nothing, show what a short run does. 0: at the start only.
 
     Raises:
         ValueError: for weights that are none, or a gradient ratio without diagnostics.
@@ -60,7 +60,7 @@ class FeatureBalance:
         self._decay_start, self._decay_end = decay_start, decay_end
         self._num_steps, self._every_steps = num_steps, every_steps
         self._last = math.ceil(decay_end * num_steps)  # step that features have a weight in
-        self._shown_every_steps = min(every_steps, max(LEAST_STEPS_BETWEEN, self._last // NUM_LOOKS))
+        self._shown_every_steps = min(every_steps, max(LEAST_STEPS_BETWEEN, self._last // NUM_MEASUREMENTS))
         self._scale = 1.0 if self._follows else weights.feature
 
     def weights(self, step: int) -> vkd.LossWeights:
@@ -82,7 +82,7 @@ class FeatureBalance:
             ratio = self._diagnostics(replace(self._weights, feature=1.0))["gradient_ratio"]
             self._move(1.0, ratio, exponent=1.0)
 
-    def look(self, step: int) -> Mapping[str, float]:
+    def measure(self, step: int) -> Mapping[str, float]:
         """After a step: the figures, when they are due, and maybe the factor moved; else nothing."""
         if self._diagnostics is None or not self._every_steps:
             return {}
