@@ -189,7 +189,7 @@ def test_a_step_waits_once_between_log_lines_and_refreshes(pipeline_folder, tmp_
     monkeypatch.setattr(Loop, "__iter__", counted)
     monkeypatch.setattr(vkd, "distillation_losses", losses_with_waits)
     # On a CPU it looks at the timesteps, where that is no wait; on a GPU it does not.
-    monkeypatch.setattr("vkd_gen.distillation._check_batch", lambda *_: None)
+    monkeypatch.setattr("vkd_gen.distillation._check_timesteps", lambda *_: None)
     flags = [
         *SHORT_STUDENT,
         "--extractor",

@@ -225,7 +225,7 @@ class FeatureNormalizer(nn.Module):
                 covariance = matrix.T @ within @ matrix
                 values = descending_eigh(within)[0]
                 self.discarded.copy_(1 - values[: self.target_channels].sum() / values.sum())
-            case _:
+            case "center" | "standardize":
                 is_center = self.kind == "center"
                 variances = within.diagonal().mean() if is_center else shrink(within, self.shrinkage).diagonal()
                 scale = self._take(statistics.mean, variances.rsqrt().view(1, -1)).expand(1, self.channels)

@@ -22,7 +22,8 @@ from vkd_gen.text import one_line, reason
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the Inception network of Heusel et al., 2017."""
 
-Metric = Literal["fid", "isc", "kid", "prc"]
+FidelityMetric = Literal["fid", "isc", "kid", "prc"]
+"""torch-fidelity's names of what a layer is chosen for; what is scored is `METRICS` in labels.py."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Extractor:
     name: str
     network: nn.Module
     extract: Callable[[UInt8[Tensor, "batch channels height width"]], dict[str, Tensor]]
-    layers: Mapping[Metric, str]
+    layers: Mapping[FidelityMetric, str]
     weights_hash: str
     facts: Mapping[str, str]
 
@@ -143,7 +144,7 @@ def _from_torch_fidelity(name: str, weights: str | None) -> Extractor:
     if weights is not None:
         _check_weights(name, weights)
     kind = registry[name]
-    layers = {metric: kind.get_default_feature_layer_for_metric(metric) for metric in get_args(Metric)}
+    layers = {metric: kind.get_default_feature_layer_for_metric(metric) for metric in get_args(FidelityMetric)}
     if name != INCEPTION and layers["isc"] == layers["fid"]:
         del layers["isc"]  # no class probabilities: torch-fidelity falls back to the features, which are none
     needed = list(dict.fromkeys(layers.values()))
@@ -184,5 +185,5 @@ def _is_published(path: Path) -> bool:
 
 def _frozen(name: str, network: nn.Module, extract: Callable, facts: Mapping[str, str]) -> Extractor:
     network.eval().requires_grad_(False)
-    layers = {metric: "logits" if metric == "isc" else "features" for metric in get_args(Metric)}
+    layers = {metric: "logits" if metric == "isc" else "features" for metric in get_args(FidelityMetric)}
     return Extractor(name, network, extract, layers, hash_tensors(network.state_dict()), dict(facts))

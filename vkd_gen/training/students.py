@@ -17,9 +17,8 @@ from vkd_gen.families import (
     Reduction,
     best_layers,
     build_student,
-    inherit_weights,
+    family_of,
     published_cost,
-    reduce_config,
 )
 from vkd_gen.models import Model
 from vkd_gen.pairing import pair_table
@@ -56,9 +55,9 @@ def resolve_student(options: StudentOptions, teacher: ModelMixin) -> dict[str, A
     }
     traits = {name: value for name, value in traits.items() if value is not None}
     if not options.student:
-        return reduce_config(teacher.config, Reduction(**{"width": 0.5, **traits}))
+        return family_of(teacher).reduce(teacher.config, Reduction(**{"width": 0.5, **traits}))
     if options.student in REDUCTIONS:
-        return reduce_config(teacher.config, replace(REDUCTIONS[options.student], **traits))
+        return family_of(teacher).reduce(teacher.config, replace(REDUCTIONS[options.student], **traits))
     if traits:
         raise ValueError(f"--student {options.student} is complete; leave out --student_{next(iter(traits))}")
     return read_student_config(options.student, teacher)
@@ -133,7 +132,7 @@ def start_student(
         count = max(4, min(options.inherit_samples, LARGEST_START // draws.images.resolution**2))
         batches = list(draws.apart(count, device=run.device, guidance_dropout=0.0))
         best = options.inherit_layers == "best"
-        inheritance = inherit_weights(
+        inheritance = family_of(network).inherit(
             network,
             teacher.network,
             channels=options.inherit_channels,
