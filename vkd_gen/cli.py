@@ -30,7 +30,8 @@ T = TypeVar("T")
 if TYPE_CHECKING:
     Rare = Annotated[T, None]
 else:
-    Rare = Annotated[T, tyro.conf.Suppress if "--help" in sys.argv or "-h" in sys.argv else None]
+    asks = {"--help", "-h"} & set(sys.argv) and not {HELP_ALL, "--help-all"} & set(sys.argv)
+    Rare = Annotated[T, tyro.conf.Suppress if asks else None]
 """The type of a flag that few people change: --help leaves it out, --help_all shows it."""
 
 USER_ERROR = 2
@@ -73,7 +74,7 @@ def _parse(kind: type[Config], default: Config | None, description: str, argumen
     messages = io.StringIO()
     # Only a line behind an empty one stays a line of its own in the help.
     description = re.sub(r"\n+(?=(?:python|accelerate) )", "\n\n", description)
-    if HELP_ALL in arguments:
+    if {HELP_ALL, "--help-all"} & set(arguments):
         arguments = ["--help"]
     elif default is not None:
         description = f"{description}\n\n{HELP_ALL} shows the flags that few people change too."

@@ -81,6 +81,7 @@ class FeatureCapture:
         ValueError: for an unknown or repeated layer name, and a model in a wrapper.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> capture = FeatureCapture(model, ["0"])
         >>> capture.start()

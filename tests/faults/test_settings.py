@@ -392,7 +392,8 @@ def test_a_run_of_a_constant_rate_can_be_made_longer(tmp_path):
     options = options_of(tmp_path / "straight", lr_scheduler="constant_with_warmup")
     for given in (options, replace(options, output_dir=str(tmp_path / "run"), max_train_steps=6)):
         assert run_to_end(train, given, output=tmp_path / "output")[0] == 0
-    longer = replace(options, output_dir=str(tmp_path / "run"), checkpointing_steps=4)
+    # The warm-up is over, and its default a share of the run.
+    longer = replace(options, output_dir=str(tmp_path / "run"), checkpointing_steps=4, lr_warmup_steps=3)
     status, output = run_to_end(train, longer, output=tmp_path / "longer")
     assert status == 0, output
     assert "the run of 6 steps goes on to 12" in output
@@ -414,8 +415,8 @@ LENGTH = {**OLD, "max_train_steps": 6, "lr_scheduler": "constant", "feature_weig
         ({"lr_scheduler": "cosine"}, {"lr_scheduler": "constant"}, "of a run of 6 steps"),
         (
             {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1},
-            {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2},
-            "--lr_warmup_steps was 1 and is 2",
+            {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 9},  # which is not over
+            "--lr_warmup_steps was 1 and is 9",
         ),
     ],
 )

@@ -22,7 +22,10 @@ def test_a_teacher_trains_and_loads(tmp_path, run_recipe):
 def test_dry_run(tmp_path, run_recipe, capsys):
     run_recipe(RECIPE, "--preset", "cifar10", "--dry_run", "--output_dir", tmp_path / "run")
     assert "parameters" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
+    flags = ["--class_conditional", "--image_cache", tmp_path / "cache", "--output_dir", tmp_path / "run"]
+    run_recipe(RECIPE, "--dry_run", *flags)  # which has to look at the labels
+    assert "for 10 classes" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_teacher_that_a_preset_names_has_a_preset_here():

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import DynamoBackend, gather_object, set_seed
+from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, set_seed
 from diffusers.utils.logging import disable_progress_bar
 
 from vkd_gen.cli import USER_ERROR
@@ -62,10 +62,16 @@ def make_accelerator(options: TrainingOptions, *, find_unused_parameters: bool =
     return accelerator
 
 
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "on", "t")
+
+
 def _check_environment(options: TrainingOptions) -> None:
     """Refuse what accelerate would take from the environment in place of a flag, or beside what is trained here."""
+    if not torch.accelerator.is_available() and not _is_set("ACCELERATE_USE_CPU"):
+        _check_alone()  # before they meet, and part
     for name in NOT_HERE:
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+        if _is_set(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"these recipes do not train under {name}: they check gradients, average weights and write checkpoints "
                 "of whole models; launch with --multi_gpu"
@@ -94,6 +100,17 @@ def check_processes(accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes > 1:
         return
+    _check_alone()
+    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if is_launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        # All that its launcher of one process says where it was asked for several (MULTI_CPU) without mpirun.
+        accelerator.print(
+            "note: accelerate's settings ask for several processes on CPUs (MULTI_CPU), and it has started one, which "
+            "does all the work; for several: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node NUMBER ..."
+        )
+
+
+def _check_alone() -> None:
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if os.environ.get(name, "1") not in ("", "0", "1"):
             raise ValueError(
@@ -105,13 +122,6 @@ def check_processes(accelerator: Accelerator) -> None:
         raise ValueError(
             f"RANK is {os.environ['RANK']} in the environment, but this process is alone: unset it, or start all "
             "processes by one launcher, which sets WORLD_SIZE too"
-        )
-    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if is_launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        # All that its launcher of one process says where it was asked for several (MULTI_CPU) without mpirun.
-        accelerator.print(
-            "note: accelerate's settings ask for several processes on CPUs (MULTI_CPU), and it has started one, which "
-            "does all the work; for several: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node NUMBER ..."
         )
 
 
@@ -141,6 +151,14 @@ def on_main_process(action: Callable[[], Result]) -> Result | None:
             sys.exit(USER_ERROR)
         raise error
     return result
+
+
+def on_all_processes(action: Callable[[], Result]) -> Result:
+    """What an action gives that only the main process does: the same on all of them."""
+    results = [on_main_process(action)]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(results)
+    return results[0]  # type: ignore[return-value]
 
 
 def compile_as_asked(accelerator: Accelerator, teacher: FrozenTeacher) -> FrozenTeacher:

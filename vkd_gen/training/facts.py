@@ -111,8 +111,9 @@ def compare_facts(before: dict[str, Any], now: dict[str, Any], point: Path, tell
     if "max_train_steps" in changed:
         _check_length(before, now, point)
     free = {*FREE_TO_CHANGE, *BATCH, *by_content, "max_train_steps"}
-    if before.get("lr_scheduler") == "constant":
-        free.add("lr_warmup_steps")  # which it has none of, and whose default is a share of the run
+    warmups = [facts.get("lr_warmup_steps") or 0 for facts in (before, now)]
+    if before.get("lr_scheduler") in CONSTANT and max(warmups) <= _step_of(point):
+        free.add("lr_warmup_steps")  # which is over, and whose default is a share of the run
     if any(words.startswith("--dataset ") for words in other_contents):
         free.update(OF_DATA)  # which follow from that
     forbidden = [name for name in changed if name not in free]
@@ -149,8 +150,7 @@ def _tell_changes(
 
 def _check_length(before: Mapping[str, Any], now: Mapping[str, Any], point: Path) -> None:
     """Another number of steps is the same run only where nothing in a step depends on how many there will be."""
-    step = int(point.name.removeprefix("checkpoint-"))
-    if now["max_train_steps"] < step:
+    if now["max_train_steps"] < _step_of(point):
         raise ValueError(
             f"{point} is behind --max_train_steps {now['max_train_steps']}: that many steps are made already"
         )
@@ -168,6 +168,10 @@ def _check_length(before: Mapping[str, Any], now: Mapping[str, Any], point: Path
             "--feature_decay_start 1 --feature_decay_end 1 --feature_weighting constant); else start a new one, of a "
             "student from what was exported: --student OUTPUT_DIR/pipeline"
         )
+
+
+def _step_of(point: Path) -> int:
+    return int(point.name.removeprefix("checkpoint-"))
 
 
 def _images_per_step(config: Mapping[str, Any]) -> int:

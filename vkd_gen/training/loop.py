@@ -92,7 +92,7 @@ class Loop:
         self._sums: dict[str, np.float32] = {}  # since the last log line: sums over the steps that were made
         self._num_summed: dict[str, int] = {}  # of how many steps: not all have every loss
         self._num_skipped = self._num_passes = 0
-        self._checked_gradients = False
+        self._checked_gradients = not run.is_fresh  # else it was done then
         states = [self.learning_rate, self] if self.ema is None else [self.learning_rate, self, self.ema]
         self.accelerator.register_for_checkpointing(*states)
         set_seed(options.seed, device_specific=True)  # from here on for what is random inside the model, as dropout

@@ -80,6 +80,11 @@ class MatchingOptions:
                 f"too few samples to calibrate on: --num_timestep_bins {self.num_timestep_bins} need at least as many "
                 f"--calibration_samples, not {self.calibration_samples}"
             )
+        check_at_least(self, {"whitening_rank": 1, "whitening_exponent": 0, "whitening_shrinkage": 0})
+        if self.whitening_exponent > 1 or self.whitening_shrinkage > 1:
+            raise ValueError("--whitening_exponent and --whitening_shrinkage must lie between 0 and 1")
+        if not self.snr_gamma > 0:
+            raise ValueError(f"--snr_gamma must be above 0, not {self.snr_gamma}")
         has_others = bool(self.denoising_weight + self.output_weight)
         if not self.feature_weight:
             if not has_others:

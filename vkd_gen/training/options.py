@@ -228,10 +228,15 @@ class TeacherOptions:
         """Check what can be checked without loading anything."""
         check_at_least(self, {"resolution": 1, "norm_num_groups": 1, "layers_per_block": 1})
         stages = range(len(self.block_out_channels))
+        if self.channels not in (1, 3):
+            raise ValueError(f"--channels must be 1 (grey) or 3 (RGB), not {self.channels}")
         if not stages or min(self.block_out_channels) < 1:
             raise ValueError("--block_out_channels must name at least one stage, each of at least 1 channel")
         if set(self.attention_stages) - set(stages):
             raise ValueError(f"--attention_stages must name stages 0 to {len(stages) - 1}")
+        with_attention = [*self.attention_stages, *([-1] if self.attention_stages else [])]  # and the middle block
+        if any(self.block_out_channels[stage] < 32 for stage in with_attention):
+            raise ValueError("--attention_stages need --block_out_channels of at least 32 there and in the last stage")
         if self.resolution % 2 ** (len(stages) - 1):
             raise ValueError(
                 f"--resolution {self.resolution} cannot be halved {len(stages) - 1} times, once between each two of "

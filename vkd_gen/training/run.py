@@ -29,7 +29,7 @@ from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
 from vkd_gen.provenance import only_warns, read_metrics, write_json
 from vkd_gen.text import printable
-from vkd_gen.training.accelerator import make_accelerator, on_main_process
+from vkd_gen.training.accelerator import make_accelerator, on_all_processes, on_main_process
 from vkd_gen.training.checkpoints import check_checkpoint
 from vkd_gen.training.export import after_export, check_upload, finish_export, try_saving
 from vkd_gen.training.facts import facts_of_data, hash_model, run_facts
@@ -38,8 +38,8 @@ from vkd_gen.training.options import DataOptions, TrainingOptions
 from vkd_gen.training.probe import check_finite
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 
-MADE = ("pipeline/model_index.json", "samples.npz", "samples.png", "report.html")
-"""What a finished run has made, beside its results."""
+MADE = ("pipeline/model_index.json", "pipeline/*/*.safetensors", "samples.npz", "samples.png", "report.html")
+"""Patterns of what a finished run has made, beside its results."""
 
 
 class Run:
@@ -109,6 +109,8 @@ class Run:
 
     def load_data(self, options: DataOptions, form: tuple[int, int], num_classes: int | None = None) -> Data:
         """The images of the run, which are kept in `data`; see `load_data` of images.py."""
+        if self.options.dry_run:  # which writes nothing
+            options = replace(options, image_cache="")
         self.data = load_data(options, self.find(options.dataset), form, num_classes, self.print)
         return self.data
 
@@ -143,13 +145,10 @@ class Run:
             self.folder.hold()
             return facts_of_data(facts, data, tell=not self.is_fresh)
 
-        of_data = [on_main_process(hold) or {}]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(of_data)  # the first process has read the images, the others need not
-        facts |= of_data[0]
+        facts |= on_all_processes(hold)  # the first process has read the images, the others need not
         self.folder.check(facts, self.point)
         self._scored_by = dict(scored_by)
-        if self._show_if_finished():
+        if on_all_processes(self._show_if_finished):
             return False
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -165,21 +164,21 @@ class Run:
         return True
 
     def _show_if_finished(self) -> bool:
-        """Show the table of a run that is trained, exported and scored as asked for, and say that it is finished."""
+        """Show the table of a run that is trained, exported and scored as asked for; the main process alone."""
         options, path = self.options, self.folder.path
         if self.point is None or checkpoint_step(self.point) != options.max_train_steps or options.push_to_hub:
             return False
         try:
             results = json.loads((path / "results.json").read_bytes())
-            if results["scored_by"] != self._scored_by or not all((path / name).is_file() for name in MADE):
+            if results["scored_by"] != self._scored_by or not all(any(path.glob(pattern)) for pattern in MADE):
                 return False
-            self.print(
+            markdown_table(results)  # which fails where results are damaged, before anything is said
+            print(
                 f"{path} is finished: {options.max_train_steps:,} steps, exported and scored. For another run choose "
                 "another --output_dir"
             )
-            if self.accelerator.is_main_process:
-                print_table(results)
-            self.print(f"pipeline: {self.exported}\nreport: {path / 'report.html'}")
+            print_table(results)
+            print(f"pipeline: {self.exported}\nreport: {path / 'report.html'}", flush=True)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False  # not there, damaged, or of an older version: it is scored again
         return True
