@@ -115,9 +115,16 @@ class Scorer:
         features = extract_features(
             source, self.extractor, batch_size=self.batch_size, num_shown=num_shown, progress=f"scoring {source.name}"
         )
-        scores = [self._scores_of(features.layers) if PartialState().is_main_process else []]
-        broadcast_object_list(scores)
-        return scores[0], features
+        found: list[Any] = [[]]
+        if PartialState().is_main_process:
+            try:
+                found = [self._scores_of(features.layers)]
+            except ValueError as error:  # on all processes alike, else the others would wait for ever
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return found[0], features
 
     def score_model(self, name: str, model: Model, *, num_shown: int = 32) -> tuple[list[Score], Features, ImageSource]:
         """Score a model's samples, image i from seed i; also returns where they came from."""

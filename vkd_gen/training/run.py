@@ -192,7 +192,7 @@ class Run:
 
     def check_finite(self, network: ModelMixin | FrozenTeacher, draws: Draws, name: str) -> None:
         """Ask a network, on the run's device, at both ends of the schedule; see `check_finite`."""
-        (few,) = draws.apart(4, device=self.device, guidance_dropout=0.0)
+        few = next(draws.apart(4, device=self.device, guidance_dropout=0.0))
         check_finite(network, draws.schedule.to(self.device), few, name)
 
     def try_end(
@@ -223,12 +223,11 @@ class Run:
     def preview(self, model: Model) -> Callable[[int], Mapping[str, float]]:
         """An action of the loop: a grid of samples in previews/."""
 
-        def save(step: int) -> dict[str, float]:
+        def save(step: int) -> None:
             path = self.folder.path / "previews" / f"step-{step:06d}.png"
             with only_warns(f"the preview {path}", "training goes on"):
                 images = model.images(range(32), batch_size=self.options.eval_batch_size)
                 save_sample_grid({f"step {step}": images}, path)
-            return {}
 
         def act(step: int) -> Mapping[str, float]:
             on_main_process(lambda: save(step))
