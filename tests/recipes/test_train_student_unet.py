@@ -410,7 +410,7 @@ ALONE = "--output_weight 0 --feature_weighting constant --feature_decay_end 1"
         "--projector cayley --projector_start procrustes --feature_normalization whiten",
         "--projector random --feature_normalization standardize --timestep_weighting min_snr",
         f"{ALONE} --student_width 1 --projector identity --layer_pairs mid_block up_blocks.1.resnets.0",
-        "--feature_weight 0",
+        "--feature_weight 0 --eval_batch_size 3",
         *slow(
             "--projector random --feature_normalization layer_norm --feature_loss smooth_l1",
             "--feature_normalization whiten --whitening_rank 3 --whitening_exponent 0.5",
