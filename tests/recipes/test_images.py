@@ -10,6 +10,7 @@ from PIL import Image
 from tests.recipes.conftest import (
     SHORT,
     SHORT_STUDENT,
+    TWO,
     assert_same_run,
     assert_same_weights,
     images_in,
@@ -106,18 +107,16 @@ def test_a_run_among_the_images_is_refused(tmp_path, run_recipe, capfd):
 @pytest.mark.slow
 def test_two_processes_stopped_and_gone_on(flags, student_flags, tmp_path):
     def run(name, processes, *more):
-        launcher = ["--num_processes", 1, "--cpu"] if processes == 1 else None
-        return launch(STUDENT, *student_flags, *flags, *more, "--output_dir", tmp_path / name, launcher=launcher)
+        launcher = ["--num_processes", 1, "--cpu"] if processes == 1 else TWO
+        flags_of_run = [*student_flags, *flags, *more, "--output_dir", tmp_path / name]
+        return launch(STUDENT, *flags_of_run, launcher=launcher, ACCELERATE_USE_CPU="1")
 
     straight = run("straight", 2)
     assert straight.returncode == 0, straight.stderr
     first = run("run", 2, "--checkpoints_keep_every_steps", 2)
     assert first.returncode == 0, first.stderr
-    positions = [
-        torch.load(tmp_path / "run" / "checkpoint-4" / f"process-{index}.pt", weights_only=True)["positions"]
-        for index in range(2)
-    ]
-    assert not torch.equal(*positions)
+    state = torch.load(tmp_path / "run" / "checkpoint-4" / "custom_checkpoint_2.pkl", weights_only=True)
+    assert not torch.equal(*state["positions"].chunk(2))
     again = run("run", 2, "--resume_from_checkpoint", "checkpoint-2")
     assert again.returncode == 0, again.stderr
     assert_same_weights(tmp_path / "straight", tmp_path / "run")
