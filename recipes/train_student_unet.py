@@ -28,14 +28,15 @@ class StudentConfig:
     preset: str = "digits"
     """What the other flags start from: digits, mnist, cifar10 or custom."""
     teacher: str = ""
-    """Folder or hub id (ID@REVISION) of a diffusers pipeline, of a UNet or of a recipe's run."""
+    """Folder or hub id (ID@REVISION) of a diffusers pipeline, of a UNet or of a recipe's run. For --dry_run also a
+    config.json, or a name such as stable-diffusion-1."""
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions
     start: StudentOptions = field(default_factory=StudentOptions)
     matching: MatchingOptions = field(default_factory=MatchingOptions)
     scores: ScoreOptions = field(default_factory=lambda: ScoreOptions(extractor="none"))
     score_teacher: Rare[bool] = True
-    """Score the teacher's samples too; without, its row holds its cost and errors alone."""
+    """Score the teacher's samples too; if off, its row shows only cost and errors."""
 
 
 DIGITS = StudentConfig(

@@ -76,7 +76,7 @@ def _parse(kind: type[Config], default: Config | None, description: str, argumen
     description = re.sub(r"\n+(?=(?:python|accelerate) )", "\n\n", description)
     if {HELP_ALL, "--help-all"} & set(arguments):
         arguments = ["--help"]
-    elif default is not None:
+    elif "scores" in getattr(kind, "__dataclass_fields__", ()):
         description = f"{description}\n\n{HELP_ALL} shows the flags that few people change too."
     try:
         with contextlib.redirect_stderr(messages):

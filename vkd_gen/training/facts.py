@@ -68,7 +68,7 @@ def facts_of_data(facts: Mapping[str, Any], data: Data, *, tell: bool) -> dict[s
         found["dataset_sha256"] = hashlib.sha256("\n".join([found["dataset_sha256"], *told]).encode()).hexdigest()
         how = "its head, and the names and sizes of its files"
     elif "dataset_sha256" not in found:
-        how = "its name"
+        how = "its name, as it has no files to compare"
     if how and tell:
         print(f"{train.name} is compared to what the run began with by {how}")
     return found

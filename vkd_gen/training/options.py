@@ -18,8 +18,7 @@ class TrainingOptions:
     output_dir: str
     """Folder of the run: checkpoints, metrics, samples and the exported pipeline."""
     dry_run: bool = False
-    """Show what would be trained, then stop. Of a teacher a config.json is enough, or a known name such as
-    stable-diffusion-1."""
+    """Show what would be trained, then stop; needs no weights."""
     seed: int = 0
     """Seed of initialisation, data order, noise and timesteps."""
     train_batch_size: int = 128
