@@ -1,5 +1,5 @@
 # make quickstart   install, distil the digits teacher, show teacher and student side by side
-# make test         install and run the tests (under 6 minutes on two cores)
+# make test         install and run the tests (some 130 s on two idle cores)
 # make test-all     the slow tests too
 # make test-lowest  the tests on the lowest versions that pyproject.toml allows
 # make check        what CI runs: lint, types, tests
