@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vkd_gen.files import CannotWriteError, whole_file
-from vkd_gen.text import printable
+from vkd_gen.text import printable, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,7 @@ def only_warns(what: str, advice: str) -> Iterator[None]:
     except Exception as error:  # a missing font, a broken library: whatever it is
         from tqdm import tqdm
 
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        tqdm.write(printable(f"warning: {what} could not be made ({reason}); {advice}"), file=sys.stderr)
+        tqdm.write(printable(f"warning: {what} could not be made ({reason(error)}); {advice}"), file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from vkd_gen.data.images import Images
 from vkd_gen.files import reason_of
 from vkd_gen.provenance import hash_tensors, write_json
-from vkd_gen.text import one_line
+from vkd_gen.text import one_line, reason
 
 FORMAT = 1
 """Part of every name; to be raised when the same facts come to mean other rows or other files."""
@@ -84,7 +84,7 @@ class KeptRows:
         try:
             tensors, digest = _map(path)
         except Exception as error:  # safetensors' own, the system's, and types that torch has not
-            return " ".join(str(error).split())[:200]
+            return reason(error)
         return None if digest == self._digest(number, tensors) else "it is not as it was written"
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:

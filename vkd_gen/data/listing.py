@@ -15,7 +15,7 @@ from typing import NamedTuple
 from vkd_gen.data.decoding import image_suffixes
 from vkd_gen.data.splits import find_splits
 from vkd_gen.files import LOCK
-from vkd_gen.text import printable
+from vkd_gen.text import printable, reason
 
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
@@ -114,8 +114,8 @@ def list_files(source: str, image_column: str | None = None) -> Listing:
 def _told(left_out: LeftOut) -> list[str]:
     """One line on all that was left out, if anything was."""
     parts = []
-    for reason, examples in left_out.items():
-        what = reason if len(examples) == 1 else re.sub(r"(file|folder|image|table|link)", r"\1s", reason, count=1)
+    for why, examples in left_out.items():
+        what = why if len(examples) == 1 else re.sub(r"(file|folder|image|table|link)", r"\1s", why, count=1)
         names = sorted(set(map(printable, examples)))
         parts.append(f"{len(examples):,} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     return [f"left out: {', '.join(parts)}"] if parts else []
@@ -235,7 +235,7 @@ def table_columns(file: Path) -> dict[str, bool]:
                 except pyarrow.ArrowInvalid:
                     schema = pyarrow.ipc.open_file(opened).schema
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"cannot read {printable(file)}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"cannot read {printable(file)}: {reason(error)}") from error
     kinds: Mapping[str, object] = {}
     with contextlib.suppress(ValueError, LookupError, TypeError):  # of another program, or none
         kinds = json.loads(schema.metadata[b"huggingface"])["info"]["features"]

@@ -29,6 +29,7 @@ from vkd_gen.data.tables import (
     table_images,
     undecoded_images,
 )
+from vkd_gen.text import reason
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +181,7 @@ def _read_shard(table: Any, shard: int, source: str) -> Iterator[Mapping[str, An
             for cells in zip(*columns.values(), strict=True):
                 yield dict(zip(columns, cells, strict=True))
     except Exception as error:  # the network's, the file system's and pyarrow's
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"cannot read shard {shard} of {source}: {reason}") from error
+        raise ValueError(f"cannot read shard {shard} of {source}: {reason(error)}") from error
 
 
 def stream_images(

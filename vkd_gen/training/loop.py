@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from vkd_gen.cli import USER_ERROR
 from vkd_gen.data.draws import DrawNumbers, Draws
+from vkd_gen.text import reason
 from vkd_gen.training.guards import Watch, check_state
 from vkd_gen.training.interruption import StopRequest, outlive_sigterm
 from vkd_gen.training.run import Run
@@ -118,8 +119,7 @@ class Loop:
             try:
                 accelerator.load_state(str(point))
             except Exception as error:  # whole, but not of this run or this package: all kinds of errors
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"{point} cannot be loaded: {reason}; resume from another one") from error
+                raise ValueError(f"{point} cannot be loaded: {reason(error, 300)}; resume from another one") from error
             accelerator.step = 0  # between two steps, however many passes they have
             self.step = checkpoint_step(point)
             if self.ema is not None:

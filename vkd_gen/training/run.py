@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
@@ -76,10 +75,7 @@ class Run:
             check_checkpoint(self.point)
             check_upload(options)
         self.accelerator = make_accelerator(options, find_unused_parameters=find_unused_parameters)
-        choice = [self.point]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(choice)  # the first process has read every byte, the others sizes
-        self.point = choice[0]
+        self.point = on_all_processes(lambda: self.point)  # the first process has read every byte, the others sizes
         self.device, self.print = self.accelerator.device, self.accelerator.print
         self.exported = self.folder.path / "pipeline"
 
@@ -119,7 +115,7 @@ class Run:
         options = replace(options, extractor=self.find(options.extractor))
         return make_scorer(options, self.data.reference, self.data.held_out, batch_size=self.options.eval_batch_size)
 
-    def begin(self, sources: Mapping[str, tuple[str, Model, Any]], scored_by: Mapping[str, Any]) -> bool:
+    def begin(self, sources: Mapping[str, tuple[str, Model, bool]], scored_by: Mapping[str, Any]) -> bool:
         """Hold the folder, compare what it holds with what is asked for, and write that down; for all processes.
 
         Args:
@@ -207,6 +203,7 @@ class Run:
             dataset: that it is trained on.
             num_inference_steps: of the scores.
         """
+        model.network.to(self.device)
         self._name, self._num_inference_steps = name, num_inference_steps
         facts = {**facts, "steps": self.options.max_train_steps, "seed": self.options.seed}
         title, classes = f"{data_label(dataset)} {name}", model.num_classes or None

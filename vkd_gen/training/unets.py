@@ -13,6 +13,7 @@ from vkd_gen.hub import hub_folder, model_files, split_revision
 from vkd_gen.limits import check_sizes
 from vkd_gen.loading import check_betas, check_memory, load_model, read_json
 from vkd_gen.pipelines import num_classes_of
+from vkd_gen.text import reason
 
 CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
 """What a UNet and its schedule are known by, in a repository of the hub."""
@@ -69,7 +70,7 @@ def load_unet(source: str, role: str = "student") -> UNet2DModel:
     try:
         return load_model(UNet2DModel, place)
     except Exception as error:  # damaged weights, and configurations of other models, raise all kinds of errors
-        raise ValueError(f"cannot load the UNet in {place}: {' '.join(str(error).split())[:1000]}") from error
+        raise ValueError(f"cannot load the UNet in {place}: {reason(error, 1000)}") from error
 
 
 def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
@@ -160,8 +161,7 @@ def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
             kind = unet_class(config)
             return kind.from_config({name: value for name, value in config.items() if not name.startswith("_")})
     except Exception as error:  # diffusers checks little, and what it does not check fails in all kinds of ways
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{source} is no UNet that diffusers can build: {reason[:300]}") from error
+        raise ValueError(f"{source} is no UNet that diffusers can build: {reason(error, 300)}") from error
 
 
 def _check_kinds(config: Mapping[str, Any], source: str) -> None:
@@ -201,8 +201,7 @@ def _scheduler(config: Mapping[str, Any], source: str) -> DDPMScheduler:
     try:
         scheduler = DDPMScheduler.from_config(config)
     except Exception as error:  # diffusers checks little, and what it does not check fails in all kinds of ways
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{source} holds no schedule that diffusers can build: {reason[:200]}") from error
+        raise ValueError(f"{source} holds no schedule that diffusers can build: {reason(error)}") from error
     return check_betas(scheduler, source)
 
 
