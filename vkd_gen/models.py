@@ -64,6 +64,11 @@ class Model:
         return embedded if self._takes("class_labels") else 0
 
     @property
+    def takes_prompts(self) -> bool:
+        """Whether images are asked of the pipeline by prompts."""
+        return self._takes("prompt")
+
+    @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
         side = self.network.config.sample_size
@@ -102,6 +107,7 @@ class Model:
         *,
         conditioning: Mapping[str, Sequence[Any]] | None = None,
         guidance_scale: float | None = None,
+        size: int | None = None,
         num_inference_steps: int = 50,
         batch_size: int = 128,
         precision: Precision = "no",
@@ -114,9 +120,11 @@ class Model:
 
         Args:
             seeds: below 2^64.
-            conditioning: argument of the pipeline -> a value per image, such as `class_labels`. Class labels are by
-                default each image's seed modulo the number of classes: consecutive seeds go through the classes.
+            conditioning: argument of the pipeline -> a value per image, such as `class_labels`, or `prompt` and
+                `negative_prompt`. Class labels are by default each image's seed modulo the number of classes:
+                consecutive seeds go through the classes. Prompts have no default.
             guidance_scale: None keeps the pipeline's default.
+            size: side of the images in pixels, for pipelines that take height and width; None keeps `image_size`.
             num_inference_steps: network evaluations per image; at most the schedule's.
             batch_size: images at a time.
             precision: of the network, by autocast; the sampler works in the pipeline's dtype.
@@ -130,6 +138,7 @@ class Model:
             raise ValueError("sampling needs at least one seed, one inference step and one image at a time")
         conditioning = self._conditioning(seeds, dict(conditioning or {}), guidance_scale)
         arguments: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        arguments |= self._size(size)
         arguments["num_inference_steps"] = usable_steps(self.pipeline.scheduler, num_inference_steps)
         batches = []
         with in_eval_mode(self.network):
@@ -147,12 +156,32 @@ class Model:
     ) -> dict[str, Sequence[Any]]:
         """What the pipeline is told of each image, once it is known to take it."""
         classes = self.num_classes
-        if not classes and ("class_labels" in given or guidance_scale is not None):
+        if self.takes_prompts:
+            if not all(isinstance(prompt, str) for prompt in given.get("prompt", [None])):
+                raise ValueError(
+                    f"a {type(self.pipeline).__name__} makes images of prompts: give a text for each image"
+                )
+            if guidance_scale is not None and not 1 <= guidance_scale < float("inf"):
+                raise ValueError(f"guidance_scale must be at least 1 and finite, not {guidance_scale}")
+        elif not classes and ("class_labels" in given or guidance_scale is not None):
             raise ValueError("the model is unconditional: it takes neither class labels nor guidance")
         for key, values in given.items():
+            if not self._takes(key):
+                raise ValueError(f"a {type(self.pipeline).__name__} takes no {key}")
             if len(values) != len(seeds):
                 raise ValueError(f"{len(seeds)} seeds need as many {key.replace('_', ' ')}, not {len(values)}")
         return ({"class_labels": [seed % classes for seed in seeds]} if classes else {}) | given
+
+    def _size(self, size: int | None) -> dict[str, int]:
+        """Height and width as the pipeline takes them."""
+        if size is None or (size == self.image_size and not self._takes("height")):
+            return {}
+        if not self._takes("height"):
+            raise ValueError(f"the model makes images of {self.image_size} pixels, and of no other size")
+        factor = 1 if self._decoder is None else 2 ** (len(self._decoder.config.block_out_channels) - 1)
+        if size < 1 or size % factor:
+            raise ValueError(f"the size of images must be a multiple of {factor} pixels, not {size}")
+        return {"height": size, "width": size}
 
     def _batch(self, seeds: Sequence[int], arguments: dict[str, Any], precision: Precision, name: str) -> Tensor:
         if self._takes("batch_size"):
@@ -221,8 +250,11 @@ def _finite_outputs(network: nn.Module | None, num_images: int) -> Iterator[list
 
     def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
         prediction = output if isinstance(output, Tensor) else output[0]
+        rows = prediction.isfinite().flatten(1).all(1)
+        if len(rows) % num_images:  # a decoder that is given one image after the other
+            rows = rows.all().expand(num_images)
         # With guidance an image has several rows, a whole batch after the other.
-        found.append(prediction.isfinite().flatten(1).all(1).view(-1, num_images).all(0))
+        found.append(rows.view(-1, num_images).all(0))
 
     hook = network.register_forward_hook(look)
     try:
