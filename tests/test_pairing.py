@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from jaxtyping import TypeCheckError
 
-from tests.conftest import tiny_condition_unet, tiny_unet
+import vkd_gen as vkd
+from tests.conftest import make_batch, tiny_condition_unet, tiny_unet
 from vkd_gen import REDUCTIONS, LayerPair, Reduction, build_student, pair_layers
 from vkd_gen.families import family_of, feature_shapes
 from vkd_gen.pairing import pair_table
@@ -113,6 +116,66 @@ def test_the_published_tiny_student_pairs_stage_by_stage():
         ("up_blocks.0", "up_blocks.1"),
         ("up_blocks.1", "up_blocks.2"),
         ("up_blocks.2", "up_blocks.3"),
+    ]
+
+
+def four_stages(**changes):
+    """As in Stable Diffusion, where the lowest stage has no attention."""
+    kinds = {
+        "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    }
+    return tiny_condition_unet((8, 8, 16, 16), layers_per_block=2, **{**kinds, **changes})
+
+
+EIGHT = same(*(f"{part}_blocks.{number}" for part in ("down", "up") for number in range(4)))
+SIX = [
+    *same("down_blocks.0", "down_blocks.1"),
+    ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out"),
+    *[(f"up_blocks.{number}", f"up_blocks.{number + 1}") for number in range(3)],
+]
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("name", "published"), [("bk-base", EIGHT), ("bk-small", EIGHT), ("bk-tiny", SIX)])
+def test_bk_pairs_what_the_authors_pair_and_the_loss_is_theirs(name, published, linear):
+    """BK-SDM, src/kd_train_text_to_image.py: the mean square of each pair's difference, summed over the pairs."""
+    teacher = four_stages(use_linear_projection=linear, attention_head_dim=(1, 2, 4, 4))
+    student = build_student(teacher, REDUCTIONS[name])
+    pairs = pair_layers(student, teacher, layers="bk")
+    assert names(pairs) == published
+
+    seen = {}
+    for who, unet, side in (("student", student, 0), ("teacher", teacher, 1)):
+        for pair in published:
+            hook = lambda _module, _inputs, output, key=(who, pair[side]): seen.update({key: output})  # noqa: E731
+            unet.get_submodule(pair[side]).register_forward_hook(hook)
+    widths = [(pair.student_channels, pair.teacher_channels) for pair in pairs]
+    projected = vkd.ProjectedStudent(
+        student,
+        pairs,
+        [vkd.IdentityProjector(*width) for width in widths],
+        [vkd.FeatureNormalizer("none", channels=width, num_timestep_bins=1) for _, width in widths],
+    )
+    frozen = vkd.FrozenTeacher(teacher, [pair.teacher for pair in pairs])
+    batch = {**make_batch(channels=4), "conditioning": {"encoder_hidden_states": torch.randn(4, 5, 8)}}
+    projected.calibrate(frozen, [batch], schedule := vkd.Schedule.of(DDPMScheduler()))
+    losses = vkd.distillation_losses(projected, batch, schedule=schedule, teacher=frozen)
+
+    values = {key: value[0] if isinstance(value, tuple) else value for key, value in seen.items()}
+    theirs = [F.mse_loss(values["student", first], values["teacher", second]) for first, second in published]
+    assert losses["feature"].item() == pytest.approx(sum(theirs).item(), rel=1e-6)
+    assert len([name for name in losses if name.startswith("feature/")]) == len(published)
+
+
+def test_bk_reads_a_layer_before_resampling_where_there_is_no_attention():
+    teacher = tiny_unet((8, 8, 16), layers_per_block=2)
+    student = build_student(teacher, Reduction(drop_stages=(2,), drop_mid_block=True, layers_per_block=1))
+    assert names(pair_layers(student, teacher, layers="bk")) == [
+        ("down_blocks.0", "down_blocks.0"),
+        ("down_blocks.1.resnets.0", "down_blocks.1.resnets.1"),
+        ("up_blocks.0", "up_blocks.1"),
+        ("up_blocks.1", "up_blocks.2"),
     ]
 
 

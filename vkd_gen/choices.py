@@ -6,7 +6,7 @@ FeatureLoss = Literal["mse", "smooth_l1", "cka"]
 """How features are compared."""
 Normalization = Literal["none", "layer_norm", "center", "standardize", "whiten", "batch_whiten"]
 """What the teacher's features go through."""
-PairedLayers = Literal["all", "mid_and_up", "last_up", "self_attention"]
+PairedLayers = Literal["all", "mid_and_up", "last_up", "self_attention", "bk"]
 """Which layers are paired."""
 ChannelChoice = Literal["activation", "magnitude", "first", "random"]
 """Which of the teacher's channels a narrower student starts from."""

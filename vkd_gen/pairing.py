@@ -52,7 +52,9 @@ def pair_layers(
         teacher: the teacher.
         layers: which of the matched stages: `all`; `mid_and_up`, the middle and the decoder; `last_up`, the last
             decoder stage. Or `self_attention`: the self-attention layers of all of them, each of a student's stage with
-            the one as far through the teacher's stage (Lee et al., 2023, arXiv 2312.04005, distil those).
+            the one as far through the teacher's stage (Lee et al., 2023, arXiv 2312.04005, distil those). Or `bk`:
+            encoder and decoder without the middle, and where of two stages only one resamples its last attention's
+            output projection in both, as in BK-SDM (Kim et al., 2023, arXiv 2305.15798).
         pairs: (student layer, teacher layer) names to use instead.
 
     Raises:
@@ -77,7 +79,7 @@ def pair_layers(
     student_shapes = feature_shapes(student, _candidates(student_stages))
     teacher_shapes = feature_shapes(teacher, _candidates(teacher_stages))
     matched = _match_stages(_by_place(student_stages, student_shapes), _by_place(teacher_stages, teacher_shapes))
-    chosen = _choose(matched, layers)
+    chosen = _bk(matched, student_shapes, teacher_shapes) if layers == "bk" else _choose(matched, layers)
     if not chosen:
         stages = ", ".join(stage.layer for stage, _ in matched) or "none"
         raise ValueError(
@@ -92,7 +94,9 @@ def _candidates(stages: Sequence[Stage]) -> list[str]:
     return [
         layer
         for stage in stages
-        for layer in (stage.layer, *([stage.works_at] if stage.works_at else ()), *stage.self_attention)
+        for layer in dict.fromkeys(
+            (stage.layer, *([stage.works_at] if stage.works_at else ()), *stage.self_attention, stage.last_layer)
+        )
     ]
 
 
@@ -109,7 +113,22 @@ def _choose(matched: Sequence[tuple[Stage, Stage]], layers: PairedLayers) -> lis
             return [
                 pair for student, teacher in matched for pair in _spread(student.self_attention, teacher.self_attention)
             ]
-    raise ValueError(f"unknown choice of layers {layers!r}; choose all, mid_and_up, last_up or self_attention")
+    raise ValueError(f"unknown choice of layers {layers!r}; choose all, mid_and_up, last_up, self_attention or bk")
+
+
+def _bk(
+    matched: Sequence[tuple[Stage, Stage]],
+    student_shapes: Mapping[str, tuple[int, ...]],
+    teacher_shapes: Mapping[str, tuple[int, ...]],
+) -> list[tuple[str, str]]:
+    """Outputs of the matched stages but the middle; their last layers where one stage resamples and the other not."""
+    return [
+        (student.layer, teacher.layer)
+        if student_shapes[student.layer][1:] == teacher_shapes[teacher.layer][1:]
+        else (student.last_layer, teacher.last_layer)
+        for student, teacher in matched
+        if student.part != "mid_block"
+    ]
 
 
 def _by_place(stages: Sequence[Stage], shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple, list[Stage]]:

@@ -177,6 +177,7 @@ OF_MODELS = [
     ("--layer_pairs :", "has no layer ''"),
     ("--layers self_attention --teacher {plain}", "no layer of the"),
     ("--projector identity", "equal widths"),
+    ("--method bk", "equal widths without a projector .*down_blocks.0 has .* channels for .*--student bk-base"),
     ("--feature_loss cka --layer_pairs mid_block up_blocks.0/8:up_blocks.0/8", "up_blocks.0/8 has a single position"),
 ]
 OF_DATA_AND_FOLDERS = [

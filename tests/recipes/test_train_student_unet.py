@@ -89,16 +89,18 @@ def test_a_run_leaves_all_that_it_promises(pipeline_folder, tmp_path, monkeypatc
     assert not [name for name in names if "projector" in name or "normalizer" in name or name.startswith("student")]
 
 
-@pytest.mark.parametrize("method", ["vkd", "vkd-paper", "fitnet", "output", "none"])
+@pytest.mark.parametrize("method", ["vkd", "vkd-paper", "fitnet", "bk", "output", "none"])
 def test_every_method_has_its_losses(method, student_flags, tmp_path, run_recipe):
     run = tmp_path / "run"
-    run_recipe(RECIPE, *student_flags, "--method", method, "--output_dir", run)
+    equal_widths = ["--student_width", 1] if method == "bk" else []
+    run_recipe(RECIPE, *student_flags, "--method", method, *equal_widths, "--output_dir", run)
     names = terms_of(run)
     has_features = method not in ("none", "output")
     assert "loss/total" in names
     assert ("loss/denoising" in names) == (method != "vkd")
     assert ("loss/output" in names) == (method != "none")
-    assert ("loss/feature/mid_block" in names) == has_features
+    assert ("loss/feature/up_blocks.0" in names) == has_features
+    assert ("loss/feature/mid_block" in names) == (has_features and method != "bk")
     assert ("diagnostics/gradient_ratio" in names) == has_features
     assert (run / "diagnostics.png").exists() == has_features
 

@@ -19,12 +19,15 @@ class Stage:
         part: `down_blocks`, `mid_block` or `up_blocks`; a stage is paired with one of the same part.
         works_at: layer whose feature has the resolution that the stage works at; None where the part alone tells it.
         self_attention: names of its self-attention layers, in the order they run.
+        last_layer: layer that BK-SDM reads of a stage in place of its output, where only the teacher's stage resamples:
+            the output projection of the last attention, else the last layer before it would resample.
     """
 
     layer: str
     part: str
     works_at: str | None
     self_attention: tuple[str, ...]
+    last_layer: str
 
 
 @dataclass(frozen=True)

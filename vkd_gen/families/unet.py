@@ -49,6 +49,7 @@ def stages(unet: ModelMixin) -> list[Stage]:
             # A block resamples at its end: what it works at is the resolution of its residual layers.
             works_at=None if layer == "mid_block" else f"{layer}.resnets.0",
             self_attention=_self_attention(unet, layer),
+            last_layer=_last_layer(unet, layer),
         )
         for layer in layers
     ]
@@ -63,6 +64,16 @@ def _self_attention(unet: ModelMixin, stage: str) -> tuple[str, ...]:
         and not module.is_cross_attention
         and (name.endswith(".attn1") or re.fullmatch(r"attentions\.\d+", name))
     )
+
+
+def _last_layer(unet: ModelMixin, stage: str) -> str:
+    """`attentions.N.proj_out` in a `UNet2DConditionModel`, `attentions.N` in a `UNet2DModel`, `resnets.N` in both."""
+    block = unet.get_submodule(stage)
+    attentions = list(getattr(block, "attentions", []))  # of a middle without attention they are None
+    if attentions and attentions[-1] is not None:
+        layer = f"{stage}.attentions.{len(attentions) - 1}"
+        return f"{layer}.proj_out" if hasattr(attentions[-1], "proj_out") else layer
+    return f"{stage}.resnets.{len(block.resnets) - 1}"
 
 
 def example(unet: ModelMixin) -> dict[str, Any]:

@@ -35,6 +35,14 @@ def pair_named_or_all(options: MatchingOptions, student: ModelMixin, teacher: Mo
                     f"layer {pair.student} has a single position, and --feature_loss cka compares positions with one "
                     "another; leave the layer out by --layers or --layer_pairs, or choose --feature_loss mse"
                 )
+    for pair in pairs:
+        widths = pair.student_channels, target_channels(options, pair)
+        if options.projector == "identity" and widths[0] != widths[1]:
+            raise ValueError(
+                "student and target need equal widths without a projector (--method bk, --projector identity), and "
+                f"layer {pair.student} has {widths[0]} channels for {widths[1]}; choose "
+                "--student bk-base, bk-small or bk-tiny, or --student_width 1, or another --projector"
+            )
     return pairs
 
 

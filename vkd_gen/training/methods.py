@@ -15,9 +15,10 @@ ProjectorChoice = Literal["solved", "cayley", "matrix_exp", "random", "linear", 
 class MatchingOptions:
     """How the student learns from the teacher. --method sets the defaults of the others."""
 
-    method: Literal["vkd", "vkd-paper", "output", "fitnet", "none"] = "vkd"
+    method: Literal["vkd", "vkd-paper", "output", "fitnet", "bk", "none"] = "vkd"
     """vkd: the output, and features early on. vkd-paper: denoising, output and features, as published. fitnet: features
-    by free maps. output: no features. none: denoising alone. See recipes/README.md."""
+    by free maps. bk: BK-SDM's, for students as wide as the teacher. output: no features. none: denoising alone. See
+    recipes/README.md."""
     denoising_weight: Rare[float] = 0.0
     """Weight of the denoising loss; 0 removes it."""
     output_weight: Rare[float] = 1.0
@@ -33,7 +34,8 @@ class MatchingOptions:
     """Share of the run at which it has fallen to 0; after that features cost nothing. 1 for the whole run."""
     layers: Rare[PairedLayers] = "all"
     """Stages whose features are matched: all, the middle and the decoder, or the last decoder stage; or the
-    self-attention layers of all stages."""
+    self-attention layers of all stages; or BK-SDM's list: encoder and decoder, at their last attention where only the
+    teacher's stage resamples."""
     layer_pairs: Rare[tuple[str, ...]] = ()
     """Pairs to use instead, each as STUDENT_LAYER:TEACHER_LAYER or, where the names agree, LAYER; LAYER/2 is its output
     average-pooled by 2."""
@@ -137,6 +139,7 @@ METHODS = {
         feature_loss="smooth_l1",
     ),
     "fitnet": replace(DENOISING_TOO, method="fitnet", projector="linear"),
+    "bk": replace(DENOISING_TOO, method="bk", feature_weight=1.0, layers="bk", projector="identity"),
     "output": replace(DENOISING_TOO, method="output", feature_weight=0.0),
     "none": replace(DENOISING_TOO, method="none", feature_weight=0.0, output_weight=0.0),
 }
