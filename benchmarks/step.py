@@ -28,6 +28,7 @@ from measuring import RESULTS, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.images import Images
+from vkd_gen.data.samples import Pixels
 from vkd_gen.evaluation.cost import LiveBytes
 from vkd_gen.evaluation.tables import print_columns
 from vkd_gen.families.build import unet_class
@@ -207,7 +208,7 @@ class Bench:
         options = self.options(output_dir=str(self.place / name), **training)
         run = Run(options, {})
         run.folder.start({})
-        draws = Draws(self.images, self.schedule, seed=0, batch_size=self.batch_size)
+        draws = Draws(Pixels(self.images), self.schedule, seed=0, batch_size=self.batch_size)
         projected, features = build_projected_student(matching, student, teacher, pairs, draws, run)
         groups = vkd.parameter_groups(student, projected.projectors, options.adam_weight_decay)
         loop = Loop(run, projected, draws, average=student, parameter_groups=groups)

@@ -88,6 +88,7 @@ def summary(values: list[float]) -> dict[str, Any]:
 def load(config: InheritanceConfig, folder: str, dataset: str) -> "tuple[Any, Any, Any, list[dict[str, Tensor]]]":
     """A teacher, its schedule, a function seed -> batches to start students from, and batches of other images."""
     from vkd_gen.data.draws import Draws
+    from vkd_gen.data.samples import Pixels
     from vkd_gen.data.sources import load_images
     from vkd_gen.schedule import Schedule
     from vkd_gen.training.unets import load_teacher
@@ -97,7 +98,7 @@ def load(config: InheritanceConfig, folder: str, dataset: str) -> "tuple[Any, An
     images, held_out = load_images(dataset, resolution=teacher.config.sample_size, channels=teacher.config.in_channels)
 
     def draws(source: "Images", seed: int) -> "list[dict[str, Tensor]]":
-        return list(Draws(source, schedule, seed=seed).apart(config.num_draws))
+        return list(Draws(Pixels(source), schedule, seed=seed).apart(config.num_draws))
 
     return teacher, schedule, partial(draws, images), draws(held_out, seed=1_000_003)
 

@@ -111,7 +111,7 @@ def main(config: StudentConfig) -> None:
         form, num_classes = (student.image_size, student.network.config.in_channels), student.num_classes or None
         data = run.load_data(config.data, form, num_classes)
         scorer = run.make_scorer(config.scores)
-        draws = data.draws(student.schedule, config.data, seed=options.seed, batch_size=options.eval_batch_size)
+        draws = data.draws(student.schedule, seed=options.seed, batch_size=options.eval_batch_size)
         run.check_finite(teacher.network.to(run.device), draws, f"the teacher {config.teacher}")
         sources = {"teacher": (config.teacher, teacher, True), "student": (config.start.student, student, has_weights)}
         if not run.begin(sources, {**asdict(config.scores), "score_teacher": config.score_teacher}):

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from vkd_gen.data.draws import Draws
+from vkd_gen.data.samples import Pixels
 from vkd_gen.schedule import Schedule
 
 torch.set_num_threads(1)
@@ -83,8 +84,9 @@ class Times:
 class DrawsByNumber:
     """Draws one at a time, without the batch dimension, in one flat mapping, with `time` in place of `timesteps`."""
 
-    def __init__(self, images, **options):
-        self.draws = Draws(images, Times(), **options)
+    def __init__(self, images, *, random_flip=False, guidance_dropout=0.0, **options):
+        samples = Pixels(images, random_flip=random_flip, guidance_dropout=guidance_dropout)
+        self.draws = Draws(samples, Times(), **options)
 
     def __getitem__(self, number):
         if isinstance(number, list):

@@ -54,7 +54,7 @@ def test_a_draw_is_what_a_new_generator_of_its_key_gives():
 
 @pytest.mark.parametrize(("limit", "reads"), [(2 * 4 * 16, 2), (2 * 4 * 16 - 1, 21)])
 def test_images_of_a_small_set_are_decoded_once(limit, reads, monkeypatch):
-    monkeypatch.setattr("vkd_gen.data.draws.KEPT_BYTES", limit)
+    monkeypatch.setattr("vkd_gen.data.samples.KEPT_BYTES", limit)
     seen = []
     draws = DrawsByNumber(Images(lambda number: seen.append(number) or grey(number), 4, 1, "two", np.arange(2)), seed=0)
     first = [draws[number]["sample"].clone() for number in range(10)]

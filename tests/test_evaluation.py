@@ -14,6 +14,7 @@ from PIL import Image
 from tests.conftest import DrawsByNumber, make_batch, tiny_unet
 from vkd_gen import FeatureNormalizer, FrozenTeacher, OrthogonalProjector, ProjectedStudent, calibrate, pair_layers
 from vkd_gen.data.images import Images
+from vkd_gen.data.samples import Pixels
 from vkd_gen.distillation import matching_table
 from vkd_gen.evaluation.compare import describe_models, evaluate
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
@@ -59,7 +60,7 @@ def test_held_out_errors_reference(images):
     noise = np.stack([draw["noise"].numpy() for draw in draws]).astype(np.float64)
     samples = np.stack([draw["sample"].numpy() for draw in draws]).astype(np.float64)
     models = {"noise": constant(0.5), "sample": constant(0.25, prediction_type="sample")}
-    errors = held_out_errors(models, images, num_draws=30, batch_size=8)
+    errors = held_out_errors(models, Pixels(images), num_draws=30, batch_size=8)
     assert errors.keys() == {"noise", "sample"}
     assert errors["noise"] == pytest.approx({"denoising_error": np.square(noise - 0.5).mean()})
     assert errors["sample"] == pytest.approx({"denoising_error": np.square(samples - 0.25).mean()})
@@ -68,7 +69,9 @@ def test_held_out_errors_reference(images):
 def test_distance_to_the_teacher_reference(images):
     """In the student's prediction type: the sample that the teacher's noise of zero implies is x / alpha."""
     teacher, student = constant(0.0), constant(0.0, prediction_type="v_prediction")
-    found = held_out_errors({"student": student}, images, teacher=teacher, num_draws=10)["student"]["teacher_distance"]
+    found = held_out_errors({"student": student}, Pixels(images), teacher=teacher, num_draws=10)["student"][
+        "teacher_distance"
+    ]
     alpha_bar, expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), []
     for number in range(10):
         draw = {name: value.double().numpy() for name, value in DrawsByNumber(images, seed=1_000_003)[number].items()}
@@ -81,7 +84,7 @@ def test_distance_to_the_teacher_reference(images):
 
 def test_the_teacher_has_no_distance_to_itself(images):
     teacher, student = (model_of(tiny_unet(seed=seed)) for seed in (1, 2))
-    errors = held_out_errors({"teacher": teacher, "student": student}, images, teacher=teacher, num_draws=20)
+    errors = held_out_errors({"teacher": teacher, "student": student}, Pixels(images), teacher=teacher, num_draws=20)
     assert errors["teacher"]["teacher_distance"] == 0
     assert errors["student"]["teacher_distance"] > 1e-3
     assert errors["teacher"].keys() == errors["student"].keys() == {"denoising_error", "teacher_distance"}
@@ -91,16 +94,16 @@ def test_the_teacher_has_no_distance_to_itself(images):
 def test_held_out_errors_do_not_depend_on_the_batch_size(images, batch_size):
     teacher, student = (model_of(tiny_unet(seed=seed)) for seed in (1, 2))
     options = {"teacher": teacher, "num_draws": 20}
-    expected = held_out_errors({"student": student}, images, **options, batch_size=20)["student"]
-    found = held_out_errors({"student": student}, images, **options, batch_size=batch_size)["student"]
+    expected = held_out_errors({"student": student}, Pixels(images), **options, batch_size=20)["student"]
+    found = held_out_errors({"student": student}, Pixels(images), **options, batch_size=batch_size)["student"]
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_held_out_errors_are_without_dropout(images):
     """Of the network as it is sampled, in whatever mode the caller left it; and it is left so."""
     unet = tiny_unet(dropout=0.5)
-    expected = held_out_errors({"student": model_of(unet.eval())}, images, num_draws=20)
-    assert held_out_errors({"student": model_of(unet.train())}, images, num_draws=20) == expected
+    expected = held_out_errors({"student": model_of(unet.eval())}, Pixels(images), num_draws=20)
+    assert held_out_errors({"student": model_of(unet.train())}, Pixels(images), num_draws=20) == expected
     assert unet.training
 
 
@@ -108,7 +111,7 @@ def test_held_out_errors_with_labels_reference(images):
     """Every UNet is told each image's own class, and none is dropped."""
     labelled = replace(images, labels=np.arange(20) % 3, num_classes=3)
     unet, teacher = (tiny_unet(seed=seed, num_class_embeds=4).eval() for seed in (1, 2))
-    found = held_out_errors({"student": model_of(unet)}, labelled, teacher=model_of(teacher), num_draws=20)
+    found = held_out_errors({"student": model_of(unet)}, Pixels(labelled), teacher=model_of(teacher), num_draws=20)
     alpha_bar, expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), []
     for number in range(20):
         draw = DrawsByNumber(labelled, seed=1_000_003)[number]
@@ -212,7 +215,7 @@ def models():
 
 
 def test_evaluate(images, models):
-    results, samples = evaluate(models, images, num_inference_steps=2, num_shown=3)
+    results, samples = evaluate(models, Pixels(images), num_inference_steps=2, num_shown=3)
     rows = results["rows"]
     assert rows["student"]["parameters"] == count_parameters(models["student"].network)
     assert rows["teacher"]["macs"] == count_macs(models["teacher"].network)
@@ -237,7 +240,7 @@ def test_a_teacher_that_is_not_scored_is_still_compared(images, models):
             return []
 
     options = {"num_inference_steps": 2, "num_shown": 3, "scorer": Scores()}
-    results, samples = evaluate(models, images, scored={"student"}, **options)
+    results, samples = evaluate(models, Pixels(images), scored={"student"}, **options)
     assert asked == ["student"]
     assert results["rows"]["student"]["fid_x"] == 1.5
     assert "fid_x" not in results["rows"]["teacher"]

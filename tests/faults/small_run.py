@@ -26,6 +26,7 @@ from tests.recipes.conftest import load_recipe, read_metrics, skip_what_costs, w
 from vkd_gen.cli import one_line_errors
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.images import Images
+from vkd_gen.data.samples import Pixels
 from vkd_gen.training.images import Data
 from vkd_gen.training.loop import Loop
 from vkd_gen.training.options import TrainingOptions, flat_config
@@ -52,12 +53,12 @@ def train(options, *, dropout=0.1, before_step=lambda loop, batch, losses: None,
     images = Images(lambda index: Image.fromarray(pixels[index]), 8, 1, "noise", np.arange(32))
     schedule = vkd.Schedule.of(DDPMScheduler())
     with Run(options, flat_config(options)) as run:
-        run.data = Data(None, images, images, images)
+        run.data = Data(None, images, images, images, Pixels(images), Pixels(images))
         run.begin({}, {})
         teacher_unet, student = tiny_unet(seed=1), tiny_unet((4, 8), dropout=dropout)
         pairs = vkd.pair_layers(student, teacher_unet)
         teacher = vkd.FrozenTeacher(teacher_unet, [pair.teacher for pair in pairs])
-        draws = Draws(images, schedule, seed=options.seed)
+        draws = Draws(Pixels(images), schedule, seed=options.seed)
         matchings = [
             (
                 vkd.OrthogonalProjector(pair.student_channels, pair.teacher_channels, refresh_every_steps=2),

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from tests.conftest import DrawsByNumber, refused, tiny_unet
 from tests.recipes.conftest import SHORT, SHORT_STUDENT, assert_same_run, images_in, read_metrics, weights_of
 from vkd_gen.data.draws import Draws
+from vkd_gen.data.samples import Pixels
 from vkd_gen.data.sources import load_images
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, stock_pipeline
 
@@ -94,14 +95,14 @@ def test_teacher_and_student_are_trained_on_the_labels_of_the_draws(tmp_path, te
 
 def test_conditioned_batches_of_the_calibration(schedule):
     images, _ = load_images("digits", resolution=8, channels=1, with_labels=True)
-    batches = list(Draws(images, schedule, seed=3, guidance_dropout=0.5, batch_size=16).apart(40))
+    batches = list(Draws(Pixels(images, guidance_dropout=0.5), schedule, seed=3, batch_size=16).apart(40))
     assert [len(batch["sample"]) for batch in batches] == [16, 16, 8]
     draws = DrawsByNumber(images, seed=3 + 2**32, guidance_dropout=0.5)
     found = torch.cat([batch["conditioning"]["class_labels"] for batch in batches])
     assert found.tolist() == [draws[number]["class_labels"].item() for number in range(40)]
     assert "class_labels" not in batches[0]
     unlabelled, _ = load_images("digits", resolution=8, channels=1)
-    assert not next(Draws(unlabelled, schedule, seed=3).apart(4))["conditioning"]
+    assert not next(Draws(Pixels(unlabelled), schedule, seed=3).apart(4))["conditioning"]
 
 
 @pytest.mark.parametrize("recipe", [TEACHER, pytest.param(STUDENT, marks=pytest.mark.slow)])

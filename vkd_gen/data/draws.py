@@ -1,4 +1,4 @@
-"""What a run draws: image, noise, flip, time and hidden label of each training sample, by its number.
+"""What a run draws: sample, noise, time and what is told of each training sample, by its number.
 
 C channels, H height, W width.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from vkd_gen.data.images import Images
+from vkd_gen.data.samples import Samples
 from vkd_gen.data.streaming import ImageStream, Position
 from vkd_gen.schedule import Schedule
 
@@ -23,16 +23,13 @@ class Draws(Dataset):
 
     Image, flip, noise, time and label of draw n do not depend on batch size, number of processes or what was drawn
     before: any split of the run into steps and processes trains on the same draws, and resuming is starting at
-    another n. Each pass through the images has a permutation of its own.
+    another n. Each pass through the samples has a permutation of its own.
 
     Args:
-        images: the training images; of a stream its head, which calibration and inheritance draw from.
+        samples: to train on; of a stream its head, which calibration and inheritance draw from.
         schedule: of the student.
         seed: of the run, 0 or above.
-        random_flip: mirror half of the images.
-        guidance_dropout: share of the draws whose label is "no class" instead of the image's, which is what
-            classifier-free guidance needs (Ho and Salimans, 2022, arXiv 2207.12598); only for images with labels.
-        stream: to train on instead of the images.
+        stream: to train on instead.
         batch_size: of `apart` and `first`.
 
     Attributes:
@@ -41,12 +38,10 @@ class Draws(Dataset):
 
     def __init__(
         self,
-        images: Images,
+        samples: Samples,
         schedule: Schedule,
         *,
         seed: int,
-        random_flip: bool = False,
-        guidance_dropout: float = 0.0,
         stream: ImageStream | None = None,
         batch_size: int = 64,
     ):
@@ -54,55 +49,49 @@ class Draws(Dataset):
             raise ValueError(f"seed must be 0 or above, not {seed}")
         if seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, not {seed}")
-        if not 0 <= guidance_dropout < 1:
-            raise ValueError(f"guidance_dropout must be at least 0 and below 1, not {guidance_dropout}")
-        self.images, self.schedule, self.stream = images, schedule, stream
-        self.seed, self.random_flip, self.guidance_dropout = seed, random_flip, guidance_dropout
+        self.samples, self.schedule, self.stream, self.seed = samples, schedule, stream, seed
         self.batch_size = batch_size
         self.positions = torch.tensor([Position()])
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-        self._kept: dict[int, Tensor] = {}
         self._generator = np.random.Generator(np.random.Philox(key=0))
 
     def __getitem__(self, draws: Sequence[int]) -> dict[str, Any]:
-        """A batch of the draws of these numbers.
+        """A batch of the draws of these numbers, which `finish` completes.
 
         Returns:
-            `sample` and `noise`, `[B, C, H, W]` float32; `timesteps`, `[B]` int64, of uniformly drawn times; and
-            `conditioning`, keyword arguments of the network: for images with labels `class_labels`, `[B]` int64, the
-            image's class or `num_classes` for "no class".
+            `noise`, `[B, C, H, W]` float32; `timesteps`, `[B]` int64, of uniformly drawn times; and, as the samples
+            give them, `sample` and `conditioning`, keyword arguments of the network.
         """
-        indices = [self._index(draw) for draw in draws]
-        labels = None if self.images.labels is None else [self.images.label(index) for index in indices]
-        return self.around(draws, [self._sample(index) for index in indices], labels)
+        return self.around(draws, [self.samples.read(self._index(draw)) for draw in draws])
 
-    def around(self, draws: Sequence[int], images: Sequence[Tensor], labels: Sequence[int] | None) -> dict[str, Any]:
-        """What is drawn beside the image, whichever image it is.
+    def around(self, draws: Sequence[int], items: Sequence[Any]) -> dict[str, Any]:
+        """What is drawn of samples that were read, whichever they are.
 
         Args:
             draws: numbers of the draws.
-            images: one for each, `[C, H, W]` float32.
-            labels: their classes; None without labels.
+            items: one for each, as `Samples.read` gives them.
 
         Returns:
             What `__getitem__` does.
         """
-        samples, times, drawn_labels = [], [], []
-        noise = np.empty((len(draws), *images[0].shape), dtype=np.float32)
-        for place, (draw, sample) in enumerate(zip(draws, images, strict=True)):
+        samples, times, told = [], [], []
+        noise = np.empty((len(draws), *self.samples.shape(items[0])), dtype=np.float32)
+        for place, (draw, item) in enumerate(zip(draws, items, strict=True)):
             generator = self._generator_of(draw, 0)
-            samples.append(sample.flip(-1) if generator.random() < 0.5 and self.random_flip else sample)
+            samples.append(self.samples.draw(item, generator))
             generator.standard_normal(dtype=np.float32, out=noise[place])
             times.append(generator.random())
-            if labels is not None:  # last, so that all else is drawn as without labels
-                is_dropped = generator.random() < self.guidance_dropout
-                drawn_labels.append(self.images.num_classes if is_dropped else labels[place])
+            told.append(self.samples.tell(item, generator))  # last, so that all else is drawn as without
         return {
-            "sample": torch.stack(samples),
+            "sample": _stack(samples),
             "noise": torch.from_numpy(noise),
             "timesteps": self.schedule.timesteps(torch.tensor(times, dtype=torch.float32)),
-            "conditioning": {} if labels is None else {"class_labels": torch.tensor(drawn_labels)},
+            "conditioning": _stack(told),
         }
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the losses take it: `sample`, `[B, C, H, W]` float32 like `noise`; see `Samples.finish`."""
+        return self.samples.finish(batch)
 
     def apart(
         self, count: int, *, device: torch.device | str = "cpu", guidance_dropout: float | None = None
@@ -114,23 +103,20 @@ class Draws(Dataset):
             device: of the batches.
             guidance_dropout: by default as in training.
         """
-        dropout = self.guidance_dropout if guidance_dropout is None else guidance_dropout
-        draws = Draws(
-            self.images,
-            self.schedule,
-            seed=self.seed + 2**32,
-            guidance_dropout=dropout,
-            batch_size=self.batch_size,
-        )
+        samples = copy.copy(self.samples)
+        samples.random_flip = False
+        if guidance_dropout is not None:
+            samples.guidance_dropout = guidance_dropout
+        draws = Draws(samples, self.schedule, seed=self.seed + 2**32, batch_size=self.batch_size)
         return draws.first(count, device=device)
 
     def first(self, count: int, *, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
         """Batches of the first `count` draws, on a device."""
         for start in range(0, count, self.batch_size):
-            yield _to(self[range(start, min(start + self.batch_size, count))], device)
+            yield self.finish(_to(self[range(start, min(start + self.batch_size, count))], device))
 
     def loader(self, numbers: "DrawNumbers", *, num_workers: int, **options: Any) -> DataLoader:
-        """Batches of training draws; give each to `received` once it is there.
+        """Batches of training draws; give each to `received` once it is there, and to `finish` on the device.
 
         Args:
             numbers: of the draws, batch by batch.
@@ -142,7 +128,7 @@ class Draws(Dataset):
         streamed = None
         if self.stream is not None:
             without_head = copy.copy(self)  # which workers need not get
-            without_head.images = self.stream.images
+            without_head.samples = self.samples.without_images(self.stream.images)
             streamed = StreamedDraws(without_head, numbers, self.positions.clone())
         return DataLoader(
             self if streamed is None else streamed,
@@ -160,9 +146,9 @@ class Draws(Dataset):
         return batch
 
     def _index(self, draw: int) -> int:
-        epoch, position = divmod(draw, len(self.images))
+        epoch, position = divmod(draw, len(self.samples))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._generator_of(epoch, 1).permutation(len(self.images))
+            self._epoch, self._order = epoch, self._generator_of(epoch, 1).permutation(len(self.samples))
         return int(self._order[position])
 
     def _generator_of(self, number: int, stream: int) -> np.random.Generator:
@@ -181,22 +167,24 @@ class Draws(Dataset):
         }
         return self._generator
 
-    def _sample(self, index: int) -> Tensor:
-        """Image `index`; those of a small set are decoded once, except by processes that do nothing else."""
-        if index in self._kept:
-            return self._kept[index]
-        sample = self.images[index]
-        if len(self.images) * sample.nbytes <= KEPT_BYTES and get_worker_info() is None:
-            self._kept[index] = sample
-        return sample
-
 
 def _to(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    return {name: _to(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()}
+    return {
+        name: _to(value, device)
+        if isinstance(value, dict)
+        else value.to(device)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in batch.items()
+    }
 
 
-KEPT_BYTES = 2**28
-"""Training images that take no more than this as float32 stay in memory, decoded."""
+def _stack(rows: Sequence[Any]) -> Any:
+    """Rows of tensors, or of dictionaries of them, as one batch; all else, such as prompts, as a list."""
+    first = rows[0]
+    if isinstance(first, dict):
+        return {name: _stack([row[name] for row in rows]) for name in first}
+    return torch.stack(list(rows)) if isinstance(first, Tensor) else list(rows)
 
 
 class DrawNumbers(Sampler[list[int]]):
@@ -282,5 +270,6 @@ class StreamedDraws(IterableDataset):
         )
         for numbers in islice(self.numbers, worker, None, num_workers):
             positions, samples, labels = zip(*islice(images, len(numbers)), strict=True)
-            batch = self.draws.around(numbers, samples, labels if stream.label_column else None)
+            told = labels if stream.label_column else [None] * len(labels)
+            batch = self.draws.around(numbers, list(zip(samples, told, strict=True)))
             yield {**batch, "reader": torch.tensor(reader), "position": torch.tensor(positions[-1])}

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from vkd_gen.data.images import Images
+from vkd_gen.data.samples import Samples
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.labels import row_of
@@ -19,7 +19,7 @@ from vkd_gen.provenance import environment
 
 def evaluate(
     models: Mapping[str, Model],
-    held_out: Images,
+    held_out: Samples,
     *,
     scorer: Scorer | None = None,
     scored: Collection[str] | None = None,
@@ -31,7 +31,7 @@ def evaluate(
 
     Args:
         models: by name, brought to float32 here; from a `teacher` the distance of all of several is measured.
-        held_out: images that no model was trained on.
+        held_out: samples that no model was trained on.
         scorer: scores samples; None leaves these scores out.
         scored: names of the models that it scores, by default all; others' rows hold cost and errors alone.
         num_inference_steps: where nothing is scored, and of the timing; at most those of the schedules.
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _costs_and_errors(
-    models: Mapping[str, Model], held_out: Images, num_inference_steps: int, batch_size: int, num_timed: int
+    models: Mapping[str, Model], held_out: Samples, num_inference_steps: int, batch_size: int, num_timed: int
 ) -> dict[str, dict[str, int | float]]:
     times = milliseconds_per_image(models, num_images=num_timed, num_inference_steps=num_inference_steps)
     teacher = models.get("teacher") if len(models) > 1 else None

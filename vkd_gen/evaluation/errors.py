@@ -6,14 +6,14 @@ from collections.abc import Mapping
 import torch
 
 from vkd_gen.data.draws import Draws
-from vkd_gen.data.images import Images
+from vkd_gen.data.samples import Samples
 from vkd_gen.models import Model, in_eval_mode
 
 
 @torch.no_grad()
 def held_out_errors(
     models: Mapping[str, Model],
-    images: Images,
+    samples: Samples,
     *,
     teacher: Model | None = None,
     num_draws: int = 512,
@@ -24,7 +24,7 @@ def held_out_errors(
 
     Args:
         models: by name, on one device.
-        images: that no model was trained on; with labels for class-conditional models, which are told them.
+        samples: that no model was trained on, with what the models are told of them.
         teacher: to measure the distance to; None for the denoising error alone.
         num_draws: of (image, noise, timestep).
         batch_size: draws at a time.
@@ -35,7 +35,7 @@ def held_out_errors(
         predictions; both per element and in the model's own prediction type.
     """
     some = next(iter(models.values()))
-    device, draws = some.network.device, Draws(images, some.schedule, seed=seed, batch_size=batch_size)
+    device, draws = some.network.device, Draws(samples, some.schedule, seed=seed, batch_size=batch_size)
     schedules = {name: model.schedule.to(device) for name, model in models.items()}
     sums = {name: {"denoising_error": 0.0} | ({"teacher_distance": 0.0} if teacher else {}) for name in models}
     with contextlib.ExitStack() as modes:

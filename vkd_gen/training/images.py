@@ -7,6 +7,7 @@ from typing import NamedTuple
 from vkd_gen.data.cache import cache_images
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.images import Images, ImageSpec, evenly_spaced, told_of
+from vkd_gen.data.samples import Pixels, Samples
 from vkd_gen.data.sources import load_images
 from vkd_gen.data.streaming import ImageStream, stream_images
 from vkd_gen.schedule import Schedule
@@ -21,24 +22,20 @@ class Data(NamedTuple):
         train: to train on.
         held_out: never to train on.
         reference: what samples are compared to: `train`, before some of it is chosen.
+        samples: of `train`, for the denoiser.
+        held_out_samples: of `held_out`.
     """
 
     stream: ImageStream | None
     train: Images
     held_out: Images
     reference: Images
+    samples: Samples
+    held_out_samples: Samples
 
-    def draws(self, schedule: Schedule, options: DataOptions, *, seed: int, batch_size: int) -> Draws:
+    def draws(self, schedule: Schedule, *, seed: int, batch_size: int) -> Draws:
         """What the run draws of them, noise and times included; see `Draws`."""
-        return Draws(
-            self.train,
-            schedule,
-            seed=seed,
-            random_flip=options.random_flip,
-            guidance_dropout=options.guidance_dropout,
-            stream=self.stream,
-            batch_size=batch_size,
-        )
+        return Draws(self.samples, schedule, seed=seed, stream=self.stream, batch_size=batch_size)
 
 
 def load_data(
@@ -79,4 +76,5 @@ def load_data(
     if options.max_train_samples is not None:
         train = evenly_spaced(reference, options.max_train_samples)
         say(f"training on {len(train):,} of them")
-    return Data(stream, train, held_out, reference)
+    pixels = Pixels(train, random_flip=options.random_flip, guidance_dropout=options.guidance_dropout)
+    return Data(stream, train, held_out, reference, pixels, Pixels(held_out))

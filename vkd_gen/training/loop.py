@@ -188,7 +188,8 @@ class Loop:
         with self._stop:
             for batch in loader:
                 with accelerator.accumulate(self.module):
-                    moved = send_to_device(self.draws.received(batch), accelerator.device, non_blocking=True)
+                    batch = send_to_device(self.draws.received(batch), accelerator.device, non_blocking=True)
+                    moved = self.draws.finish(batch)
                     self._timesteps.append(moved["timesteps"])
                     yield moved
                 if accelerator.sync_gradients:

@@ -278,7 +278,7 @@ class Run:
         with after_export(self.exported):
             results, samples = evaluate(
                 models,
-                data.held_out,
+                data.held_out_samples,
                 scorer=scorer,
                 scored=scored,
                 num_inference_steps=self._num_inference_steps,

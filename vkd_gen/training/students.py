@@ -129,7 +129,8 @@ def start_student(
     network = student.network.to(run.device)
     if options.inherit_weights and not has_weights and run.is_fresh:
         schedule = draws.schedule.to(run.device)
-        count = max(4, min(options.inherit_samples, LARGEST_START // draws.images.resolution**2))
+        _, *sides = draws.samples.shape(draws.samples.read(0))
+        count = max(4, min(options.inherit_samples, LARGEST_START // math.prod(sides)))
         batches = list(draws.apart(count, device=run.device, guidance_dropout=0.0))
         best = options.inherit_layers == "best"
         inheritance = family_of(network).inherit(
