@@ -28,7 +28,8 @@ CORE = FOUNDATIONS | {
     "data": {"choices", "files", "hub", "loading", "provenance", "schedule", "text"},
     "pairing": {"choices", "families", "features"},
     "families": {"choices", "reductions", "features", "schedule"},
-    "pipelines": {"choices", "hub", "loading", "text"},
+    "text_pipelines": {"hub", "limits", "loading", "text"},
+    "pipelines": {"choices", "hub", "loading", "text", "text_pipelines"},
     "models": {"choices", "families", "files", "pipelines", "provenance", "schedule", "text"},
     "calibration": {"features", "schedule", "normalization"},
     "distillation": {

@@ -56,13 +56,19 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} is {'no regular file' if path.exists() else 'not there'}")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that diffusers reads a model in a folder from: one file, or those that an index names.
+def weight_files(folder: Path, variant: str | None = None, name: str = WEIGHTS) -> list[Path]:
+    """The safetensors that a model in a folder is read from: one file, or those that an index names.
+
+    Args:
+        folder: of the model.
+        variant: such as `fp16`, whose files have it in their names.
+        name: of the weights, before the suffix.
 
     Raises:
         ValueError: in one line, for pickles alone, no weights at all, and an index that leads out of the folder.
     """
-    index, single = folder / f"{WEIGHTS}.safetensors.index.json", folder / f"{WEIGHTS}.safetensors"
+    dotted = f".{variant}" if variant else ""
+    index, single = folder / f"{name}.safetensors.index{dotted}.json", folder / f"{name}{dotted}.safetensors"
     if index.exists():
         entries = read_json(index).get("weight_map")
         names = list(dict.fromkeys(entries.values())) if isinstance(entries, dict) else []
@@ -72,24 +78,30 @@ def weight_files(folder: Path) -> list[Path]:
     elif single.exists():
         files = [single]
     else:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        others = sorted(path.name for path in folder.glob("*.safetensors"))
-        if pickles and not others:
-            raise ValueError(
-                f"{folder} holds pickled weights only: {pickles[0]} is pickled and can run code when loaded; if you "
-                "trust it, convert it once to safetensors: UNet2DModel.from_pretrained(FOLDER, use_safetensors=False)"
-                ".save_pretrained(NEW_FOLDER)"
-            )
-        beside = (
-            f"; {others[0]} is read under that name alone: load it once with variant=... and save it anew by "
-            "save_pretrained(NEW_FOLDER)"
-            if others
-            else ""
-        )
-        raise ValueError(f"{folder} holds no weights: {single.name} is not there{beside}")
+        raise ValueError(f"{folder} holds {_instead(folder, single.name)}")
     for file in files:
         check_file(file)
     return files
+
+
+def _instead(folder: Path, name: str) -> str:
+    """What a folder without the weights of this name holds, and what to do about it."""
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    pickles = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    others = [name for name in found if name.endswith(".safetensors")]
+    if pickles and not others:
+        return (
+            f"pickled weights only: {pickles[0]} is pickled and can run code when loaded; if you trust it, convert it "
+            "once to safetensors: CLASS.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER), "
+            "with the class that its config.json names"
+        )
+    beside = (
+        f"; {others[0]} is read under that name alone: for a variant of a text pipeline name it by --teacher_variant, "
+        "else load it once with variant=... and save it anew by save_pretrained(NEW_FOLDER)"
+        if others
+        else ""
+    )
+    return f"no weights: {name} is not there{beside}"
 
 
 Layout = dict[str, tuple[tuple[int, ...], bool]]
@@ -223,15 +235,37 @@ def model_without_weights(kind: type[ModelMixin], folder: Path) -> ModelMixin:
         return kind.from_config(config)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     """The tensors of a safetensors file, in memory: what is written over the file later does not reach them.
+
+    Args:
+        path: of the file.
+        prefixes: of the names that are wanted.
 
     Raises:
         ValueError: for what is no regular file.
     """
     check_file(path)
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
+
+
+def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> nn.Module:
+    """Give a model on the meta device its weights, in float32 and eval mode, once names and shapes fit.
+
+    Args:
+        model: on the meta device.
+        tensors: its weights by name, which become its own.
+        source: where they are from, for the message.
+
+    Raises:
+        ValueError: in one line, for weights that are not this model's, and see `check_memory`.
+    """
+    layout = {name: (tuple(value.shape), value.is_floating_point()) for name, value in tensors.items()}
+    check_layout(layout, model, source)
+    check_memory(model, str(source))
+    model.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(True)
 
 
 def check_memory(model: nn.Module, source: str) -> None:
