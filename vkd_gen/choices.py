@@ -18,3 +18,5 @@ Precision = Literal["no", "fp16", "bf16"]
 """Precision of a network's forward pass."""
 OnBadImage = Literal["refuse", "skip"]
 """What becomes of an image that cannot be read: see `vkd_gen.data.sources.load_images`."""
+OnMissingCaption = Literal["refuse", "skip", "empty"]
+"""What becomes of an image without a caption: see `vkd_gen.data.images.ImageSpec`."""

@@ -1,6 +1,7 @@
 """Images of one size, decoded when asked for. C channels, H height, W width."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from vkd_gen.choices import OnBadImage
+from vkd_gen.choices import OnBadImage, OnMissingCaption
 
 LONGEST = 16
 """Of an image that is longer than this many times its shorter side, only the middle is resized."""
@@ -36,6 +37,14 @@ class ImageSpec:
             says, of floating point numbers, or of more pixels than PIL takes for safe (`Image.MAX_IMAGE_PIXELS`).
             `refuse` makes it an error: headers of files are checked at once, the rest when it is read. `skip` decodes
             every image once at the start and leaves bad ones out; which others are held out does not depend on it.
+        with_captions: read the captions too: strings, or lists of strings, in a column of a table. In a folder of
+            images they are a column of `metadata.jsonl` or `metadata.csv` beside `file_name`, as in datasets'
+            imagefolder, or else `.txt` files of the images' names, each of one caption.
+        caption_column: a table's, or such a file's, column of captions; by default the only one of text, else the one
+            called caption, text, prompt, or the like.
+        on_missing_caption: what happens to an image that has no usable caption: null, no row, no file, white space
+            alone, or what is not text. `refuse` makes it an error, `skip` leaves the image out, `empty` gives it the
+            empty prompt. Null and empty entries of a list of captions are passed over, as long as one is left.
 
     Raises:
         ValueError: for a value out of range.
@@ -49,6 +58,9 @@ class ImageSpec:
     label_column: str | None = None
     num_classes: int | None = None
     on_bad_image: OnBadImage = "refuse"
+    with_captions: bool = False
+    caption_column: str | None = None
+    on_missing_caption: OnMissingCaption = "refuse"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -61,6 +73,8 @@ class ImageSpec:
             raise ValueError(f"held_out_fraction must be at least 0 and below 1, not {self.held_out_fraction}")
         if self.on_bad_image not in ("refuse", "skip"):
             raise ValueError(f"on_bad_image must be refuse or skip, not {self.on_bad_image!r}")
+        if self.on_missing_caption not in ("refuse", "skip", "empty"):
+            raise ValueError(f"on_missing_caption must be refuse, skip or empty, not {self.on_missing_caption!r}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Images:
         indices: which images of the source these are.
         labels: class of each image of the source, 0 to `num_classes` - 1; None if they were not asked for.
         num_classes: how many classes there are; 0 without labels.
+        captions: of each image of the source, one or several; None if they were not asked for.
         skipped: one line for each image that was left out because it cannot be read.
         notes: one line for each decision about the source that a user should know, such as which files are not data.
         revision: commit of the data set on the hub, where it is known.
@@ -90,6 +105,7 @@ class Images:
     indices: np.ndarray
     labels: np.ndarray | None = None
     num_classes: int = 0
+    captions: Sequence[tuple[str, ...]] | None = None
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     revision: str | None = None
@@ -125,6 +141,11 @@ class Images:
         assert self.labels is not None, "load_images was not asked for labels"
         return int(self.labels[self.indices[index]])
 
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """The captions of image `index`, at least one; only where there are captions."""
+        assert self.captions is not None, "load_images was not asked for captions"
+        return self.captions[self.indices[index]]
+
     def stack(self, count: int | None = None) -> Float[Tensor, "images channels height width"]:
         """`count` evenly spaced images (default: all) as one tensor."""
         some = self if count is None else evenly_spaced(self, count)
@@ -155,8 +176,9 @@ def data_facts(train: Images, held_out: Images) -> dict[str, Any]:
     """What a run's configuration keeps of its data; a resumed run must find the same.
 
     Returns:
-        `num_skipped_images`; `image_numbers_sha256`, over which images are trained on and which are held out; and
-        `dataset_revision`, the commit on the hub, or `dataset_sha256`, over files, tables and classes, where known.
+        `num_skipped_images`; `image_numbers_sha256`, over which images are trained on and which are held out;
+        `captions_sha256`, over the captions of these, where there are any; and `dataset_revision`, the commit on the
+        hub, or `dataset_sha256`, over files, tables and classes, where known.
     """
     digest = hashlib.sha256()
     for images in (train, held_out):
@@ -165,6 +187,8 @@ def data_facts(train: Images, held_out: Images) -> dict[str, Any]:
         "num_skipped_images": len(train.skipped) + len(held_out.skipped),
         "image_numbers_sha256": digest.hexdigest(),
     }
+    if train.captions is not None:
+        facts["captions_sha256"] = _hash_captions(train, held_out)
     if train.revision is not None:
         return {**facts, "dataset_revision": train.revision}
     if train.contents is None or held_out.contents is None:
@@ -174,3 +198,12 @@ def data_facts(train: Images, held_out: Images) -> dict[str, Any]:
     for images in (train, held_out):
         digest.update(b"" if images.labels is None else images.labels.astype("<i8").tobytes())
     return {**facts, "dataset_sha256": digest.hexdigest()}
+
+
+def _hash_captions(*parts: Images) -> str:
+    digest = hashlib.sha256()
+    for images in parts:
+        for index in range(len(images)):
+            digest.update(json.dumps(images.captions_of(index)).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

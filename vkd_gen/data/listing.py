@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from vkd_gen.data.captions import CAPTION_SUFFIXES
 from vkd_gen.data.decoding import image_suffixes
 from vkd_gen.data.splits import find_splits
 from vkd_gen.files import LOCK
@@ -52,7 +53,7 @@ class Listing(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def list_files(source: str, image_column: str | None = None) -> Listing:
+def list_files(source: str, image_column: str | None = None, *, with_captions: bool = False) -> Listing:
     """List a folder of images, a folder of tables, or one table.
 
     Hidden files and folders, what systems leave behind, folders of runs, and caches of datasets are not data. In a
@@ -66,6 +67,7 @@ def list_files(source: str, image_column: str | None = None) -> Listing:
     Args:
         source: path of a folder, or of a parquet or arrow file.
         image_column: the column that holds a table's images, where it is known.
+        with_captions: files beside the images may hold their captions, and are not told of as left out.
 
     Raises:
         ValueError: in one line, if it holds no images, a table lacks the column, or tables do not fit each other.
@@ -84,7 +86,7 @@ def list_files(source: str, image_column: str | None = None) -> Listing:
             tables.append(file)
         elif end in image_suffixes():
             images.append(file)
-        else:
+        elif not (with_captions and end in CAPTION_SUFFIXES):
             left_out["file of no image format"].append(end or f"{file.name}, without an ending")
     tables = _tables_to_read(tables, images, image_column, left_out)
     if tables and images:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vkd_gen.data.captions import folder_captions
 from vkd_gen.data.decoding import ADVICE, check_headers, decode_image, files_contents, files_identity
 from vkd_gen.data.embedded import EMBEDDED, embedded_pixels
 from vkd_gen.data.images import Images, ImageSpec, evenly_spaced
@@ -38,15 +39,15 @@ def load_images(source: str, spec: ImageSpec | None = None, /, **fields: Any) ->
         Training images, held-out images (empty if there is no test split and none are asked for).
 
     Raises:
-        ValueError: in one line, for a source that does not exist, holds no images or cannot be read, and for labels
-            that are missing, no whole numbers or out of range.
+        ValueError: in one line, for a source that does not exist, holds no images or cannot be read, for labels that
+            are missing, no whole numbers or out of range, and for captions that are missing, empty or no text.
     """
     spec = spec or ImageSpec(**fields)
     if not source:
         raise ValueError("name a data set: digits, mnist, a folder, a file or an id of the hub")
     if source in EMBEDDED:
         return split_images({"train": _embedded_images(source, spec)}, spec)
-    tables = open_source(source, spec.image_column)
+    tables = open_source(source, spec.image_column, with_captions=spec.with_captions)
     if isinstance(tables, Listing):
         return split_images(_folder_images(source, tables, spec), spec)
     return split_images({split: table_images(table, tables, spec) for split, table in tables.splits.items()}, spec)
@@ -62,6 +63,8 @@ def split_images(found: Mapping[str, Images], spec: ImageSpec) -> tuple[Images, 
     train, held_out = (splits["train"], splits["test"]) if "test" in splits else _split(splits["train"], spec)
     notes = dict.fromkeys([*(note for images in splits.values() for note in images.notes), *_enlargement(train)])
     train, held_out = replace(train, notes=tuple(notes)), replace(held_out, notes=())
+    if spec.with_captions:
+        train, held_out = _with_captions(train, "train on"), _with_captions(held_out, "hold out")
     if spec.on_bad_image == "refuse":
         return train, held_out
     return _without_bad(train, "train on"), _without_bad(held_out, "hold out")
@@ -116,6 +119,15 @@ def _enlargement(images: Images) -> list[str]:
     return [line] if factor > ENLARGED else []
 
 
+def _with_captions(images: Images, purpose: str) -> Images:
+    """The images that have captions."""
+    assert images.captions is not None
+    chosen = [number for number in images.indices.tolist() if images.captions[number]]
+    if len(images) and not chosen:
+        raise ValueError(f"{images.name} has no image left to {purpose}: none of {len(images):,} has a caption")
+    return replace(images, indices=np.array(chosen, dtype=np.int64))
+
+
 def _without_bad(images: Images, purpose: str) -> Images:
     """The images that can be decoded; each is decoded once to find out."""
     good, skipped = [], []
@@ -134,6 +146,8 @@ def _without_bad(images: Images, purpose: str) -> Images:
 
 # What reads an image is a partial of a function, not a closure: workers that are started afresh are sent it.
 def _embedded_images(name: str, spec: ImageSpec) -> Images:
+    if spec.with_captions:
+        raise ValueError(f"the data set {name!r} has no captions, which a model of prompts needs: choose another")
     pixels, labels = embedded_pixels(name)
     return Images(
         partial(_read_pixels, pixels),
@@ -157,6 +171,11 @@ def _folder_images(source: str, listing: Listing, spec: ImageSpec) -> dict[str, 
         if spec.on_bad_image == "refuse":
             check_headers({_name_of(file): file for file in files})
         labels, num_classes = _folder_labels(listing, files) if spec.with_labels else (None, 0)
+        captions, told = (
+            folder_captions(files, listing.root, spec.caption_column, spec.on_missing_caption)
+            if spec.with_captions
+            else (None, ())
+        )
         splits[split] = Images(
             partial(_read_file, files),
             spec.resolution,
@@ -165,7 +184,8 @@ def _folder_images(source: str, listing: Listing, spec: ImageSpec) -> dict[str, 
             np.arange(len(files)),
             labels=labels,
             num_classes=num_classes,
-            notes=listing.notes,
+            captions=captions,
+            notes=(*listing.notes, *told),
             identity=partial(files_identity, files, listing.root),
             contents=partial(files_contents, files, listing.root),
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vkd_gen.data.captions import Captions, choose_caption_column, collect_captions, text_columns
 from vkd_gen.data.decoding import ADVICE, check_headers, decode_image, files_contents, files_identity, num_hashed
 from vkd_gen.data.embedded import EMBEDDED
 from vkd_gen.data.images import Images, ImageSpec
@@ -56,19 +57,22 @@ class Tables(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def open_source(source: str, image_column: str | None = None, *, streaming: bool = False) -> Tables | Listing:
+def open_source(
+    source: str, image_column: str | None = None, *, streaming: bool = False, with_captions: bool = False
+) -> Tables | Listing:
     """Open tables, of a file, a folder or the hub, or list the files of a folder of images.
 
     Args:
         source: see `load_images`.
         image_column: see `ImageSpec`.
         streaming: open tables as datasets' IterableDataset; nothing of them is copied to the disk here.
+        with_captions: see `list_files`.
 
     Raises:
         ValueError: in one line, for a source that does not exist or cannot be read.
     """
     if Path(source).exists():
-        listing = list_files(source, image_column)
+        listing = list_files(source, image_column, with_captions=with_captions)
         return _local_tables(source, listing, streaming) if listing.is_tables else listing
     if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
@@ -165,6 +169,7 @@ def table_images(table: Any, tables: Tables, spec: ImageSpec) -> Images:
     if spec.on_bad_image == "refuse":
         check_headers(named_files)
     labels, num_classes = _table_labels(table, spec.label_column, source) if spec.with_labels else (None, None)
+    captions, told = table_captions(table, spec, source) if spec.with_captions else (None, ())
     files = list(named_files.values())
     return Images(
         partial(read_cell, undecoded, column, source, whereabouts),
@@ -174,7 +179,8 @@ def table_images(table: Any, tables: Tables, spec: ImageSpec) -> Images:
         np.arange(len(table)),
         labels=labels,
         num_classes=num_classes or 0,
-        notes=notes,
+        captions=captions,
+        notes=(*notes, *told),
         revision=tables.revision,
         # The fingerprint is over the table's files' times or commit, the split and the column.
         identity=partial(files_identity, files, whereabouts.folders[0], undecoded._fingerprint),
@@ -248,6 +254,26 @@ def label_column_of(table: Any, label_column: str | None, source: str) -> tuple[
             f"{source} has {missing}; name one by --label_column (its columns are {', '.join(table.column_names)})"
         )
     return column, table.features[column].num_classes if column in classes else None
+
+
+def caption_column_of(table: Any, caption_column: str | None, image_column: str, source: str) -> str:
+    """The column that holds a table's captions.
+
+    Raises:
+        ValueError: see `choose_caption_column`.
+    """
+    columns = text_columns(table.features.arrow_schema)
+    return choose_caption_column({**columns, image_column: False}, caption_column, source)
+
+
+def table_captions(table: Any, spec: ImageSpec, source: str) -> tuple[Captions, tuple[str, ...]]:
+    """Captions of a table's images, and notes on them; see `collect_captions`."""
+    _, image_column = undecoded_images(table, spec.image_column, source)
+    column = caption_column_of(table, spec.caption_column, image_column, source)
+    chunks = table.with_format("arrow").select_columns([column]).iter(batch_size=10_000)
+    cells = (cell for chunk in chunks for cell in chunk[column].to_pylist())
+    captions, notes = collect_captions(cells, spec.on_missing_caption, source)
+    return captions, (f"captions are the column {column!r} of {source}", *notes)
 
 
 def _table_labels(table: Any, label_column: str | None, source: str) -> tuple[np.ndarray, int | None]:

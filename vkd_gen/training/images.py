@@ -39,7 +39,13 @@ class Data(NamedTuple):
 
 
 def load_data(
-    options: DataOptions, source: str, form: tuple[int, int], num_classes: int | None, say: Callable[[str], None]
+    options: DataOptions,
+    source: str,
+    form: tuple[int, int],
+    num_classes: int | None,
+    say: Callable[[str], None],
+    *,
+    with_captions: bool = False,
 ) -> Data:
     """The images that a recipe's user chose, kept decoded if that was asked for; called by all processes.
 
@@ -49,6 +55,7 @@ def load_data(
         form: side in pixels and channels to bring the images to.
         num_classes: of the model, 0 for as many as the data have; None reads no classes.
         say: prints a line.
+        with_captions: the model takes prompts.
 
     Raises:
         ValueError: in one line, see `load_images`, `stream_images` and `cache_images`.
@@ -61,6 +68,9 @@ def load_data(
         label_column=options.label_column,
         num_classes=num_classes or None,
         on_bad_image=options.on_bad_image,
+        with_captions=with_captions,
+        caption_column=options.caption_column,
+        on_missing_caption=options.on_missing_caption,
     )
     stream = None
     if options.streaming:

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vkd_gen.choices import ChannelChoice, OnBadImage, Rescaling
+from vkd_gen.choices import ChannelChoice, OnBadImage, OnMissingCaption, Rescaling
 from vkd_gen.cli import Rare, check_at_least
 from vkd_gen.evaluation.options import choose_extractor
 from vkd_gen.training.methods import METHODS, check_effects
@@ -128,6 +128,13 @@ class DataOptions:
     `label`."""
     guidance_dropout: Rare[float] = 0.1
     """Of a class-conditional model: share of the images whose label is hidden, for classifier-free guidance."""
+    caption_column: Rare[str | None] = None
+    """Of a model of prompts: column of the captions, strings or lists of strings, in a table or in the metadata.jsonl
+    or metadata.csv of a folder of images; by default the only one of text, else the one called caption, text, prompt
+    or the like. A folder without such a file has .txt files of the images' names."""
+    on_missing_caption: Rare[OnMissingCaption] = "refuse"
+    """Of a model of prompts: an image whose caption is missing, empty or no text: `refuse` stops, `skip` leaves it out,
+    `empty` takes the empty prompt for it."""
     streaming: Rare[bool] = False
     """Read --dataset, parquet or arrow files or a data set of the hub, from front to back, epoch after epoch, instead
     of copying it to the disk. The run goes on only with as many processes and workers: see docs/SCALING.md."""
