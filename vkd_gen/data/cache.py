@@ -117,6 +117,7 @@ def keep_rows(
     *,
     what: str,
     advice: str,
+    batch_size: int = 64,
 ) -> KeptRows:
     """Rows from disk, once what is missing or damaged there has been computed.
 
@@ -130,6 +131,7 @@ def keep_rows(
         compute: makes some of them.
         what: the name of such rows in messages, in the plural.
         advice: what to do where the disk has no room.
+        batch_size: rows that are computed at once.
 
     Raises:
         ValueError: in one line and on all processes: if the disk has no room, before anything is computed; if it cannot
@@ -148,7 +150,7 @@ def keep_rows(
     if missing:
         num_bytes = sum(len(kept.rows_of(number)) for number in missing) * row_bytes
         _together(partial(_begin, kept.folder, facts, num_bytes, what, advice) if state.is_main_process else None)
-        _together(partial(_fill, kept, missing, compute, what, state))
+        _together(partial(_fill, kept, missing, partial(_in_batches, compute, batch_size), what, state))
         _together(partial(_check_seen, kept))
     return kept
 
@@ -178,15 +180,29 @@ def _begin(folder: Path, facts: Mapping[str, Any], num_bytes: int, what: str, ad
         write_json(folder / "facts.json", facts)
 
 
-def _fill(kept: KeptRows, missing: list[int], compute: Compute, what: str, state: Any) -> None:
+def _fill(kept: KeptRows, missing: list[int], compute: Callable[..., Any], what: str, state: Any) -> None:
     """Compute and write this process' share of the files."""
     from tqdm.auto import tqdm
 
     own = missing[state.process_index :: state.num_processes]
-    for number in tqdm(own, f"computing {what}", unit="file", disable=not state.is_main_process):
-        rows = compute(kept.rows_of(number))
-        with _told(kept.folder, what):
-            kept.write(number, rows)
+    total = sum(len(kept.rows_of(number)) for number in own)
+    with tqdm(total=total, desc=f"computing {what}", disable=not state.is_main_process) as progress:
+        for number in own:
+            rows = compute(kept.rows_of(number), progress.update)
+            with _told(kept.folder, what):
+                kept.write(number, rows)
+
+
+def _in_batches(
+    compute: Compute, batch_size: int, rows: Sequence[int], made: Callable[[int], object]
+) -> dict[str, Tensor]:
+    """Rows that are computed a batch at a time; tells how many more there are."""
+    parts = []
+    for first in range(0, len(rows), batch_size):
+        chosen = rows[first : first + batch_size]
+        parts.append(compute(chosen))
+        made(len(chosen))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _check_seen(kept: KeptRows) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vkd_gen.choices import OnBadImage, OnMissingCaption
+from vkd_gen.data.views import View, Views
 
 LONGEST = 16
 """Of an image that is longer than this many times its shorter side, only the middle is resized."""
@@ -121,16 +122,32 @@ class Images:
 
     def _pixels(self, index: int) -> np.ndarray:
         """Image `index`, uint8, `[H, W, C]`: resized so that the shorter side fits, then cropped at the centre."""
-        image = self.read(int(self.indices[index])).convert("L" if self.channels == 1 else "RGB")
-        longest = LONGEST * min(image.size)
-        if max(image.size) > longest:  # else one line of 60,000 pixels would be made into 512 lines of 30 million
-            image = _crop(image, *(min(side, longest) for side in image.size))
+        image = self._image(index)
         if image.size != (self.resolution, self.resolution):
             scale = self.resolution / min(image.size)
             width, height = (max(self.resolution, round(side * scale)) for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
             image = _crop(image, self.resolution, self.resolution)
         return np.asarray(image).reshape(self.resolution, self.resolution, self.channels)
+
+    def _image(self, index: int) -> Image.Image:
+        image = self.read(int(self.indices[index])).convert("L" if self.channels == 1 else "RGB")
+        longest = LONGEST * min(image.size)
+        if max(image.size) > longest:  # else one line of 60,000 pixels would be made into 512 lines of 30 million
+            image = _crop(image, *(min(side, longest) for side in image.size))
+        return image
+
+    def view(self, index: int, views: Views, crop: int, is_flipped: bool) -> tuple[Float[Tensor, "C H W"], View]:
+        """A crop of image `index`, float32 in [-1, 1], and which part of the image that is; see `Views.view`."""
+        image = self._image(index)
+        view = views.view(index, (image.height, image.width), crop, is_flipped)
+        if image.size != (view.resized_width, view.resized_height):
+            image = image.resize((view.resized_width, view.resized_height), Image.Resampling.BICUBIC)
+        if is_flipped:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+        values = np.asarray(image, dtype=np.float32).reshape(view.height, view.width, self.channels) / 127.5 - 1
+        return torch.from_numpy(values).permute(2, 0, 1).contiguous(), view
 
     def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "images channels height width"]:
         """Images as uint8: what `__getitem__` gives, before scaling."""
