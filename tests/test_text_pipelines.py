@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import one_line
 from tests.text_pipelines import tiny_pipeline
+from vkd_gen.models import Model
+from vkd_gen.pipelines import load_pipeline
 from vkd_gen.text_pipelines import load_text_pipeline
 
 pytest.importorskip("transformers")
@@ -112,3 +115,31 @@ def test_weights_in_several_files(saved, tmp_path, variant):
 
 def change(file, **entries):
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+# ---- for sampling
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver", "pndm", "euler"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_samplers_on_the_pipelines_own_schedule(saved, kind, sampler):
+    own = saved[kind][0].scheduler.config
+    if (kind, sampler) == ("sd2", "pndm"):
+        with pytest.raises(ValueError, match="pndm cannot sample a schedule of zero terminal SNR"):
+            load_pipeline(str(saved[kind][1]), sampler)
+        return
+    pipeline = load_pipeline(str(saved[kind][1]), sampler)
+    config = pipeline.scheduler.config
+    assert sampler.replace("-", "") in type(pipeline.scheduler).__name__.lower()
+    for entry in ("beta_start", "beta_schedule", "prediction_type", "timestep_spacing", "rescale_betas_zero_snr"):
+        assert config.get(entry) == own.get(entry) or entry not in own
+    assert not config.get("clip_sample")
+    made = Model(pipeline).images([0], conditioning={"prompt": ["red cat"]}, num_inference_steps=5)
+    assert made.shape == (1, 3, 32, 32)
+
+
+def test_a_pipeline_of_another_kind(saved, tmp_path):
+    shutil.copytree(saved["sd1"][1], tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    with one_line("StableDiffusionInpaintPipeline, which needs more.*of text to image StableDiffusionPipeline and"):
+        load_pipeline(str(tmp_path))

@@ -12,8 +12,8 @@ ChannelChoice = Literal["activation", "magnitude", "first", "random"]
 """Which of the teacher's channels a narrower student starts from."""
 Rescaling = Literal["none", "fan_in", "least_squares"]
 """What makes up for missing channels at the start."""
-Sampler = Literal["ddim", "ddpm", "dpm-solver"]
-"""How images are sampled."""
+Sampler = Literal["ddim", "ddpm", "dpm-solver", "pndm", "euler"]
+"""How images are sampled; by the last two text pipelines alone."""
 Precision = Literal["no", "fp16", "bf16"]
 """Precision of a network's forward pass."""
 OnBadImage = Literal["refuse", "skip"]

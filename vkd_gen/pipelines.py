@@ -18,8 +18,10 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     ImagePipelineOutput,
     ModelMixin,
+    PNDMScheduler,
     SchedulerMixin,
     UNet2DModel,
 )
@@ -29,6 +31,7 @@ from vkd_gen.choices import Sampler
 from vkd_gen.hub import hub_folder, part_files, split_revision
 from vkd_gen.loading import load_parts, pipeline_class, read_json
 from vkd_gen.text import reason
+from vkd_gen.text_pipelines import PIPELINES, is_text_pipeline, load_text_pipeline
 
 
 def num_classes_of(unet: ModelMixin) -> int | None:
@@ -159,7 +162,7 @@ def stock_pipeline(unet: ModelMixin, noise_scheduler: SchedulerMixin, sampler: S
         case "dpm-solver":
             pipeline = DDPMPipeline(unet=unet, scheduler=_on_schedule(DPMSolverMultistepScheduler, config))
         case _:
-            raise ValueError(f"there is no sampler {sampler!r}; choose ddim, ddpm or dpm-solver")
+            raise ValueError(f"a bare UNet is not sampled by {sampler!r}; choose ddim, ddpm or dpm-solver")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -196,17 +199,48 @@ def usable_steps(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> i
     return steps
 
 
-def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipeline:
-    """Load a pipeline that makes images from noise, or from noise and class labels.
+def resample(pipeline: DiffusionPipeline, sampler: Sampler) -> DiffusionPipeline:
+    """Give a text-to-image pipeline another sampler, on its own schedule; no sample is clipped.
+
+    Raises:
+        ValueError: for PNDM on a schedule that ends in pure noise, which it cannot start from.
+    """
+    config = pipeline.scheduler.config
+    to_one = {"set_alpha_to_one": config.get("set_alpha_to_one", False)}
+    if sampler == "pndm" and config.get("rescale_betas_zero_snr"):
+        raise ValueError("pndm cannot sample a schedule of zero terminal SNR; choose ddim, ddpm, dpm-solver or euler")
+    match sampler:
+        case "ddim":
+            scheduler = DDIMScheduler.from_config(config, clip_sample=False, **to_one)
+        case "ddpm":
+            scheduler = DDPMScheduler.from_config(config, clip_sample=False)
+        case "dpm-solver":
+            scheduler = DPMSolverMultistepScheduler.from_config(config)
+        case "pndm":
+            scheduler = PNDMScheduler.from_config(config, skip_prk_steps=True, **to_one)
+        case "euler":
+            scheduler = EulerDiscreteScheduler.from_config(config)
+    pipeline.register_modules(scheduler=scheduler)
+    return pipeline
+
+
+def load_pipeline(source: str, sampler: Sampler | None = None, variant: str | None = None) -> DiffusionPipeline:
+    """Load a pipeline that makes images from noise, from noise and class labels, or from prompts.
 
     Args:
         source: a pipeline's folder, the folder of a run of a recipe (its exported pipeline is taken), or a hub id,
-            `ID@REVISION` for a certain commit, tag or branch; safetensors only.
-        sampler: for a pipeline of a `UNet2DModel`, what to sample it with; None keeps the pipeline's own.
+            `ID@REVISION` for a certain commit, tag or branch; safetensors only. Of Stable Diffusion also a checkpoint
+            in one file.
+        sampler: for a pipeline of a `UNet2DModel` or of Stable Diffusion, what to sample it with; None keeps the
+            pipeline's own.
+        variant: of the weights of Stable Diffusion, such as `fp16`; see `load_text_pipeline`.
 
     Raises:
-        ValueError: in one line, for what is not there, cannot be loaded, or needs more than labels, such as a prompt.
+        ValueError: in one line, for what is not there, cannot be loaded, or needs more than labels or a prompt.
     """
+    if Path(source).is_file() and Path(source).suffix == ".safetensors":
+        pipeline = load_text_pipeline(source)
+        return pipeline if sampler is None else resample(pipeline, sampler)
     path = Path(source)
     repository, _ = split_revision(source)
     is_here = path.is_dir()
@@ -219,10 +253,14 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
         raise ValueError(f"there is no pipeline folder {source}")
     try:
         path = path if is_here else hub_folder(source, ["model_index.json"])
-        kind = pipeline_class(read_json(path / "model_index.json"), [ClassConditionalDDIMPipeline])
+        index = read_json(path / "model_index.json")
+        kind = pipeline_class(index, [ClassConditionalDDIMPipeline])
     except ValueError as error:
         where = "" if is_here else "there is no such folder, and the hub did not give it: "
         raise ValueError(f"cannot load the pipeline {source}: {where}{error}") from error
+    if is_text_pipeline(index):
+        pipeline = load_text_pipeline(source, variant=variant)
+        return pipeline if sampler is None else resample(pipeline, sampler)
     _check_call(kind, source)
     try:
         path = path if is_here else hub_folder(source, part_files(kind))
@@ -254,5 +292,6 @@ def _check_call(kind: type[DiffusionPipeline], source: str) -> None:
     if needed - {"self", "class_labels"} or "prompt" in parameters or not makes_images:
         raise ValueError(
             f"{source} is a {kind.__name__}, which needs more than noise and class labels; unconditional and "
-            "class-conditional pipelines can be sampled here"
+            "class-conditional pipelines can be sampled here, and of text to image "
+            + " and ".join(kind.__name__ for kind in PIPELINES)
         )

@@ -41,7 +41,7 @@ class SamplingOptions:
     seed: int = 0
     """Seed of the first image."""
     sampler: Sampler | None = None
-    """Sampler of UNet pipelines; by default each pipeline's own."""
+    """Sampler of UNet and of text pipelines; by default each pipeline's own."""
     guidance_scale: float | None = None
     """Guidance of class-conditional pipelines, whose images are of the class seed modulo classes."""
     mixed_precision: Precision = "no"
