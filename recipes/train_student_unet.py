@@ -96,7 +96,7 @@ def main(config: StudentConfig) -> None:
     from vkd_gen.training import students
     from vkd_gen.training.accelerator import compile_as_asked
     from vkd_gen.training.loop import Loop
-    from vkd_gen.training.matching import build_projected_student, pair_named_or_all
+    from vkd_gen.training.matching import build_projected_student, measure_guidance, pair_named_or_all
     from vkd_gen.training.run import Run
 
     # A loss of features alone does not reach the output layer, one without features no trained projector.
@@ -111,7 +111,8 @@ def main(config: StudentConfig) -> None:
         form, num_classes = (student.image_size, student.network.config.in_channels), student.num_classes or None
         data = run.load_data(config.data, form, num_classes)
         scorer = run.make_scorer(config.scores)
-        draws = data.draws(student.schedule, seed=options.seed, batch_size=options.eval_batch_size)
+        both = matching.guidance_branches == "both"
+        draws = data.draws(student.schedule, seed=options.seed, batch_size=options.eval_batch_size, both_branches=both)
         run.check_finite(teacher.network.to(run.device), draws, f"the teacher {config.teacher}")
         sources = {"teacher": (config.teacher, teacher, True), "student": (config.start.student, student, has_weights)}
         if not run.begin(sources, {**asdict(config.scores), "score_teacher": config.score_teacher}):
@@ -126,6 +127,7 @@ def main(config: StudentConfig) -> None:
         groups = vkd.parameter_groups(student.network, projected.projectors, options.adam_weight_decay)
         loop = Loop(run, projected, draws, average=student.network, parameter_groups=groups)
         loop.every(1, features.measure)
+        measure_guidance(loop, matching, projected, frozen, draws)
         loop.every(options.preview_every_steps, run.preview(student), averaged=True)
         loop.every(options.score_every_steps, run.score("student", student, scorer), averaged=True)
         schedule, asked = student.schedule.to(run.device), compile_as_asked(run.accelerator, frozen)

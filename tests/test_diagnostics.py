@@ -22,7 +22,8 @@ from vkd_gen import (
     pair_layers,
     width_floor,
 )
-from vkd_gen.diagnostics import Diagnostics, effective_rank
+from vkd_gen.data.draws import both_branches
+from vkd_gen.diagnostics import Diagnostics, effective_rank, guidance_gap_ratio
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.schedule import Schedule
 
@@ -316,3 +317,59 @@ def test_class_labels_reach_student_and_teacher():
 def test_diagnostics_refuses(batches, options, message):
     with pytest.raises(ValueError, match=message):
         look(*build(), batches, **options)
+
+
+# ---- guidance
+
+
+def no_class(conditioning):
+    return {"class_labels": torch.full_like(conditioning["class_labels"], 4)}
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_guidance_gap_ratio_draw_by_draw(predicts):
+    """The teacher predicts noise: v = (noise - sigma * noisy) / alpha, so a gap in v is one in noise / alpha."""
+    student, teacher = (tiny_unet(num_class_embeds=5, seed=seed) for seed in (1, 2))
+    schedule = Schedule.of(DDPMScheduler(prediction_type=predicts))
+    batches = [probe(3, labels=4), probe(2, seed=1, labels=4)]
+    alpha = DDPMScheduler().alphas_cumprod.sqrt()
+    gaps = {"student": [], "teacher": []}
+    for batch in batches:
+        for row in range(len(batch["timesteps"])):
+            time = batch["timesteps"][row]
+            noisy = alpha[time] * batch["sample"][row] + (1 - alpha[time] ** 2).sqrt() * batch["noise"][row]
+            for name, unet in (("student", student), ("teacher", teacher)):
+                told, not_told = (
+                    unet(noisy[None], time, class_labels=torch.tensor([label])).sample.detach()
+                    for label in (batch["conditioning"]["class_labels"][row], 4)
+                )
+                factor = 1 / alpha[time] if (name, predicts) == ("teacher", "v_prediction") else 1
+                gaps[name].append((told - not_told).norm().item() * factor)
+    expected = np.mean(gaps["student"]) / np.mean(gaps["teacher"])
+    projected = ProjectedStudent(student).train()
+    found = guidance_gap_ratio(projected, FrozenTeacher(teacher), batches, no_class, schedule)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert projected.training
+    assert student.training
+
+
+def test_guidance_gap_ratio_of_a_copy_and_of_a_student_that_does_not_listen():
+    teacher, deaf = tiny_unet(num_class_embeds=5, seed=2), tiny_unet(num_class_embeds=5, seed=1)
+    torch.nn.init.zeros_(deaf.class_embedding.weight)
+    for student, expected in ((tiny_unet(num_class_embeds=5, seed=2), 1), (deaf, 0)):
+        frozen = FrozenTeacher(teacher)
+        found = guidance_gap_ratio(ProjectedStudent(student), frozen, [probe(labels=4)], no_class, SCHEDULE)
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_losses_of_both_branches_are_the_mean_of_the_two():
+    projected, teacher = build(*(tiny_unet(num_class_embeds=5, seed=seed) for seed in (1, 2)), labels=4)
+    projected.eval()
+    told = probe(labels=4)
+    nothing = no_class(told["conditioning"])
+    batches = told, {**told, "conditioning": nothing}, both_branches(told, nothing)
+    first, second, found = (
+        distillation_losses(projected, batch, schedule=SCHEDULE, teacher=teacher) for batch in batches
+    )
+    for name, value in found.items():
+        assert value.item() == pytest.approx((first[name] + second[name]).item() / 2, rel=1e-5)

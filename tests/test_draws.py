@@ -12,8 +12,9 @@ from scipy import stats  # comes with scikit-learn
 
 from tests.conftest import DrawsByNumber, flat_draws
 from tests.sources import encoded, grey, grey_levels, labelled_images, numbered_images, write_shards
-from vkd_gen.data.draws import DrawNumbers
+from vkd_gen.data.draws import DrawNumbers, Draws, both_branches
 from vkd_gen.data.images import Images, ImageSpec
+from vkd_gen.data.samples import Pixels
 from vkd_gen.data.streaming import Position, stream_images
 
 
@@ -120,6 +121,41 @@ def test_labels_follow_their_images_and_change_no_other_draw():
     assert labels.tolist() == [level % 7 for level in grey_levels(labelled["sample"])]
     plain = dataclasses.replace(images, labels=None, num_classes=0)
     assert_same_draw(labelled, DrawsByNumber(plain, seed=5)[list(range(60))])
+
+
+def test_both_branches_of_a_batch_by_hand():
+    batch = {
+        "sample": torch.tensor([[1.0], [2.0]]),
+        "noise": torch.tensor([[3.0], [4.0]]),
+        "timesteps": torch.tensor([5, 6]),
+        "conditioning": {"text": torch.tensor([[7], [8]]), "added": {"ids": torch.tensor([[9], [10]])}},
+    }
+    nothing = {"text": torch.zeros(2, 1, dtype=torch.long), "added": {"ids": torch.tensor([[9], [10]])}}
+    found = both_branches(batch, nothing)
+    assert [found[name].flatten().tolist() for name in ("sample", "noise", "timesteps")] == [
+        [1, 2, 1, 2],
+        [3, 4, 3, 4],
+        [5, 6, 5, 6],
+    ]
+    assert found["conditioning"]["text"].flatten().tolist() == [7, 8, 0, 0]
+    assert found["conditioning"]["added"]["ids"].flatten().tolist() == [9, 10, 9, 10]
+    assert both_branches(batch, {}) == batch
+
+
+def test_draws_of_both_branches_are_the_draws_without_dropping_and_again_told_nothing(schedule):
+    samples = Pixels(labelled_images(40, 7), guidance_dropout=0.5)
+    options = {"seed": 5, "batch_size": 8}
+    plain = Draws(Pixels(samples.images), schedule, **options)
+    doubled = Draws(samples, schedule, both_branches=True, **options)
+    assert samples.guidance_dropout == 0.5  # the caller's
+    for found, expected in ((doubled.first(8), plain.first(8)), (doubled.apart(8), plain.apart(8))):
+        batch, once = next(found), next(expected)
+        assert all(torch.equal(batch[name], torch.cat([once[name]] * 2)) for name in ("sample", "noise", "timesteps"))
+        labels = once["conditioning"]["class_labels"].tolist()
+        assert batch["conditioning"]["class_labels"].tolist() == labels + [7] * 8
+    told = next(doubled.apart(8, guidance_dropout=0.0))
+    assert len(told["sample"]) == 8
+    assert 7 not in told["conditioning"]["class_labels"]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.7])

@@ -8,6 +8,8 @@ Normalization = Literal["none", "layer_norm", "center", "standardize", "whiten",
 """What the teacher's features go through."""
 PairedLayers = Literal["all", "mid_and_up", "last_up", "self_attention", "bk"]
 """Which layers are paired."""
+GuidanceBranches = Literal["drawn", "both"]
+"""What a draw is told: its prompt or class, now and then dropped, or both that and nothing."""
 ChannelChoice = Literal["activation", "magnitude", "first", "random"]
 """Which of the teacher's channels a narrower student starts from."""
 Rescaling = Literal["none", "fan_in", "least_squares"]

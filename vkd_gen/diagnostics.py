@@ -7,7 +7,7 @@ B batch, N positions, C channels.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -166,3 +166,39 @@ class Diagnostics:
             if hasattr(projector, "gain"):
                 values[f"gain/{layer}"] = projector.gain.item()
         return values
+
+
+@torch.no_grad()
+def guidance_gap_ratio(
+    projected: ProjectedStudent,
+    teacher: FrozenTeacher,
+    batches: Iterable[Mapping[str, Any]],
+    nothing: Callable[[dict[str, Any]], Mapping[str, Any]],
+    schedule: Schedule,
+) -> float:
+    """What guidance has to multiply in the student, over what it has in the teacher; 1 is ideal (arXiv 2606.00798).
+
+    The mean over draws of the norm of a network's prediction with the draw's conditioning minus that without, of the
+    student, divided by that of the teacher, both in the student's prediction type. NaN for a teacher without a gap.
+
+    Args:
+        projected: the student; its mode is restored.
+        teacher: that it learns from.
+        batches: as for `distillation_losses`, of draws that are told what they are.
+        nothing: conditioning of a batch -> that of the same draws, told nothing.
+        schedule: the student's.
+    """
+    was_training, gaps = projected.training, torch.zeros(2, dtype=torch.float64)
+    projected.eval()
+    for batch in batches:
+        timesteps, conditioning = batch["timesteps"], batch["conditioning"]
+        noisy = schedule.noisy(batch["sample"], batch["noise"], timesteps)
+        students, teachers = [], []
+        for told in (conditioning, nothing(conditioning)):
+            students.append(projected(noisy, timesteps, told)[0].double())
+            prediction, _ = teacher(noisy, timesteps, told, with_features=False)
+            teachers.append(schedule.convert(prediction, noisy, timesteps, teacher.prediction_type).double())
+        found = [torch.linalg.vector_norm((one - other).flatten(1), dim=1) for one, other in (students, teachers)]
+        gaps += torch.stack(found).sum(1).cpu()
+    projected.train(was_training)
+    return float(gaps[0] / gaps[1])

@@ -137,6 +137,7 @@ OF_FLAGS = [
     ("--calibration_samples 1", "too few samples to calibrate"),
     ("--timestep_weighting min_snr --snr_gamma 0", "snr_gamma must be above 0"),
     ("--snr_gamma -1", "--snr_gamma must be above 0"),
+    ("--guidance_branches one", "'one' for argument '--guidance_branches'.*both"),
     ("--whitening_rank 0", "--whitening_rank must be at least 1"),
     ("--whitening_exponent nan", "--whitening_exponent must be at least 0"),
     (f"{WHITEN} --whitening_rank 1000", "whitening rank must lie between 1"),
@@ -177,6 +178,7 @@ OF_MODELS = [
     ("--layer_pairs :", "has no layer ''"),
     ("--layers self_attention --teacher {plain}", "no layer of the"),
     ("--projector identity", "equal widths"),
+    ("--guidance_branches both", "--guidance_branches both asks .* the teacher .* takes neither; leave it out"),
     ("--method bk", "equal widths without a projector .*down_blocks.0 has .* channels for .*--student bk-base"),
     ("--feature_loss cka --layer_pairs mid_block up_blocks.0/8:up_blocks.0/8", "up_blocks.0/8 has a single position"),
 ]

@@ -93,6 +93,32 @@ def test_teacher_and_student_are_trained_on_the_labels_of_the_draws(tmp_path, te
     assert found[first : first + 3 + len(both)] == calibration + both
 
 
+def test_both_branches_of_each_draw_are_asked_and_the_guidance_gap_is_told(
+    tmp_path, teacher_folder, run_recipe, monkeypatch
+):
+    found, flags = given_labels(monkeypatch), [*SHORT_STUDENT, *NO_SCORES, "--teacher", teacher_folder]
+    flags += [
+        "--method",
+        "output",
+        "--guidance_branches",
+        "both",
+        "--max_train_steps",
+        3,
+        "--diagnostics_every_steps",
+        2,
+    ]
+    run_recipe(STUDENT, *flags, "--output_dir", tmp_path / "run")
+    images, _ = load_images("digits", resolution=8, channels=1, with_labels=True)
+    draws = DrawsByNumber(images, seed=0)
+    for first in (0, 4, 8):
+        rows = [draws[number]["class_labels"].item() for number in range(first, first + 4)] + [10] * 4
+        place = found.index(rows)
+        assert found[place + 1] == rows  # the teacher, then the student
+    ratios = {line["step"]: line.get("diagnostics/guidance_gap_ratio") for line in read_metrics(tmp_path / "run")}
+    assert sorted(step for step, ratio in ratios.items() if ratio is not None) == [2, 3]
+    assert all(0 < ratio < 10 for ratio in ratios.values() if ratio is not None)
+
+
 def test_conditioned_batches_of_the_calibration(schedule):
     images, _ = load_images("digits", resolution=8, channels=1, with_labels=True)
     batches = list(Draws(Pixels(images, guidance_dropout=0.5), schedule, seed=3, batch_size=16).apart(40))

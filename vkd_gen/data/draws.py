@@ -4,7 +4,7 @@ C channels, H height, W width.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -31,6 +31,8 @@ class Draws(Dataset):
         seed: of the run, 0 or above.
         stream: to train on instead.
         batch_size: of `apart` and `first`.
+        both_branches: each draw is told what it is and, a second time, nothing; see `both_branches`. Then none is
+            dropped.
 
     Attributes:
         positions: how far this process' readers of the stream have come, `[readers, 4]` int64.
@@ -44,13 +46,17 @@ class Draws(Dataset):
         seed: int,
         stream: ImageStream | None = None,
         batch_size: int = 64,
+        both_branches: bool = False,
     ):
         if seed < 0:
             raise ValueError(f"seed must be 0 or above, not {seed}")
         if seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, not {seed}")
+        if both_branches:
+            samples = copy.copy(samples)
+            samples.guidance_dropout = 0.0
         self.samples, self.schedule, self.stream, self.seed = samples, schedule, stream, seed
-        self.batch_size = batch_size
+        self.batch_size, self.both_branches = batch_size, both_branches
         self.positions = torch.tensor([Position()])
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._generator = np.random.Generator(np.random.Philox(key=0))
@@ -91,7 +97,8 @@ class Draws(Dataset):
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch as the losses take it: `sample`, `[B, C, H, W]` float32 like `noise`; see `Samples.finish`."""
-        return self.samples.finish(batch)
+        batch = self.samples.finish(batch)
+        return both_branches(batch, self.samples.nothing(batch["conditioning"])) if self.both_branches else batch
 
     def apart(
         self, count: int, *, device: torch.device | str = "cpu", guidance_dropout: float | None = None
@@ -101,13 +108,19 @@ class Draws(Dataset):
         Args:
             count: draws in all.
             device: of the batches.
-            guidance_dropout: by default as in training.
+            guidance_dropout: by default as in training; else each draw once, told what it is or, dropped, nothing.
         """
         samples = copy.copy(self.samples)
         samples.random_flip = False
         if guidance_dropout is not None:
             samples.guidance_dropout = guidance_dropout
-        draws = Draws(samples, self.schedule, seed=self.seed + 2**32, batch_size=self.batch_size)
+        draws = Draws(
+            samples,
+            self.schedule,
+            seed=self.seed + 2**32,
+            batch_size=self.batch_size,
+            both_branches=self.both_branches and guidance_dropout is None,
+        )
         return draws.first(count, device=device)
 
     def first(self, count: int, *, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
@@ -166,6 +179,25 @@ class Draws(Dataset):
             "uinteger": 0,
         }
         return self._generator
+
+
+def both_branches(batch: Mapping[str, Any], nothing: Mapping[str, Any]) -> dict[str, Any]:
+    """Each draw twice, `[2 B, ...]`: the batch as it is, then the same samples, noise and timesteps told nothing.
+
+    A student that is asked both learns what guidance multiplies, the difference of the two (arXiv 2606.00798).
+
+    Args:
+        batch: `sample`, `noise`, `timesteps` and `conditioning`, `[B, ...]` each.
+        nothing: conditioning of the dropped draws, built as the batch's is; empty leaves the batch as it is.
+    """
+    return _join(batch, {**batch, "conditioning": nothing}) if nothing else dict(batch)
+
+
+def _join(first: Any, second: Any) -> Any:
+    """Tensors of two (nested) mappings, one after the other."""
+    if isinstance(first, Mapping):
+        return {name: _join(value, second[name]) for name, value in first.items()}
+    return torch.cat([first, second])
 
 
 def _to(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def draw_diagnostics(lines: Sequence[Mapping[str, float]]) -> Any | None:
     Returns:
         A matplotlib figure; None if no line holds a feature loss.
     """
+    lines = [line for line in lines if any(name.startswith("floor/") for name in line)]
     layers = [name.removeprefix("floor/") for name in (lines[-1] if lines else {}) if name.startswith("floor/")]
     if not layers:
         return None

@@ -33,9 +33,16 @@ class Data(NamedTuple):
     samples: Samples
     held_out_samples: Samples
 
-    def draws(self, schedule: Schedule, *, seed: int, batch_size: int) -> Draws:
+    def draws(self, schedule: Schedule, *, seed: int, batch_size: int, both_branches: bool = False) -> Draws:
         """What the run draws of them, noise and times included; see `Draws`."""
-        return Draws(self.samples, schedule, seed=seed, stream=self.stream, batch_size=batch_size)
+        return Draws(
+            self.samples,
+            schedule,
+            seed=seed,
+            stream=self.stream,
+            batch_size=batch_size,
+            both_branches=both_branches,
+        )
 
 
 def load_data(

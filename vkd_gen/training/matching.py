@@ -7,10 +7,12 @@ from diffusers import ModelMixin
 
 import vkd_gen as vkd
 from vkd_gen.data.draws import Draws
-from vkd_gen.diagnostics import Diagnostics
+from vkd_gen.diagnostics import Diagnostics, guidance_gap_ratio
 from vkd_gen.distillation import matching_table
+from vkd_gen.models import Model
 from vkd_gen.projectors import Projector, random_orthonormal
 from vkd_gen.training.feature_weight import FeatureWeight
+from vkd_gen.training.loop import Loop
 from vkd_gen.training.methods import MatchingOptions
 from vkd_gen.training.run import Run
 
@@ -44,6 +46,19 @@ def pair_named_or_all(options: MatchingOptions, student: ModelMixin, teacher: Mo
                 "--student bk-base, bk-small or bk-tiny, or --student_width 1, or another --projector"
             )
     return pairs
+
+
+def check_branches(options: MatchingOptions, teacher: Model, name: str) -> None:
+    """Refuse to ask for both branches of a model that is told nothing.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if options.guidance_branches == "both" and not (teacher.takes_prompts or teacher.num_classes):
+        raise ValueError(
+            f"--guidance_branches both asks each draw with its prompt or class and without, and the teacher {name} "
+            "takes neither; leave it out"
+        )
 
 
 def target_channels(options: MatchingOptions, pair: vkd.LayerPair) -> int:
@@ -135,3 +150,35 @@ def build_projected_student(
     if run.is_fresh:
         features.start()
     return projected, features
+
+
+def measure_guidance(
+    loop: Loop,
+    options: MatchingOptions,
+    projected: vkd.ProjectedStudent,
+    teacher: vkd.FrozenTeacher,
+    draws: Draws,
+) -> None:
+    """Let a loop measure the guidance gap ratio of the averaged student, at the steps of the diagnostics and the last.
+
+    Models that are told nothing have none.
+
+    Args:
+        loop: of the run.
+        options: of the recipe.
+        projected: the module that trains, in no wrapper.
+        teacher: as in the steps.
+        draws: of the run.
+    """
+    every, last, device = options.diagnostics_every_steps, loop.options.max_train_steps, loop.accelerator.device
+    schedule, nothing = draws.schedule.to(device), draws.samples.nothing
+    if not every or not nothing(next(draws.apart(1, device=device))["conditioning"]):
+        return
+    batches = list(draws.apart(NUM_DIAGNOSTIC_DRAWS, device=device, guidance_dropout=0.0))
+
+    def measure(_step: int) -> dict[str, float]:
+        ratio = guidance_gap_ratio(projected, teacher, batches, nothing, schedule)
+        return {"diagnostics/guidance_gap_ratio": ratio}
+
+    for steps in (every, last) if last % every else (every,):
+        loop.every(steps, measure, averaged=True)

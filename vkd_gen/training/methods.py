@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import vkd_gen as vkd
-from vkd_gen.choices import FeatureLoss, Normalization, PairedLayers
+from vkd_gen.choices import FeatureLoss, GuidanceBranches, Normalization, PairedLayers
 from vkd_gen.cli import Rare, check_at_least
 
 FeatureWeighting = Literal["constant", "gradient_ratio"]
@@ -64,6 +64,10 @@ class MatchingOptions:
     """Draws of (image, noise, timestep) that the teacher's statistics are taken from."""
     num_timestep_bins: Rare[int] = 10
     """Bins that the teacher's features are centred in."""
+    guidance_branches: Rare[GuidanceBranches] = "drawn"
+    """Of models that take prompts or classes. `drawn`: each draw is told its own, and a --guidance_dropout of them
+    nothing. `both`: teacher and student are asked each draw with it and without, whatever --guidance_dropout says; a
+    step then takes twice as many rows, and twice as long."""
     timestep_weighting: Rare[Literal["uniform", "min_snr"]] = "uniform"
     """Weight of the timesteps in every term."""
     snr_gamma: Rare[float] = 5.0

@@ -23,7 +23,7 @@ from vkd_gen.families import (
 from vkd_gen.models import Model
 from vkd_gen.pairing import pair_table
 from vkd_gen.schedule import Schedule
-from vkd_gen.training.matching import pair_named_or_all, target_channels
+from vkd_gen.training.matching import check_branches, pair_named_or_all, target_channels
 from vkd_gen.training.options import StudentOptions
 from vkd_gen.training.probe import check_time_embedding
 from vkd_gen.training.run import Run
@@ -84,6 +84,8 @@ def load_teacher_model(config: Any, preset: Any, run: Run) -> Model:
     unet, noise_scheduler, origin = load_teacher(source, without_weights=config.training.dry_run)
     if options.resolution is not None:
         unet.register_to_config(sample_size=options.resolution)
+    model = Model.of_unet(unet, noise_scheduler)
+    check_branches(config.matching, model, config.teacher)
     schedule = Schedule.of(noise_scheduler)
     own = options.student_prediction_type or schedule.prediction_type
     replace(schedule, prediction_type=own).check_convertible(schedule.prediction_type)
@@ -92,7 +94,7 @@ def load_teacher_model(config: Any, preset: Any, run: Run) -> Model:
         f"schedule: {len(schedule)} steps, {noise_scheduler.config.beta_schedule}; the teacher predicts "
         f"{schedule.prediction_type}, the student {own} (from {origin})"
     )
-    return Model.of_unet(unet, noise_scheduler)
+    return model
 
 
 def make_student(options: StudentOptions, teacher: Model, run: Run) -> tuple[Model, bool]:
