@@ -6,7 +6,8 @@ B batch, C channels, H height, W width; latents and pixels alike are samples `[B
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from vkd_gen.choices import Precision
+from vkd_gen.encoders import ENCODERS
 from vkd_gen.families import family_of
 from vkd_gen.files import whole_file, whole_folder
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of, stock_pipeline, usable_steps
@@ -32,12 +34,27 @@ class Model:
     Args:
         pipeline: whole, on the device to compute on.
         noise_scheduler: the schedule that the denoiser is trained on; by default that of the pipeline's own sampler.
+        encoders: where VAE, text encoders and tokenizers come from again, once `release` let go of them; None keeps
+            them.
+
+    Attributes:
+        prompts: that images are of where none are given; seed s takes number s modulo how many there are.
+        guidance_scale: of images where none is given; None for the pipeline's default.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, noise_scheduler: SchedulerMixin | None = None):
-        self.pipeline = pipeline
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        noise_scheduler: SchedulerMixin | None = None,
+        encoders: "SharedParts | None" = None,
+    ):
+        self.pipeline, self._encoders = pipeline, encoders
         self.noise_scheduler = pipeline.scheduler if noise_scheduler is None else noise_scheduler
         self.slot = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+        self.prompts: Sequence[str] = ()
+        self.guidance_scale: float | None = None
+        self._released: tuple[str, ...] = ()
+        self._factor = 1 if self._decoder is None else 2 ** (len(self._decoder.config.block_out_channels) - 1)
 
     @classmethod
     def of_unet(cls, unet: ModelMixin, noise_scheduler: SchedulerMixin) -> "Model":
@@ -73,7 +90,12 @@ class Model:
         """Side of the images in pixels."""
         side = self.network.config.sample_size
         side = side if isinstance(side, int) else side[0]
-        return side if self._decoder is None else side * 2 ** (len(self._decoder.config.block_out_channels) - 1)
+        return side * self._factor
+
+    @property
+    def image_channels(self) -> int:
+        """Of the images: 1 (grey) or 3 (RGB)."""
+        return self.network.config.in_channels if self._factor == 1 else 3
 
     @property
     def _decoder(self) -> ModelMixin | None:
@@ -87,10 +109,39 @@ class Model:
             type(scheduler).from_config(scheduler.config, **changed)
             for scheduler in (self.pipeline.scheduler, self.noise_scheduler)
         )
+        taken = inspect.signature(type(self.pipeline).__init__).parameters
+        plain = {name: value for name, value in self.pipeline.config.items() if name in taken}
         parts = {**self.pipeline.components, self.slot: network, "scheduler": sampler}
-        pipeline = type(self.pipeline)(**parts)
+        pipeline = type(self.pipeline)(**{**plain, **parts})
         pipeline.set_progress_bar_config(disable=True)
-        return Model(pipeline, noise_scheduler)
+        model = Model(pipeline, noise_scheduler, self._encoders)
+        model.prompts, model.guidance_scale = self.prompts, self.guidance_scale
+        return model
+
+    def release(self) -> None:
+        """Let go of what encodes images and prompts, and decodes; `whole` brings it back."""
+        if self._encoders is not None:
+            self._released = tuple(name for name in ENCODERS if getattr(self.pipeline, name, None) is not None)
+            self.pipeline.register_modules(**dict.fromkeys(self._released))
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """The pipeline with all of its parts, where the denoiser is and in its precision, while the context lasts."""
+        if not self._released:
+            yield
+            return
+        assert self._encoders is not None
+        loaded = self._encoders.load(self._released)
+        parts = {name: getattr(loaded, name) for name in self._released}
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                nn.Module.to(part, self.network.device, self.network.dtype)  # past diffusers' warning about casting
+        self.pipeline.register_modules(**parts)
+        self._released = ()
+        try:
+            yield
+        finally:
+            self.release()
 
     def predict(self, noisy_sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any] | None = None) -> Tensor:
         """The denoiser's prediction, `[B, C, H, W]` float32, computed in the denoiser's own precision.
@@ -122,7 +173,7 @@ class Model:
             seeds: below 2^64.
             conditioning: argument of the pipeline -> a value per image, such as `class_labels`, or `prompt` and
                 `negative_prompt`. Class labels are by default each image's seed modulo the number of classes:
-                consecutive seeds go through the classes. Prompts have no default.
+                consecutive seeds go through the classes; prompts likewise go through `prompts`.
             guidance_scale: None keeps the pipeline's default.
             size: side of the images in pixels, for pipelines that take height and width; None keeps `image_size`.
             num_inference_steps: network evaluations per image; at most the schedule's.
@@ -136,12 +187,13 @@ class Model:
         """
         if not seeds or min(num_inference_steps, batch_size) < 1:
             raise ValueError("sampling needs at least one seed, one inference step and one image at a time")
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         conditioning = self._conditioning(seeds, dict(conditioning or {}), guidance_scale)
         arguments: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
         arguments |= self._size(size)
         arguments["num_inference_steps"] = usable_steps(self.pipeline.scheduler, num_inference_steps)
         batches = []
-        with in_eval_mode(self.network):
+        with in_eval_mode(self.network), self.whole():
             for first in range(0, len(seeds), batch_size):
                 chosen = slice(first, first + batch_size)
                 own = {key: list(values[chosen]) for key, values in conditioning.items()}
@@ -170,7 +222,15 @@ class Model:
                 raise ValueError(f"a {type(self.pipeline).__name__} takes no {key}")
             if len(values) != len(seeds):
                 raise ValueError(f"{len(seeds)} seeds need as many {key.replace('_', ' ')}, not {len(values)}")
-        return ({"class_labels": [seed % classes for seed in seeds]} if classes else {}) | given
+        return self._by_seed(seeds, given) | given
+
+    def _by_seed(self, seeds: Sequence[int], given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        """What images are of where nothing else is said."""
+        if classes := self.num_classes:
+            return {"class_labels": [seed % classes for seed in seeds]}
+        if self.prompts and not {"prompt", "prompt_embeds"} & given.keys():
+            return {"prompt": [self.prompts[seed % len(self.prompts)] for seed in seeds]}
+        return {}
 
     def _size(self, size: int | None) -> dict[str, int]:
         """Height and width as the pipeline takes them."""
@@ -178,9 +238,8 @@ class Model:
             return {}
         if not self._takes("height"):
             raise ValueError(f"the model makes images of {self.image_size} pixels, and of no other size")
-        factor = 1 if self._decoder is None else 2 ** (len(self._decoder.config.block_out_channels) - 1)
-        if size < 1 or size % factor:
-            raise ValueError(f"the size of images must be a multiple of {factor} pixels, not {size}")
+        if size < 1 or size % self._factor:
+            raise ValueError(f"the size of images must be a multiple of {self._factor} pixels, not {size}")
         return {"height": size, "width": size}
 
     def _batch(self, seeds: Sequence[int], arguments: dict[str, Any], precision: Precision, name: str) -> Tensor:
@@ -217,10 +276,30 @@ class Model:
         `DiffusionPipeline.from_pretrained` loads it without this package; a class-conditional UNet's is loaded by
         `ClassConditionalDDIMPipeline.from_pretrained`, and its UNet alone by diffusers' own `UNet2DModel`.
         """
-        with whole_folder(folder) as temporary:
+        with self.whole(), whole_folder(folder) as temporary:
             self.pipeline.save_pretrained(temporary, safe_serialization=True)
             with only_warns(f"the model card of {folder}", "the weights are saved"):
                 save_card(temporary, card)
+
+
+class SharedParts:
+    """What loads parts of a pipeline again, one time for all models that have them at the same time.
+
+    Args:
+        load: names of parts -> a pipeline that has them.
+    """
+
+    def __init__(self, load: Callable[[Sequence[str]], DiffusionPipeline]):
+        self._load = load
+        self._last: Callable[[], DiffusionPipeline | None] = lambda: None
+
+    def load(self, names: Sequence[str]) -> DiffusionPipeline:
+        """A pipeline with these parts: the last one, where it is still in use."""
+        pipeline = self._last()
+        if pipeline is None or any(getattr(pipeline, name, None) is None for name in names):
+            pipeline = self._load(names)
+            self._last = weakref.ref(pipeline)
+        return pipeline
 
 
 def save_card(folder: Path, card: str) -> None:

@@ -21,6 +21,7 @@ from vkd_gen.data.sources import load_images
 from vkd_gen.evaluation.extractors import Extractor
 from vkd_gen.evaluation.metrics import Statistics
 from vkd_gen.evaluation.sources import ImageSource, content_hash, extract_features, from_array, from_images
+from vkd_gen.files import cache_folder
 from vkd_gen.loading import read_tensors
 from vkd_gen.text import reason
 
@@ -99,13 +100,6 @@ def load_statistics_file(path: str) -> Statistics:
     return Statistics(mean, covariance)
 
 
-def _cache_folder() -> Path:
-    """Where features of references are kept: VKD_GEN_CACHE, else vkd_gen in the user's cache folder."""
-    if "VKD_GEN_CACHE" in os.environ:
-        return Path(os.environ["VKD_GEN_CACHE"]).expanduser() / "references"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vkd_gen" / "references"
-
-
 def cached_features(source: ImageSource, extractor: Extractor, batch_size: int) -> tuple[dict[str, Tensor], str]:
     """Features by layer of all images, and the hash of their pixels.
 
@@ -115,7 +109,7 @@ def cached_features(source: ImageSource, extractor: Extractor, batch_size: int) 
     pixels = content_hash(source)
     layers = sorted(set(extractor.layers.values()))
     key = json.dumps([pixels, extractor.name, extractor.weights_hash, layers])
-    path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    path = cache_folder("references") / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     cached = _read_cache(path, key)
     # All processes go the same way, also if one of them cannot read the file.
     everywhere = torch.tensor([cached is not None], dtype=torch.int32, device=state.device)

@@ -33,7 +33,8 @@ def try_saving(model: Model, folder: Path, card: str, *, num_inference_steps: in
         for steps in {usable_steps(model.noise_scheduler, wanted) for wanted in (num_inference_steps, 50)}:
             _try_sampler(copy.deepcopy(model.pipeline.scheduler), steps)
         model.images(range(2), num_inference_steps=2, name=f"{name} at its start")
-        with torch.random.fork_rng(devices=[]):  # a loaded network is first filled with random weights
+        # A loaded network is first filled with random weights.
+        with torch.random.fork_rng(devices=[]), model.whole():
             model.pipeline.save_pretrained(temporary, safe_serialization=True)
             save_card(temporary, card)
             load_pipeline(str(temporary))

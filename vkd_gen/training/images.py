@@ -4,12 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from accelerate import PartialState
+
 from vkd_gen.data.cache import cache_images
 from vkd_gen.data.draws import Draws
+from vkd_gen.data.encoded import How, encode
 from vkd_gen.data.images import Images, ImageSpec, evenly_spaced, told_of
 from vkd_gen.data.samples import Pixels, Samples
 from vkd_gen.data.sources import load_images
 from vkd_gen.data.streaming import ImageStream, stream_images
+from vkd_gen.data.views import Views
+from vkd_gen.encoders import Encoders
+from vkd_gen.files import cache_folder
+from vkd_gen.models import Model
 from vkd_gen.schedule import Schedule
 from vkd_gen.training.options import DataOptions
 
@@ -43,6 +50,39 @@ class Data(NamedTuple):
             batch_size=batch_size,
             both_branches=both_branches,
         )
+
+
+NUM_HELD_OUT = 512
+"""Held-out images with captions that are encoded, evenly spaced: as many as errors are measured on."""
+
+
+def encode_data(
+    data: Data, options: DataOptions, model: Model, *, seed: int, batch_size: int, say: Callable[[str], None]
+) -> Data:
+    """The data with samples as a model of prompts takes them; called by all processes.
+
+    Args:
+        data: with captions.
+        options: of the recipe.
+        model: whole; what it encodes with is on the CPU.
+        seed: of the run.
+        batch_size: images or prompts at a time.
+        say: prints a line.
+
+    Raises:
+        ValueError: in one line, see `encode`.
+    """
+    encoders = Encoders(model.pipeline, precision=options.encoding_precision, tiling=options.vae_tiling)
+    encoders.to(PartialState().device)
+    folder = Path(options.cache_dir).expanduser() if options.cache_dir else cache_folder("encodings")
+    size = model.image_size
+    views = Views([(size, size)], num_crops=options.num_crops, seed=seed)
+    how = How(folder if options.cache else None, options.random_flip, options.guidance_dropout, batch_size)
+    samples = encode(data.train, views, encoders, how, say)
+    held_out = evenly_spaced(data.held_out, NUM_HELD_OUT)
+    how = how._replace(random_flip=False, guidance_dropout=0.0)
+    held_out_samples = encode(held_out, Views([(size, size)]), encoders, how, say)
+    return data._replace(samples=samples, held_out_samples=held_out_samples)
 
 
 def load_data(

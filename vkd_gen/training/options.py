@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vkd_gen.choices import ChannelChoice, OnBadImage, OnMissingCaption, Rescaling
+from vkd_gen.choices import ChannelChoice, OnBadImage, OnMissingCaption, Precision, Rescaling
 from vkd_gen.cli import Rare, check_at_least
 from vkd_gen.evaluation.options import choose_extractor
 from vkd_gen.training.methods import METHODS, check_effects
@@ -135,6 +135,19 @@ class DataOptions:
     on_missing_caption: Rare[OnMissingCaption] = "refuse"
     """Of a model of prompts: an image whose caption is missing, empty or no text: `refuse` stops, `skip` leaves it out,
     `empty` takes the empty prompt for it."""
+    cache: Rare[bool] = True
+    """Of a model of prompts: encode all images and captions once, before the first step, and keep latents and
+    embeddings on the disk, for this run and others; then the encoders leave memory. --no_cache encodes what each step
+    draws."""
+    cache_dir: Rare[str] = ""
+    """Folder of these encodings; by default vkd_gen/encodings in the user's cache folder, or what VKD_GEN_CACHE names.
+    Runs may share it; what images, captions, encoders or crops decide otherwise lies in another folder of it."""
+    num_crops: Rare[int] = 1
+    """Of a model of prompts: crops of each image, one of which is drawn each time. The first is the centre."""
+    encoding_precision: Rare[Precision] = "no"
+    """Precision that images and captions are encoded and kept in."""
+    vae_tiling: Rare[bool] = False
+    """Encode large images tile by tile, in less memory."""
     streaming: Rare[bool] = False
     """Read --dataset, parquet or arrow files or a data set of the hub, from front to back, epoch after epoch, instead
     of copying it to the disk. The run goes on only with as many processes and workers: see docs/SCALING.md."""
@@ -148,7 +161,7 @@ class DataOptions:
         """Check what can be checked without loading anything."""
         if not 0 <= self.guidance_dropout < 1:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
-        check_at_least(self, {"max_train_samples": 1, "stream_head": 1, "stream_buffer": 1})
+        check_at_least(self, {"max_train_samples": 1, "num_crops": 1, "stream_head": 1, "stream_buffer": 1})
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 "--max_train_samples chooses among all images, which a stream's are not: leave it or --streaming out"
@@ -259,7 +272,7 @@ FREE_TO_CHANGE = frozenset(
     {"output_dir", "resume_from_checkpoint", "dry_run"}
     | {"dataloader_num_workers", "eval_batch_size", "log_every_steps", "preview_every_steps"}
     | {"checkpointing_steps", "checkpoints_total_limit", "checkpoints_keep_every_steps", "max_skipped_steps"}
-    | {"report_to", "push_to_hub", "hub_model_id", "image_cache"}
+    | {"report_to", "push_to_hub", "hub_model_id", "image_cache", "cache_dir"}
     | {"score_every_steps", "extractor", "extractor_weights", "num_score_samples", "num_inference_steps"}
     | {"kid_subset_size", "score_teacher"}
 )

@@ -1,5 +1,7 @@
 """One start of a recipe: its folder, its processes, and whether it begins or goes on, decided once."""
 
+import contextlib
+import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,7 +34,7 @@ from vkd_gen.training.accelerator import make_accelerator, on_all_processes, on_
 from vkd_gen.training.checkpoints import check_checkpoint
 from vkd_gen.training.export import after_export, check_upload, finish_export, try_saving
 from vkd_gen.training.facts import facts_of_data, hash_model, run_facts
-from vkd_gen.training.images import Data, load_data
+from vkd_gen.training.images import Data, encode_data, load_data
 from vkd_gen.training.options import DataOptions, TrainingOptions
 from vkd_gen.training.probe import check_finite
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
@@ -103,12 +105,32 @@ class Run:
 
     # ---- the opening
 
-    def load_data(self, options: DataOptions, form: tuple[int, int], num_classes: int | None = None) -> Data:
+    def load_data(
+        self,
+        options: DataOptions,
+        form: tuple[int, int],
+        num_classes: int | None = None,
+        *,
+        with_captions: bool = False,
+    ) -> Data:
         """The images of the run, which are kept in `data`; see `load_data` of images.py."""
         if self.options.dry_run:  # which writes nothing
             options = replace(options, image_cache="")
-        self.data = load_data(options, self.find(options.dataset), form, num_classes, self.print)
+        source = self.find(options.dataset)
+        self.data = load_data(options, source, form, num_classes, self.print, with_captions=with_captions)
         return self.data
+
+    def encode_data(self, options: DataOptions, *models: Model) -> None:
+        """What models of prompts are trained on, encoded by the first; then all of them let go of their encoders."""
+        if not models[0].takes_prompts:
+            return
+        sizes = {"seed": self.options.seed, "batch_size": self.options.eval_batch_size}
+        self.data = encode_data(self.data, options, models[0], **sizes, say=self.print)
+        captioned = self.data.held_out if len(self.data.held_out) else self.data.train
+        for model in models:
+            model.prompts = [captioned.captions_of(index)[0] for index in range(len(captioned))]
+            model.release()
+        gc.collect()
 
     def make_scorer(self, options: ScoreOptions) -> Scorer | None:
         """What scores samples against the run's data; None for the extractor `none`."""
@@ -223,7 +245,7 @@ class Run:
         def save(step: int) -> None:
             path = self.folder.path / "previews" / f"step-{step:06d}.png"
             with only_warns(f"the preview {path}", "training goes on"):
-                images = model.images(range(32), batch_size=self.options.eval_batch_size)
+                images = model.images(range(8 if model.takes_prompts else 32), batch_size=self.options.eval_batch_size)
                 save_sample_grid({f"step {step}": images}, path)
 
         def act(step: int) -> Mapping[str, float]:
@@ -275,7 +297,9 @@ class Run:
         # Exported before it is scored, so that nothing which fails from here on can lose it.
         on_main_process(lambda: models[name].save(self.exported, self._card(training=cost)))
         self.accelerator.wait_for_everyone()
-        with after_export(self.exported):
+        with contextlib.ExitStack() as all_whole, after_export(self.exported):
+            for model in models.values():
+                all_whole.enter_context(model.whole())
             results, samples = evaluate(
                 models,
                 data.held_out_samples,
