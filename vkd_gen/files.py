@@ -136,7 +136,7 @@ def hold_folder(folder: Path) -> IO[str] | None:
 
 
 def cache_folder(name: str) -> Path:
-    """Where what can be made again is kept for all runs: in VKD_GEN_CACHE, else in vkd_gen in the user's cache folder."""
+    """Where what can be made again is kept: in VKD_GEN_CACHE, else in vkd_gen in the user's cache folder."""
     if "VKD_GEN_CACHE" in os.environ:
         return Path(os.environ["VKD_GEN_CACHE"]).expanduser() / name
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vkd_gen" / name
