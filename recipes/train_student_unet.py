@@ -108,12 +108,10 @@ def main(config: StudentConfig) -> None:
             return
         student, has_weights = students.make_student(config.start, teacher, run)
         pairs = pair_named_or_all(matching, student.network, teacher.network)
-        form, num_classes = (student.image_size, student.image_channels), student.num_classes or None
-        run.load_data(config.data, form, num_classes, with_captions=student.takes_prompts)
+        run.load_data_for(student, config.data)
         scorer = run.make_scorer(config.scores)
         run.encode_data(config.data, teacher, student)
-        both, batch_size = matching.guidance_branches == "both", options.eval_batch_size
-        draws = run.data.draws(student.schedule, seed=options.seed, batch_size=batch_size, both_branches=both)
+        draws = run.draws(student.schedule, both_branches=matching.guidance_branches == "both")
         run.check_finite(teacher.network.to(run.device), draws, f"the teacher {config.teacher}")
         sources = {"teacher": (config.teacher, teacher, True), "student": (config.start.student, student, has_weights)}
         if not run.begin(sources, {**asdict(config.scores), "score_teacher": config.score_teacher}):

@@ -109,7 +109,7 @@ def main(config: TeacherConfig) -> None:
             return
         if options.gradient_checkpointing:
             teacher.network.enable_gradient_checkpointing()
-        draws = run.data.draws(teacher.schedule, seed=options.seed, batch_size=options.eval_batch_size)
+        draws = run.draws(teacher.schedule)
         steps, facts = config.scores.num_inference_steps, {"parameters": parameters}
         run.try_end("teacher", teacher, facts, dataset=dataset, num_inference_steps=steps)
 

@@ -29,6 +29,7 @@ from vkd_gen.hub import hub_revision
 from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
 from vkd_gen.provenance import only_warns, read_metrics, write_json
+from vkd_gen.schedule import Schedule
 from vkd_gen.text import printable
 from vkd_gen.training.accelerator import make_accelerator, on_all_processes, on_main_process
 from vkd_gen.training.checkpoints import check_checkpoint
@@ -119,6 +120,18 @@ class Run:
         source = self.find(options.dataset)
         self.data = load_data(options, source, form, num_classes, self.print, with_captions=with_captions)
         return self.data
+
+    def load_data_for(self, model: Model, options: DataOptions) -> Data:
+        """The images of the run as a model takes them, with what it can be told of them."""
+        form = model.image_size, model.image_channels
+        return self.load_data(options, form, model.num_classes or None, with_captions=model.takes_prompts)
+
+    def draws(self, schedule: Schedule, *, both_branches: bool = False) -> Draws:
+        """What the run draws of its data; see `Draws`."""
+        options = self.options
+        return self.data.draws(
+            schedule, seed=options.seed, batch_size=options.eval_batch_size, both_branches=both_branches
+        )
 
     def encode_data(self, options: DataOptions, *models: Model) -> None:
         """What models of prompts are trained on, encoded by the first; then all of them let go of their encoders."""
