@@ -1,6 +1,7 @@
 """What UNets cost: parameters, multiply-accumulates, memory; and, measured, time and peak memory of a forward pass.
 
 python eval/cost.py recipes/assets/digits-teacher runs/digits --measure
+python eval/cost.py TEXT_PIPELINE runs/half-sd --whole_pipeline
 python eval/cost.py stable-diffusion-1 --students bk-base bk-small bk-tiny
 """
 
@@ -10,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from vkd_gen.cli import announce, check_output_file, repository_path, run_command
+from vkd_gen.cli import announce, check_at_least, check_output_file, repository_path, run_command
 from vkd_gen.evaluation.tables import print_columns
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
@@ -32,6 +33,12 @@ class CostConfig:
     """Also time a forward pass and take its peak memory, with random weights, all models in turns."""
     batch_size: int = 1
     """Samples at a time when measured."""
+    whole_pipeline: bool = False
+    """Of text pipelines with their weights: also time a whole image, a line each for text encoder, UNet and VAE."""
+    num_inference_steps: int = 25
+    """Steps of --whole_pipeline."""
+    guidance_scale: float | None = None
+    """Guidance of --whole_pipeline; by default each pipeline's own."""
     output: str | None = None
     """File to write the numbers to, as JSON."""
 
@@ -44,6 +51,9 @@ class CostConfig:
             raise ValueError(f"there is no student {unknown.pop()!r}; choose among {', '.join(REDUCTIONS)}")
         if self.batch_size < 1 or (self.sample_size is not None and self.sample_size < 1):
             raise ValueError("--batch_size and --sample_size must be at least 1")
+        check_at_least(self, {"num_inference_steps": 1, "guidance_scale": 1})
+        if self.whole_pipeline and (self.students or self.sample_size is not None):
+            raise ValueError("--whole_pipeline times pipelines as they are; leave --students and --sample_size out")
 
 
 def read_configs(config: CostConfig) -> dict[str, dict[str, Any]]:
@@ -77,6 +87,7 @@ def main(config: CostConfig) -> None:
     from vkd_gen.training.unets import check_memory, unet_without_weights
 
     torch.set_float32_matmul_precision("high")
+    parts = whole_costs(config) if config.whole_pipeline else {}
     configs = read_configs(config)
     rows: dict[str, dict[str, Any]] = {}
     for name, entries in configs.items():
@@ -96,10 +107,45 @@ def main(config: CostConfig) -> None:
     if not PartialState().is_main_process:
         return
     print_costs(rows)
+    if parts:
+        print_parts(parts)
     if config.output:
         protocol = {"batch_size": config.batch_size, "environment": environment()}
+        if parts:
+            protocol |= {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+            rows = {name: {**row, "parts": parts[name]} for name, row in rows.items()}
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), {"rows": rows, "protocol": protocol})
+
+
+def whole_costs(config: CostConfig) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the parts of text pipelines cost; see `pipeline_costs`."""
+    from accelerate import PartialState
+
+    from vkd_gen.evaluation.pipeline_cost import pipeline_costs
+    from vkd_gen.models import Model
+    from vkd_gen.pipelines import load_pipeline
+
+    models = {}
+    for name in config.models:
+        models[name] = Model(load_pipeline(repository_path(name, __file__)))
+        if not models[name].takes_prompts:
+            raise ValueError(f"{name} is no text pipeline, which --whole_pipeline is for; --measure times its UNet")
+        models[name].pipeline.to(PartialState().device)
+    prompts = ["a photograph of an astronaut on a horse"] * config.batch_size
+    options = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
+    return pipeline_costs(models, prompts, **options)
+
+
+def print_parts(parts: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """A line per pipeline and part."""
+    rows = {f"{name}: {part}": row for name, found in parts.items() for part, row in found.items()}
+    titles = {"parameters": "parameters", "calls": "calls per batch", "ms_per_call": "ms per call"}
+    table = []
+    for key, title in {**titles, "ms_per_image": "ms per image"}.items():
+        form = "{:,}" if key in ("parameters", "calls") else "{:,.2f}"
+        table.append((title, [form.format(row[key]) if key in row else "-" for row in rows.values()]))
+    print_columns(list(rows), table)
 
 
 MEBIBYTES = ("weights_float32_bytes", "peak_memory_bytes")

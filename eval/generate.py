@@ -1,6 +1,7 @@
-"""Make images with a diffusers pipeline: unconditional, or class-conditional.
+"""Make images with a diffusers pipeline: unconditional, of classes, or of prompts.
 
 python eval/generate.py runs/digits --output samples --num_images 1000
+python eval/generate.py runs/half-sd --prompts prompts.txt --output samples --num_images 16
 accelerate launch eval/generate.py HUB_ID --output samples.npz --num_images 50000 --mixed_precision bf16
 """
 
@@ -15,8 +16,9 @@ from typing import IO, TYPE_CHECKING
 import tyro
 
 # What takes seconds to load, torch and all that needs it, is imported in the functions: flags are read before.
-from vkd_gen.cli import announce, check_output_file, repository_path, run_command
+from vkd_gen.cli import announce, check_at_least, check_output_file, repository_path, run_command
 from vkd_gen.evaluation.options import SamplingOptions
+from vkd_gen.evaluation.published import COCO30K
 from vkd_gen.files import LOCK, hold_folder, remove_leftovers
 
 if TYPE_CHECKING:
@@ -31,20 +33,24 @@ class GenerateConfig:
     """Folder of a pipeline or of a recipe's run, or a hub id; ID@REVISION is a certain commit, tag or branch of it."""
     output: str
     """Folder for PNGs, or an .npz file. What an interrupted call left there is completed."""
+    preset: str = ""
+    """`coco30k`: BK-SDM's protocol, of 30,000 --prompts of MS-COCO."""
     num_images: int = 1000
     """Images to make."""
     num_inference_steps: int = 50
     """Network evaluations per image."""
+    guidance_scale: float | None = None
+    """Guidance of text and class-conditional pipelines; by default each pipeline's own. Class-conditional ones make
+    images of the class seed modulo classes."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How the images are made."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
-        for name in ("num_images", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        check_at_least(self, {"num_images": 1, "num_inference_steps": 1, "guidance_scale": 1})
 
 
+PRESETS = {"coco30k": (*COCO30K, "--num_images", "30000")}
 NOTE = "generate.json"
 """What a folder of images says of them, so that an interrupted call can be completed."""
 
@@ -65,9 +71,9 @@ def prepare_folder(folder: Path, config: GenerateConfig, source: "ImageSource") 
 
     from vkd_gen.provenance import write_json
 
-    wanted = {"num_inference_steps": config.num_inference_steps, **asdict(config.sampling)}
-    del wanted["batch_size"]
-    wanted["weights_sha256"] = source.protocol["weights_sha256"]
+    wanted = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale")}
+    wanted |= {name: value for name, value in asdict(config.sampling).items() if name not in ("batch_size", "prompts")}
+    wanted |= {name: source.protocol.get(name) for name in ("weights_sha256", "prompts_sha256")}
     wanted["model"] = {name: source.protocol[name] for name in ("pipeline", "sampler", "scheduler")}
     note = folder / NOTE
     if note.exists():
@@ -107,8 +113,9 @@ def main(config: GenerateConfig) -> None:
     check_output_file(output if is_array else folder / NOTE)
     announce(f"{config.num_images:,} images of {config.checkpoint}, to {output}")
 
-    from vkd_gen.evaluation.image_files import make_pngs, pack_pngs, png_name
-    from vkd_gen.evaluation.sources import from_model, protocol_file
+    from vkd_gen.evaluation.image_files import make_pngs, pack_pngs, png_name, write_captions
+    from vkd_gen.evaluation.samples import from_model
+    from vkd_gen.evaluation.sources import protocol_file
     from vkd_gen.hub import hub_revision
     from vkd_gen.models import Model
     from vkd_gen.pipelines import load_pipeline
@@ -118,8 +125,16 @@ def main(config: GenerateConfig) -> None:
     accelerator = make_sampling_accelerator()
     model = Model(load_pipeline(repository_path(config.checkpoint, __file__), config.sampling.sampler))
     model.pipeline.to(accelerator.device)
-    size = {"count": config.num_images, "num_inference_steps": config.num_inference_steps}
-    source = from_model(config.checkpoint, model, config.sampling, **size)
+    prompts = config.sampling.read_prompts()
+    source = from_model(
+        config.checkpoint,
+        model,
+        config.sampling,
+        count=config.num_images,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        prompts=prompts,
+    )
     lock = on_main_process(partial(open_folder, folder))
     prepare_folder(folder, config, source)
     try:
@@ -136,6 +151,8 @@ def main(config: GenerateConfig) -> None:
             numbers = range(config.num_images)
             pack_pngs(folder, numbers, output)
             remove(folder, [png_name(number) for number in numbers])
+        elif source.prompts is not None:
+            write_captions(folder, source.prompts.of(range(config.num_images)))
         print(f"{config.num_images} images: {output}")
     if lock is not None:  # the folder is done, and holds nothing but images and what made them
         (folder / LOCK).unlink(missing_ok=True)
@@ -143,4 +160,4 @@ def main(config: GenerateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, GenerateConfig, __doc__)
+    run_command(main, GenerateConfig, __doc__, PRESETS)

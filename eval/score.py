@@ -1,4 +1,4 @@
-"""Score images by FID, Inception score, KID, precision and recall, and by how close they lie to training images.
+"""Score images: FID, Inception score, KID, precision, recall, CLIP score, and how close they lie to training images.
 
 python eval/score.py runs/digits --reference digits --extractor recipes/assets/digits-features.safetensors
 accelerate launch eval/score.py runs/half google/ddpm-cifar10-32 --reference uoft-cs/cifar10 --num_score_samples 50000
@@ -15,10 +15,12 @@ import tyro
 from vkd_gen.choices import OnBadImage
 from vkd_gen.cli import announce, check_output_file, repository_path, run_command
 from vkd_gen.evaluation.options import SamplingOptions, ScoreOptions
+from vkd_gen.evaluation.published import COCO30K, COCO30K_CLIP, COCO30K_ROWS, COCO30K_SOURCE
 from vkd_gen.files import hold_folder
 from vkd_gen.provenance import RESULT_FILES
 
 if TYPE_CHECKING:
+    from vkd_gen.evaluation.prompts import Prompts
     from vkd_gen.evaluation.sources import ImageSource
     from vkd_gen.models import Model
 
@@ -33,6 +35,9 @@ class ScoreConfig:
     reference: str
     """Data set that the models were trained on: its name, a folder of images, parquet or arrow files, a hub id, an .npz
     of images, or an .npz of `mu` and `sigma` (FID alone)."""
+    preset: str = ""
+    """`coco30k`: BK-SDM's protocol, for 30,000 --prompts of MS-COCO and a --reference of its images of 256 pixels, or
+    their saved statistics; the published scores stand in the table."""
     output_dir: str = "scores"
     """Folder for results.json, samples and the report."""
     overwrite: bool = False
@@ -63,6 +68,9 @@ class ScoreConfig:
             raise ValueError("scores need an --extractor")
 
 
+PRESETS = {"coco30k": (*COCO30K, "--num_score_samples", "30000", "--clip_model", COCO30K_CLIP)}
+
+
 def check_output(config: ScoreConfig, folder: Path) -> None:
     """Refuse an output folder that cannot be one, or holds what this call may not replace."""
     for path in (folder / name for name in RESULT_FILES):
@@ -81,18 +89,23 @@ def is_of_run(folder: Path) -> bool:
     return RunFolder(str(folder.parent if folder.name == "pipeline" else folder)).is_own()
 
 
-def open_source(name: str, config: ScoreConfig) -> "tuple[ImageSource, Model | None]":
+def open_source(name: str, config: ScoreConfig, prompts: "Prompts | None") -> "tuple[ImageSource, Model | None]":
     """The images that a name on the command line stands for, and the model that makes them, if one does."""
-    from vkd_gen.evaluation.sources import from_model, open_images
+    from vkd_gen.evaluation.samples import from_model
+    from vkd_gen.evaluation.sources import open_images
     from vkd_gen.models import Model
     from vkd_gen.pipelines import load_pipeline
 
     place = repository_path(name, __file__)
     if (images := open_images(place)) is not None:
-        return images, None
+        return replace(images, prompts=prompts), None
     model = Model(load_pipeline(place, config.sampling.sampler))
-    count, steps = config.scores.num_score_samples, config.scores.num_inference_steps
-    return from_model(name, model, config.sampling, count=count, num_inference_steps=steps), model
+    of_scores = {
+        "num_inference_steps": config.scores.num_inference_steps,
+        "guidance_scale": config.scores.guidance_scale,
+    }
+    count = config.scores.num_score_samples
+    return from_model(name, model, config.sampling, count=count, prompts=prompts, **of_scores), model
 
 
 def main(config: ScoreConfig) -> None:
@@ -115,27 +128,33 @@ def main(config: ScoreConfig) -> None:
     accelerator = make_sampling_accelerator()
     options = replace(config.scores, extractor=repository_path(config.scores.extractor, __file__))
     config = replace(config, reference=repository_path(config.reference, __file__))
-    opened = {name: open_source(name, config) for name in config.sources}
+    prompts = config.sampling.read_prompts()
+    opened = {name: open_source(name, config, prompts) for name in config.sources}
     sources = {name: source for name, (source, _) in opened.items()}
     of_data = {name: getattr(config, name) for name in ("held_out_fraction", "image_column", "on_bad_image")}
     reference, held_out = open_reference(config.reference, check_comparable(sources), **of_data)
     for source in (*sources.values(), reference, held_out):
         for line in getattr(source, "notes", ()):  # statistics have none
             accelerator.print(f"{source.name}: {line}")
+    if options.clip_model and prompts is None:
+        raise ValueError("--clip_model scores images by their prompts: name these by --prompts")
     least = min(source.count for source in sources.values())
     scorer = Scorer(options, reference, held_out, batch_size=config.sampling.batch_size, num_samples=least)
     note_foreign_features(scorer.extractor, config.reference)
     lock = on_main_process(partial(hold_folder, folder))
     results: dict[str, Any] = {"rows": {}, "protocol": {**scorer.protocol, "environment": environment()}, "sources": {}}
     real, samples = row_of(scorer.scores_of_held_out()), {}
+    below = ({"held-out images": real} if real else {}) | (COCO30K_ROWS if config.preset == "coco30k" else {})
+    if config.preset == "coco30k":
+        results["protocol"]["published"] = COCO30K_SOURCE
     for name, (source, model) in opened.items():
         if model is not None:
             model.pipeline.to(accelerator.device)
         scores, features = scorer(source)
         if model is not None:
             model.pipeline.to("cpu")
-        results["rows"].pop("held-out images", None)
-        results["rows"] |= {name: row_of(scores)} | ({"held-out images": real} if real else {})
+        measured = {key: row for key, row in results["rows"].items() if key not in below}
+        results["rows"] = {**measured, name: row_of(scores), **below}
         revision = {} if (found := hub_revision(name)) is None else {"revision": found}
         results["sources"][name] = {**source.protocol, "images_sha256": features.content_hash, **revision}
         samples[name] = features.shown
@@ -155,4 +174,4 @@ def main(config: ScoreConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, ScoreConfig, __doc__)
+    run_command(main, ScoreConfig, __doc__, PRESETS)

@@ -157,6 +157,8 @@ def test_milliseconds_per_image_known_value(monkeypatch):
     seconds = {"student": [0.0, 0.5, 0.25, 0.75], "teacher": [9.0, 2.0, 4.0, 3.0]}
 
     class Timed:
+        takes_prompts = False
+
         def __init__(self, name):
             self.name = name
 

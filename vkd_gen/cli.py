@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -253,7 +253,20 @@ def run_recipe(
         main(parse_command_line(presets, description, default, methods))
 
 
-def run_command(main: Callable[[Config], None], kind: type[Config], description: str) -> None:
-    """Parse the command line into a dataclass and run `main` on it, with users' mistakes told in one line."""
+def run_command(
+    main: Callable[[Config], None],
+    kind: type[Config],
+    description: str,
+    presets: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Parse the command line into a dataclass and run `main` on it, with users' mistakes told in one line.
+
+    Args:
+        main: the command.
+        kind: of its configuration.
+        description: first paragraph of the help text.
+        presets: name -> the flags that `--preset NAME` stands for; those that are given go before them.
+    """
     with one_line_errors(GOES_ON), tensors_alone():
-        main(_parse(kind, None, description, sys.argv[1:]))
+        flags = {"": (), **(presets or {})}
+        main(_parse(kind, None, description, [*flags[_named("preset", flags, "")], *sys.argv[1:]]))

@@ -190,7 +190,7 @@ class Model:
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         conditioning = self._conditioning(seeds, dict(conditioning or {}), guidance_scale)
         arguments: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-        arguments |= self._size(size)
+        arguments |= self.check_size(size)
         arguments["num_inference_steps"] = usable_steps(self.pipeline.scheduler, num_inference_steps)
         batches = []
         with in_eval_mode(self.network), self.whole():
@@ -232,8 +232,12 @@ class Model:
             return {"prompt": [self.prompts[seed % len(self.prompts)] for seed in seeds]}
         return {}
 
-    def _size(self, size: int | None) -> dict[str, int]:
-        """Height and width as the pipeline takes them."""
+    def check_size(self, size: int | None) -> dict[str, int]:
+        """Height and width as the pipeline takes them.
+
+        Raises:
+            ValueError: for a side in pixels that it cannot make images of.
+        """
         if size is None or (size == self.image_size and not self._takes("height")):
             return {}
         if not self._takes("height"):

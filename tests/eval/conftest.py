@@ -43,7 +43,7 @@ def run_eval(monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
         config = next(getattr(module, kind) for kind in vars(module) if kind == f"{name.title()}Config")
-        module.run_command(module.main, config, module.__doc__)
+        module.run_command(module.main, config, module.__doc__, getattr(module, "PRESETS", None))
 
     return run
 

@@ -184,7 +184,9 @@ def test_several_sources_make_one_table_and_the_protocol_says_what_was_done(
     assert values["fid_stripes"] == scores_in(tmp_path / "scores")["fid_stripes"]
 
 
-def test_saved_statistics_give_the_fid_of_their_images(tmp_path, folders, feature_network, run_eval):
+def test_saved_statistics_give_the_fid_of_their_images_and_what_needs_no_reference(
+    tmp_path, folders, feature_network, run_eval
+):
     first, second = folders
     flags = ["--extractor", feature_network, "--kid_subset_size", 20, "--output_dir"]
     run_eval("score", first, "--reference", second, *flags, tmp_path / "images")
@@ -194,7 +196,9 @@ def test_saved_statistics_give_the_fid_of_their_images(tmp_path, folders, featur
     np.savez(tmp_path / "statistics.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     run_eval("score", first, "--reference", tmp_path / "statistics.npz", *flags, tmp_path / "statistics")
     found = scores_in(tmp_path / "statistics")
-    assert found == pytest.approx({"fid_stripes": scores_in(tmp_path / "images")["fid_stripes"]}, rel=1e-5)
+    expected = scores_in(tmp_path / "images")
+    names = ("fid_stripes", "inception_score_stripes", "inception_score_std_stripes")
+    assert found == pytest.approx({name: expected[name] for name in names}, rel=1e-5)
 
 
 def test_the_reference_is_computed_once(tmp_path, folders, feature_network, monkeypatch, caplog):

@@ -126,7 +126,11 @@ class Draws(Dataset):
     def first(self, count: int, *, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
         """Batches of the first `count` draws, on a device."""
         for start in range(0, count, self.batch_size):
-            yield self.finish(_to(self[range(start, min(start + self.batch_size, count))], device))
+            yield self.batch(range(start, min(start + self.batch_size, count)), device)
+
+    def batch(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The draws of these numbers, finished, on a device."""
+        return self.finish(_to(self[numbers], device))
 
     def loader(self, numbers: "DrawNumbers", *, num_workers: int, **options: Any) -> DataLoader:
         """Batches of training draws; give each to `received` once it is there, and to `finish` on the device.

@@ -1,5 +1,6 @@
 """Models beside one another, in numbers and pictures."""
 
+import contextlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from vkd_gen.data.samples import Samples
 from vkd_gen.evaluation.cost import count_macs, count_parameters, milliseconds_per_image
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.labels import row_of
+from vkd_gen.evaluation.prompt_errors import prompt_errors
 from vkd_gen.evaluation.scorer import Scorer
 from vkd_gen.models import Model
 from vkd_gen.pipelines import usable_steps
@@ -40,23 +42,41 @@ def evaluate(
 
     Returns:
         Results for results.json (`rows`: name -> column -> number; `protocol`; `sources`: name -> how its samples came
-        about), and samples by name, uint8.
+        about; `prompts`: of the samples, if they are of some), and samples by name, uint8.
     """
+    with contextlib.ExitStack() as wholes:
+        for model in models.values():
+            nn.Module.float(model.network)  # past diffusers' warning about casting
+            wholes.enter_context(model.whole())  # once, and not for each image and time
+        return _evaluate(models, held_out, scorer, scored, num_inference_steps, batch_size, num_shown)
+
+
+def _evaluate(
+    models: Mapping[str, Model],
+    held_out: Samples,
+    scorer: Scorer | None,
+    scored: Collection[str] | None,
+    num_inference_steps: int,
+    batch_size: int,
+    num_shown: int,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    reads = all(model.takes_prompts for model in models.values())
     steps = min(usable_steps(model.noise_scheduler, num_inference_steps) for model in models.values())
-    for model in models.values():
-        nn.Module.float(model.network)  # past diffusers' warning about casting
     rows: dict[str, dict[str, int | float]] = {name: {} for name in models}
     protocol: dict[str, Any] = {"device": str(next(iter(models.values())).network.device), "weights": "moving average"}
     state = PartialState()
     if state.is_main_process:  # timed while the others wait
         num_timed = min(32, batch_size)
-        rows = _costs_and_errors(models, held_out, steps, batch_size, num_timed)
+        times = milliseconds_per_image(models, num_images=num_timed, num_inference_steps=steps)
+        rows = _costs_and_errors(models, held_out, times, batch_size, reads)
         protocol |= {
             "ms_per_image": f"batches of {num_timed}, {steps} steps (a tenth, scaled), best of 3",
             "errors": "512 draws of (held-out image, noise, timestep), mean square per element",
         }
     state.wait_for_everyone()
     samples, sources = {}, {}
+    prompts = next(iter(models.values())).prompts
+    shown = {"prompts": [prompts[seed % len(prompts)] for seed in range(num_shown)]} if reads and prompts else {}
     for name, model in models.items():
         if scorer and (scored is None or name in scored):
             scores, features, source = scorer.score_model(name, model, num_shown=num_shown)
@@ -64,7 +84,7 @@ def evaluate(
             samples[name] = features.shown
             sources[name] = {**source.protocol, "images_sha256": features.content_hash}
             protocol |= {key: source.protocol[key] for key in ("sampler", "num_inference_steps", "num_images", "seeds")}
-        else:
+        if name not in samples or (shown and list(scorer.prompts.of(range(num_shown))) != shown["prompts"]):
             samples[name] = model.images(
                 range(num_shown), num_inference_steps=steps, batch_size=batch_size, name=f"the {name}"
             )
@@ -73,15 +93,17 @@ def evaluate(
         if real := scorer.scores_of_held_out():
             rows["held-out images"] = row_of(real)
     protocol["environment"] = environment()
-    return {"rows": rows, "protocol": protocol, "sources": sources}, samples
+    return {"rows": rows, "protocol": protocol, "sources": sources, **shown}, samples
 
 
 def _costs_and_errors(
-    models: Mapping[str, Model], held_out: Samples, num_inference_steps: int, batch_size: int, num_timed: int
+    models: Mapping[str, Model], held_out: Samples, times: Mapping[str, float], batch_size: int, reads: bool
 ) -> dict[str, dict[str, int | float]]:
-    times = milliseconds_per_image(models, num_images=num_timed, num_inference_steps=num_inference_steps)
     teacher = models.get("teacher") if len(models) > 1 else None
     errors = held_out_errors(models, held_out, teacher=teacher, batch_size=batch_size)
+    if reads:
+        of_prompts = prompt_errors(models, held_out, teacher=teacher, batch_size=batch_size)
+        errors = {name: {**errors[name], **of_prompts[name]} for name in errors}
     rows: dict[str, dict[str, int | float]] = {}
     for name, model in models.items():
         counts = {"parameters": count_parameters(model.network), "macs": count_macs(model.network)}

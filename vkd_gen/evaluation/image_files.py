@@ -1,5 +1,6 @@
 """Images as files: numbered PNGs, or one .npz, with what is known of their making beside them."""
 
+import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,13 @@ def make_pngs(source: ImageSource, folder: Path, batch_size: int) -> None:
                 with whole_file(file) as temporary:
                     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary)
     PartialState().wait_for_everyone()
+
+
+def write_captions(folder: Path, prompts: Sequence[str]) -> None:
+    """Write what each PNG is of, as datasets' imagefolder reads it, so that a folder can be trained on."""
+    with whole_file(folder / "metadata.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+        for number, prompt in enumerate(prompts):
+            file.write(json.dumps({"file_name": png_name(number), "text": prompt}) + "\n")
 
 
 def pack_pngs(folder: Path, numbers: Sequence[int], path: Path) -> None:

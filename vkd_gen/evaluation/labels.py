@@ -28,6 +28,7 @@ METRICS = {
     "kid_std": Metric("KID, standard deviation", None),
     "precision": Metric("precision", "{:.3f}"),
     "recall": Metric("recall", "{:.3f}"),
+    "clip_score": Metric("CLIP score", "{:.2f}"),
     "fid_training": Metric("FID to training images", "{:.2f}", is_narrow=False),
     "fid_held_out": Metric("FID to held-out images", "{:.2f}", is_narrow=False),
     "nearest_training": Metric("distance to the nearest training image", "{:.3f}", is_narrow=False),
@@ -35,6 +36,9 @@ METRICS = {
     "nearer_to_training": Metric("nearer to training", "{:.3f}"),
     "denoising_error": Metric("denoising error", "{:.4f}"),
     "teacher_distance": Metric("distance to the teacher", "{:.4f}"),
+    "wrong_prompt_error": Metric("error with a wrong prompt", "{:.4f}"),
+    "guidance_gap_ratio": Metric("guidance gap to the teacher's", "{:.3f}"),
+    "prompt_rank": Metric("rank of the right prompt", "{:.2f}"),
 }
 """In the order of a table's columns."""
 
@@ -47,6 +51,9 @@ LABELS = {
     "num_inference_steps": "sampling steps",
     "extractor_weights_sha256": "SHA-256 of the extractor's weights",
     "weights_sha256": "SHA-256 of the weights",
+    "prompts_sha256": "SHA-256 of the prompts",
+    "clip_model": "CLIP that scores",
+    "clip_model_sha256": "SHA-256 of the CLIP's weights",
     "images_sha256": "SHA-256 of the images",
     "reference_hash": "SHA-256 of the reference",
 }

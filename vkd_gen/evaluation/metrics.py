@@ -47,15 +47,11 @@ def sample_scores(
         `fid`, `inception_score`, `kid`, `precision`, `recall`, and `inception_score_std` and `kid_std`.
     """
     import_torch_fidelity()
-    from torch_fidelity import metric_isc, metric_kid, metric_prc
+    from torch_fidelity import metric_kid, metric_prc
 
     scores: dict[str, float] = {}
     layer = extractor.layers["fid"]
     scores["fid"] = frechet_distance(samples[layer], reference[layer])
-    if "isc" in extractor.layers:
-        found = metric_isc.isc_features_to_metric(samples[extractor.layers["isc"]], splits=ISC_SPLITS)
-        scores["inception_score"] = found[metric_isc.KEY_METRIC_ISC_MEAN]
-        scores["inception_score_std"] = found[metric_isc.KEY_METRIC_ISC_STD]
     layer = extractor.layers["kid"]
     found = metric_kid.kid_features_to_metric(
         samples[layer], reference[layer], kid_subset_size=kid_subset_size, verbose=False
@@ -67,7 +63,19 @@ def sample_scores(
         samples[layer], reference[layer], prc_neighborhood=PRC_NEIGHBOURS, save_cpu_ram=is_large, verbose=False
     )
     scores["precision"], scores["recall"] = found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
-    return [Score(name, extractor.network_of_scores, value) for name, value in scores.items()]
+    others = [Score(name, extractor.network_of_scores, value) for name, value in scores.items()]
+    return [*others, *inception_scores(samples, extractor)]
+
+
+def inception_scores(samples: Mapping[str, Float[Tensor, "samples features"]], extractor: Extractor) -> list[Score]:
+    """`inception_score` and `inception_score_std`, of samples alone; none by a network without class probabilities."""
+    from torch_fidelity import metric_isc
+
+    if "isc" not in extractor.layers:
+        return []
+    found = metric_isc.isc_features_to_metric(samples[extractor.layers["isc"]], splits=ISC_SPLITS)
+    keys = {"inception_score": metric_isc.KEY_METRIC_ISC_MEAN, "inception_score_std": metric_isc.KEY_METRIC_ISC_STD}
+    return [Score(name, extractor.network_of_scores, found[key]) for name, key in keys.items()]
 
 
 def frechet_distance(features: Float[Tensor, "samples features"], reference: Tensor | Statistics) -> float:

@@ -10,12 +10,21 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from vkd_gen.data.images import Images
+from vkd_gen.evaluation.clip import load_clip
 from vkd_gen.evaluation.extractors import Extractor, import_torch_fidelity, load_extractor
 from vkd_gen.evaluation.labels import Score, data_label
-from vkd_gen.evaluation.metrics import Statistics, frechet_distance, memorization_scores, sample_scores
+from vkd_gen.evaluation.metrics import (
+    Statistics,
+    frechet_distance,
+    inception_scores,
+    memorization_scores,
+    sample_scores,
+)
 from vkd_gen.evaluation.options import LEAST_IMAGES, SamplingOptions, ScoreOptions
+from vkd_gen.evaluation.prompts import Prompts, of_images
 from vkd_gen.evaluation.reference import cached_features
-from vkd_gen.evaluation.sources import Features, ImageSource, extract_features, from_images, from_model
+from vkd_gen.evaluation.samples import from_model
+from vkd_gen.evaluation.sources import CLIP_LAYER, Features, ImageSource, extract_features, from_images
 from vkd_gen.models import Model
 
 logger = logging.getLogger(__name__)
@@ -44,6 +53,7 @@ class Scorer:
         held_out: images that no model was trained on; None leaves out what they are needed for.
         batch_size: images at a time and process in the extractor.
         num_samples: how many images the smallest source will have; by default `options.num_score_samples`.
+        prompts: that text pipelines make their samples of in `score_model`.
 
     Raises:
         ValueError: in one line, for too few images, an extractor that cannot be had.
@@ -57,9 +67,10 @@ class Scorer:
         *,
         batch_size: int = 64,
         num_samples: int | None = None,
+        prompts: Prompts | None = None,
     ):
         import_torch_fidelity()
-        self.options, self.batch_size = options, batch_size
+        self.options, self.batch_size, self.prompts = options, batch_size, prompts
         num_samples = options.num_score_samples if num_samples is None else num_samples
         with_kid = isinstance(reference, ImageSource)  # saved statistics give FID alone
         _check_count("the samples", num_samples, options, with_kid=with_kid)
@@ -67,6 +78,9 @@ class Scorer:
             _check_count("the reference", reference.count, options)
         self.extractor = load_extractor(options.extractor, options.extractor_weights)
         self.extractor.network.to(PartialState().device)
+        self.clip = load_clip(options.clip_model) if options.clip_model else None
+        if self.clip is not None:
+            self.clip.network.to(PartialState().device)
         self._layer = self.extractor.layers["fid"]
         self._training: dict[str, Tensor] = {}
         self._held_out: dict[str, Tensor] = {}
@@ -90,6 +104,8 @@ class Scorer:
             "kid": f"100 subsets of {options.kid_subset_size}",
             **of_reference,
         }
+        if self.clip is not None:
+            self.protocol |= {"clip_model": self.clip.name, "clip_model_sha256": self.clip.weights_hash}
         """How every score of this object is taken."""
         if num_samples <= width and PartialState().is_main_process:
             logger.warning(
@@ -113,7 +129,12 @@ class Scorer:
     def __call__(self, source: ImageSource, *, num_shown: int = 32) -> tuple[list[Score], Features]:
         """Scores of a set of images, and the features that they are taken from; called by all processes."""
         features = extract_features(
-            source, self.extractor, batch_size=self.batch_size, num_shown=num_shown, progress=f"scoring {source.name}"
+            source,
+            self.extractor,
+            clip=self.clip,
+            batch_size=self.batch_size,
+            num_shown=num_shown,
+            progress=f"scoring {source.name}",
         )
         found: list[Any] = [[]]
         if PartialState().is_main_process:
@@ -129,10 +150,24 @@ class Scorer:
     def score_model(self, name: str, model: Model, *, num_shown: int = 32) -> tuple[list[Score], Features, ImageSource]:
         """Score a model's samples, image i from seed i; also returns where they came from."""
         count, steps = self.options.num_score_samples, self.options.num_inference_steps
-        source = from_model(name, model, SamplingOptions(), count=count, num_inference_steps=steps)
+        source = from_model(
+            name,
+            model,
+            SamplingOptions(),
+            count=count,
+            num_inference_steps=steps,
+            guidance_scale=self.options.guidance_scale,
+            prompts=self.prompts,
+        )
         return *self(source, num_shown=num_shown), source
 
     def _scores_of(self, features: dict[str, Tensor]) -> list[Score]:
+        scores = self._scores_to_reference(features)
+        if self.clip is not None and CLIP_LAYER in features:
+            scores.append(Score("clip_score", self.clip.name, float(features[CLIP_LAYER].double().mean())))
+        return scores
+
+    def _scores_to_reference(self, features: dict[str, Tensor]) -> list[Score]:
         found, network = features[self._layer], self.extractor.network_of_scores
         if self._statistics is not None:
             distance = frechet_distance(found, self._statistics)
@@ -140,7 +175,7 @@ class Scorer:
                 raise ValueError(
                     "the FID to the saved statistics is not finite: are they of this extractor's features?"
                 )
-            return [Score("fid", network, distance)]
+            return [Score("fid", network, distance), *inception_scores(features, self.extractor)]
         scores = self._compare_to_reference(features)
         if self._held_out:
             values: dict[str, float] = {}
@@ -170,7 +205,7 @@ def make_scorer(options: ScoreOptions, images: Images, held_out: Images, *, batc
     if options.extractor == "none":
         return None
     sources = from_images("training images", images), from_images("held-out images", held_out)
-    scorer = Scorer(options, *sources, batch_size=batch_size)
+    scorer = Scorer(options, *sources, batch_size=batch_size, prompts=of_images(held_out))
     note_foreign_features(scorer.extractor, images.name)
     return scorer
 

@@ -1,4 +1,4 @@
-"""Where images to score come from - a model, a folder, an array, a data set - and one pass of a network over them.
+"""Where images to score come from - a folder, an array, a data set - and one pass of a network over them.
 
 C channels, H height, W width.
 """
@@ -17,27 +17,26 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object, pad_across_processes
-from diffusers import DiffusionPipeline
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vkd_gen.data.images import Images, told_of
 from vkd_gen.data.sources import load_images
+from vkd_gen.evaluation.clip import Clip
 from vkd_gen.evaluation.extractors import Extractor
-from vkd_gen.evaluation.options import SamplingOptions
+from vkd_gen.evaluation.prompts import Prompts
 from vkd_gen.loading import check_file
-from vkd_gen.models import Model
-from vkd_gen.pipelines import usable_steps
-from vkd_gen.provenance import hash_tensors
 from vkd_gen.text import reason
 
 logger = logging.getLogger(__name__)
 
-SCHEDULER_ENTRIES = ("prediction_type", "beta_schedule", "timestep_spacing", "clip_sample", "steps_offset")
-"""Entries of a scheduler that decide samples, beside its class and the number of steps."""
 OF_MODELS = ("model_index.json", "pipeline/model_index.json", "unet/config.json", "diffusion_pytorch_model.safetensors")
 """What a folder of images does not hold: a folder with one of these is a pipeline's, or a model's by mistake."""
+
+
+CLIP_LAYER = "clip score"
+"""What `Features` has the CLIP scores of images under, `[images, 1]`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class ImageSource:
         read: numbers -> uint8 images.
         protocol: how they came about, for results.json.
         notes: what a user is to know of them, a line each: see `told_of`.
+        prompts: that they are of; None where that is not known.
     """
 
     name: str
@@ -59,49 +59,7 @@ class ImageSource:
     read: Callable[[Sequence[int]], UInt8[Tensor, "images channels height width"]]
     protocol: Mapping[str, Any]
     notes: Sequence[str] = ()
-
-
-def from_model(
-    name: str, model: Model, options: SamplingOptions, *, count: int, num_inference_steps: int
-) -> ImageSource:
-    """Images that a model makes, number i from seed `options.seed + i`, on the device where it lies when asked."""
-    pipeline, classes, first = model.pipeline, model.num_classes, options.seed
-    if options.guidance_scale is not None and not classes:
-        raise ValueError(f"{name} is unconditional: it takes no guidance_scale")
-    steps = usable_steps(pipeline.scheduler, num_inference_steps)
-    if num_inference_steps > steps:
-        logger.warning("note: %s is sampled with %d steps: its schedule has no more", name, steps)
-
-    def read(indices: Sequence[int]) -> Tensor:
-        return model.images(
-            [first + index for index in indices],
-            batch_size=len(indices),
-            guidance_scale=options.guidance_scale,
-            num_inference_steps=steps,
-            precision=options.mixed_precision,
-            name=name,
-        )
-
-    protocol: dict[str, Any] = {
-        "pipeline": type(pipeline).__name__,
-        "sampler": type(pipeline.scheduler).__name__,
-        "num_inference_steps": steps,
-        "num_images": count,
-        "seeds": f"{first} to {first + count - 1}",
-        "scheduler": {key: value for key, value in pipeline.scheduler.config.items() if key in SCHEDULER_ENTRIES},
-        "weights_sha256": hash_pipeline(pipeline),
-        "precision": options.mixed_precision,
-    }
-    if classes:
-        protocol |= {"class_labels": f"seed modulo {classes}", "guidance_scale": options.guidance_scale or "default"}
-    return ImageSource(name, model.image_size, count, read, protocol)
-
-
-def hash_pipeline(pipeline: DiffusionPipeline) -> str:
-    """SHA-256 over the weights of all of a pipeline's networks, hexadecimal."""
-    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    parts = [f"{name} {hash_tensors(network.state_dict())}" for name, network in sorted(networks.items())]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    prompts: Prompts | None = None
 
 
 def from_images(name: str, images: Images) -> ImageSource:
@@ -261,13 +219,20 @@ def content_hash(source: ImageSource, batch_size: int = 500) -> str:
 
 
 def extract_features(
-    source: ImageSource, extractor: Extractor | None, *, batch_size: int = 64, num_shown: int = 32, progress: str = ""
+    source: ImageSource,
+    extractor: Extractor | None,
+    *,
+    clip: Clip | None = None,
+    batch_size: int = 64,
+    num_shown: int = 32,
+    progress: str = "",
 ) -> Features:
     """Read every image once and keep its features; all processes share the work and get the whole.
 
     Args:
         source: of the images.
         extractor: None for the hash and the first images alone.
+        clip: scores the images of a source with prompts, as the layer `CLIP_LAYER`.
         batch_size: images at a time, per process.
         num_shown: first images to keep.
         progress: title of the progress bar; none if empty.
@@ -280,7 +245,7 @@ def extract_features(
     try:
         for block in own_blocks(source.count, batch_size, progress):
             images = source.read(block)
-            parts.append(_rows(images, extractor))
+            parts.append(_rows(images, extractor) | _clip_rows(images, source, block, clip))
             numbers += block
             shown += [pair for pair in zip(block, images, strict=True) if pair[0] < num_shown]
     except ValueError as error:
@@ -291,7 +256,9 @@ def extract_features(
     if problem is not None:
         raise problem
     if not parts:  # fewer batches than processes: the widths must be known here too
-        parts = [{name: rows[:0] for name, rows in _rows(source.read(range(1)), extractor).items()}]
+        images = source.read(range(1))
+        found = _rows(images, extractor) | _clip_rows(images, source, range(1), clip)
+        parts = [{name: rows[:0] for name, rows in found.items()}]
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if state.num_processes > 1:
         rows = _gather(rows, numbers, source.count, state.device)
@@ -310,6 +277,12 @@ def _rows(images: Tensor, extractor: Extractor | None) -> dict[str, Tensor]:
         if not rows.isfinite().all():
             raise ValueError(f"features of {extractor.name} are not finite (layer {name}): its weights are broken")
     return {"digest": torch.tensor(digests, dtype=torch.uint8), **features}
+
+
+def _clip_rows(images: Tensor, source: ImageSource, numbers: Sequence[int], clip: Clip | None) -> dict[str, Tensor]:
+    if clip is None or source.prompts is None:
+        return {}
+    return {CLIP_LAYER: clip(images, source.prompts.of(numbers))[:, None]}
 
 
 def _gather(rows: dict[str, Tensor], numbers: list[int], count: int, device: torch.device) -> dict[str, Tensor]:

@@ -274,7 +274,7 @@ FREE_TO_CHANGE = frozenset(
     | {"checkpointing_steps", "checkpoints_total_limit", "checkpoints_keep_every_steps", "max_skipped_steps"}
     | {"report_to", "push_to_hub", "hub_model_id", "image_cache", "cache_dir"}
     | {"score_every_steps", "extractor", "extractor_weights", "num_score_samples", "num_inference_steps"}
-    | {"kid_subset_size", "score_teacher"}
+    | {"kid_subset_size", "score_teacher", "guidance_scale", "clip_model"}
 )
 """Fields that may differ between a run and its resumption: they do not touch what is trained."""
 
