@@ -270,7 +270,7 @@ def cache_images(images: Images, folder: Path) -> Images:
         what="decoded images",
         advice="choose another --image_cache, or none",
     )
-    return replace(images, read=partial(_read, kept, images.indices))
+    return replace(images, read=partial(_read, kept, images.indices), read_size=None)
 
 
 def _read(kept: KeptRows, numbers: np.ndarray, number: int) -> Image.Image:

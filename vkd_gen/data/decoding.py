@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vkd_gen.text import one_line
 
@@ -75,6 +75,27 @@ def decode_image(file: Path | io.BytesIO, name: str) -> Image.Image:
             image.load()
             return _without_transparency(_to_eight_bits(_upright(image)))
     except Exception as error:  # damaged files end in all kinds of errors: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"cannot read {name}: {_reason(error)}; {ADVICE}") from error
+
+
+def image_size(file: Path | io.BytesIO, name: str) -> tuple[int, int]:
+    """Width and height of an image, upright; only its header is read.
+
+    Args:
+        file: or its bytes.
+        name: for messages.
+
+    Raises:
+        ValueError: naming it, if it cannot be read.
+    """
+    try:
+        with _careful_pil(), _open(file) as image:
+            try:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            except Exception:  # see _upright
+                is_turned = False
+            return image.size[::-1] if is_turned else image.size
+    except Exception as error:  # see decode_image
         raise ValueError(f"cannot read {name}: {_reason(error)}; {ADVICE}") from error
 
 

@@ -97,6 +97,7 @@ class Images:
         revision: commit of the data set on the hub, where it is known.
         identity: gives a hash that changes when the source's files change, without reading them.
         contents: gives a hash of what the source holds, wherever it lies; None where its name or commit says that.
+        read_size: image number -> width and height of what `read` gives, without decoding it; None where that decodes.
     """
 
     read: Callable[[int], Image.Image]
@@ -112,6 +113,7 @@ class Images:
     revision: str | None = None
     identity: Callable[[], str] | None = None
     contents: Callable[[], str] | None = None
+    read_size: Callable[[int], tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -132,15 +134,14 @@ class Images:
 
     def _image(self, index: int) -> Image.Image:
         image = self.read(int(self.indices[index])).convert("L" if self.channels == 1 else "RGB")
-        longest = LONGEST * min(image.size)
-        if max(image.size) > longest:  # else one line of 60,000 pixels would be made into 512 lines of 30 million
-            image = _crop(image, *(min(side, longest) for side in image.size))
-        return image
+        width, height = _not_too_long(*image.size)
+        return image if image.size == (width, height) else _crop(image, width, height)
 
     def view(self, index: int, views: Views, crop: int, is_flipped: bool) -> tuple[Float[Tensor, "C H W"], View]:
         """A crop of image `index`, float32 in [-1, 1], and which part of the image that is; see `Views.view`."""
         image = self._image(index)
-        view = views.view(index, (image.height, image.width), crop, is_flipped)
+        original = image.height, image.width
+        view = views.view(int(self.indices[index]), original, crop, is_flipped, bucket=views.bucket(index))
         if image.size != (view.resized_width, view.resized_height):
             image = image.resize((view.resized_width, view.resized_height), Image.Resampling.BICUBIC)
         if is_flipped:
@@ -148,6 +149,16 @@ class Images:
         image = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
         values = np.asarray(image, dtype=np.float32).reshape(view.height, view.width, self.channels) / 127.5 - 1
         return torch.from_numpy(values).permute(2, 0, 1).contiguous(), view
+
+    def sizes(self) -> np.ndarray:
+        """Height and width of each image, `[images, 2]`, read from headers where there are any.
+
+        Raises:
+            ValueError: for an image that cannot be read.
+        """
+        numbers = self.indices.tolist()
+        sizes = map(self.read_size, numbers) if self.read_size else (self.read(number).size for number in numbers)
+        return np.array([_not_too_long(*size)[::-1] for size in sizes], dtype=np.int64).reshape(-1, 2)
 
     def pixels(self, indices: Sequence[int]) -> UInt8[Tensor, "images channels height width"]:
         """Images as uint8: what `__getitem__` gives, before scaling."""
@@ -167,6 +178,12 @@ class Images:
         """`count` evenly spaced images (default: all) as one tensor."""
         some = self if count is None else evenly_spaced(self, count)
         return torch.stack([some[index] for index in range(len(some))])
+
+
+def _not_too_long(width: int, height: int) -> tuple[int, int]:
+    """Of an image's middle, which is resized: one line of 60,000 pixels would be made into 512 lines of 30 million."""
+    longest = LONGEST * min(width, height)
+    return min(width, longest), min(height, longest)
 
 
 def _crop(image: Image.Image, width: int, height: int) -> Image.Image:

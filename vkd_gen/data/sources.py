@@ -12,7 +12,14 @@ import numpy as np
 from PIL import Image
 
 from vkd_gen.data.captions import folder_captions
-from vkd_gen.data.decoding import ADVICE, check_headers, decode_image, files_contents, files_identity
+from vkd_gen.data.decoding import (
+    ADVICE,
+    check_headers,
+    decode_image,
+    files_contents,
+    files_identity,
+    image_size,
+)
 from vkd_gen.data.embedded import EMBEDDED, embedded_captions, embedded_pixels, embedded_splits
 from vkd_gen.data.images import Images, ImageSpec, evenly_spaced
 from vkd_gen.data.listing import Listing
@@ -201,12 +208,17 @@ def _folder_images(source: str, listing: Listing, spec: ImageSpec) -> dict[str, 
             notes=(*listing.notes, *told),
             identity=partial(files_identity, files, listing.root),
             contents=partial(files_contents, files, listing.root),
+            read_size=partial(_read_file_size, files),
         )
     return splits
 
 
 def _read_file(files: list[Path], index: int) -> Image.Image:
     return decode_image(files[index], _name_of(files[index]))
+
+
+def _read_file_size(files: list[Path], index: int) -> tuple[int, int]:
+    return image_size(files[index], _name_of(files[index]))
 
 
 def _name_of(file: Path) -> str:

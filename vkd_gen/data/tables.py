@@ -14,7 +14,15 @@ import numpy as np
 from PIL import Image
 
 from vkd_gen.data.captions import Captions, choose_caption_column, collect_captions, text_columns
-from vkd_gen.data.decoding import ADVICE, check_headers, decode_image, files_contents, files_identity, num_hashed
+from vkd_gen.data.decoding import (
+    ADVICE,
+    check_headers,
+    decode_image,
+    files_contents,
+    files_identity,
+    image_size,
+    num_hashed,
+)
 from vkd_gen.data.embedded import EMBEDDED
 from vkd_gen.data.images import Images, ImageSpec
 from vkd_gen.data.listing import TABLE_SUFFIXES, Listing, list_files
@@ -185,6 +193,7 @@ def table_images(table: Any, tables: Tables, spec: ImageSpec) -> Images:
         # The fingerprint is over the table's files' times or commit, the split and the column.
         identity=partial(files_identity, files, whereabouts.folders[0], undecoded._fingerprint),
         contents=None if tables.revision else partial(_cells_contents, undecoded, column, files),
+        read_size=partial(read_cell_size, undecoded, column, source, whereabouts),
     )
 
 
@@ -294,6 +303,18 @@ def read_cell(table: Any, column: str, source: str, whereabouts: Whereabouts, in
     Raises:
         ValueError: naming the image, for one that cannot be read.
     """
+    return decode_image(*_file_of_cell(table, column, source, whereabouts, index))
+
+
+def read_cell_size(table: Any, column: str, source: str, whereabouts: Whereabouts, index: int) -> tuple[int, int]:
+    """Width and height of the image in one cell; see `read_cell`."""
+    return image_size(*_file_of_cell(table, column, source, whereabouts, index))
+
+
+def _file_of_cell(
+    table: Any, column: str, source: str, whereabouts: Whereabouts, index: int
+) -> tuple[Path | io.BytesIO, str]:
+    """The image's file or bytes, and its name for messages."""
     name = f"image {index} of {source}"
     try:
         cell = table[index][column] or {}
@@ -301,7 +322,7 @@ def read_cell(table: Any, column: str, source: str, whereabouts: Whereabouts, in
         raise ValueError(f"cannot read {name}: {one_line(error)}; {ADVICE}") from error
     content, path = cell.get("bytes"), cell.get("path")
     if content is not None:
-        return decode_image(io.BytesIO(content), name)
+        return io.BytesIO(content), name
     if not path:
         raise ValueError(f"cannot read {name}: the cell is empty; {ADVICE}")
     if "://" in path:  # a table is data: it does not decide what is fetched from where
@@ -309,4 +330,4 @@ def read_cell(table: Any, column: str, source: str, whereabouts: Whereabouts, in
     file, is_inside = whereabouts.find(path)
     if not is_inside and not whereabouts.may_leave:
         raise ValueError(f"cannot read {name}: it is {printable(file)}, outside {whereabouts.folders[0]}; {ADVICE}")
-    return decode_image(file, f"{name}, {printable(file)}")
+    return file, f"{name}, {printable(file)}"
