@@ -67,18 +67,10 @@ def load_text_pipeline(
     """
     found = find_source(source, variant=variant, config=config)
     check_source(found)
-    wanted = found.parts if parts is None else tuple(parts)
-    unknown = sorted(set(wanted) - set(found.parts))
-    if unknown:
-        raise ValueError(f"a {found.kind.__name__} has no part {unknown[0]!r}; its parts are {', '.join(found.parts)}")
-    if not found.is_here:
-        _download(found, wanted)
-    if variant is not None:
-        _check_variant(found, wanted)
+    makers = check_parts(found, parts)
     try:
-        makers = {name: _checked_part(found, name) for name in wanted}  # all are checked before the first is read
         loaded = {name: make() for name, make in makers.items()}
-    except Exception as error:  # damaged and foreign parts each have a class of their own
+    except Exception as error:  # damaged parts each have a class of their own
         raise ValueError(f"cannot load the pipeline {source}: {reason(error, 1000)}") from error
     pipeline = _assemble(found, loaded)
     for lora in loras:
@@ -87,6 +79,35 @@ def load_text_pipeline(
         if isinstance(part, nn.Module):
             nn.Module.to(part, dtype)  # past diffusers' warning about casting
     return pipeline
+
+
+def check_parts(source: TextSource, parts: Iterable[str] | None = None) -> dict[str, Callable[[], Any]]:
+    """Check parts by their configurations and the headers of their weights; of the hub they are downloaded.
+
+    Args:
+        source: from `find_source`, checked by `check_source`.
+        parts: names of them; by default all.
+
+    Returns:
+        What loads each part.
+
+    Raises:
+        ValueError: in one line: no such part, and what is not there, is pickled or does not fit its configuration.
+    """
+    wanted = source.parts if parts is None else tuple(parts)
+    unknown = sorted(set(wanted) - set(source.parts))
+    if unknown:
+        raise ValueError(
+            f"a {source.kind.__name__} has no part {unknown[0]!r}; its parts are {', '.join(source.parts)}"
+        )
+    if not source.is_here:
+        _download(source, wanted)
+    if source.variant is not None:
+        _check_variant(source, wanted)
+    try:
+        return {name: _checked_part(source, name) for name in wanted}
+    except Exception as error:  # missing and foreign parts each have a class of their own
+        raise ValueError(f"cannot load the pipeline {source.name}: {reason(error, 1000)}") from error
 
 
 def _assemble(source: TextSource, loaded: dict[str, Any]) -> DiffusionPipeline:

@@ -32,8 +32,8 @@ def merge_lora(pipeline: DiffusionPipeline, source: str) -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise ValueError("merging a LoRA needs peft: pip install 'vkd-gen[text]'") from error
-    path, scale = _split_scale(source)
-    file = _find(path)
+    _, scale = _split_scale(source)
+    file = find_lora(source)
     try:
         tensors = read_tensors(file)
         state, alphas = pipeline.lora_state_dict(tensors, unet_config=getattr(pipeline.unet, "config", None))
@@ -82,7 +82,13 @@ def _split_scale(source: str) -> tuple[str, float]:
         raise ValueError(f"--teacher_lora {source}: behind the = stands a number, such as 0.8") from error
 
 
-def _find(source: str) -> Path:
+def find_lora(source: str) -> Path:
+    """The file of a LoRA, in which the hub's is downloaded.
+
+    Raises:
+        ValueError: in one line: nothing there, or no safetensors.
+    """
+    source, _ = _split_scale(source)
     path = Path(source)
     if path.is_dir():
         path = path / FILE

@@ -179,8 +179,15 @@ def default_cifar10() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentOptions:
-    """Which student, and what it starts from."""
+    """Which student, what it starts from, and how its teacher is read."""
 
+    teacher_variant: str | None = None
+    """Of a teacher with prompts: variant of its weights, such as fp16."""
+    teacher_lora: tuple[str, ...] = ()
+    """Of a teacher with prompts: LoRA to merge into it, safetensors files, folders or hub ids, each as it is or with
+    =SCALE behind it."""
+    teacher_config: str | None = None
+    """Of a teacher in one .safetensors file: folder or hub id of a pipeline of the same configuration."""
     student: str = ""
     """bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m, a config.json, or folder or hub id of a UNet with
     weights; empty: the teacher at --student_width."""

@@ -20,18 +20,22 @@ from vkd_gen.families import (
     family_of,
     published_cost,
 )
+from vkd_gen.loading import read_json
 from vkd_gen.models import Model
 from vkd_gen.pairing import pair_table
 from vkd_gen.schedule import Schedule
+from vkd_gen.text_pipelines import TextSource
 from vkd_gen.training.matching import check_branches, pair_named_or_all, target_channels
 from vkd_gen.training.options import StudentOptions
 from vkd_gen.training.probe import check_time_embedding
 from vkd_gen.training.run import Run
+from vkd_gen.training.text_teachers import load_parts_of, pixels_per_latent, text_source, text_unet_without_weights
 from vkd_gen.training.unets import (
     check_memory,
     load_teacher,
     load_unet,
     read_student_config,
+    training_schedule,
     unet_without_weights,
 )
 
@@ -81,10 +85,14 @@ def load_teacher_model(config: Any, preset: Any, run: Run) -> Model:
             f"--preset {config.preset} makes it; or name another by --teacher"
         )
     warn_of_preset(config, preset, run.print)
-    unet, noise_scheduler, origin = load_teacher(source, without_weights=config.training.dry_run)
-    if options.resolution is not None:
-        unet.register_to_config(sample_size=options.resolution)
-    model = Model.of_unet(unet, noise_scheduler)
+    found = text_source(source, options)
+    if found is None:
+        unet, noise_scheduler, origin = load_teacher(source, without_weights=config.training.dry_run)
+        model = Model.of_unet(unet, noise_scheduler)
+    else:
+        model, origin = _load_text_teacher(found, options, config.training.dry_run)
+        unet, noise_scheduler = model.network, model.noise_scheduler
+    _set_size(unet, options.resolution, 1 if found is None else pixels_per_latent(found))
     check_branches(config.matching, model, config.teacher)
     schedule = Schedule.of(noise_scheduler)
     own = options.student_prediction_type or schedule.prediction_type
@@ -95,6 +103,33 @@ def load_teacher_model(config: Any, preset: Any, run: Run) -> Model:
         f"{schedule.prediction_type}, the student {own} (from {origin})"
     )
     return model
+
+
+def _load_text_teacher(source: TextSource, options: StudentOptions, dry_run: bool) -> tuple[Model, str]:
+    """A teacher with prompts, and where its schedule is from; in a dry run its UNet alone, without weights."""
+    place = source.folder / "scheduler" / "scheduler_config.json"
+    noise_scheduler = training_schedule(read_json(place), source.name)
+    if dry_run:
+        return Model.of_unet(text_unet_without_weights(source), noise_scheduler), source.name
+    return Model(load_parts_of(source, options), noise_scheduler), source.name
+
+
+def _set_size(unet: ModelMixin, resolution: int | None, factor: int) -> None:
+    """Make a UNet one for images of so many pixels, of which its samples have one for each `factor`, per side."""
+    size = unet.config.sample_size
+    if resolution is not None:
+        if resolution % factor:
+            nearest = max(factor, resolution // factor * factor)
+            raise ValueError(
+                f"--resolution {resolution} is no multiple of {factor}, the pixels that the teacher's VAE makes one "
+                f"latent of: take {nearest} or {nearest + factor}"
+            )
+        unet.register_to_config(sample_size=resolution // factor)
+    elif not isinstance(size, int):
+        height, width = size
+        if height != width:
+            raise ValueError(f"the teacher's samples are of {height} x {width}; name a --resolution for square images")
+        unet.register_to_config(sample_size=height)
 
 
 def make_student(options: StudentOptions, teacher: Model, run: Run) -> tuple[Model, bool]:
@@ -174,10 +209,10 @@ def show_plan(config: Any, teacher: ModelMixin, run: Run) -> None:
         widths = [f"{pair.student_channels} -> {target_channels(config.matching, pair)}" for pair in pairs]
         say(pair_table(pairs, {f"projector ({config.matching.projector})": widths}))
     say(describe_models(teacher, student))
-    if isinstance(teacher, UNet2DModel):
+    if isinstance(teacher, UNet2DModel) or text_source(run.find(config.teacher), config.start):
         say(f"the same command without --dry_run trains it, into {config.training.output_dir}")
     else:
-        say(f"this recipe cannot train it: a {type(teacher).__name__} needs another recipe, with text and latents")
+        say("with the whole pipeline of such a teacher as --teacher, the same command without --dry_run trains it")
 
 
 def warn_of_preset(config: Any, preset: Any, say: Callable[[str], None]) -> None:

@@ -19,6 +19,13 @@ CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "schedule
 """What a UNet and its schedule are known by, in a repository of the hub."""
 
 
+CONDITIONS = (
+    *("in_channels", "out_channels", "num_class_embeds", "class_embed_type", "cross_attention_dim"),
+    *("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+)
+"""What student and teacher have in common, since both are asked the same."""
+
+
 class LoadedTeacher(NamedTuple):
     """A UNet on the CPU (or the meta device), its noise schedule, and where the schedule is from."""
 
@@ -45,30 +52,30 @@ def load_teacher(source: str, *, without_weights: bool = False) -> LoadedTeacher
     else:
         if Path(source).is_file():
             raise ValueError(f"the teacher {source} is a file; name the folder of a diffusers pipeline or UNet")
+        if unet_class(read_unet_config(source, "teacher")) is not UNet2DModel:
+            raise ValueError(
+                f"{source} holds a UNet2DConditionModel alone; its pipeline, which encodes images and prompts, is "
+                "needed too: name the folder or hub id of that"
+            )
         unet = load_unet(source, "teacher")
     noise_scheduler, origin = _load_scheduler(source)
     return LoadedTeacher(_check(unet, source) if isinstance(unet, UNet2DModel) else unet, noise_scheduler, origin)
 
 
-def load_unet(source: str, role: str = "student") -> UNet2DModel:
-    """Load a `UNet2DModel` with its weights from a pipeline or model folder, or from the Hugging Face hub.
+def load_unet(source: str, role: str = "student") -> ModelMixin:
+    """Load a UNet with its weights from a pipeline or model folder, or from the Hugging Face hub.
 
     Args:
         source: folder or hub id; see `load_teacher`.
         role: what it is wanted as, for messages.
     """
     config = read_unet_config(source, role)
-    if unet_class(config) is not UNet2DModel:
-        raise ValueError(
-            f"{source} holds a {unet_class(config).__name__}; this recipe distils a UNet2DModel. --dry_run shows the "
-            "student, its cost and its pairs; training it needs another recipe, with text and latents"
-        )
     check_memory(unet_without_weights(config, source), source)
     place = _place(source, role)
     if not Path(source).exists():  # now that it is known to be a UNet that is wanted
         _from_hub(source, role, model_files("unet/" if place.name == "unet" else ""))
     try:
-        return load_model(UNet2DModel, place)
+        return load_model(unet_class(config), place)
     except Exception as error:  # damaged weights, and configurations of other models, raise all kinds of errors
         raise ValueError(f"cannot load the UNet in {place}: {reason(error, 1000)}") from error
 
@@ -113,7 +120,7 @@ def read_student_config(source: str, teacher: ModelMixin) -> dict[str, Any]:
             f"--student {source} is neither one of {', '.join(REDUCTIONS)} nor a file, a folder or a hub id"
         )
     config = unet_without_weights(read_unet_config(source), source).config
-    for entry in ("in_channels", "out_channels", "num_class_embeds", "class_embed_type", "cross_attention_dim"):
+    for entry in CONDITIONS:
         if config.get(entry) != teacher.config.get(entry):
             raise ValueError(
                 f"the student {source} has {entry} {config.get(entry)} and the teacher {teacher.config.get(entry)}"
@@ -187,11 +194,16 @@ def _load_scheduler(source: str) -> tuple[DDPMScheduler, str]:
     for folder in dict.fromkeys((root / "scheduler", root, place, place.resolve().parent / "scheduler")):
         file = folder / "scheduler_config.json"
         if file.exists():
-            return _scheduler(read_json(file), str(folder)), str(folder) if path.exists() else source
+            return training_schedule(read_json(file), str(folder)), str(folder) if path.exists() else source
     return DDPMScheduler(), "diffusers' default; the teacher comes without one"
 
 
-def _scheduler(config: Mapping[str, Any], source: str) -> DDPMScheduler:
+def training_schedule(config: Mapping[str, Any], source: str) -> DDPMScheduler:
+    """The schedule that a model was trained on, from the configuration of its sampler, such as PNDM's or Euler's.
+
+    Raises:
+        ValueError: in one line, for a sampler without betas, and betas that are no schedule.
+    """
     if "beta_schedule" not in config and "trained_betas" not in config:
         raise ValueError(
             f"{source} holds a {config.get('_class_name', 'scheduler')}, which is not a schedule of betas; this recipe "
