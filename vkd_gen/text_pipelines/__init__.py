@@ -1,6 +1,6 @@
 """Text-to-image pipelines as teachers: which are known, where their parts lie, and how each is loaded."""
 
-from vkd_gen.text_pipelines.load import check_parts, load_text_pipeline
+from vkd_gen.text_pipelines.load import check_parts, load_text_pipeline, pipeline_without_weights
 from vkd_gen.text_pipelines.lora import find_lora
 from vkd_gen.text_pipelines.source import PIPELINES, TextSource, check_source, find_source, is_text_pipeline
 
@@ -13,4 +13,5 @@ __all__ = [
     "find_source",
     "is_text_pipeline",
     "load_text_pipeline",
+    "pipeline_without_weights",
 ]

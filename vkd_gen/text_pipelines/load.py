@@ -35,7 +35,7 @@ from vkd_gen.text_pipelines.parts import (
 from vkd_gen.text_pipelines.single_file import check_checkpoint_file, part_of_file
 from vkd_gen.text_pipelines.source import CLASSES, PIPELINES, TextSource, check_source, find_source
 
-DENOISERS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 """Parts that are models of diffusers."""
 
 
@@ -110,6 +110,19 @@ def check_parts(source: TextSource, parts: Iterable[str] | None = None) -> dict[
         raise ValueError(f"cannot load the pipeline {source.name}: {reason(error, 1000)}") from error
 
 
+def pipeline_without_weights(source: TextSource) -> DiffusionPipeline:
+    """Denoiser, VAE and sampler alone, the networks on the meta device, for a look at what a pipeline is.
+
+    Raises:
+        ValueError: as `check_parts`; weights on the hub are not looked at.
+    """
+    if source.is_here:
+        check_parts(source)
+    scheduler = _scheduler(source.index.get("scheduler"), source.folder / "scheduler")
+    networks = {name: model_without_weights(kind, source.folder / name) for name, kind in NETWORKS.items()}
+    return _assemble(source, {**networks, "scheduler": scheduler})
+
+
 def _assemble(source: TextSource, loaded: dict[str, Any]) -> DiffusionPipeline:
     """The pipeline of these parts, and of None for others; what it knows of its VAE is right without it."""
     names = inspect.signature(source.kind.__init__).parameters
@@ -140,11 +153,11 @@ def _checked_part(source: TextSource, name: str) -> Callable[[], Any]:
                 "model"
             )
         return lambda: words
-    is_encoder = name not in DENOISERS
+    is_encoder = name not in NETWORKS
     if is_encoder:
         model = encoder_without_weights(source.index[name][1], folder)
     else:
-        model = model_without_weights(DENOISERS[name], folder)
+        model = model_without_weights(NETWORKS[name], folder)
     fill = fill_encoder if is_encoder else fill_model
     if source.checkpoint is not None:
         checkpoint = source.checkpoint
@@ -171,7 +184,7 @@ def _early_names(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
 
 def _files(source: TextSource, name: str) -> list[Path]:
     """The safetensors of a part: of the variant that is asked for if the part has it."""
-    folder, weights = source.folder / name, WEIGHTS if name in DENOISERS else ENCODER_WEIGHTS
+    folder, weights = source.folder / name, WEIGHTS if name in NETWORKS else ENCODER_WEIGHTS
     if source.variant is not None and _has_variant(folder, source.variant):
         return weight_files(folder, source.variant, weights)
     return weight_files(folder, None, weights)
@@ -213,7 +226,7 @@ def _download(source: TextSource, wanted: Sequence[str]) -> None:
             for name in wanted
             if name in CLASSES and not name.startswith("tokenizer")
             if variant or source.variant is None or not _has_variant(source.folder / name, source.variant)
-            for file in _patterns(WEIGHTS if name in DENOISERS else ENCODER_WEIGHTS, variant)
+            for file in _patterns(WEIGHTS if name in NETWORKS else ENCODER_WEIGHTS, variant)
         ]
         if patterns:
             hub_folder(source.name, patterns)

@@ -24,12 +24,12 @@ from vkd_gen.loading import read_json
 from vkd_gen.models import Model
 from vkd_gen.pairing import pair_table
 from vkd_gen.schedule import Schedule
-from vkd_gen.text_pipelines import TextSource
+from vkd_gen.text_pipelines import TextSource, pipeline_without_weights
 from vkd_gen.training.matching import check_branches, pair_named_or_all, target_channels
 from vkd_gen.training.options import StudentOptions
 from vkd_gen.training.probe import check_time_embedding
 from vkd_gen.training.run import Run
-from vkd_gen.training.text_teachers import load_parts_of, pixels_per_latent, text_source, text_unet_without_weights
+from vkd_gen.training.text_teachers import load_parts_of, text_source
 from vkd_gen.training.unets import (
     check_memory,
     load_teacher,
@@ -92,7 +92,7 @@ def load_teacher_model(config: Any, preset: Any, run: Run) -> Model:
     else:
         model, origin = _load_text_teacher(found, options, config.training.dry_run)
         unet, noise_scheduler = model.network, model.noise_scheduler
-    _set_size(unet, options.resolution, 1 if found is None else pixels_per_latent(found))
+    _set_size(model, options.resolution)
     check_branches(config.matching, model, config.teacher)
     schedule = Schedule.of(noise_scheduler)
     own = options.student_prediction_type or schedule.prediction_type
@@ -106,16 +106,17 @@ def load_teacher_model(config: Any, preset: Any, run: Run) -> Model:
 
 
 def _load_text_teacher(source: TextSource, options: StudentOptions, dry_run: bool) -> tuple[Model, str]:
-    """A teacher with prompts, and where its schedule is from; in a dry run its UNet alone, without weights."""
+    """A teacher with prompts, and where its schedule is from; in a dry run without weights."""
     place = source.folder / "scheduler" / "scheduler_config.json"
     noise_scheduler = training_schedule(read_json(place), source.name)
-    if dry_run:
-        return Model.of_unet(text_unet_without_weights(source), noise_scheduler), source.name
-    return Model(load_parts_of(source, options), noise_scheduler), source.name
+    pipeline = pipeline_without_weights(source) if dry_run else load_parts_of(source, options)
+    return Model(pipeline, noise_scheduler), source.name
 
 
-def _set_size(unet: ModelMixin, resolution: int | None, factor: int) -> None:
-    """Make a UNet one for images of so many pixels, of which its samples have one for each `factor`, per side."""
+def _set_size(model: Model, resolution: int | None) -> None:
+    """Make a model one for square images of so many pixels, which its VAE, if it has one, divides."""
+    unet, vae = model.network, getattr(model.pipeline, "vae", None)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     size = unet.config.sample_size
     if resolution is not None:
         if resolution % factor:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 
 from vkd_gen.hub import hub_folder
-from vkd_gen.loading import model_without_weights, read_json
-from vkd_gen.text_pipelines import TextSource, check_parts, check_source, find_lora, find_source, load_text_pipeline
+from vkd_gen.loading import read_json
+from vkd_gen.text_pipelines import TextSource, check_source, find_lora, find_source, load_text_pipeline
 from vkd_gen.training.options import StudentOptions
 
 
@@ -61,13 +61,6 @@ def _takes_prompts(source: str) -> bool:
     return "text_encoder" in index or "transformer" in index
 
 
-def text_unet_without_weights(source: TextSource) -> UNet2DConditionModel:
-    """The denoiser on the meta device, once all weights that are here are known to be the pipeline's."""
-    if source.is_here:
-        check_parts(source)
-    return model_without_weights(UNet2DConditionModel, source.folder / "unet")
-
-
 def load_parts_of(
     source: TextSource,
     options: StudentOptions,
@@ -83,8 +76,3 @@ def load_parts_of(
         parts=parts,
         dtype=dtype,
     )
-
-
-def pixels_per_latent(source: TextSource) -> int:
-    """By how much the pipeline's VAE divides the sides of an image."""
-    return 2 ** (len(source.config("vae")["block_out_channels"]) - 1)
