@@ -1,5 +1,6 @@
 """The teacher and the student of a recipe, as its user named them, and what comes of a dry run."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from vkd_gen.families import (
     published_cost,
 )
 from vkd_gen.loading import read_json
-from vkd_gen.models import Model
+from vkd_gen.models import Model, SharedParts
 from vkd_gen.pairing import pair_table
 from vkd_gen.schedule import Schedule
 from vkd_gen.text_pipelines import TextSource, pipeline_without_weights
@@ -109,8 +110,10 @@ def _load_text_teacher(source: TextSource, options: StudentOptions, dry_run: boo
     """A teacher with prompts, and where its schedule is from; in a dry run without weights."""
     place = source.folder / "scheduler" / "scheduler_config.json"
     noise_scheduler = training_schedule(read_json(place), source.name)
-    pipeline = pipeline_without_weights(source) if dry_run else load_parts_of(source, options)
-    return Model(pipeline, noise_scheduler), source.name
+    if dry_run:
+        return Model(pipeline_without_weights(source), noise_scheduler), source.name
+    again = SharedParts(functools.partial(load_parts_of, source, options))
+    return Model(load_parts_of(source, options), noise_scheduler, again), source.name
 
 
 def _set_size(model: Model, resolution: int | None) -> None:
@@ -131,6 +134,8 @@ def _set_size(model: Model, resolution: int | None) -> None:
         if height != width:
             raise ValueError(f"the teacher's samples are of {height} x {width}; name a --resolution for square images")
         unet.register_to_config(sample_size=height)
+    if hasattr(model.pipeline, "default_sample_size"):  # which SDXL's notes when it is made
+        model.pipeline.default_sample_size = unet.config.sample_size
 
 
 def make_student(options: StudentOptions, teacher: Model, run: Run) -> tuple[Model, bool]:
