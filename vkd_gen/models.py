@@ -207,7 +207,7 @@ class Model:
         self, seeds: Sequence[int], given: dict[str, Sequence[Any]], guidance_scale: float | None
     ) -> dict[str, Sequence[Any]]:
         """What the pipeline is told of each image, once it is known to take it."""
-        classes = self.num_classes
+        given = {**self._by_seed(seeds, given), **given}
         if self.takes_prompts:
             if not all(isinstance(prompt, str) for prompt in given.get("prompt", [None])):
                 raise ValueError(
@@ -215,14 +215,14 @@ class Model:
                 )
             if guidance_scale is not None and not 1 <= guidance_scale < float("inf"):
                 raise ValueError(f"guidance_scale must be at least 1 and finite, not {guidance_scale}")
-        elif not classes and ("class_labels" in given or guidance_scale is not None):
+        elif not self.num_classes and ("class_labels" in given or guidance_scale is not None):
             raise ValueError("the model is unconditional: it takes neither class labels nor guidance")
         for key, values in given.items():
             if not self._takes(key):
                 raise ValueError(f"a {type(self.pipeline).__name__} takes no {key}")
             if len(values) != len(seeds):
                 raise ValueError(f"{len(seeds)} seeds need as many {key.replace('_', ' ')}, not {len(values)}")
-        return self._by_seed(seeds, given) | given
+        return given
 
     def _by_seed(self, seeds: Sequence[int], given: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
         """What images are of where nothing else is said."""

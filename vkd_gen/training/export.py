@@ -52,6 +52,7 @@ def _try_sampler(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     sample = torch.randn(1, 1, 4, 4, generator=generator)
     for timestep in scheduler.timesteps:
         prediction = torch.randn(sample.shape, generator=generator)
+        sample = scheduler.scale_model_input(sample, timestep)
         sample = scheduler.step(prediction, timestep, sample).prev_sample
         if not sample.isfinite().all():
             raise ValueError(

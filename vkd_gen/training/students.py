@@ -1,10 +1,10 @@
 """The teacher and the student of a recipe, as its user named them, and what comes of a dry run."""
 
-import functools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,8 @@ def _load_text_teacher(source: TextSource, options: StudentOptions, dry_run: boo
     """A teacher with prompts, and where its schedule is from; in a dry run without weights."""
     place = source.folder / "scheduler" / "scheduler_config.json"
     noise_scheduler = training_schedule(read_json(place), source.name)
-    if dry_run:
-        return Model(pipeline_without_weights(source), noise_scheduler), source.name
-    again = SharedParts(functools.partial(load_parts_of, source, options))
-    return Model(load_parts_of(source, options), noise_scheduler, again), source.name
+    pipeline = pipeline_without_weights(source) if dry_run else load_parts_of(source, options)
+    return Model(pipeline, noise_scheduler, SharedParts(partial(load_parts_of, source, options))), source.name
 
 
 def _set_size(model: Model, resolution: int | None) -> None:
