@@ -158,6 +158,8 @@ def main(config: ScoreConfig) -> None:
         revision = {} if (found := hub_revision(name)) is None else {"revision": found}
         results["sources"][name] = {**source.protocol, "images_sha256": features.content_hash, **revision}
         samples[name] = features.shown
+        if prompts is not None:
+            results["prompts"] = prompts.of(range(min(map(len, samples.values()))))
         if accelerator.is_main_process:  # after each source, so that a later one cannot lose it
             save_results(folder, results, samples)
             if model is not None and config.update_cards and Path(name).is_dir():

@@ -127,7 +127,7 @@ def main(config: StudentConfig) -> None:
         loop = Loop(run, projected, draws, average=student.network, parameter_groups=groups)
         loop.every(1, features.measure)
         measure_guidance(loop, matching, projected, frozen, draws)
-        loop.every(options.preview_every_steps, run.preview(student), averaged=True)
+        loop.every(options.preview_every_steps, run.preview(student, teacher), averaged=True)
         loop.every(options.score_every_steps, run.score("student", student, scorer), averaged=True)
         schedule, asked = student.schedule.to(run.device), compile_as_asked(run.accelerator, frozen)
         for batch in loop:

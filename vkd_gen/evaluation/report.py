@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from vkd_gen.evaluation.diagnostics_figure import draw_diagnostics, pick_diagnostics
-from vkd_gen.evaluation.figures import draw_curves, png
+from vkd_gen.evaluation.figures import draw_curves, png, save_figure
 from vkd_gen.evaluation.image_files import save_images
 from vkd_gen.evaluation.labels import describe, label_of
+from vkd_gen.evaluation.prompt_grid import draw_prompt_grid
 from vkd_gen.evaluation.tables import score_table
 from vkd_gen.files import whole_file
 from vkd_gen.pictures import sample_grid, save_sample_grid
@@ -84,6 +85,8 @@ def load_outcome(folder: Path) -> Outcome:
             _facts(facts)
         for images in samples.values():
             sample_grid({"": images[:1]})
+        if not all(isinstance(prompt, str) for prompt in results.get("prompts", [])):
+            raise ValueError("its prompts are no texts")
     except Exception as error:  # JSON's, numpy's and the zip file's errors, and whatever cannot be shown
         raise ValueError(f"cannot read the results in {folder}: {reason(error)}") from error
     return outcome
@@ -99,7 +102,10 @@ def save_results(folder: Path, results: dict[str, Any], samples: Mapping[str, Te
     with only_warns(f"{folder / 'samples.npz'}", f"python eval/generate.py {folder} makes samples"):
         save_images(samples, folder / "samples.npz")
     with only_warns(f"{folder / 'samples.png'}", f"python eval/generate.py {folder} makes samples"):
-        save_sample_grid(samples, folder / "samples.png")
+        if results.get("prompts"):
+            save_figure(draw_prompt_grid(samples, results["prompts"]), folder / "samples.png")
+        else:
+            save_sample_grid(samples, folder / "samples.png")
     report = folder / "report.html"
     with only_warns(f"the report {report}", f"python eval/report.py {folder} --output {report} makes it again"):
         write_report([folder], report)
@@ -125,10 +131,7 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     parts += ["<h2>Scores</h2>", score_table(merge_rows(outcomes)).html()]
     samples = _merge(outcomes, lambda outcome: outcome.samples, torch.equal)
     if samples:
-        buffer = io.BytesIO()
-        sample_grid({name: images[:32] for name, images in samples.items()}).save(buffer, "png")
-        note = '<p class="dim">The same position in each band is the same seed.</p>'
-        parts += ["<h2>Samples</h2>", note, _image("samples", buffer.getvalue(), 'class="samples" ')]
+        parts += ["<h2>Samples</h2>", *_samples(samples, [outcome.results.get("prompts", []) for outcome in outcomes])]
     runs = {outcome.name: outcome.metrics for outcome in outcomes if outcome.metrics}
     curves = draw_curves(runs, outcomes[0].results["rows"].get("teacher", {}))
     if curves is not None:
@@ -142,6 +145,17 @@ def write_report(folders: Sequence[Path], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(_page(title, parts), encoding="utf-8")
+
+
+def _samples(samples: Mapping[str, Tensor], prompts: Sequence[Sequence[str]]) -> list[str]:
+    """The pictures: beneath their prompts, where all outcomes show the same ones."""
+    if prompts[0] and all(other == prompts[0] for other in prompts):
+        note = '<p class="dim">Each column is of the prompt above it, all from the same seed.</p>'
+        return [note, _image("samples by prompt", png(draw_prompt_grid(samples, prompts[0])))]
+    buffer = io.BytesIO()
+    sample_grid({name: images[:32] for name, images in samples.items()}).save(buffer, "png")
+    note = '<p class="dim">The same position in each band is the same seed.</p>'
+    return [note, _image("samples", buffer.getvalue(), 'class="samples" ')]
 
 
 def _page(title: str, parts: Iterable[str]) -> str:

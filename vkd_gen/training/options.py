@@ -55,6 +55,9 @@ class TrainingOptions:
     """Steps between lines in metrics.jsonl and the trackers."""
     preview_every_steps: int = 0
     """Steps between sample grids in previews/; 0 for none."""
+    validation_prompts: Rare[tuple[str, ...]] = ()
+    """Of models of prompts: what previews and the report show, texts or one file (see eval/generate.py's --prompts); by
+    default captions of held-out images, which scores are always taken on."""
     score_every_steps: Rare[int] = 0
     """Steps between scores of the moving average; 0 for none before the end."""
     checkpointing_steps: Rare[int] = 500
@@ -281,7 +284,7 @@ FREE_TO_CHANGE = frozenset(
     | {"checkpointing_steps", "checkpoints_total_limit", "checkpoints_keep_every_steps", "max_skipped_steps"}
     | {"report_to", "push_to_hub", "hub_model_id", "image_cache", "cache_dir"}
     | {"score_every_steps", "extractor", "extractor_weights", "num_score_samples", "num_inference_steps"}
-    | {"kid_subset_size", "score_teacher", "guidance_scale", "clip_model"}
+    | {"validation_prompts", "kid_subset_size", "score_teacher", "guidance_scale", "clip_model"}
 )
 """Fields that may differ between a run and its resumption: they do not touch what is trained."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vkd_gen.cli import repository_path
@@ -20,8 +20,11 @@ from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.evaluation.card import model_card
 from vkd_gen.evaluation.compare import evaluate
 from vkd_gen.evaluation.diagnostics_figure import save_diagnostics
+from vkd_gen.evaluation.figures import save_figure
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions
+from vkd_gen.evaluation.prompt_grid import draw_prompt_grid
+from vkd_gen.evaluation.prompts import given_prompts, of_images
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import Scorer, make_scorer
 from vkd_gen.evaluation.tables import markdown_table, print_table
@@ -70,6 +73,8 @@ class Run:
     ):
         torch.set_float32_matmul_precision("high")
         self.options, self.flags, self._script = options, dict(flags), script
+        self.validation_prompts = given_prompts(options.validation_prompts)
+        self._guidance_scale: float | None = None
         self.folder = RunFolder(options.output_dir)
         self.point: Path | None = None
         if not options.dry_run:  # which writes nothing, whatever the folder holds
@@ -136,17 +141,22 @@ class Run:
     def encode_data(self, options: DataOptions, *models: Model) -> None:
         """What models of prompts are trained on, encoded by the first; then all of them let go of their encoders."""
         if not models[0].takes_prompts:
+            if self.validation_prompts is not None:
+                raise ValueError("--validation_prompts are for models of prompts, and the teacher takes none")
             return
         sizes = {"seed": self.options.seed, "batch_size": self.options.eval_batch_size}
         self.data = encode_data(self.data, options, models[0], **sizes, say=self.print)
         captioned = self.data.held_out if len(self.data.held_out) else self.data.train
+        prompts = self.validation_prompts or of_images(captioned)
+        assert prompts is not None
         for model in models:
-            model.prompts = [captioned.captions_of(index)[0] for index in range(len(captioned))]
+            model.prompts, model.guidance_scale = prompts.texts, self._guidance_scale
             model.release()
         gc.collect()
 
     def make_scorer(self, options: ScoreOptions) -> Scorer | None:
         """What scores samples against the run's data; None for the extractor `none`."""
+        self._guidance_scale = options.guidance_scale
         options = replace(options, extractor=self.find(options.extractor))
         return make_scorer(options, self.data.reference, self.data.held_out, batch_size=self.options.eval_batch_size)
 
@@ -252,14 +262,24 @@ class Run:
 
     # ---- what a loop does at times
 
-    def preview(self, model: Model) -> Callable[[int], Mapping[str, float]]:
-        """An action of the loop: a grid of samples in previews/."""
+    def preview(self, model: Model, teacher: Model | None = None) -> Callable[[int], Mapping[str, float]]:
+        """An action of the loop: a grid of samples in previews/; of prompts, with the teacher's from equal seeds."""
+        of_teacher: dict[str, Tensor] = {}  # made once
 
         def save(step: int) -> None:
             path = self.folder.path / "previews" / f"step-{step:06d}.png"
             with only_warns(f"the preview {path}", "training goes on"):
-                images = model.images(range(8 if model.takes_prompts else 32), batch_size=self.options.eval_batch_size)
-                save_sample_grid({f"step {step}": images}, path)
+                batch_size = self.options.eval_batch_size
+                if not model.takes_prompts:
+                    save_sample_grid({f"step {step}": model.images(range(32), batch_size=batch_size)}, path)
+                    return
+                if teacher is not None and not of_teacher:
+                    of_teacher["teacher"] = teacher.images(range(8), batch_size=batch_size)
+                rows = {**of_teacher, f"step {step}": model.images(range(8), batch_size=batch_size)}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_figure(
+                    draw_prompt_grid(rows, [model.prompts[seed % len(model.prompts)] for seed in range(8)]), path
+                )
 
         def act(step: int) -> Mapping[str, float]:
             on_main_process(lambda: save(step))
