@@ -205,7 +205,7 @@ def make_scorer(options: ScoreOptions, images: Images, held_out: Images, *, batc
     if options.extractor == "none":
         return None
     sources = from_images("training images", images), from_images("held-out images", held_out)
-    scorer = Scorer(options, *sources, batch_size=batch_size, prompts=of_images(held_out))
+    scorer = Scorer(options, *sources, batch_size=batch_size, prompts=of_images(held_out) or of_images(images))
     note_foreign_features(scorer.extractor, images.name)
     return scorer
 
