@@ -38,12 +38,15 @@ def main(config: TextTeacherConfig) -> None:
     options, folder = config.teacher, Path(config.output_dir)
     announce(f"a text-to-image teacher of {config.dataset}, into {folder}")
 
-    from vkd_gen.training.text_export import finish_text_teacher
+    import torch
+
     from vkd_gen.training.small_diffusion import build_text_teacher, save_tokenizer
+    from vkd_gen.training.text_export import finish_text_teacher
     from vkd_gen.training.text_training import (
         PartTrainer,
         hold_run,
         load_pictures,
+        train_decoder,
         train_denoiser,
         train_vae,
         whiten_latents,
@@ -61,8 +64,9 @@ def main(config: TextTeacherConfig) -> None:
         trainer = PartTrainer(options, folder, say)
         train_vae(pipeline.vae, general.pixels, trainer)
         whiten_latents(pipeline.vae, train.pixels)
+        repeated = [train.pixels] * max(1, len(general.captions) // len(train.captions))
+        train_decoder(pipeline.vae, torch.cat([general.pixels, *repeated]), trainer)
         train_denoiser(pipeline, train, trainer)
-
         finish_text_teacher(pipeline, train, held_out, config.dataset, trainer)
 
 

