@@ -42,6 +42,8 @@ class ScoreOptions:
         """Check what can be checked without loading anything."""
         check_at_least(self, {"num_score_samples": LEAST_IMAGES, "num_inference_steps": 1, "kid_subset_size": 2})
         check_at_least(self, {"guidance_scale": 1})
+        if self.clip_model and self.extractor == "none":
+            raise ValueError("--clip_model scores beside an --extractor, such as inception: name one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,17 +149,17 @@ class Scorer:
 
     def score_model(self, name: str, model: Model, *, num_shown: int = 32) -> tuple[list[Score], Features, ImageSource]:
         """Score a model's samples, image i from seed i; also returns where they came from."""
-        count, steps = self.options.num_score_samples, self.options.num_inference_steps
-        source = from_model(
-            name,
-            model,
-            SamplingOptions(),
-            count=count,
-            num_inference_steps=steps,
-            guidance_scale=self.options.guidance_scale,
-            prompts=self.prompts,
-        )
-        return *self(source, num_shown=num_shown), source
+        with model.whole():  # once, and not for each batch
+            source = from_model(
+                name,
+                model,
+                SamplingOptions(),
+                count=self.options.num_score_samples,
+                num_inference_steps=self.options.num_inference_steps,
+                guidance_scale=self.options.guidance_scale,
+                prompts=self.prompts if model.takes_prompts else None,
+            )
+            return *self(source, num_shown=num_shown), source
 
     def _scores_of(self, features: dict[str, Tensor]) -> list[Score]:
         scores = self._scores_to_reference(features)
@@ -204,8 +204,11 @@ def make_scorer(options: ScoreOptions, images: Images, held_out: Images, *, batc
     """A scorer against a recipe's own data; None for the extractor `none`."""
     if options.extractor == "none":
         return None
+    prompts = of_images(held_out) or of_images(images)
+    if options.clip_model and prompts is None:
+        raise ValueError(f"--clip_model scores images by their prompts, and {images.name} was read without captions")
     sources = from_images("training images", images), from_images("held-out images", held_out)
-    scorer = Scorer(options, *sources, batch_size=batch_size, prompts=of_images(held_out) or of_images(images))
+    scorer = Scorer(options, *sources, batch_size=batch_size, prompts=prompts)
     note_foreign_features(scorer.extractor, images.name)
     return scorer
 
