@@ -141,6 +141,14 @@ def straight(dropout_teacher, tmp_path_factory):
     return folder / "run"
 
 
+def test_an_average_in_the_machines_memory_is_the_same_also_when_interrupted(
+    straight, dropout_teacher, tmp_path, run_recipe, run_interrupted
+):
+    flags = [*every_kind(dropout_teacher), "--ema_device", "cpu"]
+    run_interrupted(RECIPE, *flags, "--output_dir", tmp_path / "run")
+    assert_same_run(straight, tmp_path / "run")
+
+
 def test_features_that_end_early_leave_the_run_to_the_output(straight):
     """Lines of the log know features as long as there are any; after that projectors stand still."""
     lines = read_metrics(straight)

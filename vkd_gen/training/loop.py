@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
@@ -27,6 +26,7 @@ from vkd_gen.data.draws import DrawNumbers, Draws
 from vkd_gen.text import reason
 from vkd_gen.training.guards import Watch, check_state
 from vkd_gen.training.interruption import StopRequest, outlive_sigterm
+from vkd_gen.training.optimizer import average_device, average_step, make_average, make_optimizer
 from vkd_gen.training.run import Run
 from vkd_gen.training.run_folder import checkpoint_step, num_processes_of
 
@@ -66,7 +66,7 @@ class Loop:
         options = self.options
         self.step = 0
         self._bare_module = module
-        optimizer = torch.optim.AdamW(parameter_groups, lr=options.learning_rate, fused=True)
+        optimizer = make_optimizer(options, parameter_groups)
         # Not prepared: accelerate would step it once for each process, and here a step is a step.
         self.learning_rate = get_scheduler(
             options.lr_scheduler,
@@ -76,12 +76,7 @@ class Loop:
         )
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         average.to(self.accelerator.device)
-        self.ema = None
-        if options.ema_max_decay:
-            self.ema = EMAModel(
-                average.parameters(), decay=options.ema_max_decay, use_ema_warmup=True, power=0.75, foreach=True
-            )
-            self.ema.to(self.accelerator.device)
+        self.ema = make_average(options, average.parameters(), self.accelerator.device)
         self._parameters = [parameter for group in parameter_groups for parameter in group["params"]]
         self._actions: list[tuple[int, Callable[[int], Mapping[str, float]], bool]] = []
         self._shown: dict[str, str] = {}  # in the progress line, beside the losses
@@ -123,7 +118,7 @@ class Loop:
             accelerator.step = 0  # between two steps, however many passes they have
             self.step = checkpoint_step(point)
             if self.ema is not None:
-                self.ema.to(accelerator.device)
+                self.ema.to(average_device(self.options, accelerator.device))
             if self._skipped_in_a_row:
                 self._watch.start()
             if num_processes_of(point) != accelerator.num_processes:
@@ -238,7 +233,7 @@ class Loop:
             clip_grads_with_norm_(parameters, options.max_grad_norm, norm)
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.step(self.network.parameters())
+            average_step(self.ema, self.network.parameters())
         self._skipped_in_a_row = 0
         self._watch.stop()
         self._add_to_sums(*(np.float32(value) / accelerator.num_processes for value in values))

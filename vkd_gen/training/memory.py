@@ -1,8 +1,9 @@
 """What a run takes of memory, for each process, found on tensors that have shapes and take none."""
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vkd_gen as vkd
 from vkd_gen.evaluation.cost import LiveBytes
 from vkd_gen.families import family_of
-from vkd_gen.loading import read_json
+from vkd_gen.loading import WEIGHTS, stored_layout, weight_files
 from vkd_gen.losses import prediction_loss
+from vkd_gen.provenance import only_warns
 from vkd_gen.training.matching import NUM_DIAGNOSTIC_DRAWS, build_matching
 from vkd_gen.training.methods import MatchingOptions
 from vkd_gen.training.options import TrainingOptions
+from vkd_gen.training.run import Run
 
 NUM_PARTS = 20
 """Of a step, by the gradients that are there: what else is there is at its largest in another part for each batch."""
@@ -42,30 +45,43 @@ class StepMemory:
     Attributes:
         rows: of the batch.
         activations: what the forward pass keeps for the backward pass, the teacher's features included.
+        constant: of these, what does not grow with the rows: the weights in half precision, for autocast.
         peaks: the most that is there in each part of the step, with the gradients that there are by its end.
     """
 
     rows: int
     activations: int
+    constant: int
     peaks: tuple[tuple[int, int], ...]
 
     def peak(self, rows: int, standing_gradients: int = 0) -> int:
         """The most that is there at once, gradients included, with so many rows.
 
         Args:
-            rows: all but gradients grows with them.
+            rows: all but gradients and `constant` grows with them.
             standing_gradients: those of earlier passes, which are there from the start.
         """
         share = rows / self.rows
-        return max(int(share * (peak - gradients)) + max(gradients, standing_gradients) for peak, gradients in self.peaks)
+        return max(
+            int(share * grows) + stands + max(gradients, standing_gradients)
+            for grows, stands, gradients in self._parts()
+        )
 
     def rows_within(self, available: int, standing_gradients: int = 0) -> int:
         """How many rows have their peak within so many bytes; 0 for none."""
-        limits = []
-        for peak, gradients in self.peaks:
-            left = available - max(gradients, standing_gradients)
-            limits.append(left * self.rows // max(1, peak - gradients))
+        limits = [
+            (available - stands - max(gradients, standing_gradients)) * self.rows // max(1, grows)
+            for grows, stands, gradients in self._parts()
+        ]
         return max(0, min(limits))
+
+    def _parts(self) -> list[tuple[int, int, int]]:
+        """Of each part of the step what grows with the rows, what does not, and gradients."""
+        parts = []
+        for peak, gradients in self.peaks:
+            stands = min(self.constant, peak - gradients)
+            parts.append((peak - gradients - stands, stands, gradients))
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +155,8 @@ class Rehearsal:
 
     def _without_memory(self, module: nn.Module) -> None:
         for part in module.modules():
-            for kept in (part._parameters, part._buffers):
+            stores: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+            for kept in stores:
                 for name, value in kept.items():
                     if value is not None:
                         fake = self._mode.from_tensor(value.detach()).to(self._device)
@@ -181,30 +198,33 @@ class Rehearsal:
         for handle in handles:
             handle.remove()
         self.projected.zero_grad(set_to_none=True)
-        return StepMemory(rows=rows, activations=activations, peaks=tuple(peaks))
+        half = self._precision != torch.float32
+        constant = sum(value.nbytes for value in self.student.parameters()) // 2 if half else 0
+        return StepMemory(rows=rows, activations=activations, constant=constant, peaks=tuple(peaks))
 
     def _forward(self, sample: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
         precision = self._precision
-        weights, noisy, answer, features = self._weights, sample + sample, None, None
+        weights, noisy = self._weights, sample + sample
+        answer: Tensor | None = None
+        features: Mapping[str, Tensor] | None = None
         if weights.output or weights.feature:
             answer, features = self.teacher(noisy, timesteps, conditioning, with_features=weights.feature > 0)
         compared = features if weights.feature else None
         with torch.autocast(self._device.type, dtype=precision, enabled=precision != torch.float32):
             prediction, losses = self.projected(noisy, timesteps, conditioning, compared, self._loss)
-        targets = [sample] * bool(weights.denoising) + [answer] * bool(weights.output)
-        terms = [prediction_loss(prediction.float(), target) for target in targets]
+        targets = (sample if weights.denoising else None, answer if weights.output else None)
+        terms = [prediction_loss(prediction.float(), target) for target in targets if target is not None]
         return torch.stack([*terms, *(value.mean() for value in losses.values())]).sum()
-
 
     def memory(self, options: TrainingOptions, num_processes: int) -> Memory:
         """What a process takes all the time."""
         trained = sum(value.nbytes for value in self.projected.parameters() if value.requires_grad)
-        student = sum(value.nbytes for value in self.student.parameters())
+        averaged = options.ema_max_decay and (options.ema_device == "same" or self._device.type == "cpu")
         return Memory(
             weights=trained + sum(value.nbytes for value in self.projected.buffers()),
             gradients=trained * (2 if num_processes > 1 else 1),
-            optimizer=2 * trained,
-            averages=student if options.ema_max_decay else 0,
+            optimizer=trained // 2 if options.optimizer == "adamw8bit" else 2 * trained,
+            averages=sum(value.nbytes for value in self.student.parameters()) if averaged else 0,
             teacher=sum(value.nbytes for value in self.teacher.unet.parameters()),
         )
 
@@ -217,3 +237,108 @@ def _of_rows(value: Any, rows: int, name: str) -> Any:
         return value
     shape = (TOKENS, value.shape[2]) if name == "encoder_hidden_states" else value.shape[1:]
     return value.new_zeros(rows, *shape)
+
+
+def encoder_bytes(source: str) -> int:
+    """Float32 bytes of a teacher's VAE and text encoders, of a folder's or a known name's; 0 where it has none.
+
+    Args:
+        source: as --teacher has it; what lies on the hub is not looked at.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return 4 * ENCODERS.get(source, 0)
+    layouts = []
+    for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        for name in ("model", WEIGHTS):
+            with contextlib.suppress(ValueError, OSError):  # a part that is not there, or not in this form
+                layouts.append(stored_layout(weight_files(folder / part, name=name)))
+    return 4 * sum(math.prod(shape) for layout in layouts for shape, _ in layout.values())
+
+
+def memory_table(
+    rehearsal: Rehearsal,
+    options: TrainingOptions,
+    matching: MatchingOptions,
+    *,
+    num_processes: int,
+    available: int,
+    where: str,
+    encoders: int,
+) -> str:
+    """What each process takes, with and without gradient checkpointing, and which batch would fit.
+
+    Args:
+        rehearsal: of the run.
+        options: of the run.
+        matching: of the recipe.
+        num_processes: of the run.
+        available: bytes for each process.
+        where: these are, in words.
+        encoders: bytes of what leaves before the first step.
+    """
+    memory, branches = rehearsal.memory(options, num_processes), 2 if matching.guidance_branches == "both" else 1
+    # What several passes sum up in, and what processes exchange, is there from the start.
+    trained = memory.gradients // (2 if num_processes > 1 else 1)
+    stands = trained if options.gradient_accumulation_steps > 1 else 0
+    copies = memory.gradients - trained
+    rows, draws = options.train_batch_size * branches, min(options.eval_batch_size, NUM_DIAGNOSTIC_DRAWS)
+    terms = sum(weight > 0 for weight in vars(matching.weights).values())
+    measures = rehearsal.projected.layer_pairs and matching.diagnostics_every_steps
+    columns: list[list[str]] = []
+    for checkpointing in (False, True):
+        step = rehearsal.step(rows, checkpointing=checkpointing)
+        # In float32; each term's gradient in float64, and one as it comes and in one piece.
+        kept = (step.activations - step.constant) * (2 if step.constant else 1) * draws * branches // step.rows
+        measured = kept + (2 * terms + 2) * trained if measures else 0
+        # Averaging takes the difference to the weights, all of it at once.
+        ending = memory.gradients + memory.averages
+        most = memory.standing + max(step.peak(rows, stands) + copies, ending, measured)
+        left = int(available * (1 - KEPT_FREE)) - memory.standing - copies
+        fits = step.rows_within(left, stands) // branches if left > max(ending, measured) - copies else 0
+        columns.append(
+            [
+                _gb(value)
+                for value in (*vars(memory).values(), step.activations, *([measured] if measures else []), most)
+            ]
+        )
+        columns[-1].append(f"{fits:,}" if fits else "none")
+    names = ["weights", "gradients", f"optimizer ({options.optimizer})", "averages", "teacher"]
+    names += [f"activations, batch of {options.train_batch_size}"]
+    names += [f"measurements, {draws} draws (--eval_batch_size)"] if measures else []
+    names += ["together, at most", f"largest batch in {_gb(available)} GB {where}"]
+    lines = [f"{name:<46}{one:>10}{other:>26}" for name, one, other in zip(names, *columns, strict=True)]
+    lines = [f"{'memory of each process':<46}{'GB':>10}{'--gradient_checkpointing':>26}", *lines]
+    return "\n".join(
+        [*lines, *([f"{'VAE and text encoders, until all is encoded':<46}{_gb(encoders):>10}"] * (encoders > 0))]
+    )
+
+
+def show_memory(config: Any, student: ModelMixin, teacher: ModelMixin, pairs: list[vkd.LayerPair], run: Run) -> None:
+    """Print the table of a run's memory, of a student recipe's complete configuration and networks without weights."""
+    with only_warns("the table of memory", "the rest of the plan is right"):
+        num_processes = run.accelerator.num_processes
+        available, where = available_bytes(run.device, num_processes)
+        types = {"teacher_dtype": run.dtype, "precision": run.dtype}
+        text = memory_table(
+            Rehearsal(student, teacher, pairs, config.matching, device=run.device, **types),
+            config.training,
+            config.matching,
+            num_processes=num_processes,
+            available=available,
+            where=where,
+            encoders=encoder_bytes(run.find(config.teacher)),
+        )
+        run.print(text)
+
+
+def available_bytes(device: torch.device, num_processes: int) -> tuple[int, str]:
+    """Bytes that each process may take, and in words of what: of a GPU, or its share of this machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory, f"of one {torch.cuda.get_device_name(device)}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // num_processes, "of this machine" + f" for each of {num_processes} processes" * (num_processes > 1)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.2f}" if size >= 1e9 else f"{size / 1e9:.4f}"

@@ -1,6 +1,7 @@
 """What training recipes let their users choose. Loads nothing heavy: flags are read before torch is loaded."""
 
 import dataclasses
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -38,6 +39,8 @@ class TrainingOptions:
     1,000 in the presets cifar10 and custom."""
     adam_weight_decay: Rare[float] = 0.01
     """Weight decay of the network; projectors are never decayed."""
+    optimizer: Rare[Literal["adamw", "adamw8bit"]] = "adamw"
+    """torch's AdamW, or the one of bitsandbytes (else torchao), whose state takes 8 bits in place of 32."""
     max_grad_norm: Rare[float] = 1.0
     """Norm that gradients are clipped to; 0 for no clipping."""
     max_skipped_steps: Rare[int] = 20
@@ -45,6 +48,8 @@ class TrainingOptions:
     ema_max_decay: Rare[float] = 0.9999
     """Highest decay of the exponential moving average of the weights, which is what is exported. It warms up as
     1 - (1 + step)^-0.75. 0 exports the last weights."""
+    ema_device: Rare[Literal["same", "cpu"]] = "same"
+    """Where the moving average is kept: `same`, on the device of the steps, or in the machine's memory."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of forward passes; by default what `accelerate launch` says."""
     gradient_checkpointing: Rare[bool] = False
@@ -289,6 +294,11 @@ FREE_TO_CHANGE = frozenset(
 """Fields that may differ between a run and its resumption: they do not touch what is trained."""
 
 
+def eight_bit_library() -> str | None:
+    """The installed library that has an AdamW of 8 bits; None where there is none."""
+    return next((name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name)), None)
+
+
 def complete(config: Any) -> Any:
     """A recipe's configuration with all filled in that other flags decide: the warm-up and the extractor.
 
@@ -309,6 +319,10 @@ def complete(config: Any) -> Any:
         raise ValueError(
             f"--lr_warmup_steps {warmup} is more than --max_train_steps {steps}: the learning rate would never reach "
             "--learning_rate; leave it out for a tenth of the run"
+        )
+    if training.optimizer == "adamw8bit" and not training.dry_run and not eight_bit_library():
+        raise ValueError(
+            "--optimizer adamw8bit is bitsandbytes' or torchao's, and neither is installed: pip install bitsandbytes"
         )
     check_effects(getattr(config, "matching", METHODS["vkd"]))
     scores = choose_extractor(config.scores, data.dataset)

@@ -27,6 +27,7 @@ from vkd_gen.pairing import pair_table
 from vkd_gen.schedule import Schedule
 from vkd_gen.text_pipelines import TextSource, pipeline_without_weights
 from vkd_gen.training.matching import check_branches, pair_named_or_all, target_channels
+from vkd_gen.training.memory import show_memory
 from vkd_gen.training.options import StudentOptions
 from vkd_gen.training.probe import check_time_embedding
 from vkd_gen.training.run import Run
@@ -213,6 +214,7 @@ def show_plan(config: Any, teacher: ModelMixin, run: Run) -> None:
         widths = [f"{pair.student_channels} -> {target_channels(config.matching, pair)}" for pair in pairs]
         say(pair_table(pairs, {f"projector ({config.matching.projector})": widths}))
     say(describe_models(teacher, student))
+    show_memory(config, student, teacher, pairs, run)
     if isinstance(teacher, UNet2DModel) or text_source(run.find(config.teacher), config.start):
         say(f"the same command without --dry_run trains it, into {config.training.output_dir}")
     else:
