@@ -74,6 +74,10 @@ ARMS: dict[str, Arm] = {
     ),
     "solved-raw-pooled": Arm(features("solved", "none", "--layer_pairs", *POOLED), "solved, means over each image"),
     "cka": Arm(features(**CKA), "relations between positions, by linear CKA"),
+    "bk": Arm(
+        features("identity", "none", "--layers", "bk", method="bk", weight=1),
+        "BK-SDM's recipe: its layers as they are, for students as wide as the teacher",
+    ),
     # Output and features, without denoising.
     "solved-raw-no-denoising": Arm(features("solved", denoising=0), "solved, without denoising"),
     "solved-raw-ratio-0.3-no-denoising": Arm(

@@ -135,7 +135,7 @@ FINALISTS = (
     *("denoising", "denoising-longer", "output", "output-alone", "fitnet"),
     *("solved-raw", "solved-raw-ratio-0.3-no-denoising", "cka-no-denoising"),
 )
-SCREEN = ComparisonConfig(arms=tuple(arm for arm in ARMS if arm not in ("denoising-same-time", DEFAULT)))
+SCREEN = ComparisonConfig(arms=tuple(arm for arm in ARMS if arm not in ("denoising-same-time", "bk", DEFAULT)))
 CONFIRMATION = replace(SCREEN, preset="confirmation", arms=FINALISTS, seed=100, num_seeds=5, max_train_steps=600)
 SECOND_CONFIRMATION = replace(
     CONFIRMATION,
@@ -196,10 +196,37 @@ CIFAR10 = replace(
         *("dataloader_num_workers 0", "extractor none"),
     ),
 )
+EMOJI = replace(
+    CONFIRMATION,
+    preset="emoji",
+    student_preset="custom",
+    teacher="recipes/assets/emoji-teacher",
+    dataset="emoji",
+    arms=("denoising", "output", "output-alone", "fitnet", "bk", DEFAULT),
+    seed=0,
+    num_seeds=1,
+    max_train_steps=600,
+    learning_rate=1e-3,
+    extra=(
+        # As wide as the teacher, which BK-SDM's recipe asks for, and without its lower stage and middle.
+        *("student bk-tiny", "no-random_flip", "dataloader_num_workers 0", "lr_warmup_steps 50"),
+        *("checkpointing_steps 100", "extractor none"),
+    ),
+)
 PRESETS = {
     config.preset: config
     for config in (
-        *(SCREEN, CONFIRMATION, SECOND_CONFIRMATION, RANDOM_START, MNIST, MNIST_SAME_TIME, DIGITS_TENTH, CIFAR10),
+        *(
+            SCREEN,
+            CONFIRMATION,
+            SECOND_CONFIRMATION,
+            RANDOM_START,
+            MNIST,
+            MNIST_SAME_TIME,
+            DIGITS_TENTH,
+            CIFAR10,
+            EMOJI,
+        ),
     )
 }
 

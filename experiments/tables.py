@@ -12,6 +12,8 @@ from vkd_gen.evaluation.tables import Table, print_columns
 
 SHOWN = ("teacher_distance", "denoising_error", r"fid(_(?!training|held_out).+)?", r"kid(_(?!std).+)?")
 """Patterns of the scores that are compared, the least noisy first; less of them is better. The results file has all."""
+OF_PROMPTS = ("guidance_gap_ratio", "wrong_prompt_error", "prompt_rank")
+"""Scores of models with prompts that are shown too: less is not better in them."""
 BASELINE = "denoising"
 """The arm that the gap to the teacher is measured from."""
 
@@ -61,6 +63,11 @@ class Comparison:
         return [name for pattern in SHOWN for name in names if re.fullmatch(pattern, name)]
 
     @property
+    def scores_of_prompts(self) -> list[str]:
+        """Those of `OF_PROMPTS` that there are."""
+        return [name for name in OF_PROMPTS if any(name in record["student"] for record in self.records)]
+
+    @property
     def frechet_distance(self) -> str | None:
         """The name of the Frechet distance among the scores."""
         return next((name for name in self.shown_scores if name.startswith("fid")), None)
@@ -90,7 +97,7 @@ def _scores_table(comparison: Comparison, start: str) -> Table:
     references = comparison.reference.get("rows", {})
     runs = [comparison.runs(start, arm) for arm in comparison.arms]
     columns = [("runs", [f"{len(found)} of {comparison.num_seeds}" for found in runs])]
-    for score in comparison.shown_scores:
+    for score in (*comparison.shown_scores, *comparison.scores_of_prompts):
         decimals = comparison.decimals(start, score)
         values = [list(comparison.scores(start, arm, score).values()) for arm in comparison.arms]
         known = [f"{row[score]:.{decimals}f}" if score in row else "-" for row in references.values()]
@@ -141,6 +148,11 @@ def notes_of(comparison: Comparison) -> list[str]:
         f"Differences are to {comparison.control} on equal seeds, with 95 % t-intervals; * marks an interval that "
         "excludes zero, and the brackets count the seeds in which the arm is better.",
     ]
+    if comparison.scores_of_prompts:
+        notes.append(
+            "But of the guidance gap ratio 1 is best, an error with a wrong prompt should be far above that with the "
+            "right one, and the best rank of the right prompt is 1."
+        )
     if comparison.frechet_distance and BASELINE in comparison.arms:
         name = label_of(comparison.frechet_distance)
         notes.append(f"The share of the gap is that of {name} between {BASELINE} and the teacher.")
