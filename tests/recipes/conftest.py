@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import vkd_gen.evaluation.cost as cost
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.prompt_errors import prompt_errors
+from vkd_gen.evaluation.prompt_errors import prompt_errors
 from vkd_gen.training.checkpoints import read_manifest, seal
 from vkd_gen.training.loop import Loop
 
@@ -62,6 +63,8 @@ def skip_what_costs(monkeypatch):
     monkeypatch.setattr(cost.count_macs, "__code__", no_macs.__code__)
     monkeypatch.setattr(cost.milliseconds_per_image, "__code__", no_times.__code__)
     monkeypatch.setitem(held_out_errors.__wrapped__.__kwdefaults__, "num_draws", 64)
+    for name, few in (("num_draws", 8), ("num_ranked", 2)):
+        monkeypatch.setitem(prompt_errors.__wrapped__.__kwdefaults__, name, few)
     for name, count in {"num_draws": 8, "num_ranked": 4}.items():
         monkeypatch.setitem(prompt_errors.__wrapped__.__kwdefaults__, name, count)
 
