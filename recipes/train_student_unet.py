@@ -26,7 +26,7 @@ class StudentConfig:
     """Distil a teacher into a student."""
 
     preset: str = "digits"
-    """What the other flags start from: digits, mnist, cifar10 or custom."""
+    """What the other flags start from: digits, mnist, emoji, cifar10 or custom."""
     teacher: str = ""
     """Folder or hub id (ID@REVISION) of a diffusers pipeline, of a UNet or of a recipe's run. For --dry_run also a
     config.json, or a name such as stable-diffusion-1."""
@@ -54,11 +54,19 @@ MNIST = replace(
     data=DataOptions(dataset="mnist"),
     start=StudentOptions(student="bk-base"),
     training=TrainingOptions(
-        output_dir="runs/mnist",
-        train_batch_size=64,
-        max_train_steps=2000,
-        learning_rate=1e-3,
+        output_dir="runs/mnist", train_batch_size=64, max_train_steps=2000, learning_rate=1e-3, preview_every_steps=500
+    ),
+)
+EMOJI = StudentConfig(
+    preset="emoji",
+    teacher="recipes/assets/emoji-teacher",
+    data=DataOptions(dataset="emoji"),
+    scores=ScoreOptions(extractor="none", num_inference_steps=25, guidance_scale=4),
+    training=TrainingOptions(
+        output_dir="runs/emoji",
+        train_batch_size=32,
         preview_every_steps=500,
+        validation_prompts=("hot dog", "grapes", "cactus", "cow", "fish", "penguin", "purple circle", "orange circle"),
     ),
 )
 CIFAR10 = StudentConfig(
@@ -74,20 +82,13 @@ CIFAR10 = StudentConfig(
         dataloader_num_workers=4,
     ),
 )
-CUSTOM = replace(
-    CIFAR10,
-    preset="custom",
-    teacher="",
-    data=DataOptions(),
-    training=replace(CIFAR10.training, output_dir="runs/custom"),
-)
-PRESETS = {config.preset: config for config in (DIGITS, MNIST, CIFAR10, CUSTOM)}
+CUSTOM_TRAINING = replace(CIFAR10.training, output_dir="runs/custom")
+CUSTOM = replace(CIFAR10, preset="custom", teacher="", data=DataOptions(), training=CUSTOM_TRAINING)
+PRESETS = {config.preset: config for config in (DIGITS, MNIST, EMOJI, CIFAR10, CUSTOM)}
 
 
 def main(config: StudentConfig) -> None:
     """Distil, export, score and show one student."""
-    if not config.teacher:
-        raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
     config = complete(config)
     options, matching = config.training, config.matching
     aim = "what would be trained" if options.dry_run else f"into {options.output_dir}"
@@ -118,9 +119,7 @@ def main(config: StudentConfig) -> None:
             return
         students.start_student(config.start, student, has_weights, teacher, draws, run)
         frozen = run.freeze(teacher, [pair.teacher for pair in pairs], draws)
-        facts = {"teacher": config.teacher, "method": matching.method}
-        steps, dataset = config.scores.num_inference_steps, config.data.dataset
-        run.try_end("student", student, facts, dataset=dataset, num_inference_steps=steps)
+        run.try_end("student", student, {"teacher": config.teacher, "method": matching.method})
         projected, features = build_projected_student(matching, student.network, frozen, pairs, draws, run)
 
         groups = vkd.parameter_groups(student.network, projected.projectors, options.adam_weight_decay)
@@ -143,8 +142,8 @@ def main(config: StudentConfig) -> None:
             )
             loop.backward(losses)
         loop.finish()
-        scored = None if config.score_teacher else {"student"}
-        run.finish({"teacher": teacher, "student": student}, scorer, scored=scored)
+        models, scored = {"teacher": teacher, "student": student}, None if config.score_teacher else {"student"}
+        run.finish(models, scorer, scored=scored)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,7 @@ def main(config: TeacherConfig) -> None:
         if options.gradient_checkpointing:
             teacher.network.enable_gradient_checkpointing()
         draws = run.draws(teacher.schedule)
-        steps, facts = config.scores.num_inference_steps, {"parameters": parameters}
-        run.try_end("teacher", teacher, facts, dataset=dataset, num_inference_steps=steps)
+        run.try_end("teacher", teacher, {"parameters": parameters})
 
         groups = [{"params": list(teacher.network.parameters()), "weight_decay": options.adam_weight_decay}]
         loop = Loop(run, teacher.network, draws, average=teacher.network, parameter_groups=groups)

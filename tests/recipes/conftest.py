@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 import vkd_gen.evaluation.cost as cost
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.prompt_errors import prompt_errors
-from vkd_gen.evaluation.prompt_errors import prompt_errors
 from vkd_gen.training.checkpoints import read_manifest, seal
 from vkd_gen.training.loop import Loop
 

@@ -309,6 +309,8 @@ def complete(config: Any) -> Any:
         ValueError: in one line, for options that contradict each other.
     """
     data, training = config.data, config.training
+    if getattr(config, "teacher", None) == "":
+        raise ValueError(f"--preset {config.preset} needs --teacher and --dataset")
     if not data.dataset:
         raise ValueError(f"--preset {config.preset} needs --dataset")
     steps, warmup = training.max_train_steps, training.lr_warmup_steps

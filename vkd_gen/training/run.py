@@ -236,20 +236,16 @@ class Run:
         few = next(draws.apart(4, device=self.device, guidance_dropout=0.0))
         check_finite(network, draws.schedule.to(self.device), few, name)
 
-    def try_end(
-        self, name: str, model: Model, facts: Mapping[str, Any], *, dataset: str, num_inference_steps: int
-    ) -> None:
+    def try_end(self, name: str, model: Model, facts: Mapping[str, Any]) -> None:
         """Do before the first step what the end of the run will do; see `try_saving`.
 
         Args:
             name: `student` or `teacher`.
             model: that is to be trained.
             facts: for its card, a row each.
-            dataset: that it is trained on.
-            num_inference_steps: of the scores.
         """
         model.network.to(self.device)
-        self._name, self._num_inference_steps = name, num_inference_steps
+        dataset, self._name, self._num_inference_steps = self.flags["dataset"], name, self.flags["num_inference_steps"]
         facts = {**facts, "steps": self.options.max_train_steps, "seed": self.options.seed}
         title, classes = f"{data_label(dataset)} {name}", model.num_classes or None
 
@@ -257,7 +253,7 @@ class Run:
             return model_card(title, {**facts, **more}, results, data=dataset, num_classes=classes)
 
         self._card = card
-        steps, name = num_inference_steps, f"the {name}"
+        steps, name = self._num_inference_steps, f"the {name}"
         on_main_process(lambda: try_saving(model, self.exported, card(), num_inference_steps=steps, name=name))
 
     # ---- what a loop does at times
