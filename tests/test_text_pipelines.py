@@ -5,13 +5,17 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from torch import nn
 
-from tests.conftest import one_line
+from tests.conftest import one_line, write_payload
 from tests.text_pipelines import tiny_pipeline
+from vkd_gen.evaluation.card import card_origin, model_card
 from vkd_gen.models import Model
 from vkd_gen.pipelines import load_pipeline
-from vkd_gen.text_pipelines import load_text_pipeline
+from vkd_gen.text_pipelines import load_text_pipeline, save_pipeline
+from vkd_gen.text_pipelines.parts import load_tokenizer
 
 pytest.importorskip("transformers")
 KINDS = ("sd1", "sd2", "sdxl")
@@ -143,3 +147,165 @@ def test_a_pipeline_of_another_kind(saved, tmp_path):
     change(tmp_path / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
     with one_line("StableDiffusionInpaintPipeline, which needs more.*of text to image StableDiffusionPipeline and"):
         load_pipeline(str(tmp_path))
+
+
+# ---- saved again
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_what_is_saved_is_stock_and_for_every_version_of_transformers(saved, tmp_path, kind):
+    pipeline = load_text_pipeline(str(saved[kind][1]))
+    Model(pipeline).save(tmp_path / "out", model_card("x", {}, "", data="d", text_pipeline=type(pipeline).__name__))
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(stock) is type(pipeline)
+    stock.set_progress_bar_config(disable=True)
+    assert (images(stock) == images(pipeline)).all()
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index.get("safety_checker", [None, None]) == [None, None]
+    assert str(saved[kind][1]) not in "".join(path.read_text() for path in (tmp_path / "out").rglob("*.json"))
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in index:
+            names = load_file(tmp_path / "out" / name / "model.safetensors")
+            assert all(key.startswith(("text_model.", "text_projection.")) for key in names)
+            place = tmp_path / "out" / name.replace("text_encoder", "tokenizer")
+            (place / "tokenizer.json").unlink()  # as transformers 4 has it
+            assert load_tokenizer(place, 16)("red cat").input_ids == pipeline.tokenizer("red cat").input_ids
+    assert (images(load_text_pipeline(str(tmp_path / "out"))) == images(pipeline)).all()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    assert f"{type(pipeline).__name__}.from_pretrained" in card
+
+
+def test_an_export_in_half_precision_too(saved, tmp_path):
+    pipeline = load_text_pipeline(str(saved["sd1"][1]))
+    Model(pipeline).save(tmp_path / "out", "card", "fp16")
+    assert_same(load_text_pipeline(str(tmp_path / "out")), saved["sd1"][0])
+    half = DiffusionPipeline.from_pretrained(tmp_path / "out", variant="fp16", torch_dtype=torch.float16)
+    assert {value.dtype for model in models(half).values() for value in model.parameters()} == {torch.float16}
+    assert torch.equal(half.unet.conv_in.weight, pipeline.unet.conv_in.weight.half())
+    assert pipeline.unet.dtype == torch.float32
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight[0] = 1e6
+    with one_line("the unet cannot be saved as fp16: conv_in.weight is too large"):
+        save_pipeline(pipeline, tmp_path / "large", "fp16")
+
+
+def test_a_students_card_has_the_teachers_licence(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: own\n---\n# x\n")
+    origin = card_origin(str(tmp_path))
+    assert origin == {"license": "other", "license_name": "own"}
+    card = model_card("x", {}, "", data="d", text_pipeline="StableDiffusionPipeline", origin=origin)
+    assert "license: other\nlicense_name: own" in card
+    assert card_origin(str(tmp_path / "nothing")) == card_origin("") == {}
+
+
+# ---- what is refused
+
+
+def without(*names):
+    def damage(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def changed(file, **entries):
+    return lambda folder: change(folder / file, **entries)
+
+
+def pickled(part, name, old):
+    def damage(folder):
+        (folder / part / old).unlink()
+        (folder / part / name).write_bytes(b"pickle")
+
+    return damage
+
+
+UNET, VAE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"
+INDEX, UNETS, VAES, TEXT = "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"
+TOKENS = ("tokenizer/tokenizer.json",)
+REFUSED = [
+    (without(*TOKENS), "the tokenizer .* is without its vocab.json: take vocab.json and merges.txt"),
+    (without(f"unet/{UNET}"), "unet holds no weights"),
+    (without(UNETS), "unet/config.json is not there"),
+    (without("scheduler/scheduler_config.json"), "scheduler_config.json is not there"),
+    (pickled("vae", "diffusion_pytorch_model.bin", VAE), "vae holds pickled weights only"),
+    (pickled("text_encoder", "pytorch_model.bin", "model.safetensors"), "text_encoder holds pickled weights only"),
+    (changed(INDEX, _class_name="StableDiffusionInpaintPipeline"), "is a StableDiffusionInpaintPipeline; text-to-image"),
+    (changed(INDEX, _class_name="StableDiffusion3Pipeline", transformer=["diffusers", "SD3Transformer2DModel"]),
+     "pipelines of transformers come with a later version"),
+    (changed(INDEX, _class_name="StableDiffusionControlNetPipeline", controlnet=["diffusers", "ControlNetModel"]),
+     "name the pipeline without its ControlNet"),
+    (changed(INDEX, _class_name="MyPipeline"), "code of its own is not run"),
+    (changed(INDEX, unet=["os", "system"]), "its part 'unet' is of 'os'"),
+    (changed(INDEX, text_encoder=["transformers", "T5EncoderModel"]), "its text_encoder is a T5EncoderModel"),
+    (changed(INDEX, vae=["diffusers", "AutoencoderTiny"]), "its vae is a AutoencoderTiny, and must be a AutoencoderKL"),
+    (changed(INDEX, text_encoder=[None, None]), "has no text_encoder, which .* needs; a refiner"),
+    (changed(INDEX, scheduler=["diffusers", "UNet2DModel"]), "must be one of diffusers'"),
+    (changed(UNETS, in_channels=9), "has an inpainting UNet, of 9 channels"),
+    (changed(UNETS, in_channels=8), "a UNet that edits images"),
+    (changed(UNETS, out_channels=8), "maps latents of 4 to 8 channels, and its VAE has 4"),
+    (changed(VAES, latent_channels=16), "maps latents of 4 to 4 channels, and its VAE has 16"),
+    (changed(UNETS, cross_attention_dim=48), r"of width 48 \(cross_attention_dim\), and its text encoders make such of 32"),
+    (changed(TEXT, hidden_size=64), "its text encoders make such of 64"),
+    (changed(UNETS, time_cond_proj_dim=256), "is a consistency model"),
+    (changed(UNETS, num_class_embeds=10), "its UNet has num_class_embeds 10"),
+    (changed(UNETS, block_out_channels=[10**9] * 4), "that could be built: block_out_channels is"),
+    (changed(TEXT, num_hidden_layers=10**6), "that could be built: num_hidden_layers|too many|are missing"),
+    (changed(TEXT, hidden_act="os.system"), "no text encoder that transformers can build"),
+    (changed(TEXT, num_hidden_layers=2), "are of no use to it"),
+    (changed(TEXT, quantization_config={"load_in_8bit": True}), "is of a quantised text encoder"),
+    (changed(TEXT, vocab_size=8), "tokenizer .* has 91 words and its text encoder 8"),
+    (changed(UNETS, block_out_channels=[32, 32, 64, 96]), "have another shape"),
+    (changed("scheduler/scheduler_config.json", beta_end=2), "no schedule of noise"),
+    (lambda folder: (folder / INDEX).write_text("{"), "it is no JSON"),
+    (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"), "the tokenizer .* cannot be loaded"),
+    (lambda folder: (folder / "unet" / UNET).write_bytes(b"x" * 64), "cannot load the pipeline"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "words"), REFUSED, ids=[words[:40] for _, words in REFUSED])
+def test_what_is_refused_in_one_line(folder, damage, words):
+    damage(folder)
+    with one_line(words):
+        load_text_pipeline(str(folder))
+
+
+def test_the_second_encoder_of_another_width(saved, tmp_path):
+    shutil.copytree(saved["sdxl"][1], tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "text_encoder_2/config.json", projection_dim=32)
+    with one_line("reads 72 numbers of prompt and sizes, and its text_encoder_2 makes 80"):
+        load_text_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        ("nowhere", {}, "there is no pipeline folder or file nowhere"),
+        ("some/model", {}, "the hub did not give it"),
+        ("{folder}/unet", {}, "holds no pipeline"),
+        ("{folder}", {"config": "x"}, "--teacher_config is for checkpoints in one file"),
+        ("{folder}", {"variant": "fp16"}, "has no variant 'fp16'; its weights have none"),
+        ("{folder}/unet/config.json", {}, "is no .safetensors file"),
+        ("{folder}/unet/" + UNET, {}, "holds no original checkpoint of Stable Diffusion"),
+        ("{folder}/unet/" + UNET, {"variant": "fp16"}, "is one file, which has no variant fp16"),
+    ],
+)
+def test_what_is_not_there(saved, source, options, words):
+    with one_line(words):
+        load_text_pipeline(source.format(folder=saved["sd1"][1]), **options)
+
+
+def test_nothing_is_run_or_unpickled(folder, executed):
+    """A pickle in place of each file of weights, and code beside them."""
+    for part, name in (("unet", UNET), ("vae", VAE), ("text_encoder", "model.safetensors")):
+        kept = (folder / part / name).read_bytes()
+        write_payload(folder / part / name, executed)
+        with pytest.raises(ValueError, match="cannot load the pipeline"):
+            load_text_pipeline(str(folder))
+        (folder / part / name).write_bytes(kept)
+    (folder / "pipeline.py").write_text(f"open({str(executed)!r}, 'w')")
+    change(folder / TEXT, auto_map={"AutoModel": "pipeline.Model"}, _attn_implementation="some/kernel")
+    (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+    load_text_pipeline(str(folder))

@@ -24,6 +24,7 @@ from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of, stoc
 from vkd_gen.provenance import only_warns
 from vkd_gen.schedule import PredictionType, Schedule
 from vkd_gen.text import reason
+from vkd_gen.text_pipelines import save_pipeline
 
 
 class Model:
@@ -274,14 +275,16 @@ class Model:
             raise ValueError(_describe_broken(name, self.pipeline, is_finite, seeds, precision))
         return images.permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
 
-    def save(self, folder: Path, card: str) -> None:
+    def save(self, folder: Path, card: str, variant: str | None = None) -> None:
         """Save a pipeline folder with its model card; it appears under its name once it is complete.
+
+        With the variant `fp16` it also has the weights in half precision; see `save_pipeline`.
 
         `DiffusionPipeline.from_pretrained` loads it without this package; a class-conditional UNet's is loaded by
         `ClassConditionalDDIMPipeline.from_pretrained`, and its UNet alone by diffusers' own `UNet2DModel`.
         """
         with self.whole(), whole_folder(folder) as temporary:
-            self.pipeline.save_pretrained(temporary, safe_serialization=True)
+            save_pipeline(self.pipeline, temporary, variant)
             with only_warns(f"the model card of {folder}", "the weights are saved"):
                 save_card(temporary, card)
 

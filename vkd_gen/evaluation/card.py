@@ -1,5 +1,6 @@
 """Model cards: what a run says of its pipeline, and scores where the hub and a reader look for them."""
 
+import contextlib
 import math
 import re
 import shlex
@@ -11,8 +12,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vkd_gen.evaluation.tables import markdown_table
+from vkd_gen.hub import hub_folder, hub_revision, split_revision
 from vkd_gen.models import save_card
-from vkd_gen.provenance import environment
+from vkd_gen.provenance import environment, only_warns
 from vkd_gen.text import markdown_text, printable
 
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
@@ -29,8 +31,45 @@ images = pipeline(class_labels=[0, 1], guidance_scale=3.0).images  # guidance_sc
 
 unet = UNet2DModel.from_pretrained("THIS_FOLDER", subfolder="unet")  # needs diffusers alone"""
 
+TEXT_USE = """from diffusers import CLASS
 
-def model_card(title: str, facts: Mapping[str, Any], results: str, *, data: str, num_classes: int | None = None) -> str:
+pipeline = CLASS.from_pretrained("THIS_FOLDER")
+images = pipeline(["a prompt", "another one"], num_inference_steps=25).images"""
+WITHOUT_SAFETY_CHECKER = """The teacher's safety checker, feature extractor and image encoder, where it has some, are left
+out: whoever wants them hands them to `from_pretrained`, as in `safety_checker=...`."""
+
+
+def card_origin(teacher: str) -> dict[str, Any]:
+    """What the metadata of a student's card have from its teacher: `base_model` of the hub, and its card's licence.
+
+    Args:
+        teacher: folder, file or hub id; empty for none. A card of the hub is read where it is in the cache here.
+    """
+    path, found = Path(teacher), {}
+    if not teacher:
+        return {}
+    place = next((place for place in (path, path / "pipeline") if (place / "README.md").is_file()), None)
+    if not path.exists() and hub_revision(teacher) is not None:
+        found["base_model"] = split_revision(teacher)[0]
+        with contextlib.suppress(ValueError):
+            place = hub_folder(teacher, ["README.md"])
+    if place is not None:
+        with only_warns(f"the licence in {place / 'README.md'}", "the student's card names none"):
+            entries = ModelCard.load(place / "README.md").data.to_dict()
+            found |= {name: entries[name] for name in ("license", "license_name", "license_link") if entries.get(name)}
+    return found
+
+
+def model_card(
+    title: str,
+    facts: Mapping[str, Any],
+    results: str,
+    *,
+    data: str,
+    num_classes: int | None = None,
+    text_pipeline: str | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> str:
     """The card of a pipeline that this process has trained, Markdown with the hub's metadata.
 
     Args:
@@ -39,9 +78,17 @@ def model_card(title: str, facts: Mapping[str, Any], results: str, *, data: str,
         results: Markdown, such as the table of results.
         data: the training set's name or id.
         num_classes: of a class-conditional model.
+        text_pipeline: class of the pipeline, of a model that takes prompts.
+        origin: further metadata, from `card_origin`.
     """
     kind = "unconditional" if num_classes is None else "class-conditional"
-    metadata = ModelCardData(library_name="diffusers", tags=["vkd-gen", f"{kind}-image-generation"])
+    use = UNCONDITIONAL_USE if num_classes is None else CLASS_CONDITIONAL_USE
+    tag: dict[str, Any] = {"tags": ["vkd-gen", f"{kind}-image-generation"]}
+    if text_pipeline is not None:
+        use = TEXT_USE.replace("CLASS", text_pipeline)
+        tag = {"tags": ["vkd-gen"], "pipeline_tag": "text-to-image"}
+        results = f"{results}\n\n{WITHOUT_SAFETY_CHECKER}" if results else WITHOUT_SAFETY_CHECKER
+    metadata = ModelCardData(library_name="diffusers", **tag, **(origin or {}))
     if num_classes is not None:
         facts = {**facts, "classes": f"0 to {num_classes - 1}; {num_classes} for no class"}
     rows = "\n".join(f"| {markdown_text(name)} | {markdown_text(value)} |" for name, value in facts.items())
@@ -65,7 +112,7 @@ Trained on {markdown_text(data)} with
 ```
 
 ```python
-{UNCONDITIONAL_USE if num_classes is None else CLASS_CONDITIONAL_USE}
+{use}
 ```
 
 Made with {versions}.
@@ -103,7 +150,9 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
         return f"{path} keeps its scores of {of[0]}; these are of {of[1]}"
     metadata = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
     kept = [result for result in earlier if result not in replaced]
-    card.data = ModelCardData(**metadata, model_name=title, eval_results=kept + _for_the_hub(row, data, protocol))
+    card.data = ModelCardData(
+        **metadata, model_name=title, eval_results=kept + _for_the_hub(row, data, protocol, metadata)
+    )
     section = f"{BEGIN}\n## Scores\n\n{markdown_table({'rows': {title: row}, 'protocol': protocol})}\n{END}"
     if BEGIN in card.text and END in card.text:
         card.text = re.sub(f"{BEGIN}.*?{END}", lambda _: section, card.text, flags=re.DOTALL)
@@ -113,10 +162,12 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
     return str(path)
 
 
-def _for_the_hub(row: Mapping[str, float], data: str, protocol: Mapping[str, Any]) -> list[EvalResult]:
+def _for_the_hub(
+    row: Mapping[str, float], data: str, protocol: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> list[EvalResult]:
     told = {key: protocol[key] for key in PROTOCOL if protocol.get(key) is not None}
     of_data: dict[str, Any] = {
-        "task_type": "unconditional-image-generation",
+        "task_type": metadata.get("pipeline_tag") or "unconditional-image-generation",
         "dataset_type": data,
         "dataset_name": data,
     }

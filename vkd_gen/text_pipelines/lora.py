@@ -1,7 +1,7 @@
 """LoRA merged into a pipeline's weights: afterwards it is a pipeline like any other.
 
-diffusers renames the layers of the many formats there are; the sum is taken here, since transformers refuses versions of
-peft that diffusers takes.
+diffusers renames the layers of the many formats there are; the sum is taken here, since transformers refuses
+versions of peft that diffusers takes.
 """
 
 import json

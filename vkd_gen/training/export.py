@@ -16,6 +16,7 @@ from vkd_gen.models import Model, save_card
 from vkd_gen.pipelines import load_pipeline, usable_steps
 from vkd_gen.provenance import only_warns
 from vkd_gen.text import reason
+from vkd_gen.text_pipelines import save_pipeline
 from vkd_gen.training.options import TrainingOptions
 
 
@@ -35,7 +36,7 @@ def try_saving(model: Model, folder: Path, card: str, *, num_inference_steps: in
         model.images(range(2), num_inference_steps=2, name=f"{name} at its start")
         # A loaded network is first filled with random weights.
         with torch.random.fork_rng(devices=[]), model.whole():
-            model.pipeline.save_pretrained(temporary, safe_serialization=True)
+            save_pipeline(model.pipeline, temporary)
             save_card(temporary, card)
             load_pipeline(str(temporary))
     except Exception as error:  # diffusers, the system and the hub's library raise all kinds of errors

@@ -75,6 +75,8 @@ class TrainingOptions:
     """`latest` or a checkpoint folder: go on from there, to the result of a run without the interruption."""
     report_to: str | None = None
     """Experiment tracker beside metrics.jsonl, such as `tensorboard` or `wandb`."""
+    export_variant: Rare[Literal["fp16"] | None] = None
+    """fp16: the exported pipeline has its weights in half precision too, for from_pretrained(FOLDER, variant="fp16")."""
     push_to_hub: Rare[bool] = False
     """Upload the exported pipeline to the Hugging Face hub. Its repository is made before the run."""
     hub_model_id: Rare[str | None] = None
@@ -287,7 +289,7 @@ FREE_TO_CHANGE = frozenset(
     {"output_dir", "resume_from_checkpoint", "dry_run"}
     | {"dataloader_num_workers", "eval_batch_size", "log_every_steps", "preview_every_steps"}
     | {"checkpointing_steps", "checkpoints_total_limit", "checkpoints_keep_every_steps", "max_skipped_steps"}
-    | {"report_to", "push_to_hub", "hub_model_id", "image_cache", "cache_dir"}
+    | {"report_to", "export_variant", "push_to_hub", "hub_model_id", "image_cache", "cache_dir"}
     | {"score_every_steps", "extractor", "extractor_weights", "num_score_samples", "num_inference_steps"}
     | {"validation_prompts", "kid_subset_size", "score_teacher", "guidance_scale", "clip_model"}
 )

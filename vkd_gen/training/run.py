@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from vkd_gen.cli import repository_path
 from vkd_gen.data.draws import Draws
 from vkd_gen.distillation import FrozenTeacher
-from vkd_gen.evaluation.card import model_card
+from vkd_gen.evaluation.card import card_origin, model_card
 from vkd_gen.evaluation.compare import evaluate
 from vkd_gen.evaluation.diagnostics_figure import save_diagnostics
 from vkd_gen.evaluation.figures import save_figure
@@ -248,9 +248,18 @@ class Run:
         dataset, self._name, self._num_inference_steps = self.flags["dataset"], name, self.flags["num_inference_steps"]
         facts = {**facts, "steps": self.options.max_train_steps, "seed": self.options.seed}
         title, classes = f"{data_label(dataset)} {name}", model.num_classes or None
+        origin = card_origin(self.find(str(facts.get("teacher", ""))))
 
         def card(results: str = "", **more: Any) -> str:
-            return model_card(title, {**facts, **more}, results, data=dataset, num_classes=classes)
+            return model_card(
+                title,
+                {**facts, **more},
+                results,
+                data=dataset,
+                num_classes=classes,
+                text_pipeline=type(model.pipeline).__name__ if model.takes_prompts else None,
+                origin=origin,
+            )
 
         self._card = card
         steps, name = self._num_inference_steps, f"the {name}"
@@ -324,7 +333,9 @@ class Run:
             )
         cost = self.cost()
         # Exported before it is scored, so that nothing which fails from here on can lose it.
-        on_main_process(lambda: models[name].save(self.exported, self._card(training=cost)))
+        on_main_process(
+            lambda: models[name].save(self.exported, self._card(training=cost), self.options.export_variant)
+        )
         self.accelerator.wait_for_everyone()
         with contextlib.ExitStack() as all_whole, after_export(self.exported):
             for model in models.values():
