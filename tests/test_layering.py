@@ -31,7 +31,9 @@ CORE = FOUNDATIONS | {
     "families": {"choices", "reductions", "features", "schedule"},
     "text_pipelines": {"hub", "limits", "loading", "text"},
     "pipelines": {"choices", "hub", "loading", "text", "text_pipelines"},
-    "models": {"choices", "encoders", "families", "files", "pipelines", "provenance", "schedule", "text"},
+    "models": {
+        "choices", "encoders", "families", "files", "pipelines", "provenance", "schedule", "text", "text_pipelines",
+    },
     "calibration": {"features", "schedule", "normalization"},
     "distillation": {
         "families", "features", "pairing", "projectors", "normalization", "calibration", "losses", "schedule",

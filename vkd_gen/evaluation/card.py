@@ -35,8 +35,8 @@ TEXT_USE = """from diffusers import CLASS
 
 pipeline = CLASS.from_pretrained("THIS_FOLDER")
 images = pipeline(["a prompt", "another one"], num_inference_steps=25).images"""
-WITHOUT_SAFETY_CHECKER = """The teacher's safety checker, feature extractor and image encoder, where it has some, are left
-out: whoever wants them hands them to `from_pretrained`, as in `safety_checker=...`."""
+WITHOUT_SAFETY_CHECKER = """The teacher's safety checker, feature extractor and image encoder, where it has some,
+are left out: whoever wants them hands them to `from_pretrained`, as in `safety_checker=...`."""
 
 
 def card_origin(teacher: str) -> dict[str, Any]:
@@ -150,9 +150,8 @@ def update_model_card(folder: Path, results: dict[str, Any], name: str, data: st
         return f"{path} keeps its scores of {of[0]}; these are of {of[1]}"
     metadata = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
     kept = [result for result in earlier if result not in replaced]
-    card.data = ModelCardData(
-        **metadata, model_name=title, eval_results=kept + _for_the_hub(row, data, protocol, metadata)
-    )
+    kept += _for_the_hub(row, data, protocol, metadata)
+    card.data = ModelCardData(**metadata, model_name=title, eval_results=kept)
     section = f"{BEGIN}\n## Scores\n\n{markdown_table({'rows': {title: row}, 'protocol': protocol})}\n{END}"
     if BEGIN in card.text and END in card.text:
         card.text = re.sub(f"{BEGIN}.*?{END}", lambda _: section, card.text, flags=re.DOTALL)

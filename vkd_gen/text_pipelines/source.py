@@ -98,7 +98,16 @@ def find_source(source: str, *, variant: str | None = None, config: str | None =
     if path.is_file():
         if variant is not None:
             raise ValueError(f"{source} is one file, which has no variant {variant}: leave --teacher_variant out")
-        found = find_source(config or configurations_of(path))
+        known = configurations_of(path)
+        try:
+            found = find_source(config or known)
+        except ValueError as error:
+            if config is not None:
+                raise
+            raise ValueError(
+                f"{source} needs the configuration of its pipeline, {known}: name a folder or hub id of such a one by "
+                f"--teacher_config ({error})"
+            ) from error
         return TextSource(**{**vars(found), "name": source, "checkpoint": path})
     if config is not None:
         raise ValueError(f"{source} has its own configuration; --teacher_config is for checkpoints in one file")

@@ -76,7 +76,7 @@ class TrainingOptions:
     report_to: str | None = None
     """Experiment tracker beside metrics.jsonl, such as `tensorboard` or `wandb`."""
     export_variant: Rare[Literal["fp16"] | None] = None
-    """fp16: the exported pipeline has its weights in half precision too, for from_pretrained(FOLDER, variant="fp16")."""
+    """fp16: export the weights in half precision too, which from_pretrained(FOLDER, variant="fp16") loads."""
     push_to_hub: Rare[bool] = False
     """Upload the exported pipeline to the Hugging Face hub. Its repository is made before the run."""
     hub_model_id: Rare[str | None] = None
