@@ -62,8 +62,6 @@ def skip_what_costs(monkeypatch):
     monkeypatch.setattr(cost.count_macs, "__code__", no_macs.__code__)
     monkeypatch.setattr(cost.milliseconds_per_image, "__code__", no_times.__code__)
     monkeypatch.setitem(held_out_errors.__wrapped__.__kwdefaults__, "num_draws", 64)
-    for name, few in (("num_draws", 8), ("num_ranked", 2)):
-        monkeypatch.setitem(prompt_errors.__wrapped__.__kwdefaults__, name, few)
     for name, count in {"num_draws": 8, "num_ranked": 4}.items():
         monkeypatch.setitem(prompt_errors.__wrapped__.__kwdefaults__, name, count)
 
