@@ -66,7 +66,7 @@ def _named(flag: str, known: Mapping[str, Any], default: str) -> str:
         elif argument.startswith(f"--{flag}="):
             name = argument.removeprefix(f"--{flag}=")
     if name not in known:
-        _exit(f"there is no {flag} {name!r}; choose one of {', '.join(known)}")
+        _exit(f"there is no {flag} {name!r}; choose one of {', '.join(filter(None, known))}")
     return name
 
 
