@@ -282,7 +282,7 @@ def memory_table(
     trained = memory.gradients // (2 if num_processes > 1 else 1)
     stands = trained if options.gradient_accumulation_steps > 1 else 0
     copies = memory.gradients - trained
-    rows, draws = options.train_batch_size * branches, min(options.eval_batch_size, NUM_DIAGNOSTIC_DRAWS)
+    rows, draws = options.train_batch_size * branches, min(options.batch_size_apart, NUM_DIAGNOSTIC_DRAWS)
     terms = sum(weight > 0 for weight in vars(matching.weights).values())
     measures = rehearsal.projected.layer_pairs and matching.diagnostics_every_steps
     columns: list[list[str]] = []

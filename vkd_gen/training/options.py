@@ -24,8 +24,9 @@ class TrainingOptions:
     """Seed of initialisation, data order, noise and timesteps."""
     train_batch_size: int = 128
     """Images per process and forward pass."""
-    eval_batch_size: Rare[int] = 64
-    """Images per forward pass in calibration, previews and scores."""
+    eval_batch_size: Rare[int | None] = None
+    """Images per forward pass in calibration, measurements, encoding, previews and scores; by default 64, in the preset
+    custom no more than --train_batch_size."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
     max_train_steps: int = 1000
@@ -93,6 +94,11 @@ class TrainingOptions:
             raise ValueError(f"--ema_max_decay must be at least 0 and below 1, not {self.ema_max_decay}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate must be above 0 and finite, not {self.learning_rate}")
+
+    @property
+    def batch_size_apart(self) -> int:
+        """Images per forward pass outside of training steps."""
+        return 64 if self.eval_batch_size is None else self.eval_batch_size
 
 
 MINIMA = {
@@ -328,6 +334,8 @@ def complete(config: Any) -> Any:
         raise ValueError(
             "--optimizer adamw8bit is bitsandbytes' or torchao's, and neither is installed: pip install bitsandbytes"
         )
+    if training.eval_batch_size is None and config.preset == "custom":
+        training = replace(training, eval_batch_size=min(64, training.train_batch_size))
     check_effects(getattr(config, "matching", METHODS["vkd"]))
     scores = choose_extractor(config.scores, data.dataset)
     if scores.extractor == "none" and training.score_every_steps:

@@ -135,7 +135,7 @@ class Run:
         """What the run draws of its data; see `Draws`."""
         options = self.options
         return self.data.draws(
-            schedule, seed=options.seed, batch_size=options.eval_batch_size, both_branches=both_branches
+            schedule, seed=options.seed, batch_size=options.batch_size_apart, both_branches=both_branches
         )
 
     def encode_data(self, options: DataOptions, *models: Model) -> None:
@@ -144,7 +144,7 @@ class Run:
             if self.validation_prompts is not None:
                 raise ValueError("--validation_prompts are for models of prompts, and the teacher takes none")
             return
-        sizes = {"seed": self.options.seed, "batch_size": self.options.eval_batch_size}
+        sizes = {"seed": self.options.seed, "batch_size": self.options.batch_size_apart}
         self.data = encode_data(self.data, options, models[0], **sizes, say=self.print)
         captioned = self.data.held_out if len(self.data.held_out) else self.data.train
         prompts = self.validation_prompts or of_images(captioned)
@@ -158,7 +158,7 @@ class Run:
         """What scores samples against the run's data; None for the extractor `none`."""
         self._guidance_scale = options.guidance_scale
         options = replace(options, extractor=self.find(options.extractor))
-        return make_scorer(options, self.data.reference, self.data.held_out, batch_size=self.options.eval_batch_size)
+        return make_scorer(options, self.data.reference, self.data.held_out, batch_size=self.options.batch_size_apart)
 
     def begin(self, sources: Mapping[str, tuple[str, Model, bool]], scored_by: Mapping[str, Any]) -> bool:
         """Hold the folder, compare what it holds with what is asked for, and write that down; for all processes.
@@ -274,7 +274,7 @@ class Run:
         def save(step: int) -> None:
             path = self.folder.path / "previews" / f"step-{step:06d}.png"
             with only_warns(f"the preview {path}", "training goes on"):
-                batch_size = self.options.eval_batch_size
+                batch_size = self.options.batch_size_apart
                 if not model.takes_prompts:
                     save_sample_grid({f"step {step}": model.images(range(32), batch_size=batch_size)}, path)
                     return
@@ -346,7 +346,7 @@ class Run:
                 scorer=scorer,
                 scored=scored,
                 num_inference_steps=self._num_inference_steps,
-                batch_size=self.options.eval_batch_size,
+                batch_size=self.options.batch_size_apart,
             )
             if main:
                 samples |= {"held-out images": to_uint8(data.held_out.stack(32))} if shows_data else {}
