@@ -205,7 +205,7 @@ EMOJI = replace(
     arms=("denoising", "output", "output-alone", "fitnet", "bk", DEFAULT),
     seed=0,
     num_seeds=1,
-    max_train_steps=600,
+    max_train_steps=500,
     learning_rate=1e-3,
     extra=(
         # As wide as the teacher, which BK-SDM's recipe asks for, and without its lower stage and middle.

@@ -4,6 +4,7 @@ import pytest
 
 from figures import OPEN, draw_differences
 from tables import Comparison, markdown_page, tables_of
+from vkd_gen.evaluation.labels import label_of
 
 DISTANCES = {  # arm -> by seed
     "denoising": (0.0140, 0.0160, 0.0150),
@@ -48,6 +49,18 @@ def test_means_spreads_and_differences_by_hand():
     assert cells(differences, "fitnet")["FID (digits)"] == "-1.50 ± 1.24* (3/3)"
     assert cells(differences, "denoising")["FID (digits)"] == "+4.00 ± 2.48* (0/3)"
     assert differences.names == ["denoising", "fitnet"]
+
+
+def test_scores_of_prompts_are_shown_and_not_compared():
+    records = [record(arm, seed) for arm in DISTANCES for seed in range(3)]
+    for found in records:
+        found["student"] |= {"guidance_gap_ratio": 0.9, "prompt_rank": 1.5}
+    shown = comparison(records)
+    scores, differences = tables_of(shown).values()
+    assert cells(scores, "output")[label_of("guidance_gap_ratio")] == "0.9000 ± 0.0000"
+    assert cells(scores, "output")[label_of("prompt_rank")] == "1.500 ± 0.000"
+    assert label_of("prompt_rank") not in dict(differences.columns)
+    assert "of the guidance gap ratio 1 is best" in markdown_page(shown)
 
 
 def test_what_is_missing_is_shown_as_missing():

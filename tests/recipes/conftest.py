@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import vkd_gen.evaluation.cost as cost
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.prompt_errors import prompt_errors
+from vkd_gen.training import students
 from vkd_gen.training.checkpoints import read_manifest, seal
 from vkd_gen.training.loop import Loop
 
@@ -56,11 +57,12 @@ def no_times(unets, **_):
 
 
 def skip_what_costs(monkeypatch):
-    """No figures, no costs, few held-out images: half the time of a run of two steps."""
+    """No figures, no costs, no table of memory, few held-out images: half the time of a run of two steps."""
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", an_empty_figure)
     # By their code, for whoever has imported them by name.
     monkeypatch.setattr(cost.count_macs, "__code__", no_macs.__code__)
     monkeypatch.setattr(cost.milliseconds_per_image, "__code__", no_times.__code__)
+    monkeypatch.setattr(students, "show_memory", lambda *_: None)
     monkeypatch.setitem(held_out_errors.__wrapped__.__kwdefaults__, "num_draws", 64)
     for name, count in {"num_draws": 8, "num_ranked": 4}.items():
         monkeypatch.setitem(prompt_errors.__wrapped__.__kwdefaults__, name, count)
