@@ -134,6 +134,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         ({"vocab_size": 100}, "at least 514"),
         ({"vae_steps": 0}, "at least 1"),
         ({"guidance_dropout": 1.0}, "below 1"),
+        ({"max_train_steps": 9000}, "learning_rate_steps must be at least --max_train_steps, 9000"),
     ],
 )
 def test_options_that_make_no_pipeline(fields, message):

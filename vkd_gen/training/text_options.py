@@ -29,10 +29,12 @@ class TextTeacherOptions:
     """Steps of its decoder alone after that, on these and as many of the training pictures."""
     vae_learning_rate: Rare[float] = 3e-3
     """Its highest learning rate."""
-    max_train_steps: int = 7200
+    max_train_steps: int = 5600
     """Steps of the UNet and the text encoder."""
+    learning_rate_steps: Rare[int] = 7200
+    """Steps within which their learning rate would fall to 0 by a cosine."""
     learning_rate: float = 1.5e-3
-    """Their highest learning rate; it falls by a cosine."""
+    """Their highest learning rate."""
     train_batch_size: int = 32
     """Pictures per step."""
     guidance_dropout: float = 0.1
@@ -43,10 +45,19 @@ class TextTeacherOptions:
     """Of weights and draws."""
 
     def __post_init__(self) -> None:
-        counts = ("vae_steps", "decoder_steps", "max_train_steps", "train_batch_size", "latent_channels")
+        counts = (
+            "vae_steps",
+            "decoder_steps",
+            "max_train_steps",
+            "learning_rate_steps",
+            "train_batch_size",
+            "latent_channels",
+        )
         rates = ("vae_learning_rate", "learning_rate", "checkpointing_seconds", "guidance_dropout", "seed")
         least = {**dict.fromkeys(counts, 1), **dict.fromkeys(rates, 0), "vocab_size": 514, "max_tokens": 3}
         check_at_least(self, least)
+        if self.learning_rate_steps < self.max_train_steps:
+            raise ValueError(f"--learning_rate_steps must be at least --max_train_steps, {self.max_train_steps}")
         multiples = {"resolution": 8, "text_width": 16, "vae_channels": 8, "unet_channels": 16}
         for name, factor in multiples.items():
             value = getattr(self, name)

@@ -98,6 +98,7 @@ class PartTrainer:
         num_samples: int,
         steps: int,
         learning_rate: float,
+        learning_rate_steps: int | None = None,
     ) -> None:
         """Train one part, and leave the average of its weights in it.
 
@@ -107,16 +108,20 @@ class PartTrainer:
             loss_of: numbers of a batch's samples, `[B]`, and a generator for all else that is drawn -> the loss.
             num_samples: how many samples there are.
             steps: optimizer steps.
-            learning_rate: the highest; it rises for a fiftieth of the steps and falls by a cosine.
+            learning_rate: the highest; it rises for a fiftieth of its steps and falls by a cosine.
+            learning_rate_steps: within which it falls to 0; by default all.
         """
         options, path = self.options, self.folder / f"{name}.pt"
         optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=1e-2, fused=True)
-        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=min(steps // 50, 200), num_training_steps=steps)
+        falling = learning_rate_steps or steps
+        schedule = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=min(falling // 50, 200), num_training_steps=falling
+        )
         average = EMAModel(module.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
         parts = {"module": module, "optimizer": optimizer, "schedule": schedule, "average": average}
         step = self._resume(path, parts, name)
         begun = saved = time.monotonic()
-        total, first = 0.0, step
+        total, first, summed = 0.0, step, 0
         with StopRequest() as stop:
             while step < steps:
                 generator = torch.Generator().manual_seed(options.seed * 2**32 + step)
@@ -128,12 +133,12 @@ class PartTrainer:
                 optimizer.step()
                 schedule.step()
                 average.step(module.parameters())
-                step, total = step + 1, total + loss.item()
+                step, total, summed = step + 1, total + loss.item(), summed + 1
                 if step % LOG_EVERY == 0:
                     seconds = (time.monotonic() - begun) / (step - first)
                     left = f"{seconds:.3f} s a step, {seconds * (steps - step) / 60:.0f} min left"
-                    self.say(f"{name}: step {step:,} of {steps:,}, loss {total / LOG_EVERY:.5f}, {left}")
-                    total = 0.0
+                    self.say(f"{name}: step {step:,} of {steps:,}, loss {total / summed:.5f}, {left}")
+                    total, summed = 0.0, 0
                 asked = stop.poll()
                 if asked or step == steps or time.monotonic() - saved > options.checkpointing_seconds:
                     self._save(path, parts, step)
@@ -247,6 +252,7 @@ def train_denoiser(pipeline: StableDiffusionPipeline, pictures: Pictures, traine
         num_samples=len(pictures.captions),
         steps=options.max_train_steps,
         learning_rate=options.learning_rate,
+        learning_rate_steps=options.learning_rate_steps,
     )
 
 
