@@ -28,8 +28,8 @@ class StudentConfig:
     preset: str = "digits"
     """What the other flags start from: digits, mnist, emoji, cifar10 or custom."""
     teacher: str = ""
-    """Folder or hub id (ID@REVISION) of a diffusers pipeline, of a UNet or of a recipe's run. For --dry_run also a
-    config.json, or a name such as stable-diffusion-1."""
+    """Folder or hub id (ID@REVISION) of a diffusers pipeline, a UNet or a recipe's run, or a .safetensors checkpoint of
+    Stable Diffusion. For --dry_run also a config.json, or a name such as stable-diffusion-1."""
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions
     start: StudentOptions = field(default_factory=StudentOptions)
@@ -65,7 +65,8 @@ EMOJI = StudentConfig(
     training=TrainingOptions(
         output_dir="runs/emoji",
         train_batch_size=32,
-        preview_every_steps=500,
+        max_train_steps=400,
+        preview_every_steps=200,
         validation_prompts=("hot dog", "grapes", "cactus", "cow", "fish", "penguin", "purple circle", "orange circle"),
     ),
 )
@@ -142,8 +143,9 @@ def main(config: StudentConfig) -> None:
             )
             loop.backward(losses)
         loop.finish()
-        models, scored = {"teacher": teacher, "student": student}, None if config.score_teacher else {"student"}
-        run.finish(models, scorer, scored=scored)
+        run.finish(
+            {"teacher": teacher, "student": student}, scorer, scored=None if config.score_teacher else {"student"}
+        )
 
 
 if __name__ == "__main__":
