@@ -98,7 +98,7 @@ def main(config: StudentConfig) -> None:
     from vkd_gen.training import students
     from vkd_gen.training.accelerator import compile_as_asked
     from vkd_gen.training.loop import Loop
-    from vkd_gen.training.matching import build_projected_student, measure_guidance, pair_named_or_all
+    from vkd_gen.training.matching import build_projected_student, measure_at_times, pair_named_or_all
     from vkd_gen.training.run import Run
 
     # A loss of features alone does not reach the output layer, one without features no trained projector.
@@ -125,8 +125,7 @@ def main(config: StudentConfig) -> None:
 
         groups = vkd.parameter_groups(student.network, projected.projectors, options.adam_weight_decay)
         loop = Loop(run, projected, draws, average=student.network, parameter_groups=groups)
-        loop.every(1, features.measure)
-        measure_guidance(loop, matching, projected, frozen, draws)
+        measure_at_times(loop, features, matching, projected, frozen, draws)
         loop.every(options.preview_every_steps, run.preview(student, teacher), averaged=True)
         loop.every(options.score_every_steps, run.score("student", student, scorer), averaged=True)
         schedule, asked = student.schedule.to(run.device), compile_as_asked(run.accelerator, frozen)
@@ -143,9 +142,8 @@ def main(config: StudentConfig) -> None:
             )
             loop.backward(losses)
         loop.finish()
-        run.finish(
-            {"teacher": teacher, "student": student}, scorer, scored=None if config.score_teacher else {"student"}
-        )
+        scored = None if config.score_teacher else {"student"}
+        run.finish({"teacher": teacher, "student": student}, scorer, scored=scored)
 
 
 if __name__ == "__main__":

@@ -152,24 +152,27 @@ def build_projected_student(
     return projected, features
 
 
-def measure_guidance(
+def measure_at_times(
     loop: Loop,
+    features: FeatureWeight,
     options: MatchingOptions,
     projected: vkd.ProjectedStudent,
     teacher: vkd.FrozenTeacher,
     draws: Draws,
 ) -> None:
-    """Let a loop measure the guidance gap ratio of the averaged student, at the steps of the diagnostics and the last.
+    """Let a loop measure what the feature weight follows, and the guidance gap ratio of the averaged student.
 
-    Models that are told nothing have none.
+    That is measured at the steps of the diagnostics and the last; models that are told nothing have none.
 
     Args:
         loop: of the run.
+        features: from `build_projected_student`.
         options: of the recipe.
         projected: the module that trains, in no wrapper.
         teacher: as in the steps.
         draws: of the run.
     """
+    loop.every(1, features.measure)
     every, last, device = options.diagnostics_every_steps, loop.options.max_train_steps, loop.accelerator.device
     schedule, nothing = draws.schedule.to(device), draws.samples.nothing
     if not every or not nothing(next(draws.apart(1, device=device))["conditioning"]):
