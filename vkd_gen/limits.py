@@ -8,6 +8,7 @@ LARGEST = {
     "layers_per_block": 64,
     "transformer_layers_per_block": 64,
     "num_layers": 1024,
+    "num_hidden_layers": 1024,
     "sample_size": 2**14,
     "num_train_timesteps": 10**6,
 }
