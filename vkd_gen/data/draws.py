@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from vkd_gen.data.groups import grouped_order, largest_bucket, num_grouped
 from vkd_gen.data.samples import Samples
 from vkd_gen.data.streaming import ImageStream, Position
 from vkd_gen.schedule import Schedule
@@ -31,6 +32,8 @@ class Draws(Dataset):
         seed: of the run, 0 or above.
         stream: to train on instead.
         batch_size: of `apart` and `first`.
+        group_size: where the samples are of several shapes (`Samples.buckets`), so many draws in a row, from multiples
+            of it on, are of one; see `grouped_order`. None draws of the largest bucket alone.
         both_branches: each draw is told what it is and, a second time, nothing; see `both_branches`. Then none is
             dropped.
 
@@ -46,6 +49,7 @@ class Draws(Dataset):
         seed: int,
         stream: ImageStream | None = None,
         batch_size: int = 64,
+        group_size: int | None = None,
         both_branches: bool = False,
     ):
         if seed < 0:
@@ -59,6 +63,13 @@ class Draws(Dataset):
         self.batch_size, self.both_branches = batch_size, both_branches
         self.positions = torch.tensor([Position()])
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.group_size = group_size
+        if samples.buckets is None:
+            self._per_epoch = len(samples)
+        elif group_size is None:
+            self._per_epoch = len(largest_bucket(samples.buckets))
+        else:
+            self._per_epoch = num_grouped(samples.buckets, group_size)
         self._generator = np.random.Generator(np.random.Philox(key=0))
 
     def __getitem__(self, draws: Sequence[int]) -> dict[str, Any]:
@@ -163,10 +174,18 @@ class Draws(Dataset):
         return batch
 
     def _index(self, draw: int) -> int:
-        epoch, position = divmod(draw, len(self.samples))
+        epoch, position = divmod(draw, self._per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._generator_of(epoch, 1).permutation(len(self.samples))
+            self._epoch, self._order = epoch, self._order_of(epoch)
         return int(self._order[position])
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        generator, buckets = self._generator_of(epoch, 1), self.samples.buckets
+        if buckets is None:
+            return generator.permutation(len(self.samples))
+        if self.group_size is None:
+            return generator.permutation(largest_bucket(buckets))
+        return grouped_order(buckets, self.group_size, generator)
 
     def _generator_of(self, number: int, stream: int) -> np.random.Generator:
         """An independent generator per (seed, number, stream): Philox, Salmon et al., 2011, is made for that.

@@ -72,7 +72,7 @@ class Encoded:
     ):
         self.images, self.views, self.store, self.null = images, views, store, null
         self._shape, self.with_sizes = shape, with_sizes
-        self.random_flip, self.guidance_dropout = random_flip, guidance_dropout
+        self.random_flip, self.guidance_dropout, self.buckets = random_flip, guidance_dropout, views.buckets
 
     def __len__(self) -> int:
         return len(self.images)

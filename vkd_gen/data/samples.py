@@ -23,10 +23,12 @@ class Samples(Protocol):
         random_flip: mirror half of the draws.
         guidance_dropout: share of the draws that are told nothing, which is what classifier-free guidance needs (Ho and
             Salimans, 2022, arXiv 2207.12598).
+        buckets: of each sample, `[samples]`: those of one bucket have one shape; None where all have.
     """
 
     random_flip: bool
     guidance_dropout: float
+    buckets: np.ndarray | None
 
     def __len__(self) -> int: ...
 
@@ -65,6 +67,7 @@ class Pixels:
         if not 0 <= guidance_dropout < 1:
             raise ValueError(f"guidance_dropout must be at least 0 and below 1, not {guidance_dropout}")
         self.images, self.random_flip, self.guidance_dropout = images, random_flip, guidance_dropout
+        self.buckets: np.ndarray | None = None
         self._kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:

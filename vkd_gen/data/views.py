@@ -92,6 +92,13 @@ class Views:
             left = spare[1] - left
         return View(height, width, *resized, top, left, *original, is_flipped)
 
+    def describe(self) -> str:
+        """Buckets with their numbers of images, in words."""
+        counts = [0] * len(self.sizes) if self.buckets is None else np.bincount(self.buckets).tolist()
+        return ", ".join(
+            f"{height} x {width} ({count:,})" for (height, width), count in zip(self.sizes, counts, strict=True)
+        )
+
     def facts(self) -> dict[str, Any]:
         """What decides the views, beside the images: for the name of a cache."""
         return {"num_crops": self.num_crops, "seed": self.seed if self.num_crops > 1 else 0}

@@ -103,6 +103,11 @@ def compare_facts(before: dict[str, Any], now: dict[str, Any], point: Path, tell
             raise ValueError(
                 f"{point} is of a stream, whose readers go on only as they began: go on with {' and '.join(fixed)}"
             )
+    if before.get("aspect_buckets") and "train_batch_size" in changed:
+        raise ValueError(
+            f"{point} is of aspect buckets, whose images are drawn a forward pass at a time: go on with "
+            f"--train_batch_size {before['train_batch_size']}"
+        )
     if knows_facts and _images_per_step(before) != _images_per_step(now):
         raise ValueError(
             f"{point} was made with {_images_per_step(before)} images per step ({_batch_in_words(before)}), now "

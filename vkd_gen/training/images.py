@@ -13,7 +13,7 @@ from vkd_gen.data.images import Images, ImageSpec, evenly_spaced, told_of
 from vkd_gen.data.samples import Pixels, Samples
 from vkd_gen.data.sources import load_images
 from vkd_gen.data.streaming import ImageStream, stream_images
-from vkd_gen.data.views import Views
+from vkd_gen.data.views import Views, aspect_buckets, bucketed_views
 from vkd_gen.encoders import Encoders
 from vkd_gen.files import cache_folder
 from vkd_gen.models import Model
@@ -40,14 +40,25 @@ class Data(NamedTuple):
     samples: Samples
     held_out_samples: Samples
 
-    def draws(self, schedule: Schedule, *, seed: int, batch_size: int, both_branches: bool = False) -> Draws:
-        """What the run draws of them, noise and times included; see `Draws`."""
+    def draws(
+        self, schedule: Schedule, *, seed: int, batch_size: int, group_size: int, both_branches: bool = False
+    ) -> Draws:
+        """What the run draws of them, noise and times included; see `Draws`.
+
+        Args:
+            schedule: see `Draws`.
+            seed: see `Draws`.
+            batch_size: see `Draws`.
+            group_size: images of a forward pass, which are of one shape.
+            both_branches: see `Draws`.
+        """
         return Draws(
             self.samples,
             schedule,
             seed=seed,
             stream=self.stream,
             batch_size=batch_size,
+            group_size=group_size,
             both_branches=both_branches,
         )
 
@@ -77,6 +88,10 @@ def encode_data(
     folder = Path(options.cache_dir).expanduser() if options.cache_dir else cache_folder("encodings")
     size = model.image_size
     views = Views([(size, size)], num_crops=options.num_crops, seed=seed)
+    if options.aspect_buckets:
+        factor = encoders.factor * 2 ** (len(model.network.config.block_out_channels) - 1)
+        views = bucketed_views(data.train.sizes(), aspect_buckets(size, factor), num_crops=options.num_crops, seed=seed)
+        say(f"aspect buckets, height x width: {views.describe()}")
     how = How(folder if options.cache else None, options.random_flip, options.guidance_dropout, batch_size)
     samples = encode(data.train, views, encoders, how, say)
     held_out = evenly_spaced(data.held_out, NUM_HELD_OUT)
@@ -107,6 +122,7 @@ def load_data(
     Raises:
         ValueError: in one line, see `load_images`, `stream_images` and `cache_images`.
     """
+    _check_meant(options, with_captions)
     spec = ImageSpec(
         resolution=form[0],
         channels=form[1],
@@ -135,3 +151,15 @@ def load_data(
         say(f"training on {len(train):,} of them")
     pixels = Pixels(train, random_flip=options.random_flip, guidance_dropout=options.guidance_dropout)
     return Data(stream, train, held_out, reference, pixels, Pixels(held_out))
+
+
+def _check_meant(options: DataOptions, with_captions: bool) -> None:
+    """Refuse what has no effect on the images of such a model."""
+    if with_captions and options.image_cache:
+        raise ValueError(
+            "--image_cache is for models of pixels; of a model of prompts --cache_dir keeps the encodings: leave it out"
+        )
+    for name in ("num_crops", "aspect_buckets", "caption_column"):
+        default = DataOptions.__dataclass_fields__[name].default
+        if not with_captions and getattr(options, name) != default:
+            raise ValueError(f"--{name} is for models of prompts, and this one takes none: leave it out")

@@ -160,6 +160,9 @@ class DataOptions:
     Runs may share it; what images, captions, encoders or crops decide otherwise lies in another folder of it."""
     num_crops: Rare[int] = 1
     """Of a model of prompts: crops of each image, one of which is drawn each time. The first is the centre."""
+    aspect_buckets: Rare[bool] = False
+    """Of a model of prompts: bring each image to the nearest of 11 sizes of about --resolution^2 pixels, from 1 : 2 to
+    2 : 1, instead of a square; the images of a forward pass are of one size."""
     encoding_precision: Rare[Precision] = "no"
     """Precision that images and captions are encoded and kept in."""
     vae_tiling: Rare[bool] = False
@@ -181,6 +184,10 @@ class DataOptions:
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 "--max_train_samples chooses among all images, which a stream's are not: leave it or --streaming out"
+            )
+        if self.streaming and self.aspect_buckets:
+            raise ValueError(
+                "--aspect_buckets needs to know the sizes of all images, and a stream's are not: leave one of them out"
             )
         if self.streaming and self.image_cache:
             raise ValueError(

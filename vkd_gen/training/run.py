@@ -135,7 +135,11 @@ class Run:
         """What the run draws of its data; see `Draws`."""
         options = self.options
         return self.data.draws(
-            schedule, seed=options.seed, batch_size=options.batch_size_apart, both_branches=both_branches
+            schedule,
+            seed=options.seed,
+            batch_size=options.batch_size_apart,
+            group_size=options.train_batch_size,
+            both_branches=both_branches,
         )
 
     def encode_data(self, options: DataOptions, *models: Model) -> None:
