@@ -1,5 +1,6 @@
 """Captions of every kind of source, and what becomes of images without."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.sources import encoded, grey_levels, image_table, load, save_greys
 from vkd_gen.data.captions import choose_caption_column, collect_captions, usable_captions
-from vkd_gen.data.images import data_facts, evenly_spaced, told_of
+from vkd_gen.data.images import ImageSpec, data_facts, evenly_spaced, told_of
+from vkd_gen.data.streaming import Position, stream_images
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -199,6 +201,45 @@ def test_every_image_keeps_its_own_captions(cells):
         assert captions == [texts or other for texts in expected]
         assert len(notes) == (not all(expected))
         assert all(text.strip() for texts in expected for text in texts)
+
+
+# ---- streams
+
+
+def stream_of(source, **options):
+    spec = ImageSpec(resolution=4, channels=1, with_captions=True, **options)
+    return stream_images(str(source), spec, head_size=6, buffer_size=3)
+
+
+def streamed(stream, count):
+    """Grey level -> captions of the first images of a stream."""
+    images = itertools.islice(stream.read_images(Position(), seed=0, reader=0, num_readers=1), count)
+    return dict(sorted((*grey_levels(one), one.captions_of(0)) for _, one, _ in images))
+
+
+@pytest.mark.parametrize("held_out_fraction", [0, 0.5])
+def test_streams_give_captions_beside_images(held_out_fraction, tmp_path):
+    captioned_table().to_parquet(tmp_path / "a.parquet")
+    stream, train, held_out = stream_of(tmp_path, held_out_fraction=held_out_fraction)
+    assert pairs([train, held_out]) == {number: EXPECTED[number] for number in NUMBERS[:6]}
+    rest = {number: EXPECTED[number] for number in NUMBERS if number not in pairs([held_out])}
+    assert streamed(stream, len(rest)) == rest
+    plain = itertools.islice(stream.read(Position(), seed=0, reader=0, num_readers=1), len(rest))
+    assert sorted(grey_levels(image for _, image, _ in plain)) == list(rest)
+
+
+def test_missing_captions_of_a_stream_by_choice(tmp_path):
+    captioned_table(cells(n20="", n21=None)).to_parquet(tmp_path / "a.parquet")
+    stream, _, _ = stream_of(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"image 1. of shard 0 of .* has (no|an empty) caption: write captions, or choo"
+    ):
+        streamed(stream, 11)
+    (held_out,) = (pairs([stream_of(tmp_path)[2]]),)
+    rest = {number: EXPECTED[number] for number in NUMBERS[:10] if number not in held_out}
+    assert streamed(stream_of(tmp_path, on_missing_caption="skip")[0], len(rest)) == rest
+    empty = streamed(stream_of(tmp_path, on_missing_caption="empty")[0], len(rest) + 2)
+    assert empty == {**rest, 20: ("",), 21: ("",)}
 
 
 # ---- mistakes

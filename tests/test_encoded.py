@@ -13,7 +13,7 @@ from tests.text_pipelines import tiny_pipeline
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.encoded import How, encode
 from vkd_gen.data.images import Images
-from vkd_gen.data.views import Views
+from vkd_gen.data.views import Views, aspect_buckets, bucketed_views
 from vkd_gen.encoders import Encoders
 from vkd_gen.schedule import Schedule
 
@@ -202,3 +202,28 @@ def test_half_precision_that_overflows_is_told(tmp_path):
     pipeline.vae.encoder.conv_in.weight.data *= 1e8
     with pytest.raises(ValueError, match=r"latents that are not finite.*--encoding_precision no"):
         samples("sd1", tmp_path, pipeline=pipeline, precision="fp16")
+
+
+def test_buckets_are_kept_as_live(tmp_path):
+    """Batches of one size each, with crops and flips; sizes and crops are told as the pipeline tells them."""
+    pixels = [
+        np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8)
+        for number, size in enumerate([(40, 60), (60, 40), (44, 44), (41, 60), (90, 50), (40, 61)])
+    ]
+    mixed = replace(images(), read=lambda number: Image.fromarray(pixels[number]))
+    views = bucketed_views(mixed.sizes(), aspect_buckets(32, 8), num_crops=3)
+    pipeline = tiny_pipeline("sdxl")
+    found = []
+    for folder in (tmp_path, None):
+        how = How(folder, random_flip=True, guidance_dropout=0.3, batch_size=4)
+        encoded = encode(mixed, views, Encoders(pipeline), how, lambda line: None)
+        draws = Draws(encoded, Schedule.of(pipeline.scheduler), seed=3, batch_size=4, group_size=4)
+        found.append(list(draws.first(64)))
+    for kept, live in zip(*map(list, found), strict=True):
+        kept, live = flat(kept), flat(live)
+        for name, value in kept.items():
+            torch.testing.assert_close(value, live[name], rtol=1e-5, atol=1e-6)
+        height, width = kept["sample"].shape[2:]
+        assert kept["time_ids"][:, 4:].tolist() == [[2 * height, 2 * width]] * 4
+    shapes = {batch["sample"].shape[2:] for batch in found[0]}
+    assert len(shapes) == len(views.sizes) > 2

@@ -20,6 +20,10 @@ CAPTION_SUFFIXES = frozenset({".txt", ".jsonl", ".csv"})
 """Ends of the files beside images that may be read for captions."""
 LONGEST_FILE = 2**20
 """Bytes of a `.txt` file that can be a caption."""
+ADVICE = (
+    "write captions, or choose --on_missing_caption skip to leave such images out, or empty to take the empty prompt "
+    "for them"
+)
 MISSING, EMPTY = "no caption", "an empty caption"
 
 Captions = list[tuple[str, ...]]
@@ -78,10 +82,7 @@ def collect_captions(
     if count == len(captions):
         raise ValueError(f"{line}: captions are needed to train from prompts")
     if on_missing == "refuse":
-        raise ValueError(
-            f"{line}: write their captions, or choose --on_missing_caption skip to leave them out, or empty to take "
-            "the empty prompt for them"
-        )
+        raise ValueError(f"{line}: {ADVICE}")
     return captions, (f"{line}: {'left out' if on_missing == 'skip' else 'they get the empty prompt'}",)
 
 

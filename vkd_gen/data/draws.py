@@ -317,14 +317,15 @@ class StreamedDraws(IterableDataset):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         assert len(self.positions) == num_workers
         reader = (self.numbers.passes.start + worker) % num_workers  # the loader's first batch is always worker 0's
-        images = stream.read(
+        images = stream.read_images(
             Position(*self.positions[reader].tolist()),
             seed=self.draws.seed,
             reader=self.numbers.process_index * num_workers + reader,
             num_readers=self.numbers.num_processes * num_workers,
         )
         for numbers in islice(self.numbers, worker, None, num_workers):
-            positions, samples, labels = zip(*islice(images, len(numbers)), strict=True)
+            positions, pictures, labels = zip(*islice(images, len(numbers)), strict=True)
             told = labels if stream.label_column else [None] * len(labels)
-            batch = self.draws.around(numbers, list(zip(samples, told, strict=True)))
+            items = list(map(self.draws.samples.read_from, pictures, told))
+            batch = self.draws.around(numbers, items)
             yield {**batch, "reader": torch.tensor(reader), "position": torch.tensor(positions[-1])}

@@ -24,10 +24,11 @@ from vkd_gen.encoders import Encoders
 class Store(Protocol):
     """Where latents and embeddings come from."""
 
-    def latent(self, index: int, crop: int, is_flipped: bool, normal: Tensor) -> dict[str, Tensor]:
+    def latent(self, images: Images, index: int, crop: int, is_flipped: bool, normal: Tensor) -> dict[str, Tensor]:
         """Of an image a sample of its latents, or what `finish` needs for it, and `time_ids`.
 
         Args:
+            images: that it is one of.
             index: of the image.
             crop: its number.
             is_flipped: mirrored.
@@ -87,20 +88,29 @@ class Encoded:
         """The image's number: what there is of it depends on what is drawn."""
         return index
 
-    def shape(self, item: int) -> tuple[int, ...]:
-        """`(C, h, w)` of the image's bucket."""
-        return self._shape[self.views.bucket(item)]
+    def read_from(self, image: Images, label: int | None) -> Images:
+        """The image, which is encoded when it is drawn."""
+        return image
 
-    def draw(self, item: int, generator: np.random.Generator) -> dict[str, Tensor]:
+    def shape(self, item: int | Images) -> tuple[int, ...]:
+        """`(C, h, w)` of the image's bucket."""
+        return self._shape[0 if isinstance(item, Images) else self.views.bucket(item)]
+
+    def draw(self, item: int | Images, generator: np.random.Generator) -> dict[str, Tensor]:
         """Of a crop, mirrored or not, a sample of the latents' distribution."""
         is_flipped = bool(generator.random() < 0.5 and self.random_flip)
         crop = int(generator.integers(self.views.num_crops))
         normal = torch.from_numpy(generator.standard_normal(self.shape(item), dtype=np.float32))
-        return self.store.latent(item, crop, is_flipped, normal)
+        images, index = self._place(item)
+        return self.store.latent(images, index, crop, is_flipped, normal)
 
-    def tell(self, item: int, generator: np.random.Generator) -> dict[str, Any]:
+    def _place(self, item: int | Images) -> tuple[Images, int]:
+        return (item, 0) if isinstance(item, Images) else (self.images, item)
+
+    def tell(self, item: int | Images, generator: np.random.Generator) -> dict[str, Any]:
         """One of the captions, or none."""
-        captions = self.images.captions_of(item)
+        images, index = self._place(item)
+        captions = images.captions_of(index)
         caption = captions[int(generator.integers(len(captions)))]
         is_dropped = bool(generator.random() < self.guidance_dropout)
         return {"prompt": self.store.prompt(caption), "is_dropped": torch.tensor(is_dropped)}
@@ -138,16 +148,16 @@ def time_ids(view: View) -> Tensor:
 class Live:
     """Encodes what is drawn, in the process that trains. Its encoders stay in memory."""
 
-    def __init__(self, images: Images, views: Views, encoders: Encoders):
-        self.images, self.views, self.encoders = images, views, encoders
+    def __init__(self, views: Views, encoders: Encoders):
+        self.views, self.encoders = views, encoders
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the encoders: workers read images alone."""
         return {**vars(self), "encoders": None}
 
-    def latent(self, index: int, crop: int, is_flipped: bool, normal: Tensor) -> dict[str, Tensor]:
+    def latent(self, images: Images, index: int, crop: int, is_flipped: bool, normal: Tensor) -> dict[str, Tensor]:
         """The pixels, and which sample of their latents is wanted."""
-        pixels, view = self.images.view(index, self.views, crop, is_flipped)
+        pixels, view = images.view(index, self.views, crop, is_flipped)
         return {"pixels": pixels, "normal": normal, "time_ids": time_ids(view)}
 
     def prompt(self, caption: str) -> str:
@@ -188,7 +198,7 @@ class Kept:
         self.latents, self.places, self.views = latents, places, views
         self.prompts, self.numbers, self.with_flips = prompts, numbers, with_flips
 
-    def latent(self, index: int, crop: int, is_flipped: bool, normal: Tensor) -> dict[str, Tensor]:
+    def latent(self, images: Images, index: int, crop: int, is_flipped: bool, normal: Tensor) -> dict[str, Tensor]:
         """Mean and deviation of the row, put together."""
         row = _row(int(self.places[index]), crop, is_flipped, self.views.num_crops, self.with_flips)
         found = self.latents[self.views.bucket(index)][[row]]
@@ -249,7 +259,7 @@ def encode(images: Images, views: Views, encoders: Encoders, how: How, say: Call
             f"{num_truncated:,} of {len(captions):,} captions are longer than the text encoder reads; the rest of them "
             "is cut off"
         )
-    store = Live(images, views, encoders) if how.folder is None else _keep(images, views, encoders, captions, how)
+    store = Live(views, encoders) if how.folder is None else _keep(images, views, encoders, captions, how)
     null = {name: value.cpu() for name, value in encoders.null_prompt().items()}
     return Encoded(
         images,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,7 +91,7 @@ class Images:
         indices: which images of the source these are.
         labels: class of each image of the source, 0 to `num_classes` - 1; None if they were not asked for.
         num_classes: how many classes there are; 0 without labels.
-        captions: of each image of the source, one or several; None if they were not asked for.
+        captions: of each image of the source, by its number, one or several; None if they were not asked for.
         skipped: one line for each image that was left out because it cannot be read.
         notes: one line for each decision about the source that a user should know, such as which files are not data.
         revision: commit of the data set on the hub, where it is known.
@@ -107,7 +107,7 @@ class Images:
     indices: np.ndarray
     labels: np.ndarray | None = None
     num_classes: int = 0
-    captions: Sequence[tuple[str, ...]] | None = None
+    captions: Sequence[tuple[str, ...]] | Mapping[int, tuple[str, ...]] | None = None
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     revision: str | None = None
@@ -172,7 +172,7 @@ class Images:
     def captions_of(self, index: int) -> tuple[str, ...]:
         """The captions of image `index`, at least one; only where there are captions."""
         assert self.captions is not None, "load_images was not asked for captions"
-        return self.captions[self.indices[index]]
+        return self.captions[int(self.indices[index])]
 
     def stack(self, count: int | None = None) -> Float[Tensor, "images channels height width"]:
         """`count` evenly spaced images (default: all) as one tensor."""

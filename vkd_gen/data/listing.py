@@ -15,10 +15,11 @@ from typing import NamedTuple
 from vkd_gen.data.captions import CAPTION_SUFFIXES
 from vkd_gen.data.decoding import image_suffixes
 from vkd_gen.data.splits import find_splits
+from vkd_gen.data.tars import TAR, is_tar
 from vkd_gen.files import LOCK
 from vkd_gen.text import printable, reason
 
-TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", TAR: "webdataset"}
 
 SYSTEM_NAMES = {
     *("__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found"),
@@ -54,18 +55,18 @@ class Listing(NamedTuple):
 
 
 def list_files(source: str, image_column: str | None = None, *, with_captions: bool = False) -> Listing:
-    """List a folder of images, a folder of tables, or one table.
+    """List a folder of images, a folder of tables or of webdataset's tars, or one of these.
 
     Hidden files and folders, what systems leave behind, folders of runs, and caches of datasets are not data. In a
     folder that `save_to_disk` wrote, the arrow files that its state.json names are read. Where tables lie beside
-    images, those that hold images themselves are read if there are any, else the images. Links to folders are
-    followed, unless what they lead to is read anyway.
+    images, those that hold images themselves are read if there are any, else the images. Tars are read where there is
+    nothing else. Links to folders are followed, unless what they lead to is read anyway.
 
     Splits are told from the names of folders, and of tables: see `find_splits`. A folder that holds only images to
     test on is taken for the images themselves.
 
     Args:
-        source: path of a folder, or of a parquet or arrow file.
+        source: path of a folder, or of a parquet, arrow or tar file.
         image_column: the column that holds a table's images, where it is known.
         with_captions: files beside the images may hold their captions, and are not told of as left out.
 
@@ -74,15 +75,18 @@ def list_files(source: str, image_column: str | None = None, *, with_captions: b
     """
     root = Path(source)
     if root.is_file() and root.suffix.lower() in TABLE_SUFFIXES:
-        _check_columns({root: table_columns(root)}, image_column)
+        if root.suffix.lower() != TAR:
+            _check_columns({root: table_columns(root)}, image_column)
         return Listing(root.parent, True, {"train": [root]}, {})
     if not root.is_dir():
         raise ValueError(f"{source} is neither a folder nor a parquet or arrow file")
     left_out: LeftOut = defaultdict(list)
-    images, tables = [], []
+    images, tables, tars = [], [], []
     for file in sorted(_walk(root, left_out)):
         end = file.suffix.lower()
-        if end in TABLE_SUFFIXES:
+        if end == TAR:
+            tars.append(file)
+        elif end in TABLE_SUFFIXES:
             tables.append(file)
         elif end in image_suffixes():
             images.append(file)
@@ -91,6 +95,10 @@ def list_files(source: str, image_column: str | None = None, *, with_captions: b
     tables = _tables_to_read(tables, images, image_column, left_out)
     if tables and images:
         left_out["image beside the tables"] += [file.name for file in images]
+    if not tables and not images and any(map(is_tar, tars)):
+        tables, tars = tars, []
+    if tars:
+        left_out["file of no image format"] += [TAR] * len(tars)
     files = tables or images
     if not files:
         told = "; ".join(["", *_told(left_out)])

@@ -38,6 +38,9 @@ class Samples(Protocol):
     def without_images(self, images: Images) -> "Samples":
         """The same for images that come from elsewhere, of the form of these, which are none."""
 
+    def read_from(self, image: Images, label: int | None) -> Any:
+        """What `read` gives, of one image that comes from elsewhere, and its class."""
+
     def shape(self, item: Any) -> tuple[int, ...]:
         """`(C, H, W)` of what is read, as the denoiser gets it."""
 
@@ -86,6 +89,10 @@ class Pixels:
         if len(self.images) * sample.nbytes <= KEPT_BYTES and get_worker_info() is None:
             self._kept[index] = sample
         return sample, label
+
+    def read_from(self, image: Images, label: int | None) -> tuple[Tensor, int | None]:
+        """Image and class."""
+        return image[0], label
 
     def shape(self, item: tuple[Tensor, int | None]) -> tuple[int, ...]:
         """Of the image."""

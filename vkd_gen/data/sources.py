@@ -56,7 +56,9 @@ def load_images(source: str, spec: ImageSpec | None = None, /, **fields: Any) ->
         raise ValueError("name a data set: digits, mnist, emoji, a folder, a file or an id of the hub")
     if source in EMBEDDED:
         return split_images(_embedded_images(source, spec), spec)
-    tables = open_source(source, spec.image_column, with_captions=spec.with_captions)
+    tables = open_source(
+        source, spec.image_column, with_captions=spec.with_captions, caption_column=spec.caption_column
+    )
     if isinstance(tables, Listing):
         return split_images(_folder_images(source, tables, spec), spec)
     return split_images({split: table_images(table, tables, spec) for split, table in tables.splits.items()}, spec)

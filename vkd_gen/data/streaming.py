@@ -9,20 +9,21 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from vkd_gen.choices import OnBadImage
+from vkd_gen.choices import OnBadImage, OnMissingCaption
+from vkd_gen.data.captions import ADVICE, usable_captions
 from vkd_gen.data.embedded import EMBEDDED
 from vkd_gen.data.images import Images, ImageSpec
 from vkd_gen.data.sources import split_images
 from vkd_gen.data.tables import (
     Tables,
     Whereabouts,
+    caption_column_of,
     label_column_of,
     open_source,
     read_cell,
@@ -77,6 +78,8 @@ class ImageStream:
         buffer_size: images that a reader shuffles among.
         on_bad_image: `skip` leaves out what cannot be read.
         whereabouts: of images whose paths are in the table.
+        caption_column: column of the captions; None without.
+        on_missing_caption: see `ImageSpec`.
     """
 
     table: Any
@@ -87,6 +90,8 @@ class ImageStream:
     buffer_size: int
     on_bad_image: OnBadImage
     whereabouts: Whereabouts
+    caption_column: str | None = None
+    on_missing_caption: OnMissingCaption = "refuse"
 
     @property
     def num_shards(self) -> int:
@@ -96,16 +101,24 @@ class ImageStream:
     def read(
         self, position: Position, *, seed: int, reader: int, num_readers: int
     ) -> Iterator[tuple[Position, Tensor, int]]:
+        """What `read_images` gives, as tensors: the position, the image, `[C, H, W]` float32, and its class."""
+        for at, image, label in self.read_images(position, seed=seed, reader=reader, num_readers=num_readers):
+            yield at, image[0], label
+
+    def read_images(
+        self, position: Position, *, seed: int, reader: int, num_readers: int
+    ) -> Iterator[tuple[Position, Images, int]]:
         """One reader's images, epoch after epoch, without end.
 
         A buffer of images is read, and given in an order of its own; while it is, the next one fills, so that at no
         time more than `buffer_size` images are held. Going on from a position reads its buffer again.
 
         Yields:
-            The position after the image; the image, `[C, H, W]` float32; its class, 0 without labels.
+            The position after the image; the image alone, decoded, with its captions; its class, 0 without labels.
 
         Raises:
-            ValueError: for an image that cannot be read, unless those are left out, and for a reader without images.
+            ValueError: for an image that cannot be read or has no caption, unless those are left out, and for a reader
+                without images.
         """
         epoch, place, row, given = position
         is_empty = position == Position(epoch)
@@ -150,18 +163,23 @@ class ImageStream:
                 if is_own and row_number not in left_out and (number, row_number) >= (place, row):
                     yield Row(number, shard, row_number, cells)
 
-    def _decode(self, row: Row, epoch: int) -> tuple[Tensor, int] | None:
+    def _decode(self, row: Row, epoch: int) -> tuple[Images, int] | None:
         """An image and its class; None for one that is to be left out."""
         name = f"shard {row.shard} of {self.images.name}"
-        read = partial(read_cell, {row.number: row.cells}, self.image_column, name, self.whereabouts)
+        captions = self._captions(row, name)
+        if captions == ():
+            return None
         try:
-            image = replace(self.images, read=read, indices=np.array([row.number]))[0]
+            decoded = read_cell({row.number: row.cells}, self.image_column, name, self.whereabouts, row.number)
         except ValueError as error:
             if self.on_bad_image == "refuse":
                 raise
             if epoch == 0:
                 logger.warning("left out: %s", error)
             return None
+        number = row.shard * 2**32 + row.number  # of no other image of the set
+        captioned = None if captions is None else {number: captions}
+        image = replace(self.images, read=lambda _: decoded, indices=np.array([number]), captions=captioned)
         if self.label_column is None:
             return image, 0
         label = row.cells[self.label_column]
@@ -169,6 +187,15 @@ class ImageStream:
             highest = self.images.num_classes - 1
             raise ValueError(f"image {row.number} of {name} has the label {label}; labels are 0 to {highest}")
         return image, label
+
+    def _captions(self, row: Row, name: str) -> tuple[str, ...] | None:
+        """The captions of an image; none where it is to be left out; None where none are asked for."""
+        if self.caption_column is None:
+            return None
+        captions, fault = usable_captions(row.cells[self.caption_column])
+        if fault and self.on_missing_caption == "refuse":
+            raise ValueError(f"image {row.number} of {name} has {fault}: {ADVICE}")
+        return ("",) if fault and self.on_missing_caption == "empty" else captions
 
 
 def _read_shard(table: Any, shard: int, source: str) -> Iterator[Mapping[str, Any]]:
@@ -206,47 +233,71 @@ def stream_images(
     Raises:
         ValueError: in one line, for a source that cannot be streamed, and for what `load_images` refuses.
     """
-    tables = None if source in EMBEDDED else open_source(source, spec.image_column, streaming=True)
+    tables = (
+        None
+        if source in EMBEDDED
+        else open_source(
+            source,
+            spec.image_column,
+            streaming=True,
+            with_captions=spec.with_captions,
+            caption_column=spec.caption_column,
+        )
+    )
     if not isinstance(tables, Tables):
         raise ValueError(
             f"{source} is no set of parquet or arrow files, nor on the hub, with images to train on: it cannot be "
             "streamed; leave out --streaming"
         )
-    chosen = {split: _chosen_columns(table, spec, source) for split, table in tables.splits.items()}
-    heads = {split: _read_head(table, head_size, source) for split, (table, _, _) in chosen.items()}
-    splits = {split: _as_table(rows, chosen[split][0]) for split, rows in heads.items() if rows}
+    chosen = {split: _chosen_columns(table, tables, spec) for split, table in tables.splits.items()}
+    heads = {split: _read_head(columns.table, head_size, source) for split, columns in chosen.items()}
+    splits = {split: _as_table(rows, chosen[split].table) for split, rows in heads.items() if rows}
     train, held_out = split_images({split: table_images(table, tables, spec) for split, table in splits.items()}, spec)
     left_out: dict[int, set[int]] = defaultdict(set)
     for number in () if heads.get("test") else held_out.indices.tolist():
         row = heads["train"][number]
         left_out[row.shard].add(row.number)
-    table, image_column, label_column = chosen["train"]
+    columns = chosen["train"]
     stream = ImageStream(
-        table,
-        image_column,
-        label_column,
+        columns.table,
+        columns.image,
+        columns.label,
         Images(_no_image, spec.resolution, spec.channels, source, train.indices[:0], num_classes=train.num_classes),
         {shard: frozenset(rows) for shard, rows in left_out.items()},
         buffer_size,
         spec.on_bad_image,
         tables.whereabouts,
+        columns.caption,
+        spec.on_missing_caption,
     )
     return stream, train, held_out
 
 
-def _chosen_columns(table: Any, spec: ImageSpec, source: str) -> tuple[Any, str, str | None]:
-    """A table of the images, undecoded, and of their classes if asked for; the column of each."""
+class Columns(NamedTuple):
+    """A table of what is asked for, its images undecoded, and the columns of images, classes and captions."""
+
+    table: Any
+    image: str
+    label: str | None
+    caption: str | None
+
+
+def _chosen_columns(table: Any, tables: Tables, spec: ImageSpec) -> Columns:
+    source = tables.source
     if table.features is None:
         raise ValueError(f"{source} does not say which columns it has: it cannot be streamed; leave out --streaming")
     table, image_column = undecoded_images(table, spec.image_column, source)
-    if not spec.with_labels:
-        return table.select_columns([image_column]), image_column, None
-    label_column, num_classes = label_column_of(table, spec.label_column, source)
-    if not (num_classes or spec.num_classes):
-        raise ValueError(
-            f"{source} does not say how many classes it has, which a stream cannot count; leave out --streaming"
-        )
-    return table.select_columns([image_column, label_column]), image_column, label_column
+    label_column = caption_column = None
+    if spec.with_labels:
+        label_column, num_classes = label_column_of(table, spec.label_column, source)
+        if not (num_classes or spec.num_classes):
+            raise ValueError(
+                f"{source} does not say how many classes it has, which a stream cannot count; leave out --streaming"
+            )
+    if spec.with_captions:
+        caption_column = caption_column_of(table, tables, spec)
+    chosen = [name for name in (image_column, label_column, caption_column) if name is not None]
+    return Columns(table.select_columns(chosen), image_column, label_column, caption_column)
 
 
 def _read_head(table: Any, size: int, source: str) -> list[Row]:

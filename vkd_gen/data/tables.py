@@ -26,6 +26,7 @@ from vkd_gen.data.decoding import (
 from vkd_gen.data.embedded import EMBEDDED
 from vkd_gen.data.images import Images, ImageSpec
 from vkd_gen.data.listing import TABLE_SUFFIXES, Listing, list_files
+from vkd_gen.data.tars import TAR, caption_field, tars_as_table
 from vkd_gen.hub import hub_revision, split_revision
 from vkd_gen.text import one_line, printable
 
@@ -56,6 +57,7 @@ class Tables(NamedTuple):
         whereabouts: of images whose paths are in the tables.
         revision: see `Images`.
         notes: see `Images`.
+        is_tars: they were made from tars, with the one column of captions that was chosen.
     """
 
     source: str
@@ -63,25 +65,34 @@ class Tables(NamedTuple):
     whereabouts: Whereabouts
     revision: str | None = None
     notes: tuple[str, ...] = ()
+    is_tars: bool = False
 
 
 def open_source(
-    source: str, image_column: str | None = None, *, streaming: bool = False, with_captions: bool = False
+    source: str,
+    image_column: str | None = None,
+    *,
+    streaming: bool = False,
+    with_captions: bool = False,
+    caption_column: str | None = None,
 ) -> Tables | Listing:
-    """Open tables, of a file, a folder or the hub, or list the files of a folder of images.
+    """Open tables, of a file, a folder or the hub, or webdataset's tars, or list the files of a folder of images.
 
     Args:
         source: see `load_images`.
         image_column: see `ImageSpec`.
         streaming: open tables as datasets' IterableDataset; nothing of them is copied to the disk here.
-        with_captions: see `list_files`.
+        with_captions: see `ImageSpec`.
+        caption_column: see `ImageSpec`; for tars, whose captions are found when they are opened.
 
     Raises:
         ValueError: in one line, for a source that does not exist or cannot be read.
     """
     if Path(source).exists():
         listing = list_files(source, image_column, with_captions=with_captions)
-        return _local_tables(source, listing, streaming) if listing.is_tables else listing
+        if not listing.is_tables:
+            return listing
+        return _local_tables(source, listing, streaming, with_captions, caption_column)
     if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") > 1:
         raise ValueError(f"there is no folder or file {source}")
     return _hub_tables(source, streaming)
@@ -95,22 +106,32 @@ def _datasets():
     return datasets
 
 
-def _local_tables(source: str, listing: Listing, streaming: bool) -> Tables:
+def _local_tables(source: str, listing: Listing, streaming: bool, with_captions: bool, column: str | None) -> Tables:
     files = [file for chosen in listing.splits.values() for file in chosen]
     kinds = {TABLE_SUFFIXES[file.suffix.lower()]: file for file in files}
     if len(kinds) > 1:
         both = " and ".join(map(printable, kinds.values()))
         raise ValueError(f"{source} holds tables of two kinds: {both}; name one")
+    is_tars, datasets = TAR in {file.suffix.lower() for file in files}, _datasets()
+    field = caption_field(files[0], column) if is_tars and with_captions else None
     try:
-        data_files = {split: [str(file) for file in chosen] for split, chosen in listing.splits.items()}
-        tables = _datasets().load_dataset(next(iter(kinds)), data_files=data_files, streaming=streaming)
+        if is_tars:
+            tables = {
+                split: tars_as_table(chosen, field, streaming=streaming) for split, chosen in listing.splits.items()
+            }
+        else:
+            data_files = {split: [str(file) for file in chosen] for split, chosen in listing.splits.items()}
+            tables = datasets.load_dataset(next(iter(kinds)), data_files=data_files, streaming=streaming)
     except Exception as error:  # datasets wraps pyarrow's errors in several classes of its own
         more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ValueError(f"cannot read {printable(files[0])}{more}: {reason}") from error
+        where = "" if is_tars and reason.startswith("cannot read") else f"cannot read {printable(files[0])}{more}: "
+        raise ValueError(f"{where}{reason}") from error
     parents = {file.parent for file in files}
     folder = parents.pop() if len(parents) == 1 else listing.root
-    return Tables(source, tables, Whereabouts((folder.absolute(),), may_leave=not streaming), notes=listing.notes)
+    return Tables(
+        source, tables, Whereabouts((folder.absolute(),), may_leave=not streaming), None, listing.notes, is_tars
+    )
 
 
 def _hub_tables(source: str, streaming: bool) -> Tables:
@@ -177,7 +198,7 @@ def table_images(table: Any, tables: Tables, spec: ImageSpec) -> Images:
     if spec.on_bad_image == "refuse":
         check_headers(named_files)
     labels, num_classes = _table_labels(table, spec.label_column, source) if spec.with_labels else (None, None)
-    captions, told = table_captions(table, spec, source) if spec.with_captions else (None, ())
+    captions, told = table_captions(table, tables, spec) if spec.with_captions else (None, ())
     files = list(named_files.values())
     return Images(
         partial(read_cell, undecoded, column, source, whereabouts),
@@ -265,20 +286,22 @@ def label_column_of(table: Any, label_column: str | None, source: str) -> tuple[
     return column, table.features[column].num_classes if column in classes else None
 
 
-def caption_column_of(table: Any, caption_column: str | None, image_column: str, source: str) -> str:
+def caption_column_of(table: Any, tables: Tables, spec: ImageSpec) -> str:
     """The column that holds a table's captions.
 
     Raises:
         ValueError: see `choose_caption_column`.
     """
-    columns = text_columns(table.features.arrow_schema)
-    return choose_caption_column({**columns, image_column: False}, caption_column, source)
-
-
-def table_captions(table: Any, spec: ImageSpec, source: str) -> tuple[Captions, tuple[str, ...]]:
-    """Captions of a table's images, and notes on them; see `collect_captions`."""
+    source = printable(tables.source)
     _, image_column = undecoded_images(table, spec.image_column, source)
-    column = caption_column_of(table, spec.caption_column, image_column, source)
+    columns = {**text_columns(table.features.arrow_schema), image_column: False}
+    return choose_caption_column(columns, None if tables.is_tars else spec.caption_column, source)
+
+
+def table_captions(table: Any, tables: Tables, spec: ImageSpec) -> tuple[Captions, tuple[str, ...]]:
+    """Captions of a table's images, and notes on them; see `collect_captions`."""
+    source = printable(tables.source)
+    column = caption_column_of(table, tables, spec)
     chunks = table.with_format("arrow").select_columns([column]).iter(batch_size=10_000)
     cells = (cell for chunk in chunks for cell in chunk[column].to_pylist())
     captions, notes = collect_captions(cells, spec.on_missing_caption, source)

@@ -92,7 +92,10 @@ def encode_data(
         factor = encoders.factor * 2 ** (len(model.network.config.block_out_channels) - 1)
         views = bucketed_views(data.train.sizes(), aspect_buckets(size, factor), num_crops=options.num_crops, seed=seed)
         say(f"aspect buckets, height x width: {views.describe()}")
-    how = How(folder if options.cache else None, options.random_flip, options.guidance_dropout, batch_size)
+    if data.stream is not None:
+        say("images and captions of a stream are encoded as they are drawn: the encoders stay in memory")
+    is_kept = options.cache and data.stream is None
+    how = How(folder if is_kept else None, options.random_flip, options.guidance_dropout, batch_size)
     samples = encode(data.train, views, encoders, how, say)
     held_out = evenly_spaced(data.held_out, NUM_HELD_OUT)
     how = how._replace(random_flip=False, guidance_dropout=0.0)
