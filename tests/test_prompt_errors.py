@@ -17,7 +17,7 @@ from vkd_gen.models import Model
 class Flat:
     """Twenty samples, each of one value everywhere; the prompt tells it."""
 
-    random_flip, guidance_dropout = False, 0.0
+    random_flip, guidance_dropout, buckets = False, 0.0, None
     values = np.linspace(-1, 1, 20)
 
     def __len__(self):
