@@ -158,7 +158,7 @@ OF_FLAGS = [
 OF_MODELS = [
     ("--teacher {tmp}/nowhere", "no teacher folder"),
     ("--teacher nobody/nothing", "nobody/nothing.*hub"),
-    ("--teacher {file}", "is a file"),
+    ("--teacher {file}", "is no .safetensors file"),
     ("--teacher {images}", "holds no UNet"),
     ("--teacher {pickled}", "pickled weights only.*safetensors"),
     ("--teacher {damaged}", "cannot load the UNet"),
