@@ -311,7 +311,7 @@ MISTAKES = {
     "no column of text": (table({"n": [1] * 12}), {}, "0 columns of text .*--caption_column .its columns are image, n"),
     "two columns of text": (table({"url": ["x"] * 12, "alt": ["x"] * 12}), {}, "2 columns of text and 0 of them"),
     "two called so": (table({"text": ["x"] * 12, "prompt": ["x"] * 12}), {}, "2 columns of text and 2 of them called"),
-    "nulls": (table(cells(n12=None, n13=None)), {}, "2 of 12 .*2 with no caption, such as image 2.*skip to leave them"),
+    "nulls": (table(cells(n12=None, n13=None)), {}, "2 of 12 .*2 with no caption, such as image 2.*skip to leave such"),
     "empty and null": (table(cells(n12="", n13=None)), {}, "1 with an empty caption, such as image 2, 1 with no capti"),
     "lists of nothing": (table({"text": [["x"]] * 11 + [[]]}), {}, "1 of 12 .*no caption, such as image 11"),
     "none at all": (table({"text": [""] * 12}), {"on_missing_caption": "skip"}, "12 of 12 .*captions are needed to t"),
@@ -327,7 +327,7 @@ MISTAKES = {
         {},
         "12 of 12 .*no caption, such as .*010.png.: captions are",
     ),
-    "fewer sidecars than images": (fewer_sidecars, {}, "2 of 12 .*no caption, such as .*020.png.*skip to leave them"),
+    "fewer sidecars than images": (fewer_sidecars, {}, "2 of 12 .*no caption, such as .*020.png.*skip to leave such"),
     "a sidecar that is no UTF-8": (
         broken_sidecar(b"caf\xe9"),
         {},

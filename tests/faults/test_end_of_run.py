@@ -103,7 +103,8 @@ UNFIT = {
     "no number": (SCHEDULER, {"steps_offset": "1"}, "a DDIMScheduler with .* steps_offset '1'"),
     "no such sampler": (
         INDEX, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "KarrasVeScheduler"]},
-        "its part 'scheduler' is .*'KarrasVeScheduler'.*, and must be a scheduler of diffusers",
+        "its part 'scheduler' is .*'KarrasVeScheduler'.*, and must be a scheduler of diffusers"  # without transformers
+        "|in its DDPMPipeline, UNet2DModel and KarrasVeScheduler do not fit together",
     ),
     "a sampler of other calls": (
         INDEX, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "UniPCMultistepScheduler"]},

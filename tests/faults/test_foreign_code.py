@@ -95,7 +95,7 @@ CASES = {
     "part elsewhere": (index(**{"../other/unet": ["diffusers", "UNet2DModel"]}), "outside of its folder"),
     "pipeline with prompts": (
         index(_class_name="StableDiffusionPipeline", text_encoder=["transformers", "CLIPTextModel"]),
-        "StableDiffusionPipeline, which needs more than noise|one of diffusers' pipelines",  # without transformers
+        "has no vae, which a StableDiffusionPipeline needs|one of diffusers' pipelines",  # without transformers
     ),
 }  # fmt: skip
 

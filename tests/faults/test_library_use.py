@@ -228,6 +228,6 @@ def test_a_dry_run_of_other_conditions(name, tmp_path, monkeypatch, capfd):
     flags = ["--teacher", tmp_path / "config.json", "--dry_run"]
     if name in SHOWN:
         run("train_student_unet", *flags)
-        assert "this recipe cannot train it" in capfd.readouterr().out
+        assert "with the whole pipeline of such a teacher as --teacher" in capfd.readouterr().out
     else:
         assert name in refused(capfd, run, "train_student_unet", *flags)
