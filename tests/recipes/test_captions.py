@@ -57,6 +57,7 @@ def refused(capfd, words):
 def test_a_run_with_aspect_buckets_is_resumed_bit_for_bit(teacher, folder, run_recipe, tmp_path, capfd):
     own = ["--aspect_buckets", "--num_crops", 2, "--random_flip"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    again = ["--resume_from_checkpoint", "latest"]
     run_recipe(STUDENT, *flags(teacher, folder, straight), *own)
     told = capfd.readouterr().out
     assert "aspect buckets, height x width: " in told
@@ -64,13 +65,20 @@ def test_a_run_with_aspect_buckets_is_resumed_bit_for_bit(teacher, folder, run_r
     run_until(3, run_recipe, STUDENT, *flags(teacher, folder, resumed), *own)
     with refused(capfd, "go on with --train_batch_size 4"):
         run_recipe(
-            STUDENT, *flags(teacher, folder, resumed), *own, "--train_batch_size", 2, "--gradient_accumulation_steps", 2
+            STUDENT,
+            *flags(teacher, folder, resumed),
+            *own,
+            *again,
+            "--train_batch_size",
+            2,
+            "--gradient_accumulation_steps",
+            2,
         )
     (folder / "03.txt").write_text("another")
     with refused(capfd, "captions_sha256"):
-        run_recipe(STUDENT, *flags(teacher, folder, resumed), *own)
+        run_recipe(STUDENT, *flags(teacher, folder, resumed), *own, *again)
     (folder / "03.txt").write_text("red cat")
-    run_recipe(STUDENT, *flags(teacher, folder, resumed), *own)
+    run_recipe(STUDENT, *flags(teacher, folder, resumed), *own, *again)
     assert_same_run(straight, resumed)
 
 

@@ -152,7 +152,7 @@ def test_two_processes_equal_one(tmp_path, pictures, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("more", [["--mixed_precision", "bf16"], ["--gradient_checkpointing"], ["--no_cache"]])
+@pytest.mark.parametrize("more", [["--mixed_precision", "bf16"], ["--gradient_checkpointing"], ["--no-cache"]])
 def test_ways_to_run_it(tmp_path, run_recipe, pictures, kind, more):
     """In bf16, with less memory, and encoding what is drawn: the losses are nearly the same."""
     found = {}

@@ -233,7 +233,7 @@ class How(NamedTuple):
     random_flip: bool
     guidance_dropout: float
     batch_size: int
-    advice: str = "choose another --cache_dir, or --no_cache"
+    advice: str = "choose another --cache_dir, or --no-cache"
 
 
 def encode(images: Images, views: Views, encoders: Encoders, how: How, say: Callable[[str], None]) -> Encoded:

@@ -153,7 +153,7 @@ class DataOptions:
     `empty` takes the empty prompt for it."""
     cache: Rare[bool] = True
     """Of a model of prompts: encode all images and captions once, before the first step, and keep latents and
-    embeddings on the disk, for this run and others; then the encoders leave memory. --no_cache encodes what each step
+    embeddings on the disk, for this run and others; then the encoders leave memory. --no-cache encodes what each step
     draws."""
     cache_dir: Rare[str] = ""
     """Folder of these encodings; by default vkd_gen/encodings in the user's cache folder, or what VKD_GEN_CACHE names.
