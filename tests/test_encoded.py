@@ -69,6 +69,16 @@ def test_kept_and_live_encodings_are_the_same(tmp_path, kind, num_crops):
             torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_live_encoders_outlive_the_pipelines_parts(precision):
+    """A model of prompts lets go of them; what a denoiser is told is float32, whatever encoded it."""
+    pipeline = tiny_pipeline("sdxl")
+    encoded = samples("sdxl", None, pipeline=pipeline, precision=precision)
+    pipeline.register_modules(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    for batch in batches(encoded, 8):
+        assert {value.dtype for name, value in flat(batch).items() if name != "timesteps"} == {torch.float32}
+
+
 def test_what_is_drawn_varies(tmp_path):
     """Crops, flips and captions are drawn anew each time, and a share of the prompts is dropped."""
     encoded = samples("sdxl", tmp_path, num_crops=4)

@@ -377,5 +377,6 @@ def _check_trains(student: nn.Module, prediction: Tensor) -> None:
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Floating-point tensors of a (nested) mapping in another precision; all else as it is."""
     if isinstance(value, Mapping):
-        return {name: _cast(entry, dtype) for name, entry in value.items()}
+        # Half precision cannot hold SDXL's sizes in pixels, which the network embeds as float32.
+        return {name: entry if name == "time_ids" else _cast(entry, dtype) for name, entry in value.items()}
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -4,6 +4,7 @@ B batch, C latent channels, H x W pixels, h x w latents, L tokens, D width of th
 """
 
 import contextlib
+import copy
 import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,8 @@ class Encoders:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, *, precision: Precision = "no", tiling: bool = False):
-        self.pipeline, self.dtype, self.tiling = pipeline, DTYPES[precision], tiling
+        # A copy with the same parts, since the model that has the pipeline lets go of them.
+        self.pipeline, self.dtype, self.tiling = copy.copy(pipeline), DTYPES[precision], tiling
         self.vae = pipeline.vae
         for part in self._networks():
             nn.Module.to(part, dtype=self.dtype).eval().requires_grad_(False)  # past diffusers' warning about casting

@@ -112,6 +112,7 @@ class Model:
         )
         taken = inspect.signature(type(self.pipeline).__init__).parameters
         plain = {name: value for name, value in self.pipeline.config.items() if name in taken}
+        plain |= {"add_watermarker": False} if "add_watermarker" in taken else {}  # which no config tells
         parts = {**self.pipeline.components, self.slot: network, "scheduler": sampler}
         pipeline = type(self.pipeline)(**{**plain, **parts})
         pipeline.set_progress_bar_config(disable=True)

@@ -90,7 +90,7 @@ def test_a_schedule_that_cannot_be_sampled_is_refused(flags, pipeline_folder, tm
     schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
     DDPMScheduler(**schedule).save_pretrained(pipeline_folder / "scheduler")
     line = error_of(capsys, lambda: run_recipe(RECIPE, *flags, "--output_dir", tmp_path / "run"))
-    assert "DDIM gives no finite samples on this schedule, at timestep 999" in line
+    assert "DDIMScheduler gives no finite samples on this schedule, at timestep 999" in line
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

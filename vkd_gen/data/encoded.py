@@ -122,8 +122,9 @@ class Encoded:
         latents, embeddings = self.store.finish(sample, told["prompt"])
         is_dropped = told["is_dropped"]
         for name, value in embeddings.items():
-            null = self.null[name].to(value.device, value.dtype)
-            embeddings[name] = torch.where(is_dropped.view(-1, *[1] * (value.ndim - 1)), null, value)
+            self.null[name] = self.null[name].to(value.device, torch.float32)  # moved once
+            is_without = is_dropped.view(-1, *[1] * (value.ndim - 1))
+            embeddings[name] = torch.where(is_without, self.null[name], value.float())
         return {**batch, "sample": latents, "conditioning": self._arguments(embeddings, sizes)}
 
     def nothing(self, conditioning: dict[str, Any]) -> dict[str, Any]:

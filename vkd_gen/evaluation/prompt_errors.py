@@ -81,7 +81,7 @@ def prompt_errors(
         return {
             name: {"wrong_prompt_error": wrong[name] / num_draws}
             | ({"guidance_gap_ratio": gaps[name] / of_teacher[name]} if of_teacher[name] else {})
-            | {"prompt_rank": prompt_rank(model, few, schedules[name])}
+            | {"prompt_rank": prompt_rank(model, few, schedules[name], batch_size=batch_size)}
             for name, model in models.items()
         }
 
@@ -96,7 +96,9 @@ def with_prompts_of(conditioning: Mapping[str, Any], other: Mapping[str, Any]) -
 
 
 @torch.no_grad()
-def prompt_rank(model: Model, batch: Mapping[str, Any], schedule: Schedule, seed: int = 1_000_003) -> float:
+def prompt_rank(
+    model: Model, batch: Mapping[str, Any], schedule: Schedule, seed: int = 1_000_003, batch_size: int = 64
+) -> float:
     """Mean rank of the right prompt of each sample of a batch among the prompts of all, by the denoising error.
 
     1 is the best; (B + 1) / 2 is chance; equal prompts do not compete. After Li et al., 2023 (arXiv 2303.16203), who
@@ -107,6 +109,7 @@ def prompt_rank(model: Model, batch: Mapping[str, Any], schedule: Schedule, seed
         batch: finished draws, of which sample and conditioning are taken.
         schedule: the model's, on its device.
         seed: of the noise.
+        batch_size: prompts at a time.
     """
     sample, conditioning = batch["sample"], batch["conditioning"]
     count, generator = len(sample), torch.Generator().manual_seed(seed)
@@ -117,12 +120,24 @@ def prompt_rank(model: Model, batch: Mapping[str, Any], schedule: Schedule, seed
         noisy_sample, target = (make(sample, noise, timesteps) for make in (schedule.noisy, schedule.target))
         for number in range(count):
             told = with_prompts_of(_repeated(conditioning, number, count), conditioning)
-            answers = model.predict(noisy_sample[number].expand_as(sample), timesteps, told)
+            answers = torch.cat(
+                [
+                    model.predict(noisy_sample[number].expand_as(sample)[rows], timesteps[rows], _rows_of(told, rows))
+                    for rows in (slice(first, first + batch_size) for first in range(0, count, batch_size))
+                ]
+            )
             errors[number] += (answers - target[number]).square().flatten(1).mean(1)
     own, states = errors.diagonal()[:, None], conditioning["encoder_hidden_states"]
     is_better = (errors < own).double() + (errors == own).double() / 2  # one that reads nothing stands at chance
     is_same = torch.stack([(states == state).flatten(1).all(1) for state in states])
     return float(is_better.masked_fill(is_same, 0).sum(1).add(1).mean())
+
+
+def _rows_of(conditioning: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    return {
+        name: _rows_of(value, rows) if isinstance(value, Mapping) else value[rows]
+        for name, value in conditioning.items()
+    }
 
 
 def _repeated(conditioning: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:

@@ -26,11 +26,14 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, variant: str | None
     pipeline.save_pretrained(folder, safe_serialization=True)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     for name, part in networks.items() if variant is not None else ():
-        half = nn.Module.to(copy.deepcopy(part), torch.float16)
+        half = nn.Module.to(copy.deepcopy(part), "cpu", torch.float16)
         broken = [key for key, value in half.state_dict().items() if not value.isfinite().all()]
         if broken:
             raise ValueError(f"the {name} cannot be saved as fp16: {broken[0]} is too large for it")
+        config = folder / name / "config.json"
+        in_float32 = config.read_bytes()
         half.save_pretrained(folder / name, variant=variant, safe_serialization=True)
+        config.write_bytes(in_float32)  # transformers writes the precision there, and would load all else in it
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder") and part is not None:
             _name_as_ever(folder / name)

@@ -57,8 +57,9 @@ def _try_sampler(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
         sample = scheduler.step(prediction, timestep, sample).prev_sample
         if not sample.isfinite().all():
             raise ValueError(
-                f"DDIM gives no finite samples on this schedule, at timestep {int(timestep)} of {num_inference_steps} "
-                f"steps: {scheduler.config.prediction_type} says nothing there; choose another teacher"
+                f"{type(scheduler).__name__} gives no finite samples on this schedule, at timestep {int(timestep)} of "
+                f"{num_inference_steps} steps: {scheduler.config.prediction_type} says nothing there; choose another "
+                "teacher"
             )
 
 

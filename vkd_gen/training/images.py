@@ -156,13 +156,20 @@ def load_data(
     return Data(stream, train, held_out, reference, pixels, Pixels(held_out))
 
 
+OF_PROMPTS = (
+    *("num_crops", "aspect_buckets", "caption_column", "on_missing_caption"),
+    *("cache", "cache_dir", "encoding_precision", "vae_tiling"),
+)
+"""Options that have no effect on images without captions."""
+
+
 def _check_meant(options: DataOptions, with_captions: bool) -> None:
     """Refuse what has no effect on the images of such a model."""
     if with_captions and options.image_cache:
         raise ValueError(
             "--image_cache is for models of pixels; of a model of prompts --cache_dir keeps the encodings: leave it out"
         )
-    for name in ("num_crops", "aspect_buckets", "caption_column"):
+    for name in OF_PROMPTS:
         default = DataOptions.__dataclass_fields__[name].default
         if not with_captions and getattr(options, name) != default:
             raise ValueError(f"--{name} is for models of prompts, and this one takes none: leave it out")

@@ -1,6 +1,5 @@
 """One start of a recipe: its folder, its processes, and whether it begins or goes on, decided once."""
 
-import contextlib
 import gc
 import json
 from collections.abc import Callable, Mapping
@@ -248,6 +247,8 @@ class Run:
             model: that is to be trained.
             facts: for its card, a row each.
         """
+        if self._guidance_scale is not None and not (model.takes_prompts or model.num_classes):
+            raise ValueError("--guidance_scale is for models of prompts or classes, and this one takes neither")
         model.network.to(self.device)
         dataset, self._name, self._num_inference_steps = self.flags["dataset"], name, self.flags["num_inference_steps"]
         facts = {**facts, "steps": self.options.max_train_steps, "seed": self.options.seed}
@@ -341,9 +342,7 @@ class Run:
             lambda: models[name].save(self.exported, self._card(training=cost), self.options.export_variant)
         )
         self.accelerator.wait_for_everyone()
-        with contextlib.ExitStack() as all_whole, after_export(self.exported):
-            for model in models.values():
-                all_whole.enter_context(model.whole())
+        with after_export(self.exported):
             results, samples = evaluate(
                 models,
                 data.held_out_samples,
