@@ -54,6 +54,7 @@ def refused(capfd, words):
     assert re.search(words, line)
 
 
+@pytest.mark.slow
 def test_a_run_with_aspect_buckets_is_resumed_bit_for_bit(teacher, folder, run_recipe, tmp_path, capfd):
     own = ["--aspect_buckets", "--num_crops", 2, "--random_flip"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
