@@ -224,7 +224,7 @@ def resample(pipeline: DiffusionPipeline, sampler: Sampler) -> DiffusionPipeline
     return pipeline
 
 
-def load_pipeline(source: str, sampler: Sampler | None = None, variant: str | None = None) -> DiffusionPipeline:
+def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipeline:
     """Load a pipeline that makes images from noise, from noise and class labels, or from prompts.
 
     Args:
@@ -233,7 +233,6 @@ def load_pipeline(source: str, sampler: Sampler | None = None, variant: str | No
             in one file.
         sampler: for a pipeline of a `UNet2DModel` or of Stable Diffusion, what to sample it with; None keeps the
             pipeline's own.
-        variant: of the weights of Stable Diffusion, such as `fp16`; see `load_text_pipeline`.
 
     Raises:
         ValueError: in one line, for what is not there, cannot be loaded, or needs more than labels or a prompt.
@@ -259,7 +258,7 @@ def load_pipeline(source: str, sampler: Sampler | None = None, variant: str | No
         where = "" if is_here else "there is no such folder, and the hub did not give it: "
         raise ValueError(f"cannot load the pipeline {source}: {where}{error}") from error
     if is_text_pipeline(index):
-        pipeline = load_text_pipeline(source, variant=variant)
+        pipeline = load_text_pipeline(source)
         return pipeline if sampler is None else resample(pipeline, sampler)
     _check_call(kind, source)
     try:
