@@ -97,6 +97,15 @@ ARMS: dict[str, Arm] = {
         "the default, --method vkd: solved, weight by gradient ratio 0.3 falling to 0 within the first 0.3 of the run, "
         "without denoising",
     ),
+    "solved-raw-ratio-0.3-early-both-branches-no-denoising": Arm(
+        features("solved", "none", "--guidance_branches", "both", **RATIO, decay_start=0, decay_end=0.3, denoising=0),
+        "the default, each draw with its prompt and without: twice the work in a step",
+    ),
+    "solved-raw-ratio-0.3-early-twice-no-denoising": Arm(
+        features("solved", **RATIO, decay_start=0, decay_end=0.3, denoising=0),
+        "the default for twice the steps",
+        steps_factor=2,
+    ),
 }
 """What can be compared. The flags name all that distinguishes an arm: defaults may change, records must not."""
 

@@ -129,13 +129,17 @@ class ComparisonConfig:
 
 
 DEFAULT = "solved-raw-ratio-0.3-early-no-denoising"
+BOTH_BRANCHES = "solved-raw-ratio-0.3-early-both-branches-no-denoising"
+TWICE = "solved-raw-ratio-0.3-early-twice-no-denoising"
 DECAYED = "solved-raw-ratio-0.3-decayed-no-denoising"
 CONTROLS = ("denoising", "denoising-same-time", "output", "output-alone", "fitnet")
 FINALISTS = (
     *("denoising", "denoising-longer", "output", "output-alone", "fitnet"),
     *("solved-raw", "solved-raw-ratio-0.3-no-denoising", "cka-no-denoising"),
 )
-SCREEN = ComparisonConfig(arms=tuple(arm for arm in ARMS if arm not in ("denoising-same-time", "bk", DEFAULT)))
+SCREEN = ComparisonConfig(
+    arms=tuple(arm for arm in ARMS if arm not in ("denoising-same-time", "bk", DEFAULT, BOTH_BRANCHES, TWICE))
+)
 CONFIRMATION = replace(SCREEN, preset="confirmation", arms=FINALISTS, seed=100, num_seeds=5, max_train_steps=600)
 SECOND_CONFIRMATION = replace(
     CONFIRMATION,
@@ -202,10 +206,10 @@ EMOJI = replace(
     student_preset="custom",
     teacher="recipes/assets/emoji-teacher",
     dataset="emoji",
-    arms=("denoising", "output", "output-alone", "fitnet", "bk", DEFAULT),
+    arms=("denoising", "output", "output-alone", "fitnet", "bk", DEFAULT, BOTH_BRANCHES, TWICE),
     seed=0,
     num_seeds=1,
-    max_train_steps=500,
+    max_train_steps=300,
     learning_rate=1e-3,
     extra=(
         # As wide as the teacher, which BK-SDM's recipe asks for, and without its lower stage and middle.

@@ -26,10 +26,10 @@ def test_eight_bits_come_from_the_library_that_is_installed(library, module, mon
     monkeypatch.setattr("vkd_gen.training.optimizer.eight_bit_library", lambda: library)
     monkeypatch.setitem(sys.modules, library, types.ModuleType(library))
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(AdamW8bit=AdamW8bit))
-    optimizer = make_optimizer(dataclasses.replace(OPTIONS, optimizer="adamw8bit"), GROUPS)
+    optimizer = make_optimizer(dataclasses.replace(OPTIONS, optimizer="adamw8bit"), GROUPS, tiny_unet())
     assert type(optimizer) is AdamW8bit
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (3e-4, 0.1)
-    assert type(make_optimizer(OPTIONS, GROUPS)) is torch.optim.AdamW
+    assert type(make_optimizer(OPTIONS, GROUPS, tiny_unet())) is torch.optim.AdamW
 
 
 def test_a_step_of_the_average_is_that_of_diffusers():

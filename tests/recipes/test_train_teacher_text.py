@@ -57,7 +57,7 @@ def test_three_steps_end_with_a_stock_pipeline(run_recipe, tmp_path, capsys, mon
     assert image.shape == (32, 32, 3)
     card = (folder / "README.md").read_text()
     assert "license: cc-by-sa-4.0" in card
-    assert "259 of 32 x 32 pixels, and 27 held out" in card
+    assert "259 of 32 x 32 pixels, and 8 held out" in card
     assert "| held-out combinations |" in card
     assert (folder / "samples.png").exists()
 

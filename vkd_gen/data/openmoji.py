@@ -28,9 +28,10 @@ HELD_OUT_COMBINATIONS = (
     "small orange diamond",
     "blue book",
 )
-"""Colours and shapes that the training pictures of `emoji` show, but not together."""
-HELD_OUT_EVERY = 12
-"""Of the pictures of `emoji` that are no coloured shapes, every twelfth is held out whole."""
+"""Colours and shapes that the training pictures of `emoji` show, but not together; they are held out."""
+LEFT_OUT_EVERY = 12
+"""Of the others, every twelfth is not in `emoji`: the committed teacher never saw their words, so that no student can
+learn them from it. Its card tells what it makes of them."""
 OPENMOJI_NOTICE = (
     "The pictures are by [OpenMoji](https://openmoji.org), the open-source emoji and icon project, under "
     "[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/); what is made from them is under the same licence."
@@ -50,7 +51,7 @@ class Emoji(NamedTuple):
 
 @functools.cache
 def find_emoji(name: str) -> tuple[Emoji, ...]:
-    """The pictures of `emoji` (food, plants, animals, coloured shapes) or `emoji-all`, in the order of their codes.
+    """The pictures of `emoji` (coloured shapes, food, plants, animals) or `emoji-all`, in the order of their codes.
 
     Captions are the English names of the package emoji, else Unicode's in lower case; pictures without a name, with
     skin tones, flags, and all but the first of equal pictures are left out.
@@ -82,6 +83,10 @@ def find_emoji(name: str) -> tuple[Emoji, ...]:
         if digest not in seen:
             seen.add(digest)
             found.append(picture)
+    if name == "emoji":
+        others = [picture for picture in found if not COLOURED.search(picture.caption)]
+        left_out = set(others[LEFT_OUT_EVERY - 1 :: LEFT_OUT_EVERY])
+        found = [picture for picture in found if picture not in left_out]
     return tuple(found)
 
 
@@ -109,7 +114,5 @@ def draw_emoji(picture: Emoji, side: int) -> np.ndarray:
 
 
 def held_out_emoji(pictures: tuple[Emoji, ...]) -> np.ndarray:
-    """Which pictures of `emoji` are held out, `[pictures]` bool: the combinations and every twelfth other."""
-    is_coloured = np.array([COLOURED.search(picture.caption) is not None for picture in pictures])
-    is_combination = np.array([picture.caption in HELD_OUT_COMBINATIONS for picture in pictures])
-    return is_combination | (~is_coloured & (np.cumsum(~is_coloured) % HELD_OUT_EVERY == 0))
+    """Which pictures of `emoji` are held out, `[pictures]` bool: the combinations."""
+    return np.array([picture.caption in HELD_OUT_COMBINATIONS for picture in pictures])

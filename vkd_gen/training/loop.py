@@ -45,7 +45,7 @@ class Loop:
         module: the one module that trains; its `after_step(step)`, if it has that, is called after each optimizer step.
         draws: of the run.
         average: the network inside `module` that is averaged, sampled and exported.
-        parameter_groups: for AdamW.
+        parameter_groups: for the optimizer.
 
     Attributes:
         module: what to call in the steps, wrapped for several processes.
@@ -66,7 +66,7 @@ class Loop:
         options = self.options
         self.step = 0
         self._bare_module = module
-        optimizer = make_optimizer(options, parameter_groups)
+        optimizer = make_optimizer(options, parameter_groups, average)
         # Not prepared: accelerate would step it once for each process, and here a step is a step.
         self.learning_rate = get_scheduler(
             options.lr_scheduler,

@@ -30,6 +30,8 @@ KEPT_FREE = 0.1
 """Share of the memory that is left to the allocator, the libraries and all that is not counted."""
 TOKENS = 77
 """Of a prompt: CLIP's length."""
+STATES = {"adamw": 2.0, "adamw8bit": 0.5, "muon": 1.0}
+"""What an optimizer keeps, as a multiple of the weights; Muon keeps more for what AdamW moves: biases, outer layers."""
 ENCODERS = {
     "stable-diffusion-1": 83_653_863 + 123_060_480,
     "stable-diffusion-2": 83_653_863 + 340_387_840,
@@ -225,7 +227,7 @@ class Rehearsal:
         return Memory(
             weights=trained + sum(value.nbytes for value in self.projected.buffers()),
             gradients=trained * (2 if num_processes > 1 else 1),
-            optimizer=trained // 2 if options.optimizer == "adamw8bit" else 2 * trained,
+            optimizer=int(STATES[options.optimizer] * trained),
             averages=sum(value.nbytes for value in self.student.parameters()) if averaged else 0,
             teacher=sum(value.nbytes for value in self.teacher.unet.parameters()),
         )

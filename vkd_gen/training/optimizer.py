@@ -8,13 +8,24 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from vkd_gen.training.muon import Muon
 from vkd_gen.training.options import TrainingOptions, eight_bit_library
 
 
-def make_optimizer(options: TrainingOptions, parameter_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW as the options say: torch's, or that of 8 bits of the library that is installed."""
+def make_optimizer(
+    options: TrainingOptions, parameter_groups: list[dict[str, Any]], network: nn.Module
+) -> torch.optim.Optimizer:
+    """As the options say: torch's AdamW, that of 8 bits of the library that is installed, or Muon.
+
+    Args:
+        options: of the run.
+        parameter_groups: all that trains.
+        network: of it, whose matrices Muon moves.
+    """
     if options.optimizer == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=options.learning_rate, fused=True)
+    if options.optimizer == "muon":
+        return Muon(parameter_groups, network, options.learning_rate)
     name = "bitsandbytes.optim" if eight_bit_library() == "bitsandbytes" else "torchao.optim"
     return importlib.import_module(name).AdamW8bit(parameter_groups, lr=options.learning_rate)
 

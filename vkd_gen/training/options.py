@@ -32,7 +32,7 @@ class TrainingOptions:
     max_train_steps: int = 1000
     """Optimizer steps of the whole run."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     lr_scheduler: Rare[Literal["constant", "constant_with_warmup", "linear", "cosine"]] = "cosine"
     """Learning rate schedule, as in diffusers."""
     lr_warmup_steps: Rare[int | None] = None
@@ -40,8 +40,9 @@ class TrainingOptions:
     1,000 in the presets cifar10 and custom."""
     adam_weight_decay: Rare[float] = 0.01
     """Weight decay of the network; projectors are never decayed."""
-    optimizer: Rare[Literal["adamw", "adamw8bit"]] = "adamw"
-    """torch's AdamW, or the one of bitsandbytes (else torchao), whose state takes 8 bits in place of 32."""
+    optimizer: Rare[Literal["adamw", "adamw8bit", "muon"]] = "adamw"
+    """torch's AdamW, the one of bitsandbytes (else torchao), whose state takes 8 bits in place of 32, or Muon for the
+    inner matrices and convolutions with AdamW for the rest."""
     max_grad_norm: Rare[float] = 1.0
     """Norm that gradients are clipped to; 0 for no clipping."""
     max_skipped_steps: Rare[int] = 20
