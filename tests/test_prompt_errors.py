@@ -10,7 +10,13 @@ from diffusers import DDPMScheduler
 from tests.conftest import tiny_unet
 from vkd_gen.data.draws import Draws
 from vkd_gen.evaluation.errors import held_out_errors
-from vkd_gen.evaluation.prompt_errors import prompt_errors, prompt_rank, with_prompts_of
+from vkd_gen.evaluation.prompt_errors import (
+    errors_by_prompt,
+    places,
+    prompt_errors,
+    prompt_rank,
+    with_prompts_of,
+)
 from vkd_gen.models import Model
 
 
@@ -18,10 +24,12 @@ class Flat:
     """Twenty samples, each of one value everywhere; the prompt tells it."""
 
     random_flip, guidance_dropout, buckets = False, 0.0, None
-    values = np.linspace(-1, 1, 20)
+
+    def __init__(self, values=np.linspace(-1, 1, 20)):
+        self.values = values
 
     def __len__(self):
-        return 20
+        return len(self.values)
 
     def read(self, index):
         return torch.tensor(self.values[index], dtype=torch.float32)
@@ -85,31 +93,80 @@ def test_the_gap_is_measured_in_the_students_own_prediction_type():
     assert found["guidance_gap_ratio"] == pytest.approx(1, rel=1e-2)
 
 
+@pytest.mark.parametrize("batch_size", [1, 8, 40])
+def test_a_wrong_prompt_is_never_an_equal_one(batch_size):
+    """Of the draws that follow, those of the same prompt are passed over, whatever the batch."""
+    samples = Flat(np.repeat([-1.0, 0.25, 1.0], [14, 1, 5]))
+    model = reader(1.0, prediction_type="sample")
+    found = prompt_errors({"student": model}, samples, num_draws=40, batch_size=batch_size)["student"]
+    draws = Draws(samples, model.schedule, seed=1_000_003)
+    values = [float(draws[[number]]["sample"].mean()) for number in range(80)]
+    others = [next(other for other in values[number:] if other != values[number]) for number in range(40)]
+    expected = np.square(np.array(others) - values[:40]).mean()
+    assert found["wrong_prompt_error"] == pytest.approx(expected, rel=1e-5)
+    assert found["prompt_rank"] == 1.0
+
+
+def test_equal_prompts_alone_tell_nothing(caplog):
+    """Neither a wrong prompt nor a rank; what a prompt changes is measured all the same."""
+    models = {"student": reader(0.5, prediction_type="sample"), "teacher": reader(1.0, prediction_type="sample")}
+    found = prompt_errors(models, Flat(np.full(5, 0.5)), teacher=models["teacher"], num_draws=10, batch_size=4)
+    assert found["student"] == {"guidance_gap_ratio": pytest.approx(0.5, rel=1e-5)}
+    assert "all prompts of the held-out images are equal" in caplog.text
+
+
+def test_the_teacher_is_asked_once_for_all_models():
+    """Of each batch with prompts and without, and as one of the models with wrong ones and to rank."""
+    teacher, asked = reader(1.0), []
+    predict = teacher.predict
+    teacher.predict = lambda *arguments: asked.append(len(arguments[0])) or predict(*arguments)
+    students = {name: reader(0.5) for name in ("a", "b")}
+    prompt_errors({**students, "teacher": teacher}, Flat(), teacher=teacher, num_draws=10, batch_size=5, num_ranked=2)
+    assert asked == [5, 5, 5] * 2 + [2] * 8
+    asked.clear()
+    held_out_errors({**students, "teacher": teacher}, Flat(), teacher=teacher, num_draws=10, batch_size=5)
+    assert asked == [5, 5]
+
+
+def ranked(model, batch):
+    return prompt_rank(model, list(batch["sample"]), batch["conditioning"])
+
+
 def test_rank_of_the_prompt():
-    schedule = reader(1.0).schedule
-    batch = Draws(Flat(), schedule, seed=0).batch(range(10))
-    assert prompt_rank(reader(1.0), batch, schedule) == 1.0
-    assert prompt_rank(reader(0.0), batch, schedule) == pytest.approx(
-        5.5, abs=1.5
-    )  # reads nothing: chance, to rounding
+    batch = Draws(Flat(), reader(1.0).schedule, seed=0).batch(range(10))
+    assert ranked(reader(1.0), batch) == 1.0
+    assert ranked(reader(0.0), batch) == pytest.approx(5.5, abs=1.5)  # reads nothing: chance, to rounding
     values = batch["sample"].mean((1, 2, 3)).double()
     expected = [1 + sum(abs(-other - own) < abs(-own - own) for other in values) for own in values]
-    assert prompt_rank(reader(-1.0), batch, schedule) == pytest.approx(float(np.mean(expected)), abs=0.2)
+    assert ranked(reader(-1.0), batch) == pytest.approx(float(np.mean(expected)), abs=0.2)
 
 
 def test_equal_prompts_do_not_compete():
-    schedule = reader(1.0).schedule
-    batch = Draws(Flat(), schedule, seed=0).batch([0, 1, 2])
-    twice = {
-        "sample": batch["sample"].repeat(2, 1, 1, 1),
-        "conditioning": {
-            "encoder_hidden_states": batch["conditioning"]["encoder_hidden_states"].repeat(2, 1, 1),
-            "added_cond_kwargs": {
-                name: value.repeat(2, 1) for name, value in batch["conditioning"]["added_cond_kwargs"].items()
-            },
-        },
-    }
-    assert prompt_rank(reader(1.0), twice, schedule) == 1.0
+    batch = Draws(Flat(), reader(1.0).schedule, seed=0).batch([0, 1, 2, 0, 1, 2])
+    assert ranked(reader(1.0), batch) == 1.0
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_errors_by_prompt_reference(batch_size):
+    """The model answers the noise that follows from the prompt: its error is the difference of the samples, scaled."""
+    model, levels = reader(1.0), torch.tensor([0.0, 0.5, -1.0, 0.25])
+    samples = [level.expand(1, side, side) for level, side in zip(levels, (4, 4, 2, 4), strict=True)]
+    tried = [{"encoder_hidden_states": levels[:, None, None]}] * 4
+    times = (0.1, 0.6)
+    found = errors_by_prompt(model, samples, tried, times=times, seed=0, batch_size=batch_size)
+    timesteps = model.schedule.timesteps(torch.tensor(times))
+    scale = (model.schedule.alpha[timesteps] / model.schedule.sigma[timesteps]).square().mean()
+    expected = (levels[:, None] - levels).square() * scale
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    is_own = torch.eye(4, dtype=torch.bool)
+    assert places(found, found.diagonal(), is_own).tolist() == [1, 1, 1, 1]
+
+
+def test_places():
+    """Less is better, equal ones share their places, and the own prompt's other copies do not count."""
+    errors = torch.tensor([[3.0, 1.0, 3.0, 5.0], [1.0, 1.0, 0.0, 1.0]])
+    is_same = torch.tensor([[True, False, False, False], [False, True, False, True]])
+    assert places(errors, torch.tensor([3.0, 1.0]), is_same).tolist() == [2.5, 2.5]
 
 
 def test_sizes_and_crops_stay_the_samples_own():

@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from vkd_gen.data.openmoji import HELD_OUT_COMBINATIONS
 from vkd_gen.data.sources import load_images
-from vkd_gen.evaluation.prompt_losses import prompt_losses
+from vkd_gen.training.text_export import score_prompts
+from vkd_gen.training.text_training import load_pictures
 
 TEACHER = Path(__file__).parents[2] / "recipes/assets/emoji-teacher"
 
@@ -47,8 +49,8 @@ TINY = (
 
 def test_three_steps_end_with_a_stock_pipeline(run_recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("vkd_gen.training.text_export.NUM_INFERENCE_STEPS", 1)
-    for name, value in (("num_prompts", 3), ("num_draws", 1)):
-        monkeypatch.setitem(prompt_losses.__wrapped__.__kwdefaults__, name, value)
+    for name, value in (("num_prompts", 3), ("num_times", 1)):
+        monkeypatch.setitem(score_prompts.__wrapped__.__kwdefaults__, name, value)
     run_recipe("train_teacher_text", *TINY, "--output_dir", tmp_path / "run")
     folder = tmp_path / "run/pipeline"
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
@@ -66,6 +68,18 @@ def test_three_steps_end_with_a_stock_pipeline(run_recipe, tmp_path, capsys, mon
     with pytest.raises(SystemExit):
         run_recipe("train_teacher_text", *TINY, "--seed", "1", "--output_dir", tmp_path / "run")
     assert "holds a run with teacher" in capsys.readouterr().err
+
+
+def test_the_committed_card_has_the_numbers_of_the_committed_teacher():
+    """Of the held-out combinations."""
+    pipeline = StableDiffusionPipeline.from_pretrained(TEACHER)
+    train, held_out = load_pictures("emoji", 32)
+    numbers = [number for number, caption in enumerate(held_out.captions) if caption in HELD_OUT_COMBINATIONS]
+    found = score_prompts(pipeline, held_out.at(numbers), sorted({*train.captions, *held_out.captions}))
+    card = (TEACHER / "README.md").read_text()
+    (row,) = (line.split("|")[2:-1] for line in card.splitlines() if line.startswith("| held-out combinations |"))
+    assert [float(row[column]) for column in range(3)] == pytest.approx(found[:3], abs=1e-3)
+    assert row[3:] == [f" {found.rank:.2f} of {found.num_prompts} ", f" {found.first:.0%} "]
 
 
 def test_the_committed_teacher_draws_what_it_has_seen():

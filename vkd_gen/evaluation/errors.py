@@ -23,7 +23,7 @@ def held_out_errors(
     """Mean squared errors on held-out images, noise and timesteps, the same draws for every model.
 
     Args:
-        models: by name, on one device.
+        models: by name, on one device; they differ in nothing but what they predict of a noisy sample.
         samples: that no model was trained on, with what the models are told of them.
         teacher: to measure the distance to; None for the denoising error alone.
         num_draws: of (image, noise, timestep).
@@ -43,14 +43,16 @@ def held_out_errors(
             modes.enter_context(in_eval_mode(model.network))
         for batch in draws.first(num_draws, device=device):
             sample, noise, timesteps, conditioning = batch.values()
+            noisy_sample, answer = schedules[next(iter(models))].noisy(sample, noise, timesteps), None
+            if teacher is not None:
+                answer = teacher.predict(noisy_sample, timesteps, conditioning)
             for name, model in models.items():
                 schedule = schedules[name]
-                noisy_sample = schedule.noisy(sample, noise, timesteps)
-                prediction = model.predict(noisy_sample, timesteps, conditioning)
+                is_teacher = answer is not None and model is teacher
+                prediction = answer if is_teacher else model.predict(noisy_sample, timesteps, conditioning)
                 target = schedule.target(sample, noise, timesteps)
                 sums[name]["denoising_error"] += float((prediction - target).square().mean()) * len(sample)
-                if teacher is not None:
-                    answer = teacher.predict(noisy_sample, timesteps, conditioning)
-                    answer = schedule.convert(answer, noisy_sample, timesteps, teacher.schedule.prediction_type)
-                    sums[name]["teacher_distance"] += float((prediction - answer).square().mean()) * len(sample)
+                if teacher is not None and answer is not None:
+                    found = schedule.convert(answer, noisy_sample, timesteps, teacher.schedule.prediction_type)
+                    sums[name]["teacher_distance"] += float((prediction - found).square().mean()) * len(sample)
     return {name: {key: value / num_draws for key, value in errors.items()} for name, errors in sums.items()}

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -15,11 +16,11 @@ from vkd_gen.data.embedded import EMOJI
 from vkd_gen.data.openmoji import HELD_OUT_COMBINATIONS, OPENMOJI_NOTICE
 from vkd_gen.evaluation.cost import count_parameters
 from vkd_gen.evaluation.labels import data_label
-from vkd_gen.evaluation.prompt_losses import PromptLosses, prompt_losses
+from vkd_gen.evaluation.prompt_errors import errors_by_prompt, places
 from vkd_gen.files import whole_folder
+from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
 from vkd_gen.provenance import environment
-from vkd_gen.schedule import Schedule
 from vkd_gen.text import printable
 from vkd_gen.training.text_training import PartTrainer, Pictures, encode, tokenize
 
@@ -27,26 +28,66 @@ GUIDANCE_SCALE, NUM_INFERENCE_STEPS = 4.0, 25
 """Of the samples in the card."""
 
 
+class PromptScores(NamedTuple):
+    """Denoising errors of pictures, means over them, and places of the right prompt.
+
+    Attributes:
+        right: with each picture's own prompt.
+        wrong: with others.
+        none: with the null prompt.
+        rank: mean place of the own prompt among all that were tried, by the picture's error; 1 is best.
+        first: share of the pictures whose own prompt has the least error.
+        num_prompts: prompts that were tried for each picture, with its own.
+    """
+
+    right: float
+    wrong: float
+    none: float
+    rank: float
+    first: float
+    num_prompts: int
+
+
 @torch.no_grad()
-def score_prompts(pipeline: StableDiffusionPipeline, pictures: Pictures, pool: Sequence[str]) -> PromptLosses:
-    """Right against wrong prompts on pictures' latents; see `prompt_losses`.
+def score_prompts(
+    pipeline: StableDiffusionPipeline,
+    pictures: Pictures,
+    pool: Sequence[str],
+    *,
+    num_prompts: int = 32,
+    num_times: int = 4,
+) -> PromptScores:
+    """Right against wrong prompts on pictures' latents; see `errors_by_prompt`.
+
+    A picture is tried with its own prompt and the `num_prompts` - 1 that follow it in the pool, and with none, in the
+    middle of `num_times` equal parts of the schedule.
 
     Args:
         pipeline: whole.
         pictures: at most 64 of them are asked about, evenly spaced.
-        pool: prompts to tell apart, with those of the pictures.
+        pool: different prompts, with those of the pictures.
+        num_prompts: at most as many as the pool holds.
+        num_times: noisy versions of each picture.
     """
-
-    def predict(noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
-        return pipeline.unet(noisy, timesteps, prompts).sample
-
     for part in (pipeline.unet, pipeline.text_encoder):
         part.eval()
     prompts, null = (pipeline.text_encoder(tokenize(pipeline, words))[0] for words in (pool, [""]))
-    pictures = pictures.some(64)
-    own = torch.tensor([pool.index(caption) for caption in pictures.captions])
+    pictures, count = pictures.some(64), min(num_prompts, len(pool))
     latents, _ = encode(pipeline.vae, pictures.pixels)
-    return prompt_losses(predict, Schedule.of(pipeline.scheduler), latents, prompts, null, own)
+    places_in_pool = [(pool.index(caption) + torch.arange(count)) % len(pool) for caption in pictures.captions]
+    tried = ({"encoder_hidden_states": torch.cat([prompts[numbers], null])} for numbers in places_in_pool)
+    times = [(number + 0.5) / num_times for number in range(num_times)]
+    errors = errors_by_prompt(Model(pipeline), list(latents), tried, times=times, seed=0)
+    of_prompts, is_own = errors[:, :count], torch.arange(count).expand(len(errors), count) == 0
+    rank = places(of_prompts, errors[:, 0], is_own)
+    return PromptScores(
+        errors[:, 0].mean().item(),
+        errors[:, 1:count].mean().item(),
+        errors[:, count].mean().item(),
+        rank.mean().item(),
+        (rank == 1).double().mean().item(),
+        count,
+    )
 
 
 def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int = 0) -> Tensor:
@@ -150,14 +191,14 @@ def vae_error(vae: AutoencoderKL, pixels: Tensor) -> float:
 
 
 def text_teacher_card(
-    title: str, facts: Mapping[str, object], scores: Mapping[str, PromptLosses], *, notice: str, example: str
+    title: str, facts: Mapping[str, object], scores: Mapping[str, PromptScores], *, notice: str, example: str
 ) -> str:
     """The card of the pipeline, Markdown with the hub's metadata.
 
     Args:
         title: heading.
         facts: what the reader should know, a table row each.
-        scores: name of the pictures -> losses by prompt.
+        scores: name of the pictures -> errors by prompt.
         notice: whom the pictures are by, and under which licence; empty for the user's own.
         example: a prompt.
     """
