@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import CIFAR10
+from tests.conftest import CIFAR10, one_line
 from tests.sources import (
     encoded,
     grey_levels,
@@ -311,7 +311,9 @@ def test_mistakes(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "~/nowhere", "a/b/c"])
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", "nowhere/", "my pictures", "größe"]
+)
 def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(source):
     with pytest.raises(ValueError, match=f"there is no folder or file {source}"):
         load(source)
@@ -325,6 +327,26 @@ def test_unknown_hub_id_without_network(datasets, monkeypatch):
     with pytest.raises(ValueError, match=r"'nobody/no' is neither embedded \(digits, .*\) nor a folder") as error:
         load("nobody/no")
     assert "\n" not in str(error.value)
+
+
+def test_no_network_is_found_out_at_once(datasets, tmp_path, monkeypatch):
+    """By one request; datasets, which tries for half a minute, is asked only for what may be in its cache."""
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
+    for source in ("nobody", "nobody/MyData", "nobody/MyData@main"):
+        with one_line(rf"'{source}' is neither .* hub cannot be reached \(OSError\): check the network"):
+            load(source)
+    (tmp_path / "datasets/nobody___my_data").mkdir(parents=True)
+    with one_line("'nobody/MyData' is neither .* division by zero"):
+        load("nobody/MyData")
 
 
 LABELS = {"with_labels": True}

@@ -75,27 +75,53 @@ def hub_folder(source: str, files: Sequence[str]) -> Path:
     Raises:
         ValueError: in one line: no such repository or revision, or no network and nothing in the cache.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import snapshot_download
 
     repository, revision = split_revision(source)
-    problem = "HF_HUB_OFFLINE is set; unset it to download" if constants.HF_HUB_OFFLINE else ""
-    if not problem:
-        try:  # one request without retries: downloads try each file ten times before they say that there is no network
-            HfApi().model_info(repository, revision=revision, timeout=10)
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise ValueError(reason(error)) from error
-        except Exception as error:  # each version of the hub's client has other classes for a network that is down
-            problem = (
-                f"the hub cannot be reached ({type(error).__name__}): check the network, or download it once where "
-                "there is one, and set HF_HUB_OFFLINE=1"
-            )
+    problem = hub_problem(repository, revision)
     try:
         return Path(
             snapshot_download(repository, revision=revision, allow_patterns=list(files), local_files_only=bool(problem))
         )
     except Exception as error:
         raise ValueError(f"it is not in the hub's cache here, and {problem}" if problem else reason(error)) from error
+
+
+def hub_problem(repository: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str:
+    """Why nothing can be downloaded right now, in words; empty where the hub has the repository.
+
+    It is asked once, without retries: downloads try each file several times before they say that there is no network.
+
+    Raises:
+        ValueError: in one line: no such repository or revision.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set; unset it to download"
+    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    try:
+        ask(repository, revision=revision, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(reason(error)) from error
+    except Exception as error:  # each version of the hub's client has other classes for a network that is down
+        return (
+            f"the hub cannot be reached ({type(error).__name__}): check the network, or download it once where there "
+            "is one, and set HF_HUB_OFFLINE=1"
+        )
+    return ""
+
+
+def check_place(source: str) -> None:
+    """Refuse what is not here and cannot be on the hub, whose names have at most one slash, between two words.
+
+    Raises:
+        ValueError: in one line.
+    """
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", split_revision(source)[0], re.ASCII)
+    if source and not is_name and not Path(source).exists():
+        raise ValueError(f"there is no folder or file {source}")
 
 
 def part_files(kind: "type[DiffusionPipeline]") -> list[str]:

@@ -330,6 +330,11 @@ def test_bad_images_are_skipped_by_choice_and_a_resumed_run_skips_the_same(tmp_p
     assert "sha256" not in error
 
 
+def test_a_missing_folder_is_told_before_a_teacher_is_loaded(tmp_path, run_recipe, capfd):
+    flags = ["--teacher", tmp_path / "no-teacher", "--dataset", tmp_path / "no-images", "--output_dir", tmp_path / "r"]
+    assert f"there is no folder or file {tmp_path}/no-images" in refused(capfd, run_recipe, STUDENT, *flags)
+
+
 def fail(*_, **_options):
     raise OSError("gone")
 

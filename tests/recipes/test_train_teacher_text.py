@@ -70,6 +70,7 @@ def test_three_steps_end_with_a_stock_pipeline(run_recipe, tmp_path, capsys, mon
     assert "holds a run with teacher" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_committed_card_has_the_numbers_of_the_committed_teacher():
     """Of the held-out combinations."""
     pipeline = StableDiffusionPipeline.from_pretrained(TEACHER)

@@ -27,7 +27,7 @@ from vkd_gen.data.embedded import EMBEDDED
 from vkd_gen.data.images import Images, ImageSpec
 from vkd_gen.data.listing import TABLE_SUFFIXES, Listing, list_files
 from vkd_gen.data.tars import TAR, caption_field, tars_as_table
-from vkd_gen.hub import hub_revision, split_revision
+from vkd_gen.hub import check_place, hub_problem, hub_revision, split_revision
 from vkd_gen.text import one_line, printable
 
 
@@ -93,8 +93,7 @@ def open_source(
         if not listing.is_tables:
             return listing
         return _local_tables(source, listing, streaming, with_captions, caption_column)
-    if source.startswith((".", "/", "~")) or split_revision(source)[0].count("/") > 1:
-        raise ValueError(f"there is no folder or file {source}")
+    check_place(source)
     return _hub_tables(source, streaming)
 
 
@@ -140,6 +139,9 @@ def _hub_tables(source: str, streaming: bool) -> Tables:
 
     repository, revision = split_revision(source)
     try:
+        problem = hub_problem(repository, revision, "dataset")
+        if problem and not _is_cached(repository):  # which datasets finds out in half a minute
+            raise ValueError(f"it is not in its cache here, and {problem}")
         if streaming:
             builder = datasets.load_dataset_builder(repository, revision=revision)
             tables = builder.as_streaming_dataset()
@@ -173,6 +175,19 @@ def _hub_tables(source: str, streaming: bool) -> Tables:
         commits.pop() if len(commits) == 1 else None,
         (f"left out: {others}",) if others else (),
     )
+
+
+def _is_cached(repository: str) -> bool:
+    """Whether datasets, or the hub's client, may have something of a data set here."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    def plain(name: str) -> str:  # datasets writes MyData as my_data
+        return re.sub("[/_]", "", name).lower()
+
+    folders = Path(datasets.config.HF_DATASETS_CACHE).glob("*")
+    is_here = any(plain(folder.name) == plain(repository) for folder in folders)
+    return is_here or (Path(HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}").exists()
 
 
 def table_images(table: Any, tables: Tables, spec: ImageSpec) -> Images:

@@ -74,6 +74,16 @@ def facts_of_data(facts: Mapping[str, Any], data: Data, *, tell: bool) -> dict[s
     return found
 
 
+def identity_of_images(data: Data) -> str | None:
+    """A hash over names, sizes and times of the training images' files, where they have some."""
+    if data.stream is not None or data.train.identity is None:
+        return None
+    try:
+        return data.train.identity()
+    except OSError as error:  # gone by now, or by then
+        return str(error)
+
+
 def compare_facts(before: dict[str, Any], now: dict[str, Any], point: Path, tell: Callable[[str], None]) -> None:
     """Compare what a checkpoint is of with what is asked for now.
 

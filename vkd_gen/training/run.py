@@ -27,7 +27,7 @@ from vkd_gen.evaluation.prompts import given_prompts, of_images
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import Scorer, make_scorer
 from vkd_gen.evaluation.tables import markdown_table, print_table
-from vkd_gen.hub import hub_revision
+from vkd_gen.hub import check_place, hub_revision
 from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
 from vkd_gen.provenance import only_warns, read_metrics, write_json
@@ -36,7 +36,7 @@ from vkd_gen.text import printable
 from vkd_gen.training.accelerator import make_accelerator, on_all_processes, on_main_process
 from vkd_gen.training.checkpoints import check_checkpoint
 from vkd_gen.training.export import after_export, check_upload, finish_export, try_saving
-from vkd_gen.training.facts import facts_of_data, hash_model, run_facts
+from vkd_gen.training.facts import facts_of_data, hash_model, identity_of_images, run_facts
 from vkd_gen.training.images import Data, encode_data, load_data
 from vkd_gen.training.options import DataOptions, TrainingOptions
 from vkd_gen.training.probe import check_finite
@@ -81,6 +81,7 @@ class Run:
             self.folder.check(self.flags, self.point)
             check_checkpoint(self.point)
             check_upload(options)
+            check_place(self.find(self.flags.get("dataset", "")))  # before a teacher is loaded
         self.accelerator = make_accelerator(options, find_unused_parameters=find_unused_parameters)
         self.point = on_all_processes(lambda: self.point)  # the first process has read every byte, the others sizes
         self.device, self.print = self.accelerator.device, self.accelerator.print
@@ -198,7 +199,7 @@ class Run:
         if self.accelerator.is_main_process:
             self.folder.start(facts)
             write_json(self.folder.path / "skipped_images.json", [*data.train.skipped, *data.held_out.skipped])
-        self._identity = self._identity_of_images()
+        self._identity = on_main_process(lambda: identity_of_images(data))
         if self.options.report_to is not None:
             told = {name: printable(value) if isinstance(value, str) else value for name, value in self.flags.items()}
             plain = {name: value for name, value in told.items() if isinstance(value, int | float | str | bool)}
@@ -331,7 +332,7 @@ class Run:
             shows_data: held-out images are shown beside the samples.
         """
         main, data, path, name = self.accelerator.is_main_process, self.data, self.folder.path, self._name
-        if self._identity != self._identity_of_images():
+        if self._identity != on_main_process(lambda: identity_of_images(data)):
             tqdm.write(
                 f"note: files of {data.train.name} changed while the run read them; it is not known which of their "
                 "contents it was trained on"
@@ -386,13 +387,3 @@ class Run:
             f"{options.max_train_steps} steps in {seconds / 60:.1f} minutes on {accelerator.num_processes} x {device}, "
             f"{accelerator.mixed_precision} mixed precision"
         )
-
-    def _identity_of_images(self) -> str | None:
-        """A hash over names, sizes and times of the images' files; the main process alone asks for it."""
-        data = self.data
-        if data.stream is not None or data.train.identity is None or not self.accelerator.is_main_process:
-            return None
-        try:
-            return data.train.identity()
-        except OSError as error:  # gone by now, or by then
-            return str(error)
