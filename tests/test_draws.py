@@ -297,3 +297,19 @@ def test_streamed_draws_can_be_sent_to_workers(numbered):
     sent = pickle.dumps(dataset)
     assert encoded(0) not in sent
     assert_same_draw(flat_draws(next(iter(pickle.loads(sent)))), flat_draws(next(iter(dataset))))
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 32), (1000, 32), (2**40, 8), (7, 128)])
+def test_stratified_times_are_spread_over_any_draws_in_a_row(first, count):
+    """The gaps between neighbours are nearly equal (three lengths at most, Steinhaus), and all else is as it was."""
+    images = labelled_images(7, 3)
+    draws, plain = (DrawsByNumber(images, seed=3, guidance_dropout=0.5, stratified=given) for given in (True, False))
+    found, others = (some[list(range(first, first + count))] for some in (draws, plain))
+    times = np.sort(found["time"].numpy())
+    gaps = np.diff([*times, times[0] + 1])
+    assert gaps.max() < 2.7 / count
+    assert gaps.min() > 0.3 / count
+    for name in ("noise", "sample", "class_labels"):
+        assert torch.equal(found[name], others[name])
+    assert not torch.equal(found["time"], others["time"])
+    assert DrawsByNumber(images, seed=4, stratified=True)[first]["time"] != found["time"][0]

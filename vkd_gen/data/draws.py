@@ -18,6 +18,10 @@ from vkd_gen.data.samples import Samples
 from vkd_gen.data.streaming import ImageStream, Position
 from vkd_gen.schedule import Schedule
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Between the times of two draws in a row, modulo 1: any number of them are spread over [0, 1] evenly, however they are
+split into batches (Roberts, 2018, https://extremelearning.com.au, on additive recurrences)."""
+
 
 class Draws(Dataset):
     """What a run draws for its n-th sample, as a pure function of (seed, n).
@@ -36,6 +40,8 @@ class Draws(Dataset):
             of it on, are of one; see `grouped_order`. None draws of the largest bucket alone.
         both_branches: each draw is told what it is and, a second time, nothing; see `both_branches`. Then none is
             dropped.
+        stratified: the times of draws in a row are spread evenly (see `GOLDEN`), which makes the mean over a batch less
+            noisy; else each is drawn by itself.
 
     Attributes:
         positions: how far this process' readers of the stream have come, `[readers, 4]` int64.
@@ -51,6 +57,7 @@ class Draws(Dataset):
         batch_size: int = 64,
         group_size: int | None = None,
         both_branches: bool = False,
+        stratified: bool = False,
     ):
         if seed < 0:
             raise ValueError(f"seed must be 0 or above, not {seed}")
@@ -71,6 +78,7 @@ class Draws(Dataset):
         else:
             self._per_epoch = num_grouped(samples.buckets, group_size)
         self._generator = np.random.Generator(np.random.Philox(key=0))
+        self._first_time = self._generator_of(0, 1).random() if stratified else None
 
     def __getitem__(self, draws: Sequence[int]) -> dict[str, Any]:
         """A batch of the draws of these numbers, which `finish` completes.
@@ -97,7 +105,8 @@ class Draws(Dataset):
             generator = self._generator_of(draw, 0)
             samples.append(self.samples.draw(item, generator))
             generator.standard_normal(dtype=np.float32, out=noise[place])
-            times.append(generator.random())
+            time = generator.random()
+            times.append(time if self._first_time is None else (self._first_time + draw * GOLDEN) % 1)
             told.append(self.samples.tell(item, generator))  # last, so that all else is drawn as without
         return {
             "sample": _stack(samples),

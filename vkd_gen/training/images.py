@@ -41,7 +41,14 @@ class Data(NamedTuple):
     held_out_samples: Samples
 
     def draws(
-        self, schedule: Schedule, *, seed: int, batch_size: int, group_size: int, both_branches: bool = False
+        self,
+        schedule: Schedule,
+        *,
+        seed: int,
+        batch_size: int,
+        group_size: int,
+        both_branches: bool = False,
+        stratified: bool = False,
     ) -> Draws:
         """What the run draws of them, noise and times included; see `Draws`.
 
@@ -51,6 +58,7 @@ class Data(NamedTuple):
             batch_size: see `Draws`.
             group_size: images of a forward pass, which are of one shape.
             both_branches: see `Draws`.
+            stratified: see `Draws`.
         """
         return Draws(
             self.samples,
@@ -60,6 +68,7 @@ class Data(NamedTuple):
             batch_size=batch_size,
             group_size=group_size,
             both_branches=both_branches,
+            stratified=stratified,
         )
 
 

@@ -43,6 +43,8 @@ class TrainingOptions:
     optimizer: Rare[Literal["adamw", "adamw8bit", "muon"]] = "adamw"
     """torch's AdamW, the one of bitsandbytes (else torchao), whose state takes 8 bits in place of 32, or Muon for the
     inner matrices and convolutions with AdamW for the rest."""
+    timestep_sampling: Rare[Literal["random", "stratified"]] = "random"
+    """How the times of draws are drawn: each by itself, or spread evenly over draws in a row."""
     max_grad_norm: Rare[float] = 1.0
     """Norm that gradients are clipped to; 0 for no clipping."""
     max_skipped_steps: Rare[int] = 20

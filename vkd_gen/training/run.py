@@ -140,6 +140,7 @@ class Run:
             batch_size=options.batch_size_apart,
             group_size=options.train_batch_size,
             both_branches=both_branches,
+            stratified=options.timestep_sampling == "stratified",
         )
 
     def encode_data(self, options: DataOptions, *models: Model) -> None:
