@@ -1,5 +1,7 @@
 """Text-to-image pipelines of stock classes, a tenth of the real widths and random weights, to test on."""
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +98,7 @@ def _vae(kind: Kind) -> AutoencoderKL:
 
 
 def tokenizer(pad: str = "<|endoftext|>") -> Any:
-    """A CLIP tokenizer of single characters and a few words; no file is needed."""
+    """A CLIP tokenizer of single characters and a few words."""
     from transformers import CLIPTokenizer
 
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789,.-'!"]
@@ -104,7 +106,10 @@ def tokenizer(pad: str = "<|endoftext|>") -> Any:
     entries = [*letters, *(letter + "</w>" for letter in letters)]
     entries += ["".join(merge.split()) for merge in merges]
     vocab = {entry: number for number, entry in enumerate([*entries, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(merge.split()) for merge in merges], **_specials(pad))
+    with tempfile.TemporaryDirectory() as folder:  # transformers 4 reads files alone, and 5 them too
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
+        (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+        return CLIPTokenizer.from_pretrained(folder, **_specials(pad))
 
 
 def _specials(pad: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
 from vkd_gen.provenance import environment
 from vkd_gen.text import printable
+from vkd_gen.text_pipelines import save_pipeline
 from vkd_gen.training.text_training import PartTrainer, Pictures, encode, tokenize
 
 GUIDANCE_SCALE, NUM_INFERENCE_STEPS = 4.0, 25
@@ -128,7 +129,7 @@ def export_text_teacher(
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         nn.Module.to(part, torch.float16)  # past diffusers' warning about casting
     with whole_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary, safe_serialization=True)
+        save_pipeline(pipeline, temporary)
         shutil.rmtree(temporary / "tokenizer")
         shutil.copytree(tokenizer, temporary / "tokenizer")
         path = temporary / "text_encoder" / "config.json"
