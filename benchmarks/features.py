@@ -22,6 +22,7 @@ from vkd_gen.families.specs import TEACHERS
 from vkd_gen.families.unet import call
 from vkd_gen.training.matching import build_matching
 from vkd_gen.training.methods import METHODS, MatchingOptions
+from vkd_gen.training.muon import inner_matrices, orthogonalize
 
 STUDENTS = {"half width": vkd.Reduction(width=0.5), "bk-small": vkd.REDUCTIONS["bk-small"]}
 BATCH_SIZE, NUM_TOKENS = 8, 77
@@ -121,7 +122,17 @@ def count(
     for name, options in variants.items():
         operations = sum(pair_operations(pair, batch_size, options) for pair in pairs)
         counted[name] = {"operations": operations, "share_of_floor": operations / sum(floor.values())}
+    operations = muon_operations(student)
+    counted["--optimizer muon"] = {"operations": operations, "share_of_floor": operations / sum(floor.values())}
     return {"floor": floor, "variants": counted}
+
+
+def muon_operations(student: ModelMixin) -> float:
+    """What `--optimizer muon` adds to a step: the updates of all matrices made orthogonal, on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        for parameter in inner_matrices(student):
+            orthogonalize(torch.empty_like(parameter, device="meta").flatten(1)[None])
+    return float(counter.get_total_flops())
 
 
 def stable_diffusion() -> ModelMixin:

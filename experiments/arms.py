@@ -1,6 +1,6 @@
 """The methods that are compared (arms), and what their students start from, as flags of train_student_unet.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -38,7 +38,7 @@ FREE: dict[str, Any] = {"projector": "linear", "method": "fitnet"}
 CKA: dict[str, Any] = {"projector": "random", "loss": "cka"}
 RATIO: dict[str, Any] = {"weighting": "gradient_ratio"}
 
-ARMS: dict[str, Arm] = {
+BY_ADAMW: dict[str, Arm] = {
     # No feature loss.
     "denoising": Arm(DENOISING, "denoising alone"),
     "denoising-longer": Arm(DENOISING, "denoising alone for 2.5 times the steps", steps_factor=2.5),
@@ -107,6 +107,21 @@ ARMS: dict[str, Arm] = {
         steps_factor=2,
     ),
 }
+MUON = ("--optimizer", "muon", "--timestep_sampling", "stratified")
+FEATURES = features("solved", **RATIO, decay_start=0, decay_end=0.3, denoising=0)
+BY_MUON = {
+    "muon-output-alone": Arm(
+        ("--method", "output", "--denoising_weight", "0", *MUON), "the teacher's output alone, Muon, stratified times"
+    ),
+    "muon": Arm((*FEATURES, *MUON), "output and features as --method vkd, Muon, stratified times"),
+    "muon-same-time": Arm(
+        (*FEATURES, *MUON), "the same in 0.9 of the steps: no more time than AdamW takes for all", steps_factor=0.9
+    ),
+    "muon-half": Arm((*FEATURES, *MUON), "the same in half of the steps", steps_factor=1 / 2),
+    "muon-third": Arm((*FEATURES, *MUON), "the same in a third of the steps", steps_factor=1 / 3),
+}
+ADAMW = ("--optimizer", "adamw", "--timestep_sampling", "random")
+ARMS = {name: replace(arm, flags=(*arm.flags, *ADAMW)) for name, arm in BY_ADAMW.items()} | BY_MUON
 """What can be compared. The flags name all that distinguishes an arm: defaults may change, records must not."""
 
 STARTS = {"inherited": ("--inherit_weights",), "random": ("--no-inherit_weights",)}

@@ -149,6 +149,8 @@ def train(config: InheritanceConfig, width: float, arm: str, seed: int) -> dict[
         **TRAINING,
         "num_inference_steps": 50,
         "kid_subset_size": 150,
+        "optimizer": "adamw",
+        "timestep_sampling": "random",
     }
     flags = [*ARMS[arm], *(text for name, value in settings.items() for text in (f"--{name}", str(value)))]
     digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]  # a run of other flags has another folder

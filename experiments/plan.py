@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from arms import ARMS, STARTS
+from arms import ARMS, BY_ADAMW, STARTS
 from vkd_gen.cli import repository_path
 from vkd_gen.evaluation.labels import data_label
 
@@ -138,7 +138,7 @@ FINALISTS = (
     *("solved-raw", "solved-raw-ratio-0.3-no-denoising", "cka-no-denoising"),
 )
 SCREEN = ComparisonConfig(
-    arms=tuple(arm for arm in ARMS if arm not in ("denoising-same-time", "bk", DEFAULT, BOTH_BRANCHES, TWICE))
+    arms=tuple(arm for arm in BY_ADAMW if arm not in ("denoising-same-time", "bk", DEFAULT, BOTH_BRANCHES, TWICE))
 )
 CONFIRMATION = replace(SCREEN, preset="confirmation", arms=FINALISTS, seed=100, num_seeds=5, max_train_steps=600)
 SECOND_CONFIRMATION = replace(
@@ -206,7 +206,7 @@ EMOJI = replace(
     student_preset="custom",
     teacher="recipes/assets/emoji-teacher",
     dataset="emoji",
-    arms=("denoising", "output", "output-alone", "fitnet", "bk", DEFAULT, BOTH_BRANCHES, TWICE),
+    arms=("denoising", "output", "output-alone", "fitnet", "bk", DEFAULT, BOTH_BRANCHES, TWICE, "muon"),
     seed=0,
     num_seeds=1,
     max_train_steps=300,
@@ -216,6 +216,16 @@ EMOJI = replace(
         *("student bk-tiny", "no-random_flip", "dataloader_num_workers 0", "lr_warmup_steps 50"),
         *("checkpointing_steps 100", "extractor none"),
     ),
+)
+FASTER = ("fitnet", DEFAULT, "muon-output-alone", "muon", "muon-same-time", "muon-half", "muon-third")
+FASTER_DIGITS = replace(
+    CONFIRMATION,
+    preset="faster-digits",
+    arms=FASTER,
+    control=DEFAULT,
+    seed=300,
+    num_seeds=3,
+    learning_rate=2e-3,
 )
 PRESETS = {
     config.preset: config
@@ -230,6 +240,7 @@ PRESETS = {
             DIGITS_TENTH,
             CIFAR10,
             EMOJI,
+            FASTER_DIGITS,
         ),
     )
 }

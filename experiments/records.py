@@ -12,7 +12,7 @@ SETTINGS = (
     *("method", "denoising_weight", "output_weight", "feature_weight", "feature_weighting"),
     *("feature_decay_start", "feature_decay_end", "feature_loss", "timestep_weighting"),
     *("projector", "projector_start", "feature_normalization", "whitening_exponent", "whitening_rank", "layers"),
-    *("learning_rate", "num_training_images"),
+    *("learning_rate", "optimizer", "timestep_sampling", "num_training_images"),
 )
 """Fields of a run's resolved configuration that its record repeats: what its flags meant at the time."""
 

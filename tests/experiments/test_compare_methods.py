@@ -18,7 +18,7 @@ import figures
 import plan as planning
 import records as records_module
 import side_by_side
-from arms import ARMS, Arm
+from arms import ARMS, BY_MUON, Arm
 from plan import PRESETS, plan
 from records import RunRecords, read_run, training_speed
 from tests.recipes.conftest import load_recipe
@@ -142,8 +142,9 @@ def test_train_student_unet_understands_every_arm(arm, monkeypatch):
     matching = parsed.matching
     assert (matching.calibration_samples, parsed.training.train_batch_size) == (300, 32)
     assert matching.method == ARMS[arm].flags[1]
-    assert (matching.feature_weight > 0) == (not arm.startswith(("denoising", "output")))
-    assert (matching.denoising_weight > 0) == (not arm.endswith(("-no-denoising", "-alone")))
+    assert (matching.feature_weight > 0) == (not arm.startswith(("denoising", "output", "muon-output")))
+    assert (matching.denoising_weight > 0) == (not (arm.endswith(("-no-denoising", "-alone")) or "muon" in arm))
+    assert (parsed.training.optimizer == "muon") == (arm in BY_MUON)
 
 
 def test_runs_go_seed_by_seed_the_longest_first_and_score_the_teacher_once(compare):
@@ -192,7 +193,8 @@ def test_a_record_tells_what_the_run_was(compare):
     compare("--num_seeds", 1, "--extra", "calibration_samples 300", "--learning_rate", 0.5)
     record = next(record for record in records(compare) if record["arm"] == "output")
     expected = "--preset digits --num_score_samples 500 --kid_subset_size 250 --method output --denoising_weight 1"
-    expected += " --inherit_weights --seed 0 --max_train_steps 1000 --train_batch_size 32 --learning_rate 0.5"
+    expected += " --optimizer adamw --timestep_sampling random --inherit_weights --seed 0 --max_train_steps 1000"
+    expected += " --train_batch_size 32 --learning_rate 0.5"
     assert record["flags"] == expected + " --calibration_samples 300"
     assert (record["start"], record["seed"], record["steps"], record["commit"]) == ("inherited", 0, 1000, "abc")
     assert record["settings"] == {"method": "output", "feature_weight": 0.5}
@@ -388,7 +390,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(compare, capsys):
         "done: fitnet, inherited, seed 0",
         "to do: fitnet, inherited, seed 1",
         "6 runs, 3 of them done; 2 side by side",
-        "--method output --denoising_weight 1 --inherit_weights --seed 1",
+        "--method output --denoising_weight 1 --optimizer adamw --timestep_sampling random --inherit_weights --seed 1",
     ):
         assert words in shown
     assert sorted(compare.output_dir.rglob("*")) == before

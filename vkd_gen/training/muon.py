@@ -34,11 +34,7 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], network: nn.Module, learning_rate: float):
-        inner = {
-            parameter
-            for name, parameter in network.named_parameters()
-            if parameter.ndim >= 2 and not OUTER_LAYERS & set(name.split("."))
-        }
+        inner = set(inner_matrices(network))
         split = [
             {**group, "params": [value for value in group["params"] if (value in inner) == is_inner], "muon": is_inner}
             for group in groups
@@ -80,17 +76,35 @@ class Muon(torch.optim.AdamW):
                 parameter.add_(update.view_as(parameter), alpha=-size)
 
 
+def inner_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """What Muon moves of a network."""
+    return [
+        parameter
+        for name, parameter in network.named_parameters()
+        if parameter.ndim >= 2 and not OUTER_LAYERS & set(name.split("."))
+    ]
+
+
 def orthogonalize(matrices: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
     """Matrices with the same singular vectors and singular values between 0.7 and 1.2, but for values near 0.
 
-    Five Newton-Schulz steps in float32.
+    Five Newton-Schulz steps in float32: each multiplies the matrix by a polynomial of its gram matrix. Where the matrix
+    is long, as convolutions are, the steps are made on the gram matrix, and their product is applied once.
     """
     x = matrices.float()
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    rows, columns = x.shape[1:]
+    is_long = columns > 1.875 * rows  # 4 r^2 c + 40 r^3 operations in place of 20 r^2 c + 10 r^3
     a, b, c = QUINTIC
+    identity, factor, product = torch.eye(rows, device=x.device), None, None
     for _ in range(NUM_ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT if factor is None or not is_long else factor @ gram @ factor
+        factor = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
+        if is_long:
+            product = factor if product is None else factor @ product
+        else:
+            x = factor @ x
+    x = x if product is None else product @ x
     return x.mT if is_tall else x

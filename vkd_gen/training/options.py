@@ -41,8 +41,9 @@ class TrainingOptions:
     adam_weight_decay: Rare[float] = 0.01
     """Weight decay of the network; projectors are never decayed."""
     optimizer: Rare[Literal["adamw", "adamw8bit", "muon"]] = "adamw"
-    """torch's AdamW, the one of bitsandbytes (else torchao), whose state takes 8 bits in place of 32, or Muon for the
-    inner matrices and convolutions with AdamW for the rest."""
+    """torch's AdamW, the one of bitsandbytes (else torchao), whose state takes 8 bits in place of 32, or Muon for inner
+    matrices and convolutions with AdamW for the rest. Muon takes AdamW's learning rates, and half of its memory; its
+    work does not grow with the batch."""
     timestep_sampling: Rare[Literal["random", "stratified"]] = "random"
     """How the times of draws are drawn: each by itself, or spread evenly over draws in a row."""
     max_grad_norm: Rare[float] = 1.0
