@@ -25,6 +25,16 @@ def _same_start():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def datasets_cache(tmp_path_factory, monkeypatch):
+    """Where datasets copies what it loads: a folder of the test's own."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    datasets.disable_progress_bars()
+    return folder
+
+
 def tiny_unet(channels=(8, 16), *, layers_per_block=1, size=8, in_channels=1, attention=False, seed=0, **config):
     """An unconditional UNet of a few thousand parameters."""
     torch.manual_seed(seed)

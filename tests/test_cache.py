@@ -322,9 +322,8 @@ def test_whatever_decides_the_pixels_is_in_the_name(folder, tmp_path, monkeypatc
     assert num_folders(load(folder)[0]) == 9
 
 
-def test_a_table_and_its_column_are_in_the_name(folder, tmp_path, monkeypatch):
+def test_a_table_and_its_column_are_in_the_name(folder, tmp_path, datasets_cache):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     path, cells = tmp_path / "a.parquet", [file.read_bytes() for file in sorted(folder.iterdir())]
 
     def name(column):

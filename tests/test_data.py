@@ -27,12 +27,9 @@ from vkd_gen.training.options import default_cifar10
 
 
 @pytest.fixture
-def datasets(tmp_path_factory, monkeypatch):
-    """The package, with a cache of its own and no network."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
-    return datasets
+def datasets(datasets_cache):
+    """The package, with a cache of its own."""
+    return pytest.importorskip("datasets")
 
 
 # ---- embedded sets
@@ -329,7 +326,7 @@ def test_unknown_hub_id_without_network(datasets, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_no_network_is_found_out_at_once(datasets, tmp_path, monkeypatch):
+def test_no_network_is_found_out_at_once(datasets, datasets_cache, tmp_path, monkeypatch):
     """By one request; datasets, which tries for half a minute, is asked only for what may be in its cache."""
     import huggingface_hub
 
@@ -338,13 +335,12 @@ def test_no_network_is_found_out_at_once(datasets, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
     for source in ("nobody", "nobody/MyData", "nobody/MyData@main"):
         with one_line(rf"'{source}' is neither .* hub cannot be reached \(OSError\): check the network"):
             load(source)
-    (tmp_path / "datasets/nobody___my_data").mkdir(parents=True)
+    (datasets_cache / "nobody___my_data").mkdir()
     with one_line("'nobody/MyData' is neither .* division by zero"):
         load("nobody/MyData")
 

@@ -238,10 +238,8 @@ def test_workers_do_not_change_what_is_drawn(num_workers):
 
 
 @pytest.fixture
-def numbered(tmp_path, monkeypatch):
+def numbered(tmp_path, datasets_cache):
     """A stream of 20 images, image i of grey level i, and its head."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     source = write_shards(tmp_path / "numbered", range(20), (5, 1, 7, 4, 3))
     spec = ImageSpec(resolution=4, channels=1, held_out_fraction=0)
     return stream_images(str(source), spec, head_size=20, buffer_size=4)[:2]

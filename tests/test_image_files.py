@@ -316,12 +316,10 @@ def test_many_frames_are_one_image(tmp_path):
 
 
 @pytest.fixture
-def table(tmp_path_factory, monkeypatch):
+def table(datasets_cache):
     """A function that writes cells of bytes and paths as a parquet file."""
     datasets = pytest.importorskip("datasets")
     import pyarrow.parquet
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
     def write(folder, cells):
         folder.mkdir(exist_ok=True)

@@ -13,15 +13,9 @@ from vkd_gen.data.streaming import Position, stream_images
 
 datasets = pytest.importorskip("datasets")
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 SIZES = (5, 1, 7, 4, 3)  # 20 images in 5 shards
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Where datasets copies what it loads."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
 
 
 @pytest.fixture
@@ -113,10 +107,10 @@ def test_no_more_than_a_buffer_is_held(tmp_path, monkeypatch):
         assert len(taken) - number <= 6
 
 
-def test_nothing_is_copied_to_the_disk(numbered, cache):
+def test_nothing_is_copied_to_the_disk(numbered, datasets_cache):
     stream, _, _ = open_stream(numbered)
     first_epoch(stream)
-    assert not [path for path in cache.rglob("*") if path.suffix == ".arrow"]
+    assert not [path for path in datasets_cache.rglob("*") if path.suffix == ".arrow"]
 
 
 # ---- going on

@@ -13,13 +13,9 @@ from vkd_gen.data.streaming import Position, stream_images
 
 datasets = pytest.importorskip("datasets")
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 NUMBERS = range(10, 22)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
 
 
 def caption(number):

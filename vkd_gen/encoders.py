@@ -41,7 +41,7 @@ class Encoders:
             nn.Module.to(part, dtype=self.dtype).eval().requires_grad_(False)  # past diffusers' warning about casting
         if tiling:
             self.vae.enable_tiling()
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.factor = pipeline.vae_scale_factor
         """Pixels by which an image is divided, per side."""
         self.is_xl = getattr(pipeline, "text_encoder_2", None) is not None
 

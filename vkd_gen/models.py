@@ -41,6 +41,7 @@ class Model:
     Attributes:
         prompts: that images are of where none are given; seed s takes number s modulo how many there are.
         guidance_scale: of images where none is given; None for the pipeline's default.
+        factor: pixels by which an image is divided, per side, to become a sample: 1 where samples are pixels.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Model:
         self.prompts: Sequence[str] = ()
         self.guidance_scale: float | None = None
         self._released: tuple[str, ...] = ()
-        self._factor = 1 if self._decoder is None else 2 ** (len(self._decoder.config.block_out_channels) - 1)
+        self.factor = 1 if self._decoder is None else 2 ** (len(self._decoder.config.block_out_channels) - 1)
 
     @classmethod
     def of_unet(cls, unet: ModelMixin, noise_scheduler: SchedulerMixin) -> "Model":
@@ -91,12 +92,12 @@ class Model:
         """Side of the images in pixels."""
         side = self.network.config.sample_size
         side = side if isinstance(side, int) else side[0]
-        return side * self._factor
+        return side * self.factor
 
     @property
     def image_channels(self) -> int:
         """Of the images: 1 (grey) or 3 (RGB)."""
-        return self.network.config.in_channels if self._factor == 1 else 3
+        return self.network.config.in_channels if self.factor == 1 else 3
 
     @property
     def _decoder(self) -> ModelMixin | None:
@@ -244,8 +245,8 @@ class Model:
             return {}
         if not self._takes("height"):
             raise ValueError(f"the model makes images of {self.image_size} pixels, and of no other size")
-        if size < 1 or size % self._factor:
-            raise ValueError(f"the size of images must be a multiple of {self._factor} pixels, not {size}")
+        if size < 1 or size % self.factor:
+            raise ValueError(f"the size of images must be a multiple of {self.factor} pixels, not {size}")
         return {"height": size, "width": size}
 
     def _batch(self, seeds: Sequence[int], arguments: dict[str, Any], precision: Precision, name: str) -> Tensor:

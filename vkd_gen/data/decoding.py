@@ -53,7 +53,7 @@ def check_headers(files: Mapping[str, Path]) -> None:
         try:
             with _careful_pil(), _open(file):
                 pass
-        except Exception as error:  # see decode_image
+        except Exception as error:  # see _opened
             bad.append(f"{name}: {_reason(error)}")
     if bad:
         others = f" ({len(bad)} such in all; --on_bad_image skip leaves them out)" if len(bad) > 1 else ""
@@ -70,12 +70,9 @@ def decode_image(file: Path | io.BytesIO, name: str) -> Image.Image:
     Raises:
         ValueError: naming it, if it cannot be read.
     """
-    try:
-        with _careful_pil(), _open(file) as image:
-            image.load()
-            return _without_transparency(_to_eight_bits(_upright(image)))
-    except Exception as error:  # damaged files end in all kinds of errors: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot read {name}: {_reason(error)}; {ADVICE}") from error
+    with _opened(file, name) as image:
+        image.load()
+        return _without_transparency(_to_eight_bits(_upright(image)))
 
 
 def image_size(file: Path | io.BytesIO, name: str) -> tuple[int, int]:
@@ -88,14 +85,21 @@ def image_size(file: Path | io.BytesIO, name: str) -> tuple[int, int]:
     Raises:
         ValueError: naming it, if it cannot be read.
     """
+    with _opened(file, name) as image:
+        try:
+            is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except Exception:  # see _upright
+            is_turned = False
+        return image.size[::-1] if is_turned else image.size
+
+
+@contextlib.contextmanager
+def _opened(file: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
+    """An image, not decoded yet; what goes wrong with it inside of the context names it, in one line."""
     try:
         with _careful_pil(), _open(file) as image:
-            try:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            except Exception:  # see _upright
-                is_turned = False
-            return image.size[::-1] if is_turned else image.size
-    except Exception as error:  # see decode_image
+            yield image
+    except Exception as error:  # damaged files end in all kinds of errors: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot read {name}: {_reason(error)}; {ADVICE}") from error
 
 

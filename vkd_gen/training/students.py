@@ -117,9 +117,7 @@ def _load_text_teacher(source: TextSource, options: StudentOptions, dry_run: boo
 
 def _set_size(model: Model, resolution: int | None) -> None:
     """Make a model one for square images of so many pixels, which its VAE, if it has one, divides."""
-    unet, vae = model.network, getattr(model.pipeline, "vae", None)
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    size = unet.config.sample_size
+    unet, factor, size = model.network, model.factor, model.network.config.sample_size
     if resolution is not None:
         if resolution % factor:
             nearest = max(factor, resolution // factor * factor)
