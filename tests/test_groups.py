@@ -135,6 +135,20 @@ def test_draws_are_a_function_of_seed_and_number():
     assert epochs[0] != epochs[1]
 
 
+@given(BUCKETS, st.integers(1, 100))
+def test_draws_of_one_shape_together(buckets, count):
+    """The first draws, each once, in lists of one bucket; without groups every image comes once in an epoch."""
+    draws = draws_of(buckets, 1)
+    found = list(draws.alike(count))
+    assert sorted(number for numbers in found for number in numbers) == list(range(count))
+    assert all(numbers == sorted(numbers) and len(numbers) <= 7 for numbers in found)
+    for numbers in found:
+        assert len(set(buckets[images_of(draws.batch(numbers))])) == 1
+    everyone = [image for numbers in draws.alike(len(buckets)) for image in images_of(draws.batch(numbers))]
+    assert sorted(everyone) == list(range(len(buckets)))
+    assert list(draws_of([0] * 9, None).alike(9)) == [[*range(7)], [7, 8]]
+
+
 def test_what_is_measured_apart_is_of_the_largest_bucket():
     """Inheritance puts batches together, so they are of one shape."""
     buckets = [0, 1, 1, 0, 1, 2]

@@ -23,10 +23,10 @@ from vkd_gen.models import Model
 class Flat:
     """Twenty samples, each of one value everywhere; the prompt tells it."""
 
-    random_flip, guidance_dropout, buckets = False, 0.0, None
+    random_flip, guidance_dropout = False, 0.0
 
-    def __init__(self, values=np.linspace(-1, 1, 20)):
-        self.values = values
+    def __init__(self, values=np.linspace(-1, 1, 20), buckets=None):
+        self.values, self.buckets = values, buckets
 
     def __len__(self):
         return len(self.values)
@@ -34,11 +34,13 @@ class Flat:
     def read(self, index):
         return torch.tensor(self.values[index], dtype=torch.float32)
 
-    def shape(self, _item):
-        return (1, 4, 4)
+    def shape(self, item):
+        if self.buckets is None:
+            return (1, 4, 4)
+        return (1, 4, 4 + int(self.buckets[np.abs(self.values - item.item()).argmin()]))
 
     def draw(self, item, _generator):
-        return item.expand(1, 4, 4)
+        return item.expand(self.shape(item))
 
     def tell(self, item, _generator):
         sizes = {"text_embeds": item.expand(3), "time_ids": item.expand(6)}
@@ -105,6 +107,19 @@ def test_a_wrong_prompt_is_never_an_equal_one(batch_size):
     expected = np.square(np.array(others) - values[:40]).mean()
     assert found["wrong_prompt_error"] == pytest.approx(expected, rel=1e-5)
     assert found["prompt_rank"] == 1.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_samples_of_several_shapes(batch_size):
+    """Each is measured in its own, with the prompt of the next draw, whatever shape that has."""
+    samples = Flat(buckets=np.arange(20) % 3)
+    model = reader(0.5, prediction_type="sample")
+    draws = Draws(samples, model.schedule, seed=1_000_003, group_size=1)
+    values = np.array([float(draws[[number]]["sample"].mean()) for number in range(31)])
+    found = prompt_errors({"student": model}, samples, num_draws=30, batch_size=batch_size)["student"]
+    assert found["wrong_prompt_error"] == pytest.approx(np.square(values[1:] / 2 - values[:-1]).mean(), rel=1e-5)
+    found = held_out_errors({"student": model}, samples, num_draws=30, batch_size=batch_size)["student"]
+    assert found["denoising_error"] == pytest.approx(np.square(values[:-1] / 2).mean(), rel=1e-5)
 
 
 def test_equal_prompts_alone_tell_nothing(caplog):

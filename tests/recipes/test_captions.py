@@ -5,10 +5,16 @@ import re
 
 import numpy as np
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from tests.recipes.conftest import assert_same_run, run_until
 from tests.text_pipelines import tiny_pipeline
+from vkd_gen.evaluation.errors import held_out_errors
+from vkd_gen.evaluation.prompt_errors import prompt_errors
+from vkd_gen.models import Model
+from vkd_gen.training.images import encode_data, load_data
+from vkd_gen.training.options import DataOptions
 
 STUDENT = "train_student_unet"
 SIZES = [(40, 60), (60, 40), (44, 44), (41, 60), (90, 50), (40, 61)]
@@ -81,6 +87,26 @@ def test_a_run_with_aspect_buckets_is_resumed_bit_for_bit(teacher, folder, run_r
     (folder / "03.txt").write_text("red cat")
     run_recipe(STUDENT, *flags(teacher, folder, resumed), *own, *again)
     assert_same_run(straight, resumed)
+
+
+def test_held_out_images_are_seen_as_training_images_are(teacher, folder, tmp_path):
+    """In the nearest of the sizes that are trained on; errors do not depend on how many go together."""
+    model = Model(DiffusionPipeline.from_pretrained(teacher))
+    options = DataOptions(dataset=str(folder), aspect_buckets=True, cache_dir=str(tmp_path / "cache"))
+    data = load_data(options, str(folder), (32, 3), None, print, with_captions=True)
+    data = encode_data(data, options, model, seed=0, batch_size=4, say=print)
+    sizes = data.samples.views.sizes
+    assert len(sizes) > 2
+    held_out, views = data.held_out_samples, data.held_out_samples.views
+    assert len(set(views.buckets)) > 1
+    for index, (height, width) in enumerate(data.held_out.sizes()):
+        seen = views.sizes[views.bucket(index)]
+        assert seen in sizes
+        assert abs(seen[0] / seen[1] - height / width) == min(abs(size[0] / size[1] - height / width) for size in sizes)
+        assert held_out.shape(index) == (4, seen[0] // 2, seen[1] // 2)
+    one, other = (held_out_errors({"it": model}, held_out, num_draws=9, batch_size=size)["it"] for size in (1, 4))
+    assert one == pytest.approx(other, rel=1e-4)
+    assert prompt_errors({"it": model}, held_out, num_draws=4, num_ranked=2)["it"]["wrong_prompt_error"] > 0
 
 
 MISTAKES = {

@@ -4,6 +4,7 @@ C channels, H height, W width.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -35,7 +36,7 @@ class Draws(Dataset):
         schedule: of the student.
         seed: of the run, 0 or above.
         stream: to train on instead.
-        batch_size: of `apart` and `first`.
+        batch_size: of `apart`, `first` and `alike`.
         group_size: where the samples are of several shapes (`Samples.buckets`), so many draws in a row, from multiples
             of it on, are of one; see `grouped_order`. None draws of the largest bucket alone.
         both_branches: each draw is told what it is and, a second time, nothing; see `both_branches`. Then none is
@@ -144,9 +145,18 @@ class Draws(Dataset):
         return draws.first(count, device=device)
 
     def first(self, count: int, *, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
-        """Batches of the first `count` draws, on a device."""
-        for start in range(0, count, self.batch_size):
-            yield self.batch(range(start, min(start + self.batch_size, count)), device)
+        """Batches of the first `count` draws, on a device; see `alike`."""
+        for numbers in self.alike(count):
+            yield self.batch(numbers, device)
+
+    def alike(self, count: int) -> Iterator[list[int]]:
+        """Numbers of the first `count` draws, up to `batch_size` at a time, which are of samples of one shape."""
+        buckets, found = self.samples.buckets, defaultdict[int, list[int]](list)
+        for number in range(count):
+            found[0 if buckets is None else int(buckets[self._index(number)])].append(number)
+        for numbers in found.values():
+            for start in range(0, len(numbers), self.batch_size):
+                yield numbers[start : start + self.batch_size]
 
     def batch(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Any]:
         """The draws of these numbers, finished, on a device."""

@@ -35,7 +35,8 @@ def held_out_errors(
         predictions; both per element and in the model's own prediction type.
     """
     some = next(iter(models.values()))
-    device, draws = some.network.device, Draws(samples, some.schedule, seed=seed, batch_size=batch_size)
+    draws = Draws(samples, some.schedule, seed=seed, batch_size=batch_size, group_size=1)
+    device = some.network.device
     schedules = {name: model.schedule.to(device) for name, model in models.items()}
     sums = {name: {"denoising_error": 0.0} | ({"teacher_distance": 0.0} if teacher else {}) for name in models}
     with contextlib.ExitStack() as modes:

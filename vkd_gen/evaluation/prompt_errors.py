@@ -54,7 +54,8 @@ def prompt_errors(
         the first and the last are left out.
     """
     some = next(iter(models.values()))
-    device, draws = some.network.device, Draws(samples, some.schedule, seed=seed, batch_size=batch_size)
+    draws = Draws(samples, some.schedule, seed=seed, batch_size=batch_size, group_size=1)
+    device = some.network.device
     schedules = {name: model.schedule.to(device) for name, model in models.items()}
     wrong, gaps, of_teacher = (dict.fromkeys(models, 0.0) for _ in range(3))
     num_wrong = 0  # draws that have a wrong prompt
@@ -99,8 +100,7 @@ def _with_other_prompts(
     draws: Draws, num_draws: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any], Bool[Tensor, " draws"]]]:
     """Batches of draws; what is told of the next draw of each that has another prompt; and whether there is one."""
-    for first in range(0, num_draws, draws.batch_size):
-        numbers = range(first, min(first + draws.batch_size, num_draws))
+    for numbers in draws.alike(num_draws):
         batch = draws.batch(numbers, device)
         known = {number: _rows_of(batch["conditioning"], slice(at, at + 1)) for at, number in enumerate(numbers)}
         others, has_other = [], []

@@ -107,8 +107,9 @@ def encode_data(
     how = How(folder if is_kept else None, options.random_flip, options.guidance_dropout, batch_size)
     samples = encode(data.train, views, encoders, how, say)
     held_out = evenly_spaced(data.held_out, NUM_HELD_OUT)
+    views = bucketed_views(held_out.sizes(), views.sizes) if options.aspect_buckets else Views(views.sizes)
     how = how._replace(random_flip=False, guidance_dropout=0.0)
-    held_out_samples = encode(held_out, Views([(size, size)]), encoders, how, say)
+    held_out_samples = encode(held_out, views, encoders, how, say)
     return data._replace(samples=samples, held_out_samples=held_out_samples)
 
 
