@@ -108,7 +108,7 @@ def main(config: StudentConfig) -> None:
             return
         student, has_weights = students.make_student(config.start, teacher, run)
         pairs = pair_named_or_all(matching, student.network, teacher.network)
-        run.load_data_for(student, config.data)
+        run.load_data_for(student, config.data, teacher)
         scorer = run.make_scorer(config.scores)
         run.encode_data(config.data, teacher, student)
         draws = run.draws(student.schedule, both_branches=matching.guidance_branches == "both")

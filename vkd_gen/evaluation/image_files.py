@@ -30,11 +30,16 @@ def png_name(number: int) -> str:
 
 
 def make_pngs(source: ImageSource, folder: Path, batch_size: int) -> None:
-    """Write each image as a PNG of its number, unless it is there; processes share the work."""
+    """Write each image as a PNG of its number, unless it is there; processes share the work.
+
+    Each is computed in the same company, whatever is there of its batch.
+    """
     for block in own_blocks(source.count, batch_size, "images"):
         files = [folder / png_name(number) for number in block]
         if not all(file.exists() for file in files):
             for file, image in zip(files, source.read(block), strict=True):
+                if file.exists():
+                    continue
                 pixels = image.permute(1, 2, 0).numpy()
                 with whole_file(file) as temporary:
                     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(temporary)

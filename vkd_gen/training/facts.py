@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import ConfigMixin
 from torch import Tensor
 
 from vkd_gen.data.images import data_facts
 from vkd_gen.data.listing import list_files
-from vkd_gen.provenance import hash_tensors
+from vkd_gen.provenance import hash_tensors, read_metrics
 from vkd_gen.training.images import Data
-from vkd_gen.training.options import FREE_TO_CHANGE
+from vkd_gen.training.options import FREE_TO_CHANGE, TrainingOptions
 
 BATCH = ("train_batch_size", "num_processes", "gradient_accumulation_steps")
 """What may change as long as its product does not."""
@@ -84,6 +85,21 @@ def identity_of_images(data: Data) -> str | None:
         return str(error)
 
 
+def cost_in_words(options: TrainingOptions, accelerator: Accelerator, metrics: Path) -> str:
+    """What the steps of the whole run took, without start and scores, as metrics.jsonl has it; for the card."""
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    images_per_step = options.gradient_accumulation_steps * options.train_batch_size * accelerator.num_processes
+    seconds, before = 0.0, 0
+    for line in read_metrics(metrics):
+        if line.get("images_per_second"):
+            seconds += (line["step"] - before) * images_per_step / line["images_per_second"]
+            before = line["step"]
+    return (
+        f"{options.max_train_steps} steps in {seconds / 60:.1f} minutes on {accelerator.num_processes} x {device}, "
+        f"{accelerator.mixed_precision} mixed precision"
+    )
+
+
 def compare_facts(before: dict[str, Any], now: dict[str, Any], point: Path, tell: Callable[[str], None]) -> None:
     """Compare what a checkpoint is of with what is asked for now.
 
@@ -113,6 +129,11 @@ def compare_facts(before: dict[str, Any], now: dict[str, Any], point: Path, tell
             raise ValueError(
                 f"{point} is of a stream, whose readers go on only as they began: go on with {' and '.join(fixed)}"
             )
+    if "teacher_images_sha256" in changed:
+        raise ValueError(
+            f"{point} is of a run on other images: the teacher would draw others now, since its weights or sampler, "
+            "the prompts, --num_inference_steps, --guidance_scale, --resolution or the precision were others"
+        )
     if before.get("aspect_buckets") and "train_batch_size" in changed:
         raise ValueError(
             f"{point} is of aspect buckets, whose images are drawn a forward pass at a time: go on with "

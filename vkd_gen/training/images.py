@@ -94,7 +94,7 @@ def encode_data(
     """
     encoders = Encoders(model.pipeline, precision=options.encoding_precision, tiling=options.vae_tiling)
     encoders.to(PartialState().device)
-    folder = Path(options.cache_dir).expanduser() if options.cache_dir else cache_folder("encodings")
+    folder = folder_of(options, "encodings")
     size = model.image_size
     views = Views([(size, size)], num_crops=options.num_crops, seed=seed)
     if options.aspect_buckets:
@@ -111,6 +111,11 @@ def encode_data(
     how = how._replace(random_flip=False, guidance_dropout=0.0)
     held_out_samples = encode(held_out, views, encoders, how, say)
     return data._replace(samples=samples, held_out_samples=held_out_samples)
+
+
+def folder_of(options: DataOptions, name: str) -> Path:
+    """Where what is made once of the data is kept: --cache_dir, or else a folder of that name in the cache."""
+    return Path(options.cache_dir).expanduser() if options.cache_dir else cache_folder(name)
 
 
 def load_data(
@@ -167,7 +172,7 @@ def load_data(
 
 
 OF_PROMPTS = (
-    *("num_crops", "aspect_buckets", "caption_column", "on_missing_caption"),
+    *("num_crops", "aspect_buckets", "caption_column", "on_missing_caption", "num_teacher_images"),
     *("cache", "cache_dir", "encoding_precision", "vae_tiling"),
 )
 """Options that have no effect on images without captions."""

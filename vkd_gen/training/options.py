@@ -125,12 +125,19 @@ MINIMA = {
 }
 
 
+PROMPT_FILES = (".txt", ".jsonl", ".csv")
+"""Ends of files that hold prompts and no images."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Images to train on."""
 
     dataset: str = ""
-    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a hub id."""
+    """`digits`, `mnist`, a folder of images, parquet or arrow files, or a hub id; for --num_teacher_images prompts."""
+    num_teacher_images: int | None = None
+    """Of a teacher with prompts: let it draw so many images before the first step, once, and train on them. --dataset
+    is of prompts then, as --prompts of eval/generate.py is; steps and guidance are those of samples."""
     image_column: Rare[str | None] = None
     """Column of the images in a table; by default the only one that holds images."""
     max_train_samples: Rare[int | None] = None
@@ -185,6 +192,18 @@ class DataOptions:
         if not 0 <= self.guidance_dropout < 1:
             raise ValueError(f"--guidance_dropout must be at least 0 and below 1, not {self.guidance_dropout}")
         check_at_least(self, {"max_train_samples": 1, "num_crops": 1, "stream_head": 1, "stream_buffer": 1})
+        check_at_least(self, {"num_teacher_images": 2})
+        if self.num_teacher_images is None and self.dataset.endswith(PROMPT_FILES) and not os.path.isdir(self.dataset):
+            raise ValueError(
+                f"--dataset {self.dataset} is a file of prompts, without images: --num_teacher_images 10000 lets the "
+                "teacher draw as many of them, and trains on these"
+            )
+        for name in ("streaming", "image_column") if self.num_teacher_images is not None else ():
+            if getattr(self, name):
+                raise ValueError(
+                    f"--{name} is for images that are there already, and --num_teacher_images for prompts: leave one "
+                    "of them out"
+                )
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 "--max_train_samples chooses among all images, which a stream's are not: leave it or --streaming out"

@@ -23,24 +23,25 @@ from vkd_gen.evaluation.figures import save_figure
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.evaluation.options import ScoreOptions
 from vkd_gen.evaluation.prompt_grid import draw_prompt_grid
-from vkd_gen.evaluation.prompts import given_prompts, of_images
+from vkd_gen.evaluation.prompts import Prompts, given_prompts, of_images, read_prompts
 from vkd_gen.evaluation.report import save_results
 from vkd_gen.evaluation.scorer import Scorer, make_scorer
 from vkd_gen.evaluation.tables import markdown_table, print_table
 from vkd_gen.hub import check_place, hub_revision
 from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
-from vkd_gen.provenance import only_warns, read_metrics, write_json
+from vkd_gen.provenance import only_warns, write_json
 from vkd_gen.schedule import Schedule
 from vkd_gen.text import printable
 from vkd_gen.training.accelerator import make_accelerator, on_all_processes, on_main_process
 from vkd_gen.training.checkpoints import check_checkpoint
 from vkd_gen.training.export import after_export, check_upload, finish_export, try_saving
-from vkd_gen.training.facts import facts_of_data, hash_model, identity_of_images, run_facts
-from vkd_gen.training.images import Data, encode_data, load_data
+from vkd_gen.training.facts import cost_in_words, facts_of_data, hash_model, identity_of_images, run_facts
+from vkd_gen.training.images import Data, encode_data, folder_of, load_data
 from vkd_gen.training.options import DataOptions, TrainingOptions
 from vkd_gen.training.probe import check_finite
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
+from vkd_gen.training.teacher_images import TeacherImages
 
 MADE = ("pipeline/model_index.json", "pipeline/*/*.safetensors", "samples.npz", "samples.png", "report.html")
 """Patterns of what a finished run has made, beside its results."""
@@ -74,6 +75,8 @@ class Run:
         self.options, self.flags, self._script = options, dict(flags), script
         self.validation_prompts = given_prompts(options.validation_prompts)
         self._guidance_scale: float | None = None
+        self._prompts: Prompts | None = None  # of images that the teacher draws
+        self._facts: dict[str, Any] = {}
         self.folder = RunFolder(options.output_dir)
         self.point: Path | None = None
         if not options.dry_run:  # which writes nothing, whatever the folder holds
@@ -81,7 +84,10 @@ class Run:
             self.folder.check(self.flags, self.point)
             check_checkpoint(self.point)
             check_upload(options)
-            check_place(self.find(self.flags.get("dataset", "")))  # before a teacher is loaded
+            source = self.find(self.flags.get("dataset", ""))
+            check_place(source)  # before a teacher is loaded
+            if self.flags.get("num_teacher_images") is not None:
+                self._prompts = read_prompts(source, self.flags["caption_column"])
         self.accelerator = make_accelerator(options, find_unused_parameters=find_unused_parameters)
         self.point = on_all_processes(lambda: self.point)  # the first process has read every byte, the others sizes
         self.device, self.print = self.accelerator.device, self.accelerator.print
@@ -126,10 +132,27 @@ class Run:
         self.data = load_data(options, source, form, num_classes, self.print, with_captions=with_captions)
         return self.data
 
-    def load_data_for(self, model: Model, options: DataOptions) -> Data:
-        """The images of the run as a model takes them, with what it can be told of them."""
+    def load_data_for(self, model: Model, options: DataOptions, teacher: Model | None = None) -> Data:
+        """The images of the run as a model takes them, with what it can be told of them.
+
+        Args:
+            model: that takes them.
+            options: of the recipe.
+            teacher: that draws them, where that is asked for.
+        """
+        if teacher is not None and self._prompts is not None:
+            options = self._draw(teacher, self._prompts, options)
         form = model.image_size, model.image_channels
         return self.load_data(options, form, model.num_classes or None, with_captions=model.takes_prompts)
+
+    def _draw(self, teacher: Model, prompts: Prompts, options: DataOptions) -> DataOptions:
+        """Let the teacher draw the images; the options of a data set that is them."""
+        precision = self.accelerator.mixed_precision
+        drawn = TeacherImages.of(teacher, prompts, folder_of(options, "drawings"), self.flags, precision)
+        self.flags["teacher_images_sha256"], self._facts["images"] = drawn.folder.name, drawn.describe()
+        self.folder.check(self.flags, self.point)  # before hours of drawing
+        images = drawn.draw(teacher, self.device, batch_size=self.options.batch_size_apart, say=self.print)
+        return replace(options, dataset=str(images), num_teacher_images=None, caption_column=None)
 
     def draws(self, schedule: Schedule, *, both_branches: bool = False) -> Draws:
         """What the run draws of its data; see `Draws`."""
@@ -253,7 +276,7 @@ class Run:
             raise ValueError("--guidance_scale is for models of prompts or classes, and this one takes neither")
         model.network.to(self.device)
         dataset, self._name, self._num_inference_steps = self.flags["dataset"], name, self.flags["num_inference_steps"]
-        facts = {**facts, "steps": self.options.max_train_steps, "seed": self.options.seed}
+        facts = {**self._facts, **facts, "steps": self.options.max_train_steps, "seed": self.options.seed}
         title, classes = f"{data_label(dataset)} {name}", model.num_classes or None
         origin = card_origin(self.find(str(facts.get("teacher", ""))))
 
@@ -338,7 +361,7 @@ class Run:
                 f"note: files of {data.train.name} changed while the run read them; it is not known which of their "
                 "contents it was trained on"
             )
-        cost = self.cost()
+        cost = cost_in_words(self.options, self.accelerator, self.folder.metrics)
         # Exported before it is scored, so that nothing which fails from here on can lose it.
         on_main_process(
             lambda: models[name].save(self.exported, self._card(training=cost), self.options.export_variant)
@@ -373,18 +396,3 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         self.folder.release()
-
-    def cost(self) -> str:
-        """What the steps of the whole run took, without start and scores, as metrics.jsonl has it; for the card."""
-        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        options, accelerator = self.options, self.accelerator
-        images_per_step = options.gradient_accumulation_steps * options.train_batch_size * accelerator.num_processes
-        seconds, before = 0.0, 0
-        for line in read_metrics(self.folder.metrics):
-            if line.get("images_per_second"):
-                seconds += (line["step"] - before) * images_per_step / line["images_per_second"]
-                before = line["step"]
-        return (
-            f"{options.max_train_steps} steps in {seconds / 60:.1f} minutes on {accelerator.num_processes} x {device}, "
-            f"{accelerator.mixed_precision} mixed precision"
-        )

@@ -212,6 +212,8 @@ def show_plan(config: Any, teacher: ModelMixin, run: Run) -> None:
         widths = [f"{pair.student_channels} -> {target_channels(config.matching, pair)}" for pair in pairs]
         say(pair_table(pairs, {f"projector ({config.matching.projector})": widths}))
     say(describe_models(teacher, student))
+    if config.data.num_teacher_images is not None:
+        say(f"the teacher would draw {config.data.num_teacher_images:,} images of {config.data.dataset} to train on")
     show_memory(config, student, teacher, pairs, run)
     if isinstance(teacher, UNet2DModel) or text_source(run.find(config.teacher), config.start):
         say(f"the same command without --dry_run trains it, into {config.training.output_dir}")
@@ -228,7 +230,8 @@ def warn_of_preset(config: Any, preset: Any, say: Callable[[str], None]) -> None
         say: prints a line.
     """
     data, training, matching = config.data.dataset, config.training, config.matching
-    if config.teacher == preset.teacher and data_label(data) != data_label(preset.data.dataset):
+    is_of_others = config.data.num_teacher_images is None and data_label(data) != data_label(preset.data.dataset)
+    if config.teacher == preset.teacher and is_of_others:
         say(
             f"note: the teacher of --preset {config.preset} was trained on {preset.data.dataset}, not on {data}, and "
             "its students make what it makes; for images of your own: --preset custom --teacher FOLDER_OR_HUB_ID, such "
