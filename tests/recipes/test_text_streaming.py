@@ -67,28 +67,9 @@ def flags_of(teacher, data, run, *more):
     short = ["--preset", "custom", "--teacher", teacher, "--dataset", data, "--output_dir", run, "--streaming"]
     short += ["--stream_head", 12, "--stream_buffer", 3, "--max_train_steps", 6, "--train_batch_size", 4]
     short += ["--log_every_steps", 1, "--checkpointing_steps", 2, "--lr_warmup_steps", 0, "--method", "output"]
-    short += [
-        "--calibration_samples",
-        16,
-        "--num_timestep_bins",
-        2,
-        "--inherit_samples",
-        4,
-        "--eval_batch_size",
-        8,
-        "--num_inference_steps",
-        1,
-    ]
-    short += [
-        "--extractor",
-        "none",
-        "--no-score_teacher",
-        "--diagnostics_every_steps",
-        0,
-        "--random_flip",
-        "--num_crops",
-        2,
-    ]
+    short += ["--calibration_samples", 16, "--num_timestep_bins", 2, "--eval_batch_size", 8, "--no_inherit_weights"]
+    short += ["--num_inference_steps", 1, "--extractor", "none", "--no-score_teacher", "--diagnostics_every_steps", 0]
+    short += ["--random_flip", "--num_crops", 2]
     short += ["--dataloader_num_workers", 0]
     return [*short, *more]
 

@@ -135,12 +135,12 @@ def _local_tables(source: str, listing: Listing, streaming: bool, with_captions:
 
 def _hub_tables(source: str, streaming: bool) -> Tables:
     datasets = _datasets()
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     repository, revision = split_revision(source)
     try:
-        problem = hub_problem(repository, revision, "dataset")
-        if problem and not _is_cached(repository):  # which datasets finds out in half a minute
+        problem = "" if HF_HUB_OFFLINE else hub_problem(repository, revision, "dataset")
+        if problem and not _is_cached(repository):  # which datasets finds out in half a minute, and offline at once
             raise ValueError(f"it is not in its cache here, and {problem}")
         if streaming:
             builder = datasets.load_dataset_builder(repository, revision=revision)
