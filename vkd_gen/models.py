@@ -21,7 +21,7 @@ from vkd_gen.encoders import ENCODERS
 from vkd_gen.families import family_of
 from vkd_gen.files import whole_file, whole_folder
 from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of, stock_pipeline, usable_steps
-from vkd_gen.provenance import only_warns
+from vkd_gen.provenance import only_warns, plain_tensors
 from vkd_gen.schedule import PredictionType, Schedule
 from vkd_gen.text import reason
 from vkd_gen.text_pipelines import save_pipeline
@@ -359,7 +359,7 @@ def _describe_broken(
     first = int((~is_finite).any(1).nonzero()[0])
     where = f"from evaluation {first + 1} of {len(is_finite) - 1} on" if first < len(is_finite) - 1 else "at the end"
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    values = [entry for network in networks for entry in network.state_dict().items()]
+    values = [entry for network in networks for entry in plain_tensors(network.state_dict()).items()]
     weights = [key for key, value in values if not value.isfinite().all()]
     if weights:
         cause = f"{len(weights)} of its weights hold NaN or infinity, such as {weights[0]}"

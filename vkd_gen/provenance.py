@@ -84,12 +84,21 @@ def is_number(value: object) -> bool:
     return isinstance(value, float) or abs(value) < 2**63
 
 
+def plain_tensors(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Tensors as they are, and of those of a class of its own, such as weights in 8 bits, what they are made of."""
+    plain: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        parts = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
+        plain |= plain_tensors({f"{name}.{part}": getattr(value, part) for part in parts}) if parts else {name: value}
+    return plain
+
+
 def hash_tensors(tensors: "Mapping[str, Tensor]") -> str:
     """SHA-256 over names, shapes, types and values of tensors, hexadecimal, whatever their order and their device."""
     import torch  # here, so that what writes results alone need not wait for it
 
     digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
+    for name, value in sorted(plain_tensors(tensors).items()):
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
         digest.update(
             value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.dim() else str(value).encode()

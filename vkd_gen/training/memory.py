@@ -22,6 +22,7 @@ from vkd_gen.provenance import only_warns
 from vkd_gen.training.matching import NUM_DIAGNOSTIC_DRAWS, build_matching
 from vkd_gen.training.methods import MatchingOptions
 from vkd_gen.training.options import TrainingOptions
+from vkd_gen.training.quantization import quantized_bytes
 from vkd_gen.training.run import Run
 
 NUM_PARTS = 20
@@ -121,6 +122,7 @@ class Rehearsal:
         teacher_dtype: of the teacher's weights and predictions.
         precision: of the student's forward passes, by autocast; float32 for none.
         device: that is trained on; it decides which kernels of attention are used.
+        in_eight_bits: the teacher's linear layers keep their weights so.
     """
 
     def __init__(
@@ -133,7 +135,9 @@ class Rehearsal:
         teacher_dtype: torch.dtype,
         precision: torch.dtype,
         device: torch.device,
+        in_eight_bits: bool = False,
     ):
+        self._in_eight_bits = in_eight_bits
         self._mode, self._device, self._precision = FakeTensorMode(), device, precision
         self._loss, self._weights = matching.feature_loss, matching.weights
         if matching.feature_normalization == "batch_whiten":  # which stops at values that are not there
@@ -203,7 +207,7 @@ class Rehearsal:
             handle.remove()
         self.projected.zero_grad(set_to_none=True)
         half = self._precision != torch.float32
-        constant = sum(value.nbytes for value in self.student.parameters()) // 2 if half else 0
+        constant = _bytes(self.student) // 2 if half else 0
         return StepMemory(rows=rows, activations=activations, constant=constant, peaks=tuple(peaks))
 
     def _forward(self, sample: Tensor, timesteps: Tensor, conditioning: dict[str, Any]) -> Tensor:
@@ -228,9 +232,13 @@ class Rehearsal:
             weights=trained + sum(value.nbytes for value in self.projected.buffers()),
             gradients=trained * (2 if num_processes > 1 else 1),
             optimizer=int(STATES[options.optimizer] * trained),
-            averages=sum(value.nbytes for value in self.student.parameters()) if averaged else 0,
-            teacher=sum(value.nbytes for value in self.teacher.unet.parameters()),
+            averages=_bytes(self.student) if averaged else 0,
+            teacher=(quantized_bytes if self._in_eight_bits else _bytes)(self.teacher.unet),
         )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(value.nbytes for value in module.parameters())
 
 
 def _of_rows(value: Any, rows: int, name: str) -> Any:
@@ -323,9 +331,10 @@ def show_memory(config: Any, student: ModelMixin, teacher: ModelMixin, pairs: li
     with only_warns("the table of memory", "the rest of the plan is right"):
         num_processes = run.accelerator.num_processes
         available, where = available_bytes(run.device, num_processes)
-        types = {"teacher_dtype": run.dtype, "precision": run.dtype}
+        how: dict[str, Any] = {"teacher_dtype": run.dtype, "precision": run.dtype, "device": run.device}
+        how["in_eight_bits"] = config.start.teacher_quantization is not None
         text = memory_table(
-            Rehearsal(student, teacher, pairs, config.matching, device=run.device, **types),
+            Rehearsal(student, teacher, pairs, config.matching, **how),
             config.training,
             config.matching,
             num_processes=num_processes,

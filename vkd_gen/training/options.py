@@ -234,6 +234,9 @@ class StudentOptions:
     =SCALE behind it."""
     teacher_config: str | None = None
     """Of a teacher in one .safetensors file: folder or hub id of a pipeline of the same configuration."""
+    teacher_quantization: Rare[Literal["int8"] | None] = None
+    """int8: once the student has started from the teacher's whole weights, keep those of the teacher's linear layers in
+    8 bits, by torchao. Losses, and the teacher that previews, scores and the report show, are of these."""
     student: str = ""
     """bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m, a config.json, or folder or hub id of a UNet with
     weights; empty: the teacher at --student_width."""
@@ -363,6 +366,11 @@ def complete(config: Any) -> Any:
     if training.optimizer == "adamw8bit" and not training.dry_run and not eight_bit_library():
         raise ValueError(
             "--optimizer adamw8bit is bitsandbytes' or torchao's, and neither is installed: pip install bitsandbytes"
+        )
+    start = getattr(config, "start", None)
+    if start and start.teacher_quantization and not training.dry_run and not importlib.util.find_spec("torchao"):
+        raise ValueError(
+            "--teacher_quantization int8 is torchao's, which is not installed: pip install torchao, or leave it out"
         )
     if training.eval_batch_size is None and config.preset == "custom":
         training = replace(training, eval_batch_size=min(64, training.train_batch_size))

@@ -9,6 +9,7 @@ from torch import nn
 
 from vkd_gen.distillation import FrozenTeacher
 from vkd_gen.families import family_of
+from vkd_gen.provenance import plain_tensors
 from vkd_gen.schedule import Schedule
 
 
@@ -67,7 +68,7 @@ def check_finite(unet: ModelMixin | FrozenTeacher, schedule: Schedule, batch: Ma
 
 
 def _broken_weights(network: nn.Module) -> str | None:
-    weights = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
+    weights = [key for key, value in plain_tensors(network.state_dict()).items() if not value.isfinite().all()]
     return f"{len(weights)} of its weights hold NaN or infinity, such as {weights[0]}" if weights else None
 
 

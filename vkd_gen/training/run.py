@@ -40,6 +40,7 @@ from vkd_gen.training.facts import cost_in_words, facts_of_data, hash_model, ide
 from vkd_gen.training.images import Data, encode_data, folder_of, load_data
 from vkd_gen.training.options import DataOptions, TrainingOptions
 from vkd_gen.training.probe import check_finite
+from vkd_gen.training.quantization import quantize_teacher
 from vkd_gen.training.run_folder import RunFolder, checkpoint_step
 from vkd_gen.training.teacher_images import TeacherImages
 
@@ -256,6 +257,9 @@ class Run:
         """The teacher for the steps, in the precision of the run; its predictions and features are finite."""
         nn.Module.to(teacher.network, self.device, self.dtype)  # past diffusers' warning about casting
         frozen = FrozenTeacher(teacher.network, layers, prediction_type=teacher.schedule.prediction_type)
+        if self.flags.get("teacher_quantization"):
+            few = next(draws.apart(64, device=self.device, guidance_dropout=0.0))
+            self.print(quantize_teacher(frozen, draws.schedule.to(self.device), few))
         self.check_finite(frozen, draws, f"the teacher {self.flags['teacher']}")
         return frozen
 
