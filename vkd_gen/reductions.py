@@ -35,6 +35,9 @@ REDUCTIONS = {
     # highest stage has no attention, so that its 1, which the configuration wants, stands for the authors' 0.
     "koala-1b": Reduction(layers_per_block=1, transformer_layers=(1, 2, 6)),
     "koala-700m": Reduction(layers_per_block=1, transformer_layers=(1, 2, 5), drop_mid_block=True),
+    # The size of Gupta et al., 2024, arXiv 2401.02677, for Stable Diffusion XL: no layer fewer, but transformer blocks.
+    # How many they left out differs from layer to layer of a stage, and they have no attention in the middle.
+    "ssd-1b-like": Reduction(transformer_layers=(1, 2, 4)),
     # The size of Fang et al., 2023, arXiv 2305.10924, on CIFAR-10. Theirs is a pruned module that no configuration
     # describes. Of widths in groups of 32 the nearest to its 19.8 M parameters has 20.1 M (1.6 % more), and like it
     # 3.4 G multiply-accumulates without attention's products, 3.5 G with them (the teacher 6.1 and 6.2).

@@ -91,6 +91,9 @@ PUBLISHED: dict[tuple[str, str | None], PublishedCost] = {
     ("stable-diffusion-xl", None): PublishedCost(parameters=2_567_000_000, source=KOALA),
     ("stable-diffusion-xl", "koala-1b"): PublishedCost(parameters=1_161_000_000, source=KOALA),
     ("stable-diffusion-xl", "koala-700m"): PublishedCost(parameters=782_000_000, source=KOALA),
+    ("stable-diffusion-xl", "ssd-1b-like"): PublishedCost(
+        parameters=1_300_000_000, source="model card huggingface.co/segmind/SSD-1B; this UNet is the nearest"
+    ),
     ("ddpm-cifar10-32", None): PublishedCost(parameters=35_700_000, macs=6_100_000_000, source=DIFF_PRUNING),
     ("ddpm-cifar10-32", "ddpm-20m"): PublishedCost(
         parameters=19_800_000,

@@ -238,8 +238,8 @@ class StudentOptions:
     """int8: once the student has started from the teacher's whole weights, keep those of the teacher's linear layers in
     8 bits, by torchao. Losses, and the teacher that previews, scores and the report show, are of these."""
     student: str = ""
-    """bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ddpm-20m, a config.json, or folder or hub id of a UNet with
-    weights; empty: the teacher at --student_width."""
+    """bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ssd-1b-like, ddpm-20m, a config.json, or folder or hub id of a
+    UNet with weights; empty: the teacher at --student_width."""
     student_width: float | None = None
     """Factor on the teacher's channels; by default 0.5, or --student's."""
     student_layers_per_block: Rare[int | tuple[int, ...] | None] = None
