@@ -336,6 +336,7 @@ def test_transformer_layers_of_each_layers_own_are_made_even():
     [
         (Reduction(width=0), "width must be above 0"),
         (Reduction(width=float("nan")), "width must be above 0"),
+        (Reduction(width=1e308), "width must be above 0 and finite"),  # as no number of channels is
         (Reduction(layers_per_block=0), "layers_per_block must be at least 1"),
         (Reduction(layers_per_block=(1, 1, 1)), "layers_per_block names 3 stages; the student has 2"),
         (Reduction(transformer_layers=0), "transformer_layers must be at least 1"),

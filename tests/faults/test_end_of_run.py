@@ -39,6 +39,11 @@ def error_of(capsys, run):
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "sigmoid", "laplace"])
 def test_every_sampler_has_the_betas_of_training(kind, zero_snr, sampler, tmp_path):
+    if kind == "laplace":
+        try:
+            DDPMScheduler(beta_schedule=kind)
+        except NotImplementedError:
+            pytest.skip("this version of diffusers does not know it")
     schedule = DDPMScheduler(beta_schedule=kind, rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction")
     stock_pipeline(tiny_unet(), schedule, sampler).save_pretrained(tmp_path)
     scheduler = DDIMPipeline.from_pretrained(tmp_path).scheduler if sampler == "ddim" else None

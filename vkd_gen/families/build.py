@@ -197,7 +197,7 @@ def _check_layers(name: str, layers: int | tuple[int, ...], num_stages: int) -> 
 
 
 def _set_width(config: dict[str, Any], width: float) -> None:
-    if not 0 < width < math.inf:
+    if not 0 < width * max(config["block_out_channels"]) < math.inf:
         raise ValueError(f"width must be above 0 and finite, not {width}")
     if width == 1:
         return

@@ -68,8 +68,7 @@ def _is_set(name: str) -> bool:
 
 def _check_environment(options: TrainingOptions) -> None:
     """Refuse what accelerate would take from the environment in place of a flag, or beside what is trained here."""
-    if not torch.accelerator.is_available() and not _is_set("ACCELERATE_USE_CPU"):
-        _check_alone()  # before they meet, and part
+    _check_connected()
     for name in NOT_HERE:
         if _is_set(f"ACCELERATE_USE_{name}"):
             raise ValueError(
@@ -110,6 +109,12 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
+def _check_connected() -> None:
+    """Refuse one of several processes where accelerate would not connect them, before they meet, and part."""
+    if not torch.accelerator.is_available() and not _is_set("ACCELERATE_USE_CPU"):
+        _check_alone()
+
+
 def _check_alone() -> None:
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if os.environ.get(name, "1") not in ("", "0", "1"):
@@ -128,6 +133,7 @@ def _check_alone() -> None:
 def make_sampling_accelerator() -> Accelerator:
     """The Accelerator of a command that samples and does not train."""
     torch.set_float32_matmul_precision("high")
+    _check_connected()
     accelerator = Accelerator()
     check_processes(accelerator)
     disable_progress_bar()  # of the loading of a pipeline's few parts
