@@ -96,8 +96,8 @@ def _instead(folder: Path, name: str) -> str:
             "with the class that its config.json names"
         )
     beside = (
-        f"; {others[0]} is read under that name alone: for a variant of a text pipeline name it by --teacher_variant, "
-        "else load it once with variant=... and save it anew by save_pretrained(NEW_FOLDER)"
+        f"; {others[0]} is read under that name alone: train_student_unet.py takes a text pipeline's variant by "
+        "--teacher_variant; else load it once with variant=... and save it anew by save_pretrained(NEW_FOLDER)"
         if others
         else ""
     )

@@ -105,8 +105,8 @@ def find_source(source: str, *, variant: str | None = None, config: str | None =
             if config is not None:
                 raise
             raise ValueError(
-                f"{source} needs the configuration of its pipeline, {known}: name a folder or hub id of such a one by "
-                f"--teacher_config ({error})"
+                f"{source} needs the configuration of its pipeline, {known}: train_student_unet.py takes a folder or "
+                f"hub id of such a one by --teacher_config, other commands a whole pipeline ({error})"
             ) from error
         return TextSource(**{**vars(found), "name": source, "checkpoint": path})
     if config is not None:
