@@ -41,6 +41,16 @@ def test_every_form_gives_the_same_prompts(folder, name):
     assert found.protocol()["prompts_sha256"] == Prompts(TEXTS, "elsewhere").protocol()["prompts_sha256"]
 
 
+def test_prompts_of_a_split(folder):
+    """To score by, those of the test split; to train on, the others."""
+    for number, split in enumerate(("train", "test", "train")):
+        (folder / "images" / split).mkdir(exist_ok=True)
+        for end in ("png", "txt"):
+            (folder / f"images/{number}.{end}").rename(folder / f"images/{split}/{number}.{end}")
+    assert list(read_prompts(str(folder / "images")).texts) == TEXTS[1:2]
+    assert list(read_prompts(str(folder / "images"), to_train_on=True).texts) == TEXTS[::2]
+
+
 def test_a_column_is_chosen_by_name(folder):
     assert list(read_prompts(str(folder / "rows.jsonl"), "file_name").texts) == ["0.png", "1.png", "2.png"]
 

@@ -52,7 +52,7 @@ def of_images(images: Images) -> Prompts | None:
     return Prompts([images.captions_of(index)[0] for index in range(len(images))], f"the captions of {images.name}")
 
 
-def read_prompts(source: str, caption_column: str | None = None) -> Prompts:
+def read_prompts(source: str, caption_column: str | None = None, *, to_train_on: bool = False) -> Prompts:
     """The prompts of a file, or a data set's captions.
 
     Args:
@@ -60,13 +60,14 @@ def read_prompts(source: str, caption_column: str | None = None) -> Prompts:
             lines without one passed over; else a data set, as `load_images` takes it: the captions of its test split
             where it has one, else of all its images. Of several captions of an image, or in a row, the first counts.
         caption_column: by default the only one of text, else the one called prompt, caption, text or the like.
+        to_train_on: of a data set's splits take the other one, for training.
 
     Raises:
         ValueError: in one line, for what is not there, cannot be read, or holds no prompts.
     """
     path, kind = Path(source), Path(source).suffix.lower()
     if path.is_dir() or kind == ".arrow" or not (os.path.exists(source) or kind in (*TABLES, ".txt")):
-        return _of_data(source, caption_column)
+        return _of_data(source, caption_column, to_train_on)
     check_file(path)
     if kind not in TABLES:
         if caption_column is not None:
@@ -97,10 +98,10 @@ def given_prompts(given: Sequence[str]) -> Prompts | None:
     return Prompts(given, "--validation_prompts") if given else None
 
 
-def _of_data(source: str, caption_column: str | None) -> Prompts:
+def _of_data(source: str, caption_column: str | None, to_train_on: bool) -> Prompts:
     options = {"with_captions": True, "caption_column": caption_column}
     images, test = load_images(source, resolution=1, channels=3, held_out_fraction=0, **options)
-    found = of_images(test if len(test) else images)
+    found = of_images(images if to_train_on or not len(test) else test)
     assert found is not None
     return found
 

@@ -167,8 +167,9 @@ class DataOptions:
     embeddings on the disk, for this run and others; then the encoders leave memory. --no-cache encodes what each step
     draws."""
     cache_dir: Rare[str] = ""
-    """Folder of these encodings; by default vkd_gen/encodings in the user's cache folder, or what VKD_GEN_CACHE names.
-    Runs may share it; what images, captions, encoders or crops decide otherwise lies in another folder of it."""
+    """Folder of these encodings, and of --num_teacher_images; by default vkd_gen/encodings and vkd_gen/drawings in the
+    user's cache folder, or in what VKD_GEN_CACHE names. Runs may share it; what images, captions, encoders or crops
+    decide otherwise lies in another folder of it."""
     num_crops: Rare[int] = 1
     """Of a model of prompts: crops of each image, one of which is drawn each time. The first is the centre."""
     aspect_buckets: Rare[bool] = False

@@ -88,7 +88,7 @@ class Run:
             source = self.find(self.flags.get("dataset", ""))
             check_place(source)  # before a teacher is loaded
             if self.flags.get("num_teacher_images") is not None:
-                self._prompts = read_prompts(source, self.flags["caption_column"])
+                self._prompts = read_prompts(source, self.flags["caption_column"], to_train_on=True)
         self.accelerator = make_accelerator(options, find_unused_parameters=find_unused_parameters)
         self.point = on_all_processes(lambda: self.point)  # the first process has read every byte, the others sizes
         self.device, self.print = self.accelerator.device, self.accelerator.print
