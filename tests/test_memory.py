@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import vkd_gen as vkd
 from tests.conftest import tiny_condition_unet, tiny_unet
+from tests.recipes.conftest import recipe_runner
 from vkd_gen.families import TEACHERS, copy_without_weights
 from vkd_gen.pairing import pair_layers
 from vkd_gen.schedule import Schedule
@@ -88,7 +89,7 @@ def test_standing_memory_by_hand():
     count, others = (sum(value.numel() for value in unet.parameters()) for unet in (student, teacher))
     expected = {"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count}
     found = vars(rehearsal.memory(OPTIONS, 1))
-    assert found == {**expected, "averages": 4 * count, "teacher": 2 * others}
+    assert found == {**expected, "averages": 4 * count, "teacher": 2 * others, "encoders": 0}
     eight = dataclasses.replace(OPTIONS, optimizer="adamw8bit", ema_max_decay=0.0)
     assert rehearsal.memory(eight, 1).optimizer == 2 * count
     assert rehearsal.memory(eight, 1).averages == 0
@@ -115,6 +116,41 @@ def test_every_method_has_its_table(method):
     assert ("measurements" in text) == bool(matching.feature_weight)
     nothing = memory_table(rehearsal, OPTIONS, matching, **{**options, "available": 10**5})
     assert nothing.splitlines()[-2].split()[-2:] == ["none", "none"]
+
+
+def test_encoders_that_stay_are_in_the_sum():
+    """By as much as they take, and the largest batch is smaller."""
+    student, teacher = tiny_unet((8, 16), seed=1), tiny_unet((8, 16), seed=2)
+    rehearsal, matching = rehearse(student, teacher, "output")
+    options = {"num_processes": 1, "available": 2 * 10**9, "where": "here", "encoders": 10**9}
+    leave, stay = (memory_table(rehearsal, OPTIONS, matching, **options, encoders_stay=stay) for stay in (False, True))
+    assert "VAE and text encoders, until" in leave
+    assert "VAE and text encoders  " in stay
+    assert "until all is encoded" not in stay
+
+    def cells(text, name):
+        (line,) = [line for line in text.splitlines() if line.startswith(name)]
+        return [float(cell.replace(",", "")) for cell in line.split()[-2:]]
+
+    sums = [cells(text, "together") for text in (leave, stay)]
+    assert [after - before for before, after in zip(*sums, strict=True)] == pytest.approx([1, 1], abs=0.02)
+    batches = [cells(text, "largest batch") for text in (leave, stay)]
+    assert all(after < before for before, after in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize(("flags", "stays"), [([], False), (["--no-cache"], True), (["--streaming"], True)])
+def test_the_command_knows_whether_encoders_stay(flags, stays, tmp_path, monkeypatch):
+    found = {}
+
+    def table(*_, **arguments):
+        found.update(arguments)
+        return ""
+
+    monkeypatch.setattr("vkd_gen.training.memory.memory_table", table)
+    run_recipe = recipe_runner(monkeypatch, tmp_path, whole=True)
+    plan = ["--preset", "custom", "--teacher", "stable-diffusion-1", "--student", "bk-tiny", "--dataset", "x"]
+    run_recipe("train_student_unet", *plan, "--method", "output", "--output_dir", tmp_path / "run", "--dry_run", *flags)
+    assert (found["encoders"], found["encoders_stay"]) == (4 * 206_714_343, stays)
 
 
 def test_encoders_of_known_names_and_of_folders(tmp_path):

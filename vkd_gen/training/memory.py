@@ -97,6 +97,7 @@ class Memory:
         optimizer: its state.
         averages: the moving average, where it is on the device of the steps.
         teacher: its weights.
+        encoders: VAE and text encoders, where they encode what each step draws.
     """
 
     weights: int
@@ -104,11 +105,12 @@ class Memory:
     optimizer: int
     averages: int
     teacher: int
+    encoders: int = 0
 
     @property
     def standing(self) -> int:
         """All but the gradients."""
-        return self.weights + self.optimizer + self.averages + self.teacher
+        return self.weights + self.optimizer + self.averages + self.teacher + self.encoders
 
 
 class Rehearsal:
@@ -277,6 +279,7 @@ def memory_table(
     available: int,
     where: str,
     encoders: int,
+    encoders_stay: bool = False,
 ) -> str:
     """What each process takes, with and without gradient checkpointing, and which batch would fit.
 
@@ -287,9 +290,11 @@ def memory_table(
         num_processes: of the run.
         available: bytes for each process.
         where: these are, in words.
-        encoders: bytes of what leaves before the first step.
+        encoders: bytes of VAE and text encoders.
+        encoders_stay: they do not leave before the first step.
     """
     memory, branches = rehearsal.memory(options, num_processes), 2 if matching.guidance_branches == "both" else 1
+    memory = replace(memory, encoders=encoders if encoders_stay else 0)
     # What several passes sum up in, and what processes exchange, is there from the start.
     trained = memory.gradients // (2 if num_processes > 1 else 1)
     stands = trained if options.gradient_accumulation_steps > 1 else 0
@@ -308,22 +313,19 @@ def memory_table(
         most = memory.standing + max(step.peak(rows, stands) + copies, ending, measured)
         left = int(available * (1 - KEPT_FREE)) - memory.standing - copies
         fits = step.rows_within(left, stands) // branches if left > max(ending, measured) - copies else 0
-        columns.append(
-            [
-                _gb(value)
-                for value in (*vars(memory).values(), step.activations, *([measured] if measures else []), most)
-            ]
-        )
-        columns[-1].append(f"{fits:,}" if fits else "none")
+        standing = [value for name, value in vars(memory).items() if value or name != "encoders"]
+        sizes = [*standing, step.activations, *([measured] if measures else []), most]
+        columns.append([*map(_gb, sizes), f"{fits:,}" if fits else "none"])
     names = ["weights", "gradients", f"optimizer ({options.optimizer})", "averages", "teacher"]
+    names += ["VAE and text encoders"] * (memory.encoders > 0)
     names += [f"activations, batch of {options.train_batch_size}"]
     names += [f"measurements, {draws} draws (--eval_batch_size)"] if measures else []
     names += ["together, at most", f"largest batch in {_gb(available)} GB {where}"]
     lines = [f"{name:<46}{one:>10}{other:>26}" for name, one, other in zip(names, *columns, strict=True)]
     lines = [f"{'memory of each process':<46}{'GB':>10}{'--gradient_checkpointing':>26}", *lines]
-    return "\n".join(
-        [*lines, *([f"{'VAE and text encoders, until all is encoded':<46}{_gb(encoders):>10}"] * (encoders > 0))]
-    )
+    if encoders and not encoders_stay:
+        lines.append(f"{'VAE and text encoders, until all is encoded':<46}{_gb(encoders):>10}")
+    return "\n".join(lines)
 
 
 def show_memory(config: Any, student: ModelMixin, teacher: ModelMixin, pairs: list[vkd.LayerPair], run: Run) -> None:
@@ -340,7 +342,8 @@ def show_memory(config: Any, student: ModelMixin, teacher: ModelMixin, pairs: li
             num_processes=num_processes,
             available=available,
             where=where,
-            encoders=encoder_bytes(run.find(config.teacher)),
+            encoders=encoder_bytes(run.find(config.teacher)) // (1 if config.data.encoding_precision == "no" else 2),
+            encoders_stay=config.data.streaming or not config.data.cache,
         )
         run.print(text)
 
