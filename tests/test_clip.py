@@ -8,6 +8,8 @@ import torch
 from tests.clip_models import save_clip
 from tests.conftest import one_line
 from vkd_gen.evaluation.clip import load_clip
+from vkd_gen.evaluation.scorer import Scorer
+from vkd_gen.evaluation.sources import ImageSource
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,24 @@ def test_grey_images_are_those_of_three_equal_channels(folder, images):
     clip = load_clip(str(folder))
     grey = images[:, :1]
     assert torch.equal(clip(grey, PROMPTS), clip(grey.repeat(1, 3, 1, 1), PROMPTS))
+
+
+def test_it_is_on_the_device_while_it_scores_alone(folder, images, monkeypatch):
+    """The device is recorded, not had; also where scoring fails."""
+    scorer = object.__new__(Scorer)
+    scorer.clip, scorer.extractor, scorer.batch_size = load_clip(str(folder)), None, 4
+    network, seen = type(scorer.clip.network), []
+    monkeypatch.setattr(network, "to", lambda self, device: seen.append(f"to {device}"))
+    monkeypatch.setattr(network, "cpu", lambda self: seen.append("back"))
+
+    def extract(source, extractor, **more):
+        seen.append("scores")
+        raise ValueError("not finite")
+
+    monkeypatch.setattr("vkd_gen.evaluation.scorer.extract_features", extract)
+    with pytest.raises(ValueError, match="not finite"):
+        scorer(ImageSource("x", 48, 6, lambda numbers: images[list(numbers)], {}))
+    assert seen == ["to cpu", "scores", "back"]
 
 
 @pytest.mark.parametrize(

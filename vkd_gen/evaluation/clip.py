@@ -1,7 +1,8 @@
 """CLIP score: how well an image fits its prompt, by a CLIP of transformers."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ class Clip:
     network: nn.Module
     processor: Any
     weights_hash: str
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """On a device while the context lasts, and else on the CPU, where it takes no memory from what trains."""
+        self.network.to(device)
+        try:
+            yield
+        finally:
+            self.network.cpu()
 
     @torch.no_grad()
     def __call__(

@@ -1,5 +1,6 @@
 """Scores of many sets of images against one reference."""
 
+import contextlib
 import logging
 import math
 from typing import Any
@@ -79,8 +80,6 @@ class Scorer:
         self.extractor = load_extractor(options.extractor, options.extractor_weights)
         self.extractor.network.to(PartialState().device)
         self.clip = load_clip(options.clip_model) if options.clip_model else None
-        if self.clip is not None:
-            self.clip.network.to(PartialState().device)
         self._layer = self.extractor.layers["fid"]
         self._training: dict[str, Tensor] = {}
         self._held_out: dict[str, Tensor] = {}
@@ -128,14 +127,15 @@ class Scorer:
 
     def __call__(self, source: ImageSource, *, num_shown: int = 32) -> tuple[list[Score], Features]:
         """Scores of a set of images, and the features that they are taken from; called by all processes."""
-        features = extract_features(
-            source,
-            self.extractor,
-            clip=self.clip,
-            batch_size=self.batch_size,
-            num_shown=num_shown,
-            progress=f"scoring {source.name}",
-        )
+        with contextlib.nullcontext() if self.clip is None else self.clip.on(PartialState().device):
+            features = extract_features(
+                source,
+                self.extractor,
+                clip=self.clip,
+                batch_size=self.batch_size,
+                num_shown=num_shown,
+                progress=f"scoring {source.name}",
+            )
         found: list[Any] = [[]]
         if PartialState().is_main_process:
             try:
