@@ -10,10 +10,11 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from PIL import Image
 
-from tests.conftest import tiny_unet
+from tests.conftest import one_line, tiny_unet
 from tests.recipes.conftest import SHORT_STUDENT
 from vkd_gen.models import Model
 from vkd_gen.pipelines import load_pipeline, stock_pipeline, usable_steps
+from vkd_gen.text_pipelines import save_pipeline
 from vkd_gen.training.export import try_saving
 
 RECIPE = "train_student_unet"
@@ -194,6 +195,31 @@ def test_an_export_that_fails_is_found_before_the_first_step(broken, flags, tmp_
     assert "the end of the run was tried before its first step, and fails: no room at all" in line
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not [name for name in left if name.startswith((".vkd-gen", "pipeline", "checkpoint", "metrics"))]
+
+
+def test_weights_too_large_for_the_variant_are_found_before_the_first_step(tmp_path):
+    """As a teacher's VAE may have some, which its student keeps."""
+    unet = tiny_unet()
+    model = Model.of_unet(unet, DDPMScheduler())
+    with torch.no_grad():
+        unet.conv_in.bias[0] = 1e5
+    how = {"num_inference_steps": 5, "name": "the student"}
+    try_saving(model, tmp_path / "pipeline", "---\n---\n# card", **how)
+    with one_line("the end of the run was tried .* fails: the unet cannot be saved as fp16: conv_in.bias is too large"):
+        try_saving(model, tmp_path / "pipeline", "---\n---\n# card", variant="fp16", **how)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_variant_that_is_asked_for_is_tried(flags, tmp_path, run_recipe, capsys, monkeypatch):
+    def no_half(pipeline, folder, variant=None):
+        if variant is not None:
+            raise ValueError(f"no {variant}")
+        save_pipeline(pipeline, folder)
+
+    monkeypatch.setattr("vkd_gen.training.export.save_pipeline", no_half)
+    more = ("--export_variant", "fp16", "--output_dir", tmp_path / "run")
+    line = error_of(capsys, lambda: run_recipe(RECIPE, *flags, *more))
+    assert "the end of the run was tried before its first step, and fails: no fp16" in line
 
 
 LATE = {

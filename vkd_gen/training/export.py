@@ -20,7 +20,9 @@ from vkd_gen.text_pipelines import save_pipeline
 from vkd_gen.training.options import TrainingOptions
 
 
-def try_saving(model: Model, folder: Path, card: str, *, num_inference_steps: int, name: str) -> None:
+def try_saving(
+    model: Model, folder: Path, card: str, *, num_inference_steps: int, name: str, variant: str | None = None
+) -> None:
     """Do before the first step what the end of a run will do, so that it cannot fail there; nothing of it stays.
 
     The sampler goes through all of its timesteps, the network through two; pipeline and card are written, beside
@@ -36,7 +38,7 @@ def try_saving(model: Model, folder: Path, card: str, *, num_inference_steps: in
         model.images(range(2), num_inference_steps=2, name=f"{name} at its start")
         # A loaded network is first filled with random weights.
         with torch.random.fork_rng(devices=[]), model.whole():
-            save_pipeline(model.pipeline, temporary)
+            save_pipeline(model.pipeline, temporary, variant)
             save_card(temporary, card)
             load_pipeline(str(temporary))
     except Exception as error:  # diffusers, the system and the hub's library raise all kinds of errors

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -97,9 +96,7 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.folder.release()
 
     @property
@@ -296,8 +293,8 @@ class Run:
             )
 
         self._card = card
-        steps, name = self._num_inference_steps, f"the {name}"
-        on_main_process(lambda: try_saving(model, self.exported, card(), num_inference_steps=steps, name=name))
+        how = {"num_inference_steps": self._num_inference_steps, "variant": self.options.export_variant}
+        on_main_process(lambda: try_saving(model, self.exported, card(), name=f"the {name}", **how))
 
     # ---- what a loop does at times
 
