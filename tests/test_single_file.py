@@ -64,6 +64,16 @@ def test_one_file_that_cannot_be_loaded(checkpoint, damage, options, words):
         load_text_pipeline(str(place / "model.safetensors"), **options)
 
 
+def test_flags_that_commands_of_eval_lack_are_told_with_the_one_that_has_them(checkpoint):
+    tensors, place = checkpoint
+    save_file(tensors, place / "model.safetensors")
+    save_file({"unet.down.lora_A.weight": torch.zeros(1)}, place / "lora.safetensors")
+    tiny_pipeline("sd1").save_pretrained(place / "half", variant="fp16", safe_serialization=True)
+    for name, flag in (("model.safetensors", "config"), ("lora.safetensors", "lora"), ("half", "variant")):
+        with one_line(f"train_student_unet.py.*--teacher_{flag}"):
+            load_pipeline(str(place / name))
+
+
 def test_pickles_in_one_file(tmp_path):
     for name in ("model.ckpt", "model.safetensors"):
         (tmp_path / name).write_bytes(b"pickle")

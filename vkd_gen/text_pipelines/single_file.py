@@ -46,7 +46,8 @@ def _layout(path: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
     if not any(name.startswith(PREFIXES["unet"]) for name in layout):
         raise ValueError(
             f"{path} holds no original checkpoint of Stable Diffusion: none of its weights is named "
-            f"{PREFIXES['unet'][0]}...; of a diffusers pipeline name the folder, of a LoRA --teacher_lora"
+            f"{PREFIXES['unet'][0]}...; of a diffusers pipeline name the folder; a LoRA is merged into a teacher by "
+            "train_student_unet.py's --teacher_lora"
         )
     return layout
 
@@ -86,7 +87,7 @@ def part_of_file(path: Path, part: str, model: Any) -> dict[str, Tensor]:
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"the {part} in {path} is not laid out as its configuration says: {type(error).__name__} at "
-            f"{str(error)[:100]}; name the right configuration by --teacher_config"
+            f"{str(error)[:100]}; train_student_unet.py takes the right one by --teacher_config"
         ) from error
     if "text_projection.weight" not in model.state_dict():
         found.pop("text_projection.weight", None)  # which Stable Diffusion 2 stores and does not use
