@@ -11,6 +11,7 @@ from tests.conftest import tiny_unet
 from vkd_gen.data.draws import Draws
 from vkd_gen.evaluation.errors import held_out_errors
 from vkd_gen.evaluation.prompt_errors import (
+    MOST_PASSED_OVER,
     errors_by_prompt,
     places,
     prompt_errors,
@@ -123,9 +124,12 @@ def test_samples_of_several_shapes(batch_size):
 
 
 def test_equal_prompts_alone_tell_nothing(caplog):
-    """Neither a wrong prompt nor a rank; what a prompt changes is measured all the same."""
+    """Neither a wrong prompt nor a rank; what a prompt changes is measured all the same. No draw is made thrice."""
     models = {"student": reader(0.5, prediction_type="sample"), "teacher": reader(1.0, prediction_type="sample")}
-    found = prompt_errors(models, Flat(np.full(5, 0.5)), teacher=models["teacher"], num_draws=10, batch_size=4)
+    samples, told = Flat(np.full(5, 0.5)), []
+    samples.finish = lambda batch: told.append(len(batch["noise"])) or batch
+    found = prompt_errors(models, samples, teacher=models["teacher"], num_draws=60, batch_size=4)
+    assert sum(told) == 60 + 60 + MOST_PASSED_OVER - 3  # the first batch has the first four at hand
     assert found["student"] == {"guidance_gap_ratio": pytest.approx(0.5, rel=1e-5)}
     assert "all prompts of the held-out images are equal" in caplog.text
 

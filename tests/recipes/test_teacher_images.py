@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from tests.conftest import refused
-from tests.recipes.conftest import TWO, assert_same_weights, launch, read_metrics, without_times
+from tests.faults.small_run import end_pair, run_student, run_to_end
+from tests.recipes.conftest import assert_same_weights, read_metrics, without_times
 from tests.text_pipelines import tiny_pipeline
 from vkd_gen.evaluation.prompts import Prompts
 from vkd_gen.models import Model
@@ -168,17 +169,20 @@ def test_a_run_that_finds_the_images_is_one_that_drew_them(teacher, prompts, tmp
 
 @pytest.mark.slow
 def test_two_processes_draw_the_same(teacher, prompts, tmp_path):
-    environment = {"ACCELERATE_USE_CPU": "1"}
     found = {}
-    for name, launcher, batch in (("one", ["--num_processes", 1, "--cpu"], 4), ("two", TWO, 2)):
+    for name, batch, runner in (("one", 4, end_alone), ("two", 2, end_pair)):
         flags = flags_of(teacher, prompts, tmp_path / name, "--train_batch_size", batch)
-        done = launch(STUDENT, *flags, launcher=launcher, VKD_GEN_CACHE=str(tmp_path / name / "cache"), **environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        runner(tmp_path / "output", run_student, flags, VKD_GEN_CACHE=str(tmp_path / name / "cache"))
         (folder,) = drawings(tmp_path / name / "cache")
         found[name] = {file.name: file.read_bytes() for file in (folder / "images").iterdir()}
     assert found["one"] == found["two"]
     losses = [[line["loss/total"] for line in read_metrics(tmp_path / name) if "loss/total" in line] for name in found]
     np.testing.assert_allclose(*losses, rtol=2e-5)
+
+
+def end_alone(output, function, *arguments, **environment):
+    status, told = run_to_end(function, *arguments, output=output, **environment)
+    assert status == 0, told
 
 
 MISTAKES = {

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import refused
-from tests.recipes.conftest import TWO, assert_same_weights, launch, read_metrics, run_until, without_times
+from tests.faults.small_run import end_pair, run_student
+from tests.recipes.conftest import assert_same_weights, read_metrics, run_until, without_times
 from tests.text_pipelines import tiny_pipeline
 
 datasets = pytest.importorskip("datasets")
@@ -102,16 +103,13 @@ def test_a_streamed_run_is_resumed_bit_for_bit(kind, workers, teacher, tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 def test_two_processes_go_on_with_their_own_shards(kind, teacher, tmp_path):
-    data = write_set(tmp_path / "data", kind)
-    environment = {"VKD_GEN_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "1"}
+    data, cache = write_set(tmp_path / "data", kind), {"VKD_GEN_CACHE": str(tmp_path / "cache")}
     flags = flags_of(teacher, data, tmp_path / "straight", "--train_batch_size", 2)
-    done = launch(STUDENT, *flags, launcher=TWO, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shutil.copytree(tmp_path / "straight/checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    end_pair(tmp_path / "output", run_student, flags, **cache)
+    shutil.copytree(tmp_path / "straight/checkpoint-4", tmp_path / "resumed/checkpoint-4")
     flags[flags.index("--output_dir") + 1] = tmp_path / "resumed"
-    done = launch(STUDENT, *flags, "--resume_from_checkpoint", "latest", launcher=TWO, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    later = [line for line in without_times(read_metrics(tmp_path / "straight")) if line["step"] > 2]
+    end_pair(tmp_path / "output", run_student, [*flags, "--resume_from_checkpoint", "latest"], **cache)
+    later = [line for line in without_times(read_metrics(tmp_path / "straight")) if line["step"] > 4]
     assert later == without_times(read_metrics(tmp_path / "resumed"))
     assert_same_weights(tmp_path / "straight", tmp_path / "resumed")
 

@@ -100,9 +100,11 @@ def _with_other_prompts(
     draws: Draws, num_draws: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any], Bool[Tensor, " draws"]]]:
     """Batches of draws; what is told of the next draw of each that has another prompt; and whether there is one."""
+    known: dict[int, dict[str, Any]] = {}
     for numbers in draws.alike(num_draws):
         batch = draws.batch(numbers, device)
-        known = {number: _rows_of(batch["conditioning"], slice(at, at + 1)) for at, number in enumerate(numbers)}
+        known = {number: told for number, told in known.items() if number > numbers[0]}  # of the batch before
+        known |= {number: _rows_of(batch["conditioning"], slice(at, at + 1)) for at, number in enumerate(numbers)}
         others, has_other = [], []
         for number in numbers:
             for following in range(number + 1, number + 2 + MOST_PASSED_OVER):
