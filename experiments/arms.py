@@ -37,6 +37,7 @@ POOLED = ("down_blocks.0/4", "down_blocks.1/4", "mid_block/4", "up_blocks.0/8", 
 FREE: dict[str, Any] = {"projector": "linear", "method": "fitnet"}
 CKA: dict[str, Any] = {"projector": "random", "loss": "cka"}
 RATIO: dict[str, Any] = {"weighting": "gradient_ratio"}
+FEATURES = features("solved", **RATIO, decay_start=0, decay_end=0.3, denoising=0)
 
 BY_ADAMW: dict[str, Arm] = {
     # No feature loss.
@@ -93,7 +94,7 @@ BY_ADAMW: dict[str, Arm] = {
         "solved, weight by gradient ratio 1 falling to 0 over the run, without denoising",
     ),
     "solved-raw-ratio-0.3-early-no-denoising": Arm(
-        features("solved", **RATIO, decay_start=0, decay_end=0.3, denoising=0),
+        FEATURES,
         "the default, --method vkd: solved, weight by gradient ratio 0.3 falling to 0 within the first 0.3 of the run, "
         "without denoising",
     ),
@@ -102,13 +103,12 @@ BY_ADAMW: dict[str, Arm] = {
         "the default, each draw with its prompt and without: twice the work in a step",
     ),
     "solved-raw-ratio-0.3-early-twice-no-denoising": Arm(
-        features("solved", **RATIO, decay_start=0, decay_end=0.3, denoising=0),
+        FEATURES,
         "the default for twice the steps",
         steps_factor=2,
     ),
 }
 MUON = ("--optimizer", "muon", "--timestep_sampling", "stratified")
-FEATURES = features("solved", **RATIO, decay_start=0, decay_end=0.3, denoising=0)
 BY_MUON = {
     "muon-output-alone": Arm(
         ("--method", "output", "--denoising_weight", "0", *MUON), "the teacher's output alone, Muon, stratified times"
