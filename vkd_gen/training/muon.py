@@ -61,19 +61,18 @@ class Muon(torch.optim.AdamW):
             if parameter.grad is not None:
                 by_shape[parameter.shape].append(parameter)
         for parameters in by_shape.values():
-            updates = []
             for parameter in parameters:
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)  # AdamW looks for it wherever there is a state
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-                updates.append(parameter.grad.lerp(momentum, MOMENTUM).flatten(1))
-            orthogonal = orthogonalize(torch.stack(updates))
-            size = group["lr"] * 0.2 * max(orthogonal.shape[1:]) ** 0.5
-            for parameter, update in zip(parameters, orthogonal, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-size)
+                if not self.state[parameter]:
+                    self.state[parameter]["step"] = torch.tensor(0.0)  # AdamW looks for it wherever there is a state
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in parameters]
+            momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+            updates = orthogonalize(torch.stack([update.flatten(1) for update in updates]))
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
+            torch._foreach_add_(parameters, list(updates.view(-1, *parameters[0].shape)), alpha=-size)
 
 
 def inner_matrices(network: nn.Module) -> list[nn.Parameter]:
