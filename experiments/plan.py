@@ -227,6 +227,24 @@ FASTER_DIGITS = replace(
     num_seeds=3,
     learning_rate=2e-3,
 )
+FASTER_MNIST = replace(
+    MNIST,
+    preset="faster-mnist",
+    arms=(DEFAULT, "fitnet", "muon-output-alone", "muon", "muon-half"),
+    control=DEFAULT,
+    seed=300,
+    num_seeds=3,
+    max_train_steps=300,
+    num_score_samples=500,
+)
+FASTER_CIFAR10 = replace(
+    CIFAR10,
+    preset="faster-cifar10",
+    arms=(DEFAULT, "muon-output-alone", "muon", "muon-half"),
+    control=DEFAULT,
+    seed=300,
+    num_seeds=3,
+)
 PRESETS = {
     config.preset: config
     for config in (
@@ -241,6 +259,8 @@ PRESETS = {
             CIFAR10,
             EMOJI,
             FASTER_DIGITS,
+            FASTER_MNIST,
+            FASTER_CIFAR10,
         ),
     )
 }
