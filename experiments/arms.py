@@ -6,11 +6,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arm:
-    """A method: its flags, a line that describes it, and its steps as a multiple of the others'."""
+    """A method: its flags, a line that describes it, and its steps and learning rate as multiples of the others'."""
 
     flags: tuple[str, ...]
     what: str
     steps_factor: float = 1.0
+    rate_factor: float = 1.0
 
 
 def features(

@@ -11,7 +11,7 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -123,6 +123,36 @@ def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
+def make_and_show(
+    runs: Sequence[Run],
+    config: ComparisonConfig,
+    records: RunRecords,
+    show: Callable[[ComparisonConfig, RunRecords], None],
+) -> None:
+    """Make the runs that are missing, then show the results, also if some failed; SIGTERM and Ctrl-C stop both.
+
+    Raises:
+        ValueError: in one line, if a run failed.
+    """
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with hold_folder(config.runs_folder) or contextlib.nullcontext():
+            records.path.parent.mkdir(parents=True, exist_ok=True)  # before the runs, in case it cannot be written
+            failed = make_runs(runs, config, records)
+            show(config, records)
+    except KeyboardInterrupt as error:
+        done = f"{num_done(runs, records)} of {len(runs)} runs are done and kept"
+        print(f"interrupted: {done}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for name, words in failed.items():
+        print(f"failed: {name}: {words}")
+    if failed:
+        names = "; ".join(failed)
+        raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the same command tries again: {names}")
+
+
 def main(config: ComparisonConfig) -> None:
     """Make the runs that are missing, then show the results of all."""
     records, runs = RunRecords(config.results_file), plan(config)
@@ -135,23 +165,7 @@ def main(config: ComparisonConfig) -> None:
     if config.dry_run:
         show_plan(config, runs, records)
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with hold_folder(config.runs_folder) or contextlib.nullcontext():
-            records.path.parent.mkdir(parents=True, exist_ok=True)  # before the runs, in case it cannot be written
-            failed = make_runs(runs, config, records)
-            show_results(config, records)
-    except KeyboardInterrupt as error:
-        done = f"{num_done(runs, records)} of {len(runs)} runs are done and kept"
-        print(f"interrupted: {done}; the same command goes on", file=sys.stderr)
-        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    for name, words in failed.items():
-        print(f"failed: {name}: {words}")
-    if failed:
-        names = "; ".join(failed)
-        raise ValueError(f"{len(failed)} of {len(runs)} runs failed; the same command tries again: {names}")
+    make_and_show(runs, config, records, show_results)
 
 
 if __name__ == "__main__":

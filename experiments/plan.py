@@ -99,6 +99,8 @@ class ComparisonConfig:
             if arm not in ARMS:
                 near = difflib.get_close_matches(arm, ARMS, n=3, cutoff=0) if arm else list(ARMS)
                 raise ValueError(f"there is no arm {arm!r}; the nearest are {', '.join(near)}")
+            if self.learning_rate is None and ARMS[arm].rate_factor != 1:
+                raise ValueError(f"arm {arm} has a multiple of the others' learning rate: give --learning_rate")
         if self.control not in self.arms:
             raise ValueError(f"--control {self.control} is not among the arms: {', '.join(self.arms)}")
 
@@ -277,11 +279,13 @@ class Run:
     flags: str
     folder: Path
     """A run with other flags has another one."""
+    note: str = ""
+    """What tells it from others of its arm, start and seed, where there are such."""
 
     @property
     def name(self) -> str:
         """What people read; unique in a comparison."""
-        return f"{self.arm}, {self.start}, seed {self.seed}"
+        return f"{self.arm}, {self.start}, seed {self.seed}{f', {self.note}' if self.note else ''}"
 
 
 def teacher_flags(config: ComparisonConfig) -> list[str]:
@@ -310,8 +314,8 @@ def plan(config: ComparisonConfig) -> list[Run]:
             for start in config.starts:
                 words = [*teacher_flags(config), *ARMS[arm].flags, *STARTS[start], "--seed", str(seed)]
                 words += ["--max_train_steps", str(steps), "--train_batch_size", str(config.train_batch_size)]
-                if config.learning_rate is not None:
-                    words += ["--learning_rate", str(config.learning_rate)]
+                if (rate := _learning_rate(config, arm)) is not None:
+                    words += ["--learning_rate", str(rate)]
                 if config.score_every_steps:
                     words += ["--score_every_steps", str(config.score_every_steps)]
                 flags = shlex.join([*words, *extra_flags(config)])
@@ -319,6 +323,14 @@ def plan(config: ComparisonConfig) -> list[Run]:
                 folder = config.runs_folder / start / f"{arm}-seed-{seed}-{digest}"
                 runs.append(Run(arm, start, seed, steps, flags, folder))
     return runs
+
+
+def _learning_rate(config: ComparisonConfig, arm: str) -> float | None:
+    """The comparison's, untouched unless the arm has a multiple of it: runs are known by their flags."""
+    factor = ARMS[arm].rate_factor
+    if config.learning_rate is None or factor == 1:
+        return config.learning_rate
+    return float(f"{config.learning_rate * factor:.6g}")  # .0014, not .0014000000000000002
 
 
 def command_of(run: Run, *, knows_teacher: bool) -> list[str]:

@@ -132,10 +132,21 @@ def test_runs_of_a_seed_differ_in_their_arm_alone():
     assert runs["denoising-longer"].steps == 2500
 
 
+def test_an_arm_may_have_a_learning_rate_of_its_own(monkeypatch):
+    config = replace(SCREEN, arms=("output",), num_seeds=1, learning_rate=2e-3)
+    (same,) = plan(config)
+    monkeypatch.setitem(ARMS, "output", replace(ARMS["output"], rate_factor=0.7))
+    (own,) = plan(config)
+    assert own.flags == same.flags.replace("--learning_rate 0.002", "--learning_rate 0.0014") != same.flags
+    with pytest.raises(ValueError, match="arm output has a multiple of the others' learning rate: give --learning_"):
+        replace(config, learning_rate=None)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_train_student_unet_understands_every_arm(arm, monkeypatch):
     recipe = load_recipe("train_student_unet")
-    config = replace(SCREEN, arms=(arm,), control=arm, num_seeds=1, extra=("calibration_samples 300",))
+    more = {"learning_rate": 1e-3, "extra": ("calibration_samples 300",)}
+    config = replace(SCREEN, arms=(arm,), control=arm, num_seeds=1, **more)
     command = planning.command_of(plan(config)[0], knows_teacher=False)
     monkeypatch.setattr(sys, "argv", command[1:])
     parsed = complete(parse_command_line(recipe.PRESETS, "", "digits", METHODS))
