@@ -123,12 +123,7 @@ def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
-def make_and_show(
-    runs: Sequence[Run],
-    config: ComparisonConfig,
-    records: RunRecords,
-    show: Callable[[ComparisonConfig, RunRecords], None],
-) -> None:
+def make_and_show(runs: Sequence[Run], config: ComparisonConfig, records: RunRecords, show: Callable[[], None]) -> None:
     """Make the runs that are missing, then show the results, also if some failed; SIGTERM and Ctrl-C stop both.
 
     Raises:
@@ -139,7 +134,7 @@ def make_and_show(
         with hold_folder(config.runs_folder) or contextlib.nullcontext():
             records.path.parent.mkdir(parents=True, exist_ok=True)  # before the runs, in case it cannot be written
             failed = make_runs(runs, config, records)
-            show(config, records)
+            show()
     except KeyboardInterrupt as error:
         done = f"{num_done(runs, records)} of {len(runs)} runs are done and kept"
         print(f"interrupted: {done}; the same command goes on", file=sys.stderr)
@@ -165,7 +160,7 @@ def main(config: ComparisonConfig) -> None:
     if config.dry_run:
         show_plan(config, runs, records)
         return
-    make_and_show(runs, config, records, show_results)
+    make_and_show(runs, config, records, lambda: show_results(config, records))
 
 
 if __name__ == "__main__":

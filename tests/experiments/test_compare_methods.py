@@ -22,6 +22,7 @@ from arms import ARMS, BY_MUON, Arm
 from plan import PRESETS, plan
 from records import RunRecords, read_run, training_speed
 from tests.recipes.conftest import load_recipe
+from time_to_quality import TIME_PRESETS
 from vkd_gen.cli import parse_command_line, run_recipe
 from vkd_gen.training.methods import METHODS
 from vkd_gen.training.options import complete
@@ -120,7 +121,7 @@ def test_every_preset_can_be_planned_and_every_arm_is_compared():
         assert config.preset == name
         assert len(runs) == len(config.arms) * len(config.starts) * config.num_seeds
         assert len({run.flags for run in runs}) == len({run.folder for run in runs}) == len(runs)
-    assert {arm for config in PRESETS.values() for arm in config.arms} == set(ARMS)
+    assert {arm for config in (*PRESETS.values(), *TIME_PRESETS.values()) for arm in config.arms} == set(ARMS)
 
 
 def test_runs_of_a_seed_differ_in_their_arm_alone():

@@ -10,9 +10,12 @@ from fill_tables import BLOCK, filled
 from paired import summarize
 from plan import PRESETS, plan
 from records import RunRecords
+from time_to_quality import TIME_PRESETS, plan_budgets
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TEXT = (EXPERIMENTS / "RESULTS.md").read_text()
+COMPARISONS = [(config.results_file, plan(config)) for config in PRESETS.values()]
+COMPARISONS += [(config.base.results_file, plan_budgets(config)) for config in TIME_PRESETS.values()]
 INHERITANCE = {"inheritance.json", "inheritance-mnist-cifar10.json"}
 
 
@@ -27,16 +30,16 @@ def test_every_table_on_the_page_is_made_from_a_file():
 
 def test_every_comparison_is_shown_and_whole():
     shown = {re.search(r"--preset (\S+)", block[2])[1] for block in BLOCK.findall(TEXT) if "--preset" in block[2]}
-    assert shown == set(PRESETS)
-    for config in PRESETS.values():
-        records = RunRecords(EXPERIMENTS.parent / config.results_file)
-        assert all(records.find(run.flags) for run in plan(config))
+    assert shown == {*PRESETS, *TIME_PRESETS}
+    for file, runs in COMPARISONS:
+        records = RunRecords(EXPERIMENTS.parent / file)
+        assert all(records.find(run.flags) for run in runs)
 
 
 def test_results_files_hold_no_run_that_no_preset_asks_for():
     asked = {}
-    for config in PRESETS.values():
-        asked.setdefault(config.results_file.name, set()).update(run.flags for run in plan(config))
+    for file, runs in COMPARISONS:
+        asked.setdefault(file.name, set()).update(run.flags for run in runs)
     files = {path.name: path for path in (EXPERIMENTS / "results").glob("*.json") if path.name not in INHERITANCE}
     assert {
         name: {run["flags"] for run in json.loads(path.read_text())["runs"]} for name, path in files.items()
