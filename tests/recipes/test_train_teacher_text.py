@@ -1,5 +1,6 @@
 """The maker of the emoji teacher, run as its user runs it, for three steps."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,9 @@ def test_the_committed_card_has_the_numbers_of_the_committed_teacher():
     pipeline = StableDiffusionPipeline.from_pretrained(TEACHER)
     train, held_out = load_pictures("emoji", 32)
     numbers = [number for number, caption in enumerate(held_out.captions) if caption in HELD_OUT_COMBINATIONS]
-    found = score_prompts(pipeline, held_out.at(numbers), sorted({*train.captions, *held_out.captions}))
     card = (TEACHER / "README.md").read_text()
+    of_its_time = re.search(r"held out: (.+) \|", card)[1].split(", ")  # whose prompts stand beside the right ones too
+    found = score_prompts(pipeline, held_out.at(numbers), sorted({*train.captions, *of_its_time}))
     (row,) = (line.split("|")[2:-1] for line in card.splitlines() if line.startswith("| held-out combinations |"))
     assert [float(row[column]) for column in range(3)] == pytest.approx(found[:3], abs=1e-3)
     assert row[3:] == [f" {found.rank:.2f} of {found.num_prompts} ", f" {found.first:.0%} "]
