@@ -109,19 +109,33 @@ BY_ADAMW: dict[str, Arm] = {
         steps_factor=2,
     ),
 }
-MUON = ("--optimizer", "muon", "--timestep_sampling", "stratified")
+MUON = ("--optimizer", "muon", "--timestep_sampling", "stratified", "--lr_scheduler", "linear")
+MUON += ("--inherit_samples", "1024")
 BY_MUON = {
     "muon-output-alone": Arm(
-        ("--method", "output", "--denoising_weight", "0", *MUON), "the teacher's output alone, Muon, stratified times"
+        ("--method", "output", "--denoising_weight", "0", *MUON), "the teacher's output alone, Muon"
     ),
-    "muon": Arm((*FEATURES, *MUON), "output and features as --method vkd, Muon, stratified times"),
+    "muon": Arm(
+        (*FEATURES, *MUON),
+        "the presets digits and mnist: the default's losses, Muon, stratified times, a rate that falls linearly, and a "
+        "start that is fitted on 1,024 draws",
+    ),
     "muon-same-time": Arm(
         (*FEATURES, *MUON), "the same in 0.9 of the steps: no more time than AdamW takes for all", steps_factor=0.9
     ),
     "muon-half": Arm((*FEATURES, *MUON), "the same in half of the steps", steps_factor=1 / 2),
     "muon-third": Arm((*FEATURES, *MUON), "the same in a third of the steps", steps_factor=1 / 3),
 }
-ADAMW = ("--optimizer", "adamw", "--timestep_sampling", "random")
+ADAMW = (
+    "--optimizer",
+    "adamw",
+    "--timestep_sampling",
+    "random",
+    "--lr_scheduler",
+    "cosine",
+    "--inherit_samples",
+    "256",
+)
 ARMS = {name: replace(arm, flags=(*arm.flags, *ADAMW)) for name, arm in BY_ADAMW.items()} | BY_MUON
 """What can be compared. The flags name all that distinguishes an arm: defaults may change, records must not."""
 

@@ -208,7 +208,7 @@ EMOJI = replace(
     student_preset="custom",
     teacher="recipes/assets/emoji-teacher",
     dataset="emoji",
-    arms=("denoising", "output", "output-alone", "fitnet", "bk", DEFAULT, BOTH_BRANCHES, TWICE, "muon"),
+    arms=("denoising", "output", "output-alone", "fitnet", "bk", DEFAULT, BOTH_BRANCHES, TWICE),
     seed=0,
     num_seeds=1,
     max_train_steps=300,
@@ -232,7 +232,7 @@ FASTER_DIGITS = replace(
 FASTER_MNIST = replace(
     MNIST,
     preset="faster-mnist",
-    arms=(DEFAULT, "fitnet", "muon-output-alone", "muon", "muon-half"),
+    arms=("fitnet", DEFAULT, "muon-output-alone", "muon", "muon-same-time", "muon-half"),
     control=DEFAULT,
     seed=300,
     num_seeds=3,
@@ -242,10 +242,32 @@ FASTER_MNIST = replace(
 FASTER_CIFAR10 = replace(
     CIFAR10,
     preset="faster-cifar10",
-    arms=(DEFAULT, "muon-output-alone", "muon", "muon-half"),
+    arms=(DEFAULT, "muon-output-alone", "muon", "muon-same-time", "muon-half"),
     control=DEFAULT,
     seed=300,
     num_seeds=3,
+)
+FASTER_RANDOM = replace(
+    FASTER_DIGITS,
+    preset="faster-random",
+    arms=("muon-output-alone", "muon"),
+    control="muon-output-alone",
+    starts=("random",),
+    results="experiments/results/faster-digits.json",
+)
+SMALL = tuple(
+    replace(
+        FASTER_RANDOM,
+        preset=preset,
+        starts=("inherited",),
+        extra=(student,),
+        results="experiments/results/small-students.json",
+    )
+    for preset, student in (
+        ("digits-width-0.25", "student_width 0.25"),
+        ("digits-width-0.125", "student_width 0.125"),
+        ("digits-bk-small", "student bk-small"),
+    )
 )
 PRESETS = {
     config.preset: config
@@ -263,7 +285,9 @@ PRESETS = {
             FASTER_DIGITS,
             FASTER_MNIST,
             FASTER_CIFAR10,
+            FASTER_RANDOM,
         ),
+        *SMALL,
     )
 }
 

@@ -40,7 +40,9 @@ class StudentConfig:
 
 
 # Muon is nearer to the teacher on small sets of pixels (experiments/RESULTS.md), and was tried on little else.
-PIXELS = TrainingOptions(output_dir="runs/mnist", optimizer="muon", timestep_sampling="stratified")
+PIXELS = TrainingOptions(
+    output_dir="runs/mnist", optimizer="muon", timestep_sampling="stratified", lr_scheduler="linear"
+)
 DIGITS = StudentConfig(
     teacher="recipes/assets/digits-teacher",
     data=DataOptions(dataset="digits"),

@@ -268,7 +268,7 @@ class StudentOptions:
     inherit_layers: Rare[Literal["best", "rule"]] = "best"
     """Which of the teacher's layers a shallower student starts from: those with which it comes closest to the teacher,
     or as in BK-SDM the first of each block and the decoder's last."""
-    inherit_samples: Rare[int] = 256
+    inherit_samples: Rare[int] = 1024
     """Draws of (image, noise, timestep) for these, all held in memory at once with every layer's output: fewer, down to
     4, if they have more than 2^18 pixels together."""
 
