@@ -109,8 +109,10 @@ BY_ADAMW: dict[str, Arm] = {
         steps_factor=2,
     ),
 }
-MUON = ("--optimizer", "muon", "--timestep_sampling", "stratified", "--lr_scheduler", "linear")
-MUON += ("--inherit_samples", "1024")
+MUON = (
+    *("--optimizer", "muon", "--timestep_sampling", "stratified"),
+    *("--lr_scheduler", "linear", "--inherit_samples", "1024"),
+)
 BY_MUON = {
     "muon-output-alone": Arm(
         ("--method", "output", "--denoising_weight", "0", *MUON), "the teacher's output alone, Muon"

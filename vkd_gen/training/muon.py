@@ -68,8 +68,8 @@ class Muon(torch.optim.AdamW):
             gradients = [parameter.grad for parameter in parameters]
             momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-            updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-            updates = orthogonalize(torch.stack([update.flatten(1) for update in updates]))
+            nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+            updates = orthogonalize(torch.stack([update.flatten(1) for update in nesterov]))
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
             torch._foreach_add_(parameters, list(updates.view(-1, *parameters[0].shape)), alpha=-size)
