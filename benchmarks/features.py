@@ -17,7 +17,7 @@ from measuring import RESULTS, write_results
 from vkd_gen.cli import run_command
 from vkd_gen.evaluation.tables import print_columns
 from vkd_gen.families import copy_without_weights
-from vkd_gen.families.build import unet_class
+from vkd_gen.families.classes import network_class
 from vkd_gen.families.specs import TEACHERS
 from vkd_gen.families.unet import call
 from vkd_gen.training.matching import build_matching
@@ -139,7 +139,7 @@ def stable_diffusion() -> ModelMixin:
     """The teacher, on the meta device."""
     config = TEACHERS["stable-diffusion-1"]
     with torch.device("meta"):
-        return unet_class(config).from_config(config)
+        return network_class(config).from_config(config)
 
 
 def main(config: FeatureCostConfig) -> None:

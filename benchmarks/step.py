@@ -31,7 +31,7 @@ from vkd_gen.data.images import Images
 from vkd_gen.data.samples import Pixels
 from vkd_gen.evaluation.cost import LiveBytes
 from vkd_gen.evaluation.tables import print_columns
-from vkd_gen.families.build import unet_class
+from vkd_gen.families.classes import network_class
 from vkd_gen.families.unet import call
 from vkd_gen.training.loop import Loop
 from vkd_gen.training.matching import build_projected_student, pair_named_or_all
@@ -111,7 +111,7 @@ class Bench:
         self.noise_scheduler = DDPMScheduler()
         self.schedule = vkd.Schedule.of(self.noise_scheduler).to(self.device)
         with self.device:
-            self.teacher_unet = unet_class(teacher_config).from_config(teacher_config)
+            self.teacher_unet = network_class(teacher_config).from_config(teacher_config)
         self.teacher_unet.eval().requires_grad_(False)
         with torch.device("cpu"):
             self.student_weights = vkd.build_student(self.teacher_unet, width=0.5).state_dict()

@@ -1,4 +1,4 @@
-"""Distil a teacher UNet into a smaller student.
+"""Distil a teacher, a UNet or a diffusion transformer, into a smaller student.
 
 accelerate launch recipes/train_student_unet.py
 accelerate launch recipes/train_student_unet.py --preset custom --teacher FOLDER_OR_HUB_ID --dataset IMAGES
@@ -28,8 +28,9 @@ class StudentConfig:
     preset: str = "digits"
     """What the other flags start from: digits, mnist, emoji, cifar10 or custom."""
     teacher: str = ""
-    """Folder or hub id (ID@REVISION) of a diffusers pipeline, a UNet or a recipe's run, or a .safetensors checkpoint of
-    Stable Diffusion. For --dry_run also a config.json, or a name such as stable-diffusion-1."""
+    """Folder or hub id (ID@REVISION) of a recipe's run, a UNet, or a diffusers pipeline (UNet, Stable Diffusion, DiT);
+    or a .safetensors checkpoint of Stable Diffusion. For --dry_run also a config.json, or a name such as
+    stable-diffusion-1."""
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions
     start: StudentOptions = field(default_factory=StudentOptions)

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from tests.text_pipelines import tiny_pipeline
+from tests.transformers import tiny_dit_pipeline
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.encoded import How, encode
 from vkd_gen.data.images import Images
@@ -79,13 +80,53 @@ def test_live_encoders_outlive_the_pipelines_parts(precision):
         assert {value.dtype for name, value in flat(batch).items() if name != "timesteps"} == {torch.float32}
 
 
+def of_classes(count=12, num_classes=3):
+    """Images with a label each, and no captions, and the VAE that encodes them."""
+    pictures = images(captions=[("",)] * count)
+    labels = np.arange(count) % num_classes
+    return replace(pictures, captions=None, labels=labels, num_classes=num_classes), tiny_dit_pipeline(num_classes=3)
+
+
+@pytest.mark.parametrize("num_crops", [1, 3])
+def test_images_of_classes_are_encoded_alike_and_told_their_class(tmp_path, num_crops):
+    """Kept and live; the label is the image's, or where it is dropped the number of classes."""
+    pictures, pipeline = of_classes()
+    options = {"pipeline": pipeline, "of": pictures, "num_crops": num_crops}
+    kept, live = (samples("", folder, **options) for folder in (tmp_path, None))
+    for one, other in zip(batches(kept), batches(live), strict=True):
+        assert one["conditioning"].keys() == {"class_labels"}
+        assert torch.equal(one["conditioning"]["class_labels"], other["conditioning"]["class_labels"])
+        torch.testing.assert_close(one["sample"], other["sample"], rtol=1e-5, atol=1e-6)
+        assert one["sample"].shape[1:] == (4, 16, 16)
+    generator = np.random.default_rng(0)
+    told = [kept.tell(kept.read(4), generator)["class_labels"].item() for _ in range(300)]
+    assert set(told) == {1, 3}
+    assert 0.2 < np.mean(np.array(told) == 3) < 0.4
+    assert kept.nothing({"class_labels": torch.tensor([0, 2])})["class_labels"].tolist() == [3, 3]
+    assert not list(tmp_path.rglob("*prompts*"))
+
+
+def test_a_latent_of_a_class_is_what_the_pipeline_decodes(tmp_path):
+    """Scaled as DiTPipeline scales it back: the mean of the draws, decoded, is the mean of the VAE."""
+    pictures, pipeline = of_classes(2)
+    encoded = samples("", tmp_path, random_flip=False, pipeline=pipeline, of=pictures)
+    pixels, _ = pictures.view(1, Views([(32, 32)]), 0, False)
+    generator = np.random.default_rng(0)
+    drawn = torch.stack([encoded.draw(encoded.read(1), generator)["latent"] for _ in range(400)])
+    with torch.no_grad():
+        found = pipeline.vae.encode(pixels[None]).latent_dist
+    unscaled = drawn / pipeline.vae.config.scaling_factor
+    assert ((unscaled.mean(0) - found.mean[0]).abs() < 5 * found.std[0] / 20).all()
+    assert (unscaled.std(0) / found.std[0]).mean() == pytest.approx(1, abs=0.02)
+
+
 def test_what_is_drawn_varies(tmp_path):
     """Crops, flips and captions are drawn anew each time, and a share of the prompts is dropped."""
     encoded = samples("sdxl", tmp_path, num_crops=4)
     generator = np.random.default_rng(0)
-    lefts = {encoded.draw(0, generator)["time_ids"][3].item() for _ in range(60)}
+    lefts = {encoded.draw(encoded.read(0), generator)["time_ids"][3].item() for _ in range(60)}
     assert len(lefts) > 4  # four crops, each as it is and mirrored; some share their left
-    told = [encoded.tell(4, generator) for _ in range(200)]
+    told = [encoded.tell(encoded.read(4), generator) for _ in range(200)]
     distinct = {tuple(entry["prompt"]["text_embeds"].tolist()) for entry in told}
     assert len(distinct) == 3
     assert 0.2 < np.mean([entry["is_dropped"].item() for entry in told]) < 0.4
@@ -95,7 +136,7 @@ def test_a_latent_is_a_sample_of_the_distribution(tmp_path):
     pipeline = tiny_pipeline("sd1")
     encoded = samples("sd1", tmp_path, random_flip=False, pipeline=pipeline)
     generator = np.random.default_rng(0)
-    drawn = torch.stack([encoded.draw(1, generator)["latent"] for _ in range(400)])
+    drawn = torch.stack([encoded.draw(encoded.read(1), generator)["latent"] for _ in range(400)])
     pixels, _ = images().view(1, Views([(32, 32)]), 0, False)
     with torch.no_grad():
         found = pipeline.vae.encode(pixels[None]).latent_dist
@@ -133,7 +174,7 @@ def test_the_denoiser_is_told_what_the_pipeline_tells_it(tmp_path, kind):
 def encoded_batch(encoded, index):
     """One image, finished."""
     draws = Draws(encoded, Schedule.of(tiny_pipeline("sd1").scheduler), seed=0)
-    return draws.finish(draws.around([0], [index]))
+    return draws.finish(draws.around([0], [encoded.read(index)]))
 
 
 def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch):

@@ -71,7 +71,9 @@ def test_a_teacher_without_weights(where, pipeline_folder):
 @pytest.mark.parametrize("name", TEACHERS)
 def test_well_known_teachers_need_no_file(name):
     unet = load_teacher(name, without_weights=True).unet
-    assert tuple(unet.config.block_out_channels) == TEACHERS[name]["block_out_channels"]
+    entries = {entry: value for entry, value in TEACHERS[name].items() if entry != "_class_name"}
+    assert type(unet).__name__ == TEACHERS[name]["_class_name"]
+    assert {entry: unet.config[entry] for entry in entries} == entries
 
 
 def test_a_students_configuration_takes_the_teachers_size(tmp_path):

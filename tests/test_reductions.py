@@ -7,11 +7,13 @@ import torch
 from diffusers import (
     DDIMPipeline,
     DDPMScheduler,
+    DiTTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
 
 from tests.conftest import tiny_condition_unet, tiny_unet
+from tests.transformers import tiny_dit
 from vkd_gen import (
     REDUCTIONS,
     FeatureNormalizer,
@@ -228,8 +230,9 @@ def test_a_configuration_is_enough():
 def test_the_class_is_known_without_its_name():
     assert isinstance(build_student(dict(tiny_condition_unet().config)), UNet2DConditionModel)
     assert isinstance(build_student(dict(tiny_unet().config)), UNet2DModel)
-    with pytest.raises(ValueError, match=r"is of DiTTransformer2DModel; known are UNet2DModel"):
-        build_student({"_class_name": "DiTTransformer2DModel"})
+    assert isinstance(build_student(dict(tiny_dit().config)), DiTTransformer2DModel)
+    with pytest.raises(ValueError, match=r"is of PixArtTransformer2DModel; known are UNet2DModel"):
+        build_student({"_class_name": "PixArtTransformer2DModel"})
 
 
 @pytest.mark.parametrize("family", TEACHERS)

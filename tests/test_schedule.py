@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from jaxtyping import TypeCheckError
 
 from tests.conftest import make_batch, tiny_unet
@@ -245,8 +245,8 @@ def test_prediction_type_is_read_from_the_scheduler(kind):
 def test_unknown_prediction_types_and_schedulers():
     with pytest.raises(ValueError, match="'flow' is not one of epsilon, v_prediction, sample"):
         Schedule.of(DDPMScheduler(prediction_type="flow"))
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no betas"):
-        Schedule.of(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no betas"):
+        Schedule.of(EDMEulerScheduler())
 
 
 def test_conversion_from_an_unknown_type(schedule, drawn):

@@ -155,7 +155,7 @@ def test_a_pipeline_of_another_kind(saved, tmp_path):
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_what_is_saved_is_stock_and_for_every_version_of_transformers(saved, tmp_path, kind):
     pipeline = load_text_pipeline(str(saved[kind][1]))
-    Model(pipeline).save(tmp_path / "out", model_card("x", {}, "", data="d", text_pipeline=type(pipeline).__name__))
+    Model(pipeline).save(tmp_path / "out", model_card("x", {}, "", data="d", stock_pipeline=type(pipeline).__name__))
     stock = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(stock) is type(pipeline)
     stock.set_progress_bar_config(disable=True)
@@ -194,7 +194,7 @@ def test_a_students_card_has_the_teachers_licence(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: own\n---\n# x\n")
     origin = card_origin(str(tmp_path))
     assert origin == {"license": "other", "license_name": "own"}
-    card = model_card("x", {}, "", data="d", text_pipeline="StableDiffusionPipeline", origin=origin)
+    card = model_card("x", {}, "", data="d", stock_pipeline="StableDiffusionPipeline", origin=origin)
     assert "license: other\nlicense_name: own" in card
     assert card_origin(str(tmp_path / "nothing")) == card_origin("") == {}
 

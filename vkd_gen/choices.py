@@ -16,6 +16,8 @@ Rescaling = Literal["none", "fan_in", "least_squares"]
 """What makes up for missing channels at the start."""
 Sampler = Literal["ddim", "ddpm", "dpm-solver", "pndm", "euler"]
 """How images are sampled; by the last two text pipelines alone."""
+TimestepSampling = Literal["random", "stratified", "logit_normal", "mode"]
+"""How times are drawn."""
 Precision = Literal["no", "fp16", "bf16"]
 """Precision of a network's forward pass."""
 OnBadImage = Literal["refuse", "skip"]

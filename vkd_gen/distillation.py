@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from vkd_gen.calibration import calibrate
 from vkd_gen.families import family_of
+from vkd_gen.families.family import cast
 from vkd_gen.features import FeatureCapture, to_rows
 from vkd_gen.losses import FeatureLoss, prediction_loss, weighted_mean
 from vkd_gen.normalization import FeatureNormalizer, width_floor
 from vkd_gen.pairing import LayerPair, pair_table
 from vkd_gen.projectors import Projector
-from vkd_gen.schedule import PredictionType, Schedule, TimestepWeighting
+from vkd_gen.schedule import Crossing, PredictionType, Schedule, TimestepWeighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,21 @@ class FrozenTeacher:
         unet: a denoiser of a known family, bare; it is put into eval mode, its parameters require gradients no more.
         layers: names of the layers whose features are wanted, as for `FeatureCapture`.
         prediction_type: what the network predicts.
+        crossing: from the student's schedule, which noisy samples, timesteps and predictions are of; None where the
+            teacher's is the same.
     """
 
-    def __init__(self, unet: ModelMixin, layers: Iterable[str] = (), *, prediction_type: PredictionType = "epsilon"):
+    def __init__(
+        self,
+        unet: ModelMixin,
+        layers: Iterable[str] = (),
+        *,
+        prediction_type: PredictionType = "epsilon",
+        crossing: Crossing | None = None,
+    ):
         self.unet = unet.eval().requires_grad_(False)
         self.prediction_type = prediction_type
+        self.crossing = None if crossing is None else crossing.to(next(unet.parameters()).device)
         self._family = family_of(unet)
         self._capture = FeatureCapture(unet, dict.fromkeys(layers), self._family.feature)
         self._compiled: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
@@ -84,8 +95,13 @@ class FrozenTeacher:
         if with_features:
             self._capture.start()
         dtype = next(self.unet.parameters()).dtype  # its own property walks through all modules
-        prediction = self._family.call(self.unet, noisy_sample.to(dtype), timesteps, _cast(conditioning, dtype))
-        return prediction.float(), self._capture.stop() if with_features else {}
+        crossing, times = self.crossing, timesteps
+        if crossing is not None:
+            noisy_sample, times = crossing.enter(noisy_sample, timesteps)
+        prediction = self._family.call(self.unet, noisy_sample.to(dtype), times, cast(conditioning, dtype)).float()
+        if crossing is not None:
+            prediction = crossing.leave(prediction, timesteps, self.prediction_type)
+        return prediction, self._capture.stop() if with_features else {}
 
     def compiled(
         self,
@@ -119,6 +135,7 @@ class ProjectedStudent(nn.Module):
         layer_pairs: from `pair_layers`; may be empty.
         projectors: one per pair.
         normalizers: one per pair; empty ones are filled by `calibrate` or by loading a checkpoint.
+        schedule: of the student; needed where that is told other times than the schedule's timesteps (flow matching).
 
     Raises:
         ValueError: if their numbers or widths do not match.
@@ -130,6 +147,8 @@ class ProjectedStudent(nn.Module):
         layer_pairs: Sequence[LayerPair] = (),
         projectors: Sequence[Projector] = (),
         normalizers: Sequence[FeatureNormalizer] = (),
+        *,
+        schedule: Schedule | None = None,
     ):
         super().__init__()
         if not len(layer_pairs) == len(projectors) == len(normalizers):
@@ -146,10 +165,13 @@ class ProjectedStudent(nn.Module):
                     f"{normalizer.channels} -> {normalizer.target_channels}"
                 )
         self.student = student
+        self._family = family_of(student)
+        self._family.prepare(student)
+        self._times: Tensor | None
+        self.register_buffer("_times", None if schedule is None else schedule.times, persistent=False)
         self.layer_pairs = tuple(layer_pairs)
         self.projectors = nn.ModuleList(projectors)
         self.normalizers = nn.ModuleList(normalizers)
-        self._family = family_of(student)
         self._capture = FeatureCapture(student, [pair.student for pair in layer_pairs], self._family.feature)
         self._has_compared = False
         # Statistics are kept equal by their own reductions; DDP would overwrite them by the first process' sums.
@@ -157,6 +179,10 @@ class ProjectedStudent(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [
             f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_buffers()
         ]
+
+    def _predict(self, noisy_sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        times = timesteps if self._times is None else self._times[timesteps]
+        return self._family.call(self.student, noisy_sample, times, conditioning)
 
     def forward(
         self,
@@ -183,16 +209,16 @@ class ProjectedStudent(nn.Module):
                 reentrant gradient checkpointing.
         """
         dtype = next(self.student.parameters()).dtype  # noise is added in float32 whatever the student's precision
-        noisy_sample, conditioning = noisy_sample.to(dtype), _cast(conditioning or {}, dtype)
+        noisy_sample, conditioning = noisy_sample.to(dtype), cast(conditioning or {}, dtype)
         if teacher_features is None:
-            return self._family.call(self.student, noisy_sample, timesteps, conditioning), {}
+            return self._predict(noisy_sample, timesteps, conditioning), {}
         missing = [pair.teacher for pair in self.layer_pairs if pair.teacher not in teacher_features]
         if missing:
             raise ValueError(f"the teacher does not capture {', '.join(missing)}; name them in FrozenTeacher's layers")
         if self.training:
             self._has_compared = True
         self._capture.start()
-        prediction = self._family.call(self.student, noisy_sample, timesteps, conditioning)
+        prediction = self._predict(noisy_sample, timesteps, conditioning)
         features = self._capture.stop()
         losses = {}
         for pair, projector, normalizer in zip(self.layer_pairs, self.projectors, self.normalizers, strict=True):
@@ -372,11 +398,3 @@ def _check_trains(student: nn.Module, prediction: Tensor) -> None:
             "no parameter of the student requires gradients: is it the teacher's own UNet, which FrozenTeacher "
             "freezes? Give the student one of its own, as build_student makes"
         )
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors of a (nested) mapping in another precision; all else as it is."""
-    if isinstance(value, Mapping):
-        # Half precision cannot hold SDXL's sizes in pixels, which the network embeds as float32.
-        return {name: entry if name == "time_ids" else _cast(entry, dtype) for name, entry in value.items()}
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""What a text-to-image pipeline makes of images and prompts before the denoiser: latents and embeddings.
+"""What a pipeline of latents makes of images and prompts before the denoiser: latents and embeddings.
 
 B batch, C latent channels, H x W pixels, h x w latents, L tokens, D width of the embeddings.
 """
@@ -27,6 +27,8 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Encoders:
     """The VAE and the text encoders of a Stable Diffusion pipeline (1, 2 or XL), called as the pipeline calls them.
 
+    Of a `DiTPipeline` the VAE alone.
+
     Args:
         pipeline: whole; its encoders are brought to the precision.
         precision: that they compute in, and that their results have.
@@ -41,7 +43,7 @@ class Encoders:
             nn.Module.to(part, dtype=self.dtype).eval().requires_grad_(False)  # past diffusers' warning about casting
         if tiling:
             self.vae.enable_tiling()
-        self.factor = pipeline.vae_scale_factor
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         """Pixels by which an image is divided, per side."""
         self.is_xl = getattr(pipeline, "text_encoder_2", None) is not None
 

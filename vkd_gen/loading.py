@@ -29,6 +29,9 @@ WRAPPERS = {
 }
 """What wrappers put into the names of the weights that they hold."""
 
+EARLY_NAMES = {diffusers.DiTTransformer2DModel: "Transformer2DModel"}
+"""Names that classes of models had when well-known weights were saved."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
@@ -228,7 +231,7 @@ def model_without_weights(kind: type[ModelMixin], folder: Path) -> ModelMixin:
     """
     path = folder / "config.json"
     config = read_json(path)
-    if config.get("_class_name", kind.__name__) != kind.__name__:
+    if config.get("_class_name", kind.__name__) not in (kind.__name__, EARLY_NAMES.get(kind)):
         raise ValueError(f"{path} is of {str(config['_class_name'])[:80]!r}, not of {kind.__name__}")
     check_sizes(config, str(path), "model")
     with torch.device("meta"):
@@ -372,6 +375,7 @@ def _part_class(name: str, entry: Any, wanted: tuple[type, ...]) -> Any:
     """The class of a part: a model of diffusers where models are wanted, else a scheduler."""
     is_pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
     kind = getattr(diffusers, entry[1], None) if is_pair and entry[0] == "diffusers" else None
+    kind = next((other for other in wanted if EARLY_NAMES.get(other) == getattr(kind, "__name__", "")), kind)
     base = ModelMixin if wanted else SchedulerMixin
     if not isinstance(kind, type) or not issubclass(kind, base):
         what = f"a whole pipeline, {entry[1]}" if _is_pipeline(kind) else f"{str(entry)[:80]}"

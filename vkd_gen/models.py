@@ -8,6 +8,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,15 @@ from vkd_gen.choices import Precision
 from vkd_gen.encoders import ENCODERS
 from vkd_gen.families import family_of
 from vkd_gen.files import whole_file, whole_folder
-from vkd_gen.pipelines import ClassConditionalDDIMPipeline, num_classes_of, stock_pipeline, usable_steps
+from vkd_gen.pipelines import (
+    ClassConditionalDDIMPipeline,
+    num_classes_of,
+    stock_pipeline,
+    usable_guidance,
+    usable_steps,
+)
 from vkd_gen.provenance import only_warns, plain_tensors
-from vkd_gen.schedule import PredictionType, Schedule
+from vkd_gen.schedule import Crossing, PredictionType, Schedule, flow_samplers, is_flow
 from vkd_gen.text import reason
 from vkd_gen.text_pipelines import save_pipeline
 
@@ -105,20 +112,29 @@ class Model:
         return getattr(self.pipeline, "vae", None) or getattr(self.pipeline, "vqvae", None)
 
     def around(self, network: ModelMixin, prediction_type: PredictionType | None = None) -> "Model":
-        """The same pipeline around another denoiser, which predicts what this one does unless told otherwise."""
+        """The same pipeline around another denoiser, which predicts what this one does unless told otherwise.
+
+        One of flow matching, of another that is none, has a sampler for that, and its draws noise that both can have.
+        """
+        becomes_flow = prediction_type == "flow_prediction" and not is_flow(self.noise_scheduler.config)
         changed = {} if prediction_type is None else {"prediction_type": prediction_type}
         sampler, noise_scheduler = (
             type(scheduler).from_config(scheduler.config, **changed)
             for scheduler in (self.pipeline.scheduler, self.noise_scheduler)
         )
+        if becomes_flow:
+            sampler, noise_scheduler = flow_samplers(self.noise_scheduler.config.num_train_timesteps)
         taken = inspect.signature(type(self.pipeline).__init__).parameters
         plain = {name: value for name, value in self.pipeline.config.items() if name in taken}
         plain |= {"add_watermarker": False} if "add_watermarker" in taken else {}  # which no config tells
         parts = {**self.pipeline.components, self.slot: network, "scheduler": sampler}
         pipeline = type(self.pipeline)(**{**plain, **parts})
+        pipeline.register_to_config(**{name: plain[name] for name in plain.keys() & {"id2label"}})  # which it forgets
         pipeline.set_progress_bar_config(disable=True)
         model = Model(pipeline, noise_scheduler, self._encoders)
         model.prompts, model.guidance_scale = self.prompts, self.guidance_scale
+        if becomes_flow and (crossing := Crossing.between(model.schedule, self.schedule)) is not None:
+            model.schedule = replace(model.schedule, first=crossing.first, last=crossing.last)
         return model
 
     def release(self) -> None:
@@ -151,8 +167,12 @@ class Model:
 
         Timesteps are indices of the schedule, `[B]`; conditioning holds further arguments of the denoiser.
         """
+        return self.predict_at(noisy_sample, self.schedule.told(timesteps), conditioning)
+
+    def predict_at(self, noisy_sample: Tensor, times: Tensor, conditioning: Mapping[str, Any] | None = None) -> Tensor:
+        """`predict` at times as the denoiser is told them, `[B]`, which may lie between the schedule's."""
         sample = noisy_sample.to(self.network.dtype)
-        return family_of(self.network).call(self.network, sample, timesteps, conditioning).float()
+        return family_of(self.network).call(self.network, sample, times, conditioning).float()
 
     @torch.no_grad()
     def images(
@@ -191,6 +211,7 @@ class Model:
         if not seeds or min(num_inference_steps, batch_size) < 1:
             raise ValueError("sampling needs at least one seed, one inference step and one image at a time")
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = usable_guidance(self.pipeline, self.num_classes, guidance_scale)
         conditioning = self._conditioning(seeds, dict(conditioning or {}), guidance_scale)
         arguments: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
         arguments |= self.check_size(size)

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from diffusers import ModelMixin
 
@@ -10,18 +11,22 @@ from vkd_gen.choices import PairedLayers
 from vkd_gen.families import Stage, family_of, feature_shapes
 from vkd_gen.features import split_pooling
 
+Part = TypeVar("Part")
+
 
 @dataclass(frozen=True)
 class LayerPair:
     """A student layer and the teacher layer it learns from, by name, at equal resolution.
 
-    Shapes are `(C, H, W)` or `(N, C)`, after the pooling that a name such as `mid_block/2` says.
+    Shapes are `(C, H, W)` or `(N, C)`, after the pooling that a name such as `mid_block/2` says. Depths are those of
+    blocks of transformers, see `Stage`.
     """
 
     student: str
     teacher: str
     student_shape: tuple[int, ...]
     teacher_shape: tuple[int, ...]
+    depths: tuple[float, float] | None = None
 
     @property
     def student_channels(self) -> int:
@@ -44,8 +49,9 @@ def pair_layers(
     """Pair layers of two denoisers, in the order the student runs them, or as they are named.
 
     Stages of the encoder and of the decoder are matched where they work at the same resolution, and the middle with the
-    middle; a stage without a counterpart is left out. Where two features differ in resolution, the finer one is
-    average-pooled to the coarser: `mid_block/2` is the output of `mid_block` pooled by 2.
+    middle; a stage without a counterpart is left out. Of transformers each block of the student is paired with the
+    teacher's block by whose end the same share of the depth has run. Where two features differ in resolution, the finer
+    one is average-pooled to the coarser: `mid_block/2` is the output of `mid_block` pooled by 2.
 
     Args:
         student: the student.
@@ -54,7 +60,8 @@ def pair_layers(
             decoder stage. Or `self_attention`: the self-attention layers of all of them, each of a student's stage with
             the one as far through the teacher's stage (Lee et al., 2023, arXiv 2312.04005, distil those). Or `bk`:
             encoder and decoder without the middle, and where of two stages only one resamples its last attention's
-            output projection in both, as in BK-SDM (Kim et al., 2023, arXiv 2305.15798).
+            output projection in both, as in BK-SDM (Kim et al., 2023, arXiv 2305.15798). Of transformers `all` or
+            `self_attention`.
         pairs: (student layer, teacher layer) names to use instead.
 
     Raises:
@@ -75,10 +82,12 @@ def pair_layers(
             raise ValueError(f"a student layer is paired twice: {', '.join(pair[0] for pair in pairs)}")
         student_shapes = feature_shapes(student, [pair[0] for pair in pairs])
         teacher_shapes = feature_shapes(teacher, dict.fromkeys(pair[1] for pair in pairs))
-        return [_pool_finer(s, t, student_shapes[s], teacher_shapes[t]) for s, t in pairs]
+        return _with_depths(pairs, student_shapes, teacher_shapes, student_stages, teacher_stages)
     student_shapes = feature_shapes(student, _candidates(student_stages))
     teacher_shapes = feature_shapes(teacher, _candidates(teacher_stages))
-    matched = _match_stages(_by_place(student_stages, student_shapes), _by_place(teacher_stages, teacher_shapes))
+    are_blocks = _are_blocks(student_stages, teacher_stages, layers)
+    places = [_by_place(student_stages, student_shapes), _by_place(teacher_stages, teacher_shapes)]
+    matched = _spread(student_stages, teacher_stages) if are_blocks else _match_stages(*places)
     chosen = _bk(matched, student_shapes, teacher_shapes) if layers == "bk" else _choose(matched, layers)
     if not chosen:
         stages = ", ".join(stage.layer for stage, _ in matched) or "none"
@@ -86,7 +95,44 @@ def pair_layers(
             f"no layer of the student has a counterpart in the teacher for layers {layers!r}; the stages that "
             f"match are {stages}; choose other layers or name the pairs"
         )
-    return [_pool_finer(s, t, student_shapes[s], teacher_shapes[t]) for s, t in chosen]
+    return _with_depths(chosen, student_shapes, teacher_shapes, student_stages, teacher_stages)
+
+
+def _with_depths(
+    chosen: Sequence[tuple[str, str]],
+    student_shapes: Mapping[str, tuple[int, ...]],
+    teacher_shapes: Mapping[str, tuple[int, ...]],
+    student_stages: Sequence[Stage],
+    teacher_stages: Sequence[Stage],
+) -> list[LayerPair]:
+    """Pairs of layers, with their shapes, and of blocks their depths."""
+    depths, teacher_depths = (_depths(stages) for stages in (student_stages, teacher_stages))
+    return [
+        replace(
+            _pool_finer(s, t, student_shapes[s], teacher_shapes[t]),
+            depths=(depths[s], teacher_depths[t]) if s in depths and t in teacher_depths else None,
+        )
+        for s, t in chosen
+    ]
+
+
+def _are_blocks(student: Sequence[Stage], teacher: Sequence[Stage], layers: PairedLayers) -> bool:
+    """Whether both networks are of blocks, which are paired by depth.
+
+    Raises:
+        ValueError: for a network of blocks and one of stages, and a choice of layers that blocks do not have.
+    """
+    kinds = [any(stage.depth is not None for stage in stages) for stages in (student, teacher)]
+    if kinds[0] != kinds[1]:
+        raise ValueError("a UNet's stages and a transformer's blocks have no counterparts; name the pairs of layers")
+    if all(kinds) and layers not in ("all", "self_attention"):
+        raise ValueError(f"layers {layers!r} are a UNet's; of a transformer choose all or self_attention, or name them")
+    return all(kinds)
+
+
+def _depths(stages: Sequence[Stage]) -> dict[str, float]:
+    """Of each block, and of its self-attention, the share of the depth."""
+    return {layer: stage.depth for stage in stages if stage.depth for layer in (stage.layer, *stage.self_attention)}
 
 
 def _candidates(stages: Sequence[Stage]) -> list[str]:
@@ -151,7 +197,7 @@ def _match_stages(
     ]
 
 
-def _spread(student_layers: Sequence[str], teacher_layers: Sequence[str]) -> list[tuple[str, str]]:
+def _spread(student_layers: Sequence[Part], teacher_layers: Sequence[Part]) -> list[tuple[Part, Part]]:
     """Each student layer with the teacher layer that ends the same share of the stage; the last with the last."""
     count = len(student_layers)
     return [
@@ -222,11 +268,15 @@ def pair_table(pairs: Sequence[LayerPair], columns: Mapping[str, Sequence[str]] 
     """
     if columns is None:
         columns = {"projector": [f"{pair.student_channels} -> {pair.teacher_channels}" for pair in pairs]}
+    depths = [[f"{pair.depths[side]:.0%}" if pair.depths else "" for pair in pairs] for side in (0, 1)]
+    has_depths = any(pair.depths for pair in pairs)
     table = {
         "student layer": [pair.student for pair in pairs],
         "shape": [_by(pair.student_shape) for pair in pairs],
+        **({"depth": depths[0]} if has_depths else {}),
         "teacher layer": [pair.teacher for pair in pairs],
         "shape ": [_by(pair.teacher_shape) for pair in pairs],
+        **({"depth ": depths[1]} if has_depths else {}),
         **columns,
     }
     widths = [max(len(entry) for entry in (heading.strip(), *entries)) for heading, entries in table.items()]

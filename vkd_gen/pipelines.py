@@ -17,6 +17,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     ImagePipelineOutput,
@@ -199,6 +200,26 @@ def usable_steps(noise_scheduler: SchedulerMixin, num_inference_steps: int) -> i
     return steps
 
 
+NULL_CLASS = 1000
+"""The label for no class in `DiTPipeline`, whichever its denoiser has."""
+
+
+def usable_guidance(pipeline: DiffusionPipeline, num_classes: int, guidance_scale: float | None) -> float | None:
+    """The guidance scale; 1 in a `DiTPipeline` whose denoiser has another label for no class than the pipeline.
+
+    Raises:
+        ValueError: for another that is asked for there.
+    """
+    if not isinstance(pipeline, DiTPipeline) or num_classes == NULL_CLASS:
+        return guidance_scale
+    if guidance_scale not in (None, 1):
+        raise ValueError(
+            f"a DiTPipeline guides by class {NULL_CLASS}, and this denoiser knows {num_classes} classes: "
+            f"guidance_scale must be 1, not {guidance_scale}"
+        )
+    return 1.0
+
+
 def resample(pipeline: DiffusionPipeline, sampler: Sampler) -> DiffusionPipeline:
     """Give a text-to-image pipeline another sampler, on its own schedule; no sample is clipped.
 
@@ -263,7 +284,11 @@ def load_pipeline(source: str, sampler: Sampler | None = None) -> DiffusionPipel
     _check_call(kind, source)
     try:
         path = path if is_here else hub_folder(source, part_files(kind))
-        pipeline = kind(**load_parts(kind, path))
+        parts = load_parts(kind, path)
+        pipeline = kind(**parts)
+        pipeline.register_to_config(
+            **{name: parts[name] for name in parts.keys() & {"id2label"}}
+        )  # DiT's, which forgets
     except Exception as error:  # missing, damaged and foreign parts each have a class of their own
         raise ValueError(f"cannot load the pipeline {source}: {reason(error, 1000)}") from error
     if sampler is not None:

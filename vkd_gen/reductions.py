@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """What a student has less of than its teacher.
+    """What a student has less of than its teacher: of a UNet all but `blocks`, of a transformer `width` and `blocks`.
 
     Attributes:
-        width: factor on every stage's channels, above 0; rounded up to what group norms and attention heads need.
+        width: factor on every stage's channels, above 0; rounded up to what group norms and attention heads need. Of a
+            transformer a factor on its heads, rounded up.
         layers_per_block: residual layers of each block; one number, or (`UNet2DConditionModel` alone) one for each of
             the stages that are kept. None keeps the teacher's.
         transformer_layers: transformer blocks of each attention layer, `UNet2DConditionModel` alone; one number, or one
@@ -16,6 +17,7 @@ class Reduction:
         drop_stages: stages to leave out, 0 being the one of the highest resolution and -1 the lowest.
         drop_mid_block: leave out the middle block.
         drop_attention: stages of the teacher to take the attention layers out of.
+        blocks: how many of a transformer's blocks are kept, or which, by number. None keeps all.
     """
 
     width: float = 1.0
@@ -24,6 +26,7 @@ class Reduction:
     drop_mid_block: bool = False
     drop_attention: tuple[int, ...] = ()
     transformer_layers: int | tuple[int, ...] | None = None
+    blocks: int | tuple[int, ...] | None = None
 
 
 REDUCTIONS = {

@@ -129,7 +129,8 @@ def without_times(metrics):
 
 
 def weights_of(run):
-    return load_file(run / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    (file,) = (path for path in run.glob("pipeline/*/*.safetensors") if path.parent.name in ("unet", "transformer"))
+    return load_file(file)
 
 
 def assert_same_weights(run, other):

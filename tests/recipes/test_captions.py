@@ -103,7 +103,7 @@ def test_held_out_images_are_seen_as_training_images_are(teacher, folder, tmp_pa
         seen = views.sizes[views.bucket(index)]
         assert seen in sizes
         assert abs(seen[0] / seen[1] - height / width) == min(abs(size[0] / size[1] - height / width) for size in sizes)
-        assert held_out.shape(index) == (4, seen[0] // 2, seen[1] // 2)
+        assert held_out.shape(held_out.read(index)) == (4, seen[0] // 2, seen[1] // 2)
     one, other = (held_out_errors({"it": model}, held_out, num_draws=9, batch_size=size)["it"] for size in (1, 4))
     assert one == pytest.approx(other, rel=1e-4)
     assert prompt_errors({"it": model}, held_out, num_draws=4, num_ranked=2)["it"]["wrong_prompt_error"] > 0

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from vkd_gen.data.groups import grouped_order, largest_bucket, num_grouped
 from vkd_gen.data.samples import Samples
 from vkd_gen.data.streaming import ImageStream, Position
-from vkd_gen.schedule import Schedule
+from vkd_gen.schedule import Schedule, TimestepDensity
 
 GOLDEN = (5**0.5 - 1) / 2
 """Between the times of two draws in a row, modulo 1: any number of them are spread over [0, 1] evenly, however they are
@@ -43,6 +43,7 @@ class Draws(Dataset):
             dropped.
         stratified: the times of draws in a row are spread evenly (see `GOLDEN`), which makes the mean over a batch less
             noisy; else each is drawn by itself.
+        density: of times that are not drawn uniformly. What `apart` draws is uniform.
 
     Attributes:
         positions: how far this process' readers of the stream have come, `[readers, 4]` int64.
@@ -59,7 +60,10 @@ class Draws(Dataset):
         group_size: int | None = None,
         both_branches: bool = False,
         stratified: bool = False,
+        density: TimestepDensity | None = None,
     ):
+        if stratified and density is not None:
+            raise ValueError("times are spread evenly or drawn of a density, not both")
         if seed < 0:
             raise ValueError(f"seed must be 0 or above, not {seed}")
         if seed >= 2**63:
@@ -68,7 +72,7 @@ class Draws(Dataset):
             samples = copy.copy(samples)
             samples.guidance_dropout = 0.0
         self.samples, self.schedule, self.stream, self.seed = samples, schedule, stream, seed
-        self.batch_size, self.both_branches = batch_size, both_branches
+        self.batch_size, self.both_branches, self.density = batch_size, both_branches, density
         self.positions = torch.tensor([Position()])
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self.group_size = group_size
@@ -85,8 +89,8 @@ class Draws(Dataset):
         """A batch of the draws of these numbers, which `finish` completes.
 
         Returns:
-            `noise`, `[B, C, H, W]` float32; `timesteps`, `[B]` int64, of uniformly drawn times; and, as the samples
-            give them, `sample` and `conditioning`, keyword arguments of the network.
+            `noise`, `[B, C, H, W]` float32; `timesteps`, `[B]` int64; and, as the samples give them, `sample` and
+            `conditioning`, keyword arguments of the network.
         """
         return self.around(draws, [self.samples.read(self._index(draw)) for draw in draws])
 
@@ -107,6 +111,8 @@ class Draws(Dataset):
             samples.append(self.samples.draw(item, generator))
             generator.standard_normal(dtype=np.float32, out=noise[place])
             time = generator.random()
+            if self.density is not None:
+                time = self.density.time(time)
             times.append(time if self._first_time is None else (self._first_time + draw * GOLDEN) % 1)
             told.append(self.samples.tell(item, generator))  # last, so that all else is drawn as without
         return {

@@ -1,4 +1,4 @@
-"""Captioned images as a text-to-image denoiser gets them: latents, and embeddings of prompts.
+"""Images as a denoiser of latents gets them: latents, and embeddings of prompts or classes.
 
 They are encoded once and kept on the disk, or each time that they are drawn; both give the same draws.
 B batch, C latent channels, h x w latents, H x W pixels.
@@ -39,24 +39,41 @@ class Store(Protocol):
         """Its embeddings by name, without the batch dimension, or what `finish` needs for them."""
 
     def finish(self, sample: dict[str, Tensor], prompts: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Samples `[B, C, h, w]` float32 and embeddings `[B, ...]` of a batch."""
+        """Samples `[B, C, h, w]` float32 and embeddings `[B, ...]` of a batch; none of prompts None."""
+
+
+class Item(NamedTuple):
+    """An image that is drawn.
+
+    Attributes:
+        images: that it is one of.
+        number: of it among these.
+        label: its class, if it has one.
+        bucket: of its size.
+    """
+
+    images: Images
+    number: int
+    label: int | None
+    bucket: int
 
 
 class Encoded:
-    """Images with captions, as `Samples` of latents.
+    """Images with captions or classes, as `Samples` of latents.
 
     Which crop of the image, whether it is mirrored, the sample of its latents' distribution and which of its captions
     it gets are drawn anew in each draw.
 
     Args:
-        images: with captions.
+        images: with captions, or with labels.
         views: how they are cropped.
         store: of their latents and of their captions' embeddings.
         shape: bucket -> `(C, h, w)` of its latents.
-        null: what the denoiser is told where the prompt is dropped, `[1, ...]` by name.
+        null: what the denoiser is told where the prompt is dropped, `[1, ...]` by name; None for images with labels, of
+            which that is the number of classes.
         with_sizes: the denoiser is told sizes and crop too (SDXL).
         random_flip: mirror half of the draws.
-        guidance_dropout: share of the draws without a prompt.
+        guidance_dropout: share of the draws without a prompt or class.
     """
 
     def __init__(
@@ -65,7 +82,7 @@ class Encoded:
         views: Views,
         store: Store,
         shape: Sequence[tuple[int, int, int]],
-        null: dict[str, Tensor],
+        null: dict[str, Tensor] | None,
         *,
         with_sizes: bool,
         random_flip: bool = False,
@@ -84,41 +101,42 @@ class Encoded:
         other.images = images
         return other
 
-    def read(self, index: int) -> int:
-        """The image's number: what there is of it depends on what is drawn."""
-        return index
+    def read(self, index: int) -> Item:
+        """Which image it is: what there is of it depends on what is drawn."""
+        label = None if self.images.labels is None else self.images.label(index)
+        return Item(self.images, index, label, self.views.bucket(index))
 
-    def read_from(self, image: Images, label: int | None) -> Images:
+    def read_from(self, image: Images, label: int | None) -> Item:
         """The image, which is encoded when it is drawn."""
-        return image
+        return Item(image, 0, label, 0)
 
-    def shape(self, item: int | Images) -> tuple[int, ...]:
+    def shape(self, item: Item) -> tuple[int, ...]:
         """`(C, h, w)` of the image's bucket."""
-        return self._shape[0 if isinstance(item, Images) else self.views.bucket(item)]
+        return self._shape[item.bucket]
 
-    def draw(self, item: int | Images, generator: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, item: Item, generator: np.random.Generator) -> dict[str, Tensor]:
         """Of a crop, mirrored or not, a sample of the latents' distribution."""
         is_flipped = bool(generator.random() < 0.5 and self.random_flip)
         crop = int(generator.integers(self.views.num_crops))
         normal = torch.from_numpy(generator.standard_normal(self.shape(item), dtype=np.float32))
-        images, index = self._place(item)
-        return self.store.latent(images, index, crop, is_flipped, normal)
+        return self.store.latent(item.images, item.number, crop, is_flipped, normal)
 
-    def _place(self, item: int | Images) -> tuple[Images, int]:
-        return (item, 0) if isinstance(item, Images) else (self.images, item)
-
-    def tell(self, item: int | Images, generator: np.random.Generator) -> dict[str, Any]:
-        """One of the captions, or none."""
-        images, index = self._place(item)
-        captions = images.captions_of(index)
+    def tell(self, item: Item, generator: np.random.Generator) -> dict[str, Any]:
+        """One of the captions, or none; or the class, or no class."""
+        if self.null is None:
+            is_dropped = bool(generator.random() < self.guidance_dropout)
+            return {"class_labels": torch.tensor(self.images.num_classes if is_dropped else item.label)}
+        captions = item.images.captions_of(item.number)
         caption = captions[int(generator.integers(len(captions)))]
         is_dropped = bool(generator.random() < self.guidance_dropout)
         return {"prompt": self.store.prompt(caption), "is_dropped": torch.tensor(is_dropped)}
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Latents, and what the denoiser is told: `encoder_hidden_states`, for SDXL `added_cond_kwargs` too."""
+        """Latents, and what the denoiser is told: `encoder_hidden_states`, for SDXL `added_cond_kwargs` too; labels."""
         sample, told = dict(batch["sample"]), batch["conditioning"]
         sizes = sample.pop("time_ids")
+        if self.null is None:
+            return {**batch, "sample": self.store.finish(sample, None)[0]}
         latents, embeddings = self.store.finish(sample, told["prompt"])
         is_dropped = told["is_dropped"]
         for name, value in embeddings.items():
@@ -128,7 +146,9 @@ class Encoded:
         return {**batch, "sample": latents, "conditioning": self._arguments(embeddings, sizes)}
 
     def nothing(self, conditioning: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's null prompt; sizes and crops stay."""
+        """The pipeline's null prompt; sizes and crops stay. Or the label for "no class"."""
+        if self.null is None:
+            return {name: torch.full_like(value, self.images.num_classes) for name, value in conditioning.items()}
         states = conditioning["encoder_hidden_states"]
         null = {name: value.to(states).expand(len(states), *value.shape[1:]) for name, value in self.null.items()}
         return self._arguments(null, conditioning.get("added_cond_kwargs", {}).get("time_ids"))
@@ -165,14 +185,16 @@ class Live:
         """The caption as it is."""
         return caption
 
-    def finish(self, sample: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def finish(self, sample: dict[str, Tensor], prompts: list[str] | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Encode the batch, each caption once."""
         normal = sample["normal"]
         found = self.encoders.latents(sample["pixels"])
+        latents = found["mean"].float() + found["deviation"].float() * normal
+        if prompts is None:
+            return latents, {}
         distinct = sorted(set(prompts))
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=normal.device)
-        embeddings = {name: value[rows] for name, value in self.encoders.prompts(distinct).items()}
-        return found["mean"].float() + found["deviation"].float() * normal, embeddings
+        return latents, {name: value[rows] for name, value in self.encoders.prompts(distinct).items()}
 
 
 class Kept:
@@ -182,7 +204,7 @@ class Kept:
         latents: bucket -> its rows, for each of its images all crops, each as it is and, where asked for, mirrored.
         places: of each image in its bucket.
         views: of the images.
-        prompts: rows of embeddings.
+        prompts: rows of embeddings; None for images with labels.
         numbers: caption -> its row.
         with_flips: mirrored crops are there.
     """
@@ -192,7 +214,7 @@ class Kept:
         latents: Sequence[KeptRows],
         places: np.ndarray,
         views: Views,
-        prompts: KeptRows,
+        prompts: KeptRows | None,
         numbers: dict[str, int],
         with_flips: bool,
     ):
@@ -208,11 +230,12 @@ class Kept:
 
     def prompt(self, caption: str) -> dict[str, Tensor]:
         """The caption's row."""
+        assert self.prompts is not None
         return {name: value[0] for name, value in self.prompts[[self.numbers[caption]]].items()}
 
-    def finish(self, sample: dict[str, Tensor], prompts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def finish(self, sample: dict[str, Tensor], prompts: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
         """As they are."""
-        return sample["latent"], dict(prompts)
+        return sample["latent"], dict(prompts or {})
 
 
 def _row(place: int, crop: int, is_flipped: bool, num_crops: int, with_flips: bool) -> int:
@@ -238,10 +261,10 @@ class How(NamedTuple):
 
 
 def encode(images: Images, views: Views, encoders: Encoders, how: How, say: Callable[[str], None]) -> Encoded:
-    """Samples of images with captions; called by all processes, which share the work.
+    """Samples of images with captions or labels; called by all processes, which share the work.
 
     Args:
-        images: with captions.
+        images: with captions, or with labels.
         views: how they are cropped, with sides that the VAE can divide.
         encoders: on the device to compute on.
         how: see `How`.
@@ -254,14 +277,16 @@ def encode(images: Images, views: Views, encoders: Encoders, how: How, say: Call
     for height, width in views.sizes:
         probe = encoders.latents(torch.zeros(1, 3, height, width))["mean"]
         shapes.append((probe.shape[1], probe.shape[2], probe.shape[3]))
-    captions = sorted({caption for index in range(len(images)) for caption in images.captions_of(index)})
-    if num_truncated := encoders.num_truncated(captions):
+    captions, null = None, None
+    if images.captions is not None:
+        captions = sorted({caption for index in range(len(images)) for caption in images.captions_of(index)})
+        null = {name: value.cpu() for name, value in encoders.null_prompt().items()}
+    if captions is not None and (num_truncated := encoders.num_truncated(captions)):
         say(
             f"{num_truncated:,} of {len(captions):,} captions are longer than the text encoder reads; the rest of them "
             "is cut off"
         )
     store = Live(views, encoders) if how.folder is None else _keep(images, views, encoders, captions, how)
-    null = {name: value.cpu() for name, value in encoders.null_prompt().items()}
     return Encoded(
         images,
         views,
@@ -274,7 +299,7 @@ def encode(images: Images, views: Views, encoders: Encoders, how: How, say: Call
     )
 
 
-def _keep(images: Images, views: Views, encoders: Encoders, captions: list[str], how: How) -> Kept:
+def _keep(images: Images, views: Views, encoders: Encoders, captions: list[str] | None, how: How) -> Kept:
     assert images.identity is not None, "nothing says what these images are"
     assert how.folder is not None
     facts, source = encoders.facts(), images.identity()
@@ -314,6 +339,9 @@ def _keep(images: Images, views: Views, encoders: Encoders, captions: list[str],
                 batch_size=how.batch_size,
             )
         )
+
+    if captions is None:
+        return Kept(latents, places, views, None, {}, how.random_flip)
 
     def embed(rows: Sequence[int]) -> dict[str, Tensor]:
         found = encoders.prompts([captions[row] for row in rows])

@@ -31,6 +31,10 @@ images = pipeline(class_labels=[0, 1], guidance_scale=3.0).images  # guidance_sc
 
 unet = UNet2DModel.from_pretrained("THIS_FOLDER", subfolder="unet")  # needs diffusers alone"""
 
+CLASSES_OF_LATENTS_USE = """from diffusers import CLASS
+
+pipeline = CLASS.from_pretrained("THIS_FOLDER")
+images = pipeline(class_labels=[0, 1], guidance_scale=1, num_inference_steps=25).images  # guidance_scale 1: none"""
 TEXT_USE = """from diffusers import CLASS
 
 pipeline = CLASS.from_pretrained("THIS_FOLDER")
@@ -67,7 +71,7 @@ def model_card(
     *,
     data: str,
     num_classes: int | None = None,
-    text_pipeline: str | None = None,
+    stock_pipeline: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> str:
     """The card of a pipeline that this process has trained, Markdown with the hub's metadata.
@@ -78,14 +82,15 @@ def model_card(
         results: Markdown, such as the table of results.
         data: the training set's name or id.
         num_classes: of a class-conditional model.
-        text_pipeline: class of the pipeline, of a model that takes prompts.
+        stock_pipeline: class of the pipeline, of a model of latents: it takes prompts, or with `num_classes` classes.
         origin: further metadata, from `card_origin`.
     """
     kind = "unconditional" if num_classes is None else "class-conditional"
     use = UNCONDITIONAL_USE if num_classes is None else CLASS_CONDITIONAL_USE
+    if stock_pipeline is not None:
+        use = (TEXT_USE if num_classes is None else CLASSES_OF_LATENTS_USE).replace("CLASS", stock_pipeline)
     tag: dict[str, Any] = {"tags": ["vkd-gen", f"{kind}-image-generation"]}
-    if text_pipeline is not None:
-        use = TEXT_USE.replace("CLASS", text_pipeline)
+    if stock_pipeline is not None and num_classes is None:
         tag = {"tags": ["vkd-gen"], "pipeline_tag": "text-to-image"}
         results = f"{results}\n\n{WITHOUT_SAFETY_CHECKER}" if results else WITHOUT_SAFETY_CHECKER
     metadata = ModelCardData(library_name="diffusers", **tag, **(origin or {}))

@@ -8,6 +8,7 @@ import torch
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.samples import Samples
 from vkd_gen.models import Model, in_eval_mode
+from vkd_gen.schedule import Crossing
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def held_out_errors(
     """Mean squared errors on held-out images, noise and timesteps, the same draws for every model.
 
     Args:
-        models: by name, on one device; they differ in nothing but what they predict of a noisy sample.
+        models: by name, on one device; of one prediction type and schedule or several, of equally many timesteps.
         samples: that no model was trained on, with what the models are told of them.
         teacher: to measure the distance to; None for the denoising error alone.
         num_draws: of (image, noise, timestep).
@@ -38,6 +39,7 @@ def held_out_errors(
     draws = Draws(samples, some.schedule, seed=seed, batch_size=batch_size, group_size=1)
     device = some.network.device
     schedules = {name: model.schedule.to(device) for name, model in models.items()}
+    crossings = {name: None if teacher is None else _crossing(model, teacher) for name, model in models.items()}
     sums = {name: {"denoising_error": 0.0} | ({"teacher_distance": 0.0} if teacher else {}) for name in models}
     with contextlib.ExitStack() as modes:
         for model in (*models.values(), *([teacher] if teacher else [])):
@@ -47,8 +49,15 @@ def held_out_errors(
             noisy_sample, answer = schedules[next(iter(models))].noisy(sample, noise, timesteps), None
             if teacher is not None:
                 answer = teacher.predict(noisy_sample, timesteps, conditioning)
+            of_teacher = noisy_sample, timesteps, answer
             for name, model in models.items():
-                schedule = schedules[name]
+                schedule, crossing = schedules[name], crossings[name]
+                noisy_sample, timesteps, answer = of_teacher
+                if teacher is not None and crossing is not None:
+                    timesteps = timesteps.clamp(schedule.first, schedule.last)
+                    noisy_sample = schedule.noisy(sample, noise, timesteps)
+                    answer = teacher.predict_at(*crossing.enter(noisy_sample, timesteps), conditioning)
+                    answer = crossing.leave(answer, timesteps, teacher.schedule.prediction_type)
                 is_teacher = answer is not None and model is teacher
                 prediction = answer if is_teacher else model.predict(noisy_sample, timesteps, conditioning)
                 target = schedule.target(sample, noise, timesteps)
@@ -57,3 +66,11 @@ def held_out_errors(
                     found = schedule.convert(answer, noisy_sample, timesteps, teacher.schedule.prediction_type)
                     sums[name]["teacher_distance"] += float((prediction - found).square().mean()) * len(sample)
     return {name: {key: value / num_draws for key, value in errors.items()} for name, errors in sums.items()}
+
+
+def _crossing(model: Model, teacher: Model) -> Crossing | None:
+    """From a model's schedule to its teacher's; None where these have the same noise."""
+    if model.schedule.has_noise_of(teacher.schedule):
+        return None
+    crossing = Crossing.between(model.schedule, teacher.schedule)
+    return None if crossing is None else crossing.to(model.network.device)

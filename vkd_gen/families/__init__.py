@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
 
-from vkd_gen.families import unet
+from vkd_gen.families import dit, unet
 from vkd_gen.families.activations import step0_error
 from vkd_gen.families.build import build_student, kept_stages, reduce_config
 from vkd_gen.families.depth import best_layers, compare_layer_choices, layer_choices
@@ -51,6 +51,19 @@ UNET = Family(
     example=unet.example,
     reduce=reduce_config,
     inherit=inherit_weights,
+    best_layers=best_layers,
+    smaller=lambda _config, said: Reduction(**{"width": 0.5, **said}),
+)
+DIT = Family(
+    call=dit.call,
+    feature=first_output,
+    stages=dit.stages,
+    example=dit.example,
+    prepare=dit.prepare,
+    reduce=reduce_config,
+    inherit=inherit_weights,
+    best_layers=best_layers,
+    smaller=lambda config, said: Reduction(**(said or {"blocks": (config["num_layers"] + 1) // 2})),
 )
 
 
@@ -63,6 +76,8 @@ def family_of(network: Any) -> Family:
     match bare(network):
         case UNet2DModel() | UNet2DConditionModel():
             return UNET
+        case DiTTransformer2DModel():
+            return DIT
     raise ValueError(unknown(network))
 
 
@@ -83,7 +98,8 @@ def run_without_weights(copy: ModelMixin) -> None:
     """
     with torch.device("meta"), torch.no_grad():
         try:
-            copy(**family_of(copy).example(copy))
+            family = family_of(copy)
+            family.run(copy, family.example(copy))
         except Exception as error:  # diffusers checks little: what does not fit may end in any kind of error
             size, reason = copy.config.sample_size, " ".join(str(error).split())[:300]
             raise ValueError(f"{type(copy).__name__} cannot take a sample of size {size}: {reason}") from error

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiTTransformer2DModel, ModelMixin
 from torch import Tensor, nn
 
+from vkd_gen.families import dit, unet
 from vkd_gen.families.streams import Layer, Link, Stream, weights_by_stream
-from vkd_gen.families.unet import call
 from vkd_gen.features import to_rows
 from vkd_gen.schedule import Schedule
 
@@ -38,15 +38,15 @@ Readings = Mapping[Stream, Sequence[Reading]]
 
 
 @torch.no_grad()
-def predict_noisy(unet: ModelMixin, batch: Mapping[str, Any], schedule: Schedule) -> Tensor:
-    """The UNet's prediction for a batch, in eval mode and in its own type, on its own device."""
-    parameter = next(unet.parameters())
+def predict_noisy(network: ModelMixin, batch: Mapping[str, Any], schedule: Schedule) -> Tensor:
+    """A network's prediction for a batch, in eval mode and in its own type, on its own device."""
+    parameter = next(network.parameters())
     noisy_sample = schedule.noisy(batch["sample"], batch["noise"], batch["timesteps"])
-    was_training = unet.training
-    prediction = call(
-        unet.eval(), noisy_sample.to(parameter), batch["timesteps"].to(parameter.device), batch.get("conditioning")
-    )
-    unet.train(was_training)
+    was_training = network.training
+    times = schedule.told(batch["timesteps"]).to(parameter.device)
+    call = dit.call if isinstance(network, DiTTransformer2DModel) else unet.call
+    prediction = call(network.eval(), noisy_sample.to(parameter), times, batch.get("conditioning"))
+    network.train(was_training)
     return prediction
 
 

@@ -1,17 +1,19 @@
-"""A smaller UNet's configuration from the teacher's.
+"""A smaller network's configuration from the teacher's; of a transformer see blocks.py.
 
 A reduction is a rule, not a table: it reads the teacher's configuration, so one `Reduction` means the same for any
 `UNet2DModel` or `UNet2DConditionModel`. What diffusers' classes cannot express is refused.
 """
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel
 
+from vkd_gen.families.blocks import reduce_blocks
+from vkd_gen.families.classes import complete_config, network_class
 from vkd_gen.families.unet import bare_unet
+from vkd_gen.features import bare
 from vkd_gen.reductions import Reduction
 
 PER_STAGE = (
@@ -46,8 +48,8 @@ def build_student(
     """A student of the teacher's class with random weights.
 
     Args:
-        teacher: a diffusers `UNet2DModel` or `UNet2DConditionModel`, of which only the configuration is read, or the
-            configuration of one, as its config.json holds it.
+        teacher: a diffusers `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, of which only the
+            configuration is read, or the configuration of one, as its config.json holds it.
         reduction: what to reduce, such as one of `REDUCTIONS`.
         width: of the reduction, where none is given.
         layers_per_block: of the reduction, where none is given.
@@ -60,32 +62,18 @@ def build_student(
     elif (width, layers_per_block) != (1.0, None):
         raise ValueError("a student is given by a reduction, or by width and layers_per_block, not by both")
     if isinstance(teacher, Mapping):
-        return unet_class(teacher).from_config(reduce_config(teacher, reduction))
-    return type(bare_unet(teacher)).from_config(reduce_config(teacher.config, reduction))
-
-
-def unet_class(config: Mapping[str, Any]) -> type[UNet2DModel] | type[UNet2DConditionModel]:
-    """The class that a configuration is of: as it says itself, else by the entries that it has."""
-    match config.get("_class_name"):
-        case None:
-            return UNet2DConditionModel if "cross_attention_dim" in config else UNet2DModel
-        case "UNet2DModel":
-            return UNet2DModel
-        case "UNet2DConditionModel":
-            return UNet2DConditionModel
-        case other:
-            raise ValueError(f"the configuration is of {other}; known are UNet2DModel and UNet2DConditionModel")
-
-
-def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that the class takes, with its defaults for those that a config.json leaves out."""
-    parameters = inspect.signature(unet_class(config).__init__).parameters.values()
-    return {entry.name: config.get(entry.name, entry.default) for entry in parameters if entry.name != "self"}
+        return network_class(teacher).from_config(reduce_config(teacher, reduction))
+    kind = type(teacher) if isinstance(bare(teacher), DiTTransformer2DModel) else type(bare_unet(teacher))
+    return kind.from_config(reduce_config(teacher.config, reduction))
 
 
 def reduce_config(config: Mapping[str, Any], reduction: Reduction) -> dict[str, Any]:
     """The student's configuration, complete; see `build_student`."""
-    is_condition_model = unet_class(config) is UNet2DConditionModel
+    if network_class(config) is DiTTransformer2DModel:
+        return reduce_blocks(config, reduction)
+    if reduction.blocks is not None:
+        raise ValueError("a UNet's student has fewer layers or stages; blocks is of transformers")
+    is_condition_model = network_class(config) is UNet2DConditionModel
     # diffusers' private notes, left out here, say, for one, which entries to reset to their defaults.
     config = complete_config(config)
     num_stages = len(config["block_out_channels"])

@@ -1,4 +1,4 @@
-"""Which layers a shallower student copies, by trying them all."""
+"""Which layers a shallower student copies, by trying them all; of transformers see blocks.py."""
 
 import copy
 import itertools
@@ -6,6 +6,9 @@ import itertools
 from diffusers import ModelMixin
 
 from vkd_gen.families.activations import Batches, step0_error
+from vkd_gen.families.blocks import best_blocks
+from vkd_gen.families.classes import are_transformers
+from vkd_gen.families.dit import BLOCKS
 from vkd_gen.families.inherit import inherit_weights
 from vkd_gen.families.links import default_layers, link_layers, match_stages
 from vkd_gen.schedule import Schedule
@@ -71,6 +74,8 @@ def best_layers(
     `compare_layer_choices` tries their product. Student and teacher stay as they are; the result is a value for
     `layers` of `inherit_weights`.
     """
+    if are_transformers(student, teacher):
+        return {BLOCKS: best_blocks(student, teacher, batches, schedule)}
     batches, options = list(batches), _options(student, teacher)
     best = {name: choices[0] for name, choices in options.items()}
     lowest = None

@@ -9,7 +9,11 @@ from diffusers import ModelMixin
 
 from vkd_gen.choices import ChannelChoice, Rescaling
 from vkd_gen.families.activations import Batches, read_channels
+from vkd_gen.families.blocks import copy_blocks, inheritable_blocks
 from vkd_gen.families.channels import choose_channels, undecided
+from vkd_gen.families.classes import are_transformers
+from vkd_gen.families.dit import BLOCKS
+from vkd_gen.families.dit_links import link_blocks
 from vkd_gen.families.links import BlockLayers, link_layers
 from vkd_gen.families.restore import channel_index, fit_layers
 from vkd_gen.families.streams import Layer, Link, channel_axes
@@ -40,13 +44,16 @@ class Inheritance:
             f"{len(self.fitted)} fitted to its outputs, {len(self.random)} left random"
         ]
         moved = {
-            ".".join(name.split(".")[:4]): ".".join(origin.split(".")[:4])
-            for name, origin in {**self.copied, **self.sliced}.items()
-            if name != origin
+            _unit(name): _unit(origin) for name, origin in {**self.copied, **self.sliced}.items() if name != origin
         }
         lines += [f"  {name} <- {origin}" for name, origin in moved.items()]
         lines += [f"  {name}: random" for name in self.random]
         return "\n".join(lines)
+
+
+def _unit(name: str) -> str:
+    """What is copied as a whole: a layer of a UNet's block, a transformer's block."""
+    return ".".join(name.split(".")[: 2 if name.startswith(BLOCKS) else 4])
 
 
 @torch.no_grad()
@@ -77,19 +84,24 @@ def inherit_weights(
         batches: as `calibrate` takes; for `activation` and `least_squares`. A few hundred small images are enough;
             they are kept in memory, with the activations of every layer.
         schedule: the teacher's, for the same.
-        layers: of the teacher, to copy by block of the student, such as `{"up_blocks.0": (0, 2)}`.
+        layers: of the teacher, to copy by block of the student, such as `{"up_blocks.0": (0, 2)}`; of a transformer its
+            blocks, `{"transformer_blocks": (0, 2, 5)}`, by default evenly spaced. With as many heads as the teacher's
+            they are copied bit for bit, and nothing is fitted.
         seed: of the choice `random`.
 
     Raises:
         ValueError: for blocks that cannot be inherited, layers that are not there, missing batches.
     """
     batches = list(batches or ())
-    if rescaling is None:
-        rescaling = "least_squares" if batches else "none"
-    for what, value, known in (("choice of channels", channels, ChannelChoice), ("rescaling", rescaling, Rescaling)):
-        if value not in get_args(known):
-            raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(get_args(known))}")
-    links = link_layers(bare_unet(student), bare_unet(teacher), layers)
+    rescaling = rescaling or ("least_squares" if batches else "none")
+    _check_choices(channels, rescaling)
+    if are_transformers(student, teacher):
+        kept = inheritable_blocks(student, teacher, layers or {})
+        if student.config.num_attention_heads == teacher.config.num_attention_heads:
+            return Inheritance(copy_blocks(student, teacher, kept), {}, {}, random=())
+        links = link_blocks(student, teacher, kept)
+    else:
+        links = link_layers(bare_unet(student), bare_unet(teacher), layers)
     reads, fits = channels == "activation" and bool(undecided(links)), rescaling == "least_squares"
     if (reads or fits) and (not batches or schedule is None):
         raise ValueError(
@@ -105,6 +117,12 @@ def inherit_weights(
             _silence(link.student)
     fitted = fit_layers(links, student, teacher, batches, schedule) if fits and schedule is not None else []
     return _report(links, fitted, student, teacher)
+
+
+def _check_choices(channels: str, rescaling: str) -> None:
+    for what, value, known in (("choice of channels", channels, ChannelChoice), ("rescaling", rescaling, Rescaling)):
+        if value not in get_args(known):
+            raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(get_args(known))}")
 
 
 def _silence(layer: Layer) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vkd_gen.families.build import PER_STAGE, complete_config, reduce_config, unet_class
+from vkd_gen.families.build import PER_STAGE, reduce_config
+from vkd_gen.families.classes import complete_config, network_class
 from vkd_gen.reductions import REDUCTIONS, Reduction
 
 STABLE_DIFFUSION = {
@@ -52,9 +53,20 @@ TEACHERS: dict[str, dict[str, Any]] = {
         "freq_shift": 1,
         "norm_eps": 1e-6,
     },
+    "dit-xl-2": {
+        "_class_name": "DiTTransformer2DModel",
+        "sample_size": 32,
+        "num_layers": 28,
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_embeds_ada_norm": 1000,
+    },
 }
-"""Configurations of well-known teachers, as the config.json of their UNets has them: Stable Diffusion 1 (1.1 to 1.5), 2
-(2.0 and 2.1 at 512 pixels; at 768 the sample_size is 96) and XL (base 0.9 and 1.0), and google/ddpm-cifar10-32."""
+"""Configurations of well-known teachers, as the config.json of their denoisers has them: Stable Diffusion 1 (1.1 to
+1.5), 2 (2.0 and 2.1 at 512 pixels; at 768 the sample_size is 96) and XL (base 0.9 and 1.0), google/ddpm-cifar10-32, and
+DiT-XL/2 (at 256 pixels; at 512 the sample_size is 64)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +112,10 @@ PUBLISHED: dict[tuple[str, str | None], PublishedCost] = {
         macs=3_400_000_000,
         source=f"{DIFF_PRUNING}; a pruned module, to which this UNet is the nearest",
     ),
+    ("dit-xl-2", None): PublishedCost(
+        parameters=749_800_000,
+        source="675 M by Peebles and Xie, 2022, arXiv 2212.09748, and an embedder for each block, as in diffusers",
+    ),
 }
 """(teacher, student or None for the teacher itself) -> its cost; names of `TEACHERS` and `REDUCTIONS`."""
 
@@ -124,8 +140,8 @@ def published_cost(config: Mapping[str, Any]) -> PublishedCost | None:
 def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
     """What parameters depend on, written in one way."""
     entries = {name: value for name, value in complete_config(config).items() if name not in WITHOUT_COST}
-    for name in PER_STAGE:
+    for name in PER_STAGE if "block_out_channels" in entries else ():
         if name in entries and not isinstance(entries[name], list | tuple):
             entries[name] = [entries[name]] * len(entries["block_out_channels"])
     entries = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
-    return {**entries, "class": unet_class(config).__name__}
+    return {**entries, "class": network_class(config).__name__}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from accelerate import PartialState
 
+from vkd_gen.choices import TimestepSampling
 from vkd_gen.data.cache import cache_images
 from vkd_gen.data.draws import Draws
 from vkd_gen.data.encoded import How, encode
@@ -17,7 +18,7 @@ from vkd_gen.data.views import Views, aspect_buckets, bucketed_views
 from vkd_gen.encoders import Encoders
 from vkd_gen.files import cache_folder
 from vkd_gen.models import Model
-from vkd_gen.schedule import Schedule
+from vkd_gen.schedule import Schedule, TimestepDensity
 from vkd_gen.training.options import DataOptions
 
 
@@ -48,7 +49,7 @@ class Data(NamedTuple):
         batch_size: int,
         group_size: int,
         both_branches: bool = False,
-        stratified: bool = False,
+        sampling: TimestepSampling = "random",
     ) -> Draws:
         """What the run draws of them, noise and times included; see `Draws`.
 
@@ -58,7 +59,7 @@ class Data(NamedTuple):
             batch_size: see `Draws`.
             group_size: images of a forward pass, which are of one shape.
             both_branches: see `Draws`.
-            stratified: see `Draws`.
+            sampling: how times are drawn.
         """
         return Draws(
             self.samples,
@@ -68,7 +69,8 @@ class Data(NamedTuple):
             batch_size=batch_size,
             group_size=group_size,
             both_branches=both_branches,
-            stratified=stratified,
+            stratified=sampling == "stratified",
+            density=TimestepDensity(kind=sampling) if sampling in ("logit_normal", "mode") else None,
         )
 
 
@@ -79,10 +81,10 @@ NUM_HELD_OUT = 512
 def encode_data(
     data: Data, options: DataOptions, model: Model, *, seed: int, batch_size: int, say: Callable[[str], None]
 ) -> Data:
-    """The data with samples as a model of prompts takes them; called by all processes.
+    """The data with samples as a model of latents takes them; called by all processes.
 
     Args:
-        data: with captions.
+        data: with captions, or with labels.
         options: of the recipe.
         model: whole; what it encodes with is on the CPU.
         seed: of the run.
@@ -126,6 +128,7 @@ def load_data(
     say: Callable[[str], None],
     *,
     with_captions: bool = False,
+    of_latents: bool = False,
 ) -> Data:
     """The images that a recipe's user chose, kept decoded if that was asked for; called by all processes.
 
@@ -136,11 +139,12 @@ def load_data(
         num_classes: of the model, 0 for as many as the data have; None reads no classes.
         say: prints a line.
         with_captions: the model takes prompts.
+        of_latents: the images are encoded for the model.
 
     Raises:
         ValueError: in one line, see `load_images`, `stream_images` and `cache_images`.
     """
-    _check_meant(options, with_captions)
+    _check_meant(options, with_captions, of_latents)
     spec = ImageSpec(
         resolution=form[0],
         channels=form[1],
@@ -171,20 +175,19 @@ def load_data(
     return Data(stream, train, held_out, reference, pixels, Pixels(held_out))
 
 
-OF_PROMPTS = (
-    *("num_crops", "aspect_buckets", "caption_column", "on_missing_caption", "num_teacher_images"),
-    *("cache", "cache_dir", "encoding_precision", "vae_tiling"),
-)
+OF_LATENTS = ("num_crops", "cache", "cache_dir", "encoding_precision", "vae_tiling")
+"""Options that have no effect on images that are not encoded."""
+OF_PROMPTS = ("aspect_buckets", "caption_column", "on_missing_caption", "num_teacher_images")
 """Options that have no effect on images without captions."""
 
 
-def _check_meant(options: DataOptions, with_captions: bool) -> None:
+def _check_meant(options: DataOptions, with_captions: bool, of_latents: bool) -> None:
     """Refuse what has no effect on the images of such a model."""
-    if with_captions and options.image_cache:
+    if (with_captions or of_latents) and options.image_cache:
         raise ValueError(
             "--image_cache is for models of pixels; of a model of prompts --cache_dir keeps the encodings: leave it out"
         )
-    for name in OF_PROMPTS:
+    for name in () if with_captions else OF_PROMPTS if of_latents else (*OF_LATENTS, *OF_PROMPTS):
         default = DataOptions.__dataclass_fields__[name].default
-        if not with_captions and getattr(options, name) != default:
+        if getattr(options, name) != default:
             raise ValueError(f"--{name} is for models of prompts, and this one takes none: leave it out")

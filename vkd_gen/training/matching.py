@@ -119,11 +119,11 @@ def build_projected_student(
     """
     num_steps, device = run.options.max_train_steps, run.device
     if not pairs:
-        projected = vkd.ProjectedStudent(student)
+        projected = vkd.ProjectedStudent(student, schedule=draws.schedule)
         return projected, FeatureWeight(None, weights=options.weights, num_steps=num_steps)
     schedule, apart = draws.schedule.to(device), partial(draws.apart, device=device)
     matchings = [build_matching(options, pair) for pair in pairs]
-    projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True)).to(device)
+    projected = vkd.ProjectedStudent(student, pairs, *zip(*matchings, strict=True), schedule=draws.schedule).to(device)
     if run.is_fresh:
         count = options.calibration_samples
         projected.calibrate(teacher, apart(count), schedule, start_batches=apart(min(512, count)))

@@ -37,6 +37,7 @@ ENCODERS = {
     "stable-diffusion-1": 83_653_863 + 123_060_480,
     "stable-diffusion-2": 83_653_863 + 340_387_840,
     "stable-diffusion-xl": 83_653_863 + 123_060_480 + 694_659_840,
+    "dit-xl-2": 83_653_863,
 }
 """Parameters of the VAE and the text encoders of well-known teachers."""
 

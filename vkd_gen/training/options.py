@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vkd_gen.choices import ChannelChoice, OnBadImage, OnMissingCaption, Precision, Rescaling
+from vkd_gen.choices import ChannelChoice, OnBadImage, OnMissingCaption, Precision, Rescaling, TimestepSampling
 from vkd_gen.cli import Rare, check_at_least
 from vkd_gen.evaluation.options import choose_extractor
 from vkd_gen.training.methods import METHODS, check_effects
@@ -44,8 +44,9 @@ class TrainingOptions:
     """torch's AdamW, the one of bitsandbytes (else torchao), whose state takes 8 bits in place of 32, or Muon for inner
     matrices and convolutions with AdamW for the rest. Muon takes AdamW's learning rates, and half of its memory; its
     work does not grow with the batch."""
-    timestep_sampling: Rare[Literal["random", "stratified"]] = "random"
-    """How the times of draws are drawn: each by itself, or spread evenly over draws in a row."""
+    timestep_sampling: Rare[TimestepSampling] = "random"
+    """How the times of draws are drawn: each by itself, uniformly; spread evenly over draws in a row; or each of one of
+    SD3's densities, by diffusers' function."""
     max_grad_norm: Rare[float] = 1.0
     """Norm that gradients are clipped to; 0 for no clipping."""
     max_skipped_steps: Rare[int] = 20
@@ -240,11 +241,15 @@ class StudentOptions:
     8 bits, by torchao. Losses, and the teacher that previews, scores and the report show, are of these."""
     student: str = ""
     """bk-base, bk-small, bk-tiny, koala-1b, koala-700m, ssd-1b-like, ddpm-20m, a config.json, or folder or hub id of a
-    UNet with weights; empty: the teacher at --student_width."""
+    UNet or transformer with weights; empty: the teacher at --student_width, or with --student_blocks."""
     student_width: float | None = None
-    """Factor on the teacher's channels; by default 0.5, or --student's."""
+    """Factor on the teacher's channels, of a transformer on its heads; by default 0.5, or --student's, or for a
+    transformer 1."""
     student_layers_per_block: Rare[int | tuple[int, ...] | None] = None
     """Residual layers of each block of the student, one number or one for each stage; by default the teacher's."""
+    student_blocks: int | tuple[int, ...] | None = None
+    """Of a transformer: how many blocks it keeps, or which, by number from 0; by default half, or with --student_width
+    all."""
     student_transformer_layers: Rare[int | tuple[int, ...] | None] = None
     """Transformer blocks of each attention layer, likewise."""
     student_drop_stages: Rare[tuple[int, ...]] = ()
@@ -253,8 +258,8 @@ class StudentOptions:
     """Leave out the middle block."""
     student_drop_attention: Rare[tuple[int, ...]] = ()
     """Stages of the teacher that lose their attention."""
-    student_prediction_type: Rare[Literal["epsilon", "v_prediction", "sample"] | None] = None
-    """What the student predicts; by default what the teacher does."""
+    student_prediction_type: Rare[Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None] = None
+    """What the student predicts; by default what the teacher does. flow_prediction: a student by flow matching."""
     resolution: Rare[int | None] = None
     """Height and width of the images in pixels; by default the teacher's sample size."""
     inherit_weights: Rare[bool] = True
@@ -266,8 +271,8 @@ class StudentOptions:
     """What makes up for missing channels and layers at the start: each of the student's layers fitted to what the
     teacher's computes, weights multiplied for the smaller fan-in, or nothing."""
     inherit_layers: Rare[Literal["best", "rule"]] = "best"
-    """Which of the teacher's layers a shallower student starts from: those with which it comes closest to the teacher,
-    or as in BK-SDM the first of each block and the decoder's last."""
+    """Which of the teacher's layers, or transformer blocks, a shallower student starts from: those with which it comes
+    closest to the teacher, or as in BK-SDM the first of each block and the decoder's last, blocks evenly spaced."""
     inherit_samples: Rare[int] = 1024
     """Draws of (image, noise, timestep) for these, all held in memory at once with every layer's output: fewer, down to
     4, if they have more than 2^18 pixels together."""

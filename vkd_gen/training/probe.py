@@ -58,7 +58,7 @@ def check_finite(unet: ModelMixin | FrozenTeacher, schedule: Schedule, batch: Ma
         if isinstance(unet, FrozenTeacher):
             prediction, features = unet(noisy_sample, timesteps, conditioning)
         else:
-            prediction, features = family_of(unet).call(unet, noisy_sample, timesteps, conditioning), {}
+            prediction, features = family_of(unet).call(unet, noisy_sample, schedule.told(timesteps), conditioning), {}
         for part, value in {"prediction": prediction, **features}.items():
             if not value.isfinite().all():
                 raise ValueError(_describe(network, name, timestep, part))

@@ -30,7 +30,7 @@ from vkd_gen.hub import check_place, hub_revision
 from vkd_gen.models import Model
 from vkd_gen.pictures import save_sample_grid, to_uint8
 from vkd_gen.provenance import only_warns, write_json
-from vkd_gen.schedule import Schedule
+from vkd_gen.schedule import Crossing, Schedule
 from vkd_gen.text import printable
 from vkd_gen.training.accelerator import make_accelerator, on_all_processes, on_main_process
 from vkd_gen.training.checkpoints import check_checkpoint
@@ -121,13 +121,14 @@ class Run:
         form: tuple[int, int],
         num_classes: int | None = None,
         *,
-        with_captions: bool = False,
+        model: Model | None = None,
     ) -> Data:
         """The images of the run, which are kept in `data`; see `load_data` of images.py."""
         if self.options.dry_run:  # which writes nothing
             options = replace(options, image_cache="")
         source = self.find(options.dataset)
-        self.data = load_data(options, source, form, num_classes, self.print, with_captions=with_captions)
+        kind = {} if model is None else {"with_captions": model.takes_prompts, "of_latents": model.factor > 1}
+        self.data = load_data(options, source, form, num_classes, self.print, **kind)
         return self.data
 
     def load_data_for(self, model: Model, options: DataOptions, teacher: Model | None = None) -> Data:
@@ -141,7 +142,7 @@ class Run:
         if teacher is not None and self._prompts is not None:
             options = self._draw(teacher, self._prompts, options)
         form = model.image_size, model.image_channels
-        return self.load_data(options, form, model.num_classes or None, with_captions=model.takes_prompts)
+        return self.load_data(options, form, model.num_classes or None, model=model)
 
     def _draw(self, teacher: Model, prompts: Prompts, options: DataOptions) -> DataOptions:
         """Let the teacher draw the images; the options of a data set that is them."""
@@ -154,29 +155,28 @@ class Run:
 
     def draws(self, schedule: Schedule, *, both_branches: bool = False) -> Draws:
         """What the run draws of its data; see `Draws`."""
-        options = self.options
         return self.data.draws(
             schedule,
-            seed=options.seed,
-            batch_size=options.batch_size_apart,
-            group_size=options.train_batch_size,
+            seed=self.options.seed,
+            batch_size=self.options.batch_size_apart,
+            group_size=self.options.train_batch_size,
             both_branches=both_branches,
-            stratified=options.timestep_sampling == "stratified",
+            sampling=self.options.timestep_sampling,
         )
 
     def encode_data(self, options: DataOptions, *models: Model) -> None:
-        """What models of prompts are trained on, encoded by the first; then all of them let go of their encoders."""
-        if not models[0].takes_prompts:
-            if self.validation_prompts is not None:
-                raise ValueError("--validation_prompts are for models of prompts, and the teacher takes none")
+        """What models of latents are trained on, encoded by the first; then all of them let go of their encoders."""
+        if not models[0].takes_prompts and self.validation_prompts is not None:
+            raise ValueError("--validation_prompts are for models of prompts, and the teacher takes none")
+        if models[0].factor == 1:
             return
         sizes = {"seed": self.options.seed, "batch_size": self.options.batch_size_apart}
         self.data = encode_data(self.data, options, models[0], **sizes, say=self.print)
-        captioned = self.data.held_out if len(self.data.held_out) else self.data.train
-        prompts = self.validation_prompts or of_images(captioned)
-        assert prompts is not None
+        prompts = self.validation_prompts or of_images(
+            self.data.held_out if len(self.data.held_out) else self.data.train
+        )
         for model in models:
-            model.prompts, model.guidance_scale = prompts.texts, self._guidance_scale
+            model.prompts, model.guidance_scale = prompts.texts if prompts else (), self._guidance_scale
             model.release()
         gc.collect()
 
@@ -253,7 +253,8 @@ class Run:
     def freeze(self, teacher: Model, layers: list[str], draws: Draws) -> FrozenTeacher:
         """The teacher for the steps, in the precision of the run; its predictions and features are finite."""
         nn.Module.to(teacher.network, self.device, self.dtype)  # past diffusers' warning about casting
-        frozen = FrozenTeacher(teacher.network, layers, prediction_type=teacher.schedule.prediction_type)
+        kind, crossing = teacher.schedule.prediction_type, Crossing.between(draws.schedule, teacher.schedule)
+        frozen = FrozenTeacher(teacher.network, layers, prediction_type=kind, crossing=crossing)
         if self.flags.get("teacher_quantization"):
             few = next(draws.apart(64, device=self.device, guidance_dropout=0.0))
             self.print(quantize_teacher(frozen, draws.schedule.to(self.device), few))
@@ -288,7 +289,7 @@ class Run:
                 results,
                 data=dataset,
                 num_classes=classes,
-                text_pipeline=type(model.pipeline).__name__ if model.takes_prompts else None,
+                stock_pipeline=type(model.pipeline).__name__ if model.factor > 1 else None,
                 origin=origin,
             )
 

@@ -8,30 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
 
 from vkd_gen.data.draws import Draws
 from vkd_gen.evaluation.compare import describe_models
 from vkd_gen.evaluation.labels import data_label
 from vkd_gen.families import (
     REDUCTIONS,
-    Reduction,
-    best_layers,
     build_student,
     family_of,
     published_cost,
 )
+from vkd_gen.families.dit import BLOCKS
 from vkd_gen.loading import read_json
 from vkd_gen.models import Model, SharedParts
 from vkd_gen.pairing import pair_table
 from vkd_gen.schedule import Schedule
 from vkd_gen.text_pipelines import TextSource, pipeline_without_weights
+from vkd_gen.training.class_teachers import class_teacher_of, load_class_teacher
 from vkd_gen.training.matching import check_branches, pair_named_or_all, target_channels
 from vkd_gen.training.memory import show_memory
 from vkd_gen.training.options import StudentOptions
 from vkd_gen.training.probe import check_time_embedding
 from vkd_gen.training.run import Run
-from vkd_gen.training.text_teachers import load_parts_of, text_source
+from vkd_gen.training.text_teachers import load_parts_of, pipeline_index, text_source
 from vkd_gen.training.unets import (
     check_memory,
     load_teacher,
@@ -58,10 +58,12 @@ def resolve_student(options: StudentOptions, teacher: ModelMixin) -> dict[str, A
         "drop_stages": options.student_drop_stages or None,
         "drop_mid_block": options.student_drop_mid_block or None,
         "drop_attention": options.student_drop_attention or None,
+        "blocks": options.student_blocks,
     }
     traits = {name: value for name, value in traits.items() if value is not None}
     if not options.student:
-        return family_of(teacher).reduce(teacher.config, Reduction(**{"width": 0.5, **traits}))
+        family = family_of(teacher)
+        return family.reduce(teacher.config, family.smaller(teacher.config, traits))
     if options.student in REDUCTIONS:
         return family_of(teacher).reduce(teacher.config, replace(REDUCTIONS[options.student], **traits))
     if traits:
@@ -87,24 +89,52 @@ def load_teacher_model(config: Any, preset: Any, run: Run) -> Model:
             f"--preset {config.preset} makes it; or name another by --teacher"
         )
     warn_of_preset(config, preset, run.print)
-    found = text_source(source, options)
-    if found is None:
-        unet, noise_scheduler, origin = load_teacher(source, without_weights=config.training.dry_run)
-        model = Model.of_unet(unet, noise_scheduler)
-    else:
-        model, origin = _load_text_teacher(found, options, config.training.dry_run)
-        unet, noise_scheduler = model.network, model.noise_scheduler
+    model, origin = _load_teacher(source, options, config.training.dry_run)
     _set_size(model, options.resolution)
     check_branches(config.matching, model, config.teacher)
-    schedule = Schedule.of(noise_scheduler)
+    schedule = model.schedule
     own = options.student_prediction_type or schedule.prediction_type
-    replace(schedule, prediction_type=own).check_convertible(schedule.prediction_type)
-    check_time_embedding(unet, schedule, f"the teacher {config.teacher}")
+    if (own == "flow_prediction") == (schedule.prediction_type == "flow_prediction"):
+        replace(schedule, prediction_type=own).check_convertible(schedule.prediction_type)
+    else:
+        _check_flow(model, own)
+        if schedule.prediction_type == "epsilon" and config.matching.timestep_weighting == "uniform":
+            run.print(
+                "note: where nearly all is noise, a small error of the teacher's epsilon is a large one of what the "
+                "student learns; --timestep_weighting min_snr weighs such draws less"
+            )
+    check_time_embedding(model.network, schedule, f"the teacher {config.teacher}")
+    betas = model.noise_scheduler.config.get("beta_schedule")
     run.print(
-        f"schedule: {len(schedule)} steps, {noise_scheduler.config.beta_schedule}; the teacher predicts "
+        f"schedule: {len(schedule)} steps, {betas or 'flow matching'}; the teacher predicts "
         f"{schedule.prediction_type}, the student {own} (from {origin})"
     )
     return model
+
+
+def _load_teacher(source: str, options: StudentOptions, dry_run: bool) -> tuple[Model, str]:
+    """A teacher of prompts, of classes and latents, or of pixels, and where its schedule is from."""
+    found = text_source(source, options)
+    if found is not None:
+        return _load_text_teacher(found, options, dry_run)
+    teacher = load_class_teacher(source, without_weights=dry_run)
+    if teacher is not None:
+        return teacher
+    network, noise_scheduler, origin = load_teacher(source, without_weights=dry_run)
+    make = class_teacher_of if isinstance(network, DiTTransformer2DModel) else Model.of_unet
+    return make(network, noise_scheduler), origin
+
+
+def _check_flow(teacher: Model, own: str) -> None:
+    """Refuse a student of flow matching, or of none, where its teacher's pipeline or schedule cannot have one."""
+    if own != "flow_prediction":
+        raise ValueError(
+            f"--student_prediction_type {own}: a teacher of flow matching has students of flow_prediction; leave it out"
+        )
+    if not isinstance(teacher.network, DiTTransformer2DModel):
+        raise ValueError(
+            "--student_prediction_type flow_prediction is for teachers of flow matching and transformers; leave it out"
+        )
 
 
 def _load_text_teacher(source: TextSource, options: StudentOptions, dry_run: bool) -> tuple[Model, str]:
@@ -118,6 +148,10 @@ def _load_text_teacher(source: TextSource, options: StudentOptions, dry_run: boo
 def _set_size(model: Model, resolution: int | None) -> None:
     """Make a model one for square images of so many pixels, which its VAE, if it has one, divides."""
     unet, factor, size = model.network, model.factor, model.network.config.sample_size
+    if isinstance(unet, DiTTransformer2DModel) and resolution not in (None, size * factor):
+        raise ValueError(
+            f"--resolution {resolution}: a DiT knows the positions of {size * factor} pixels alone; leave it out"
+        )
     if resolution is not None:
         if resolution % factor:
             nearest = max(factor, resolution // factor * factor)
@@ -147,7 +181,20 @@ def make_student(options: StudentOptions, teacher: Model, run: Run) -> tuple[Mod
     else:
         network = build_student(config)
     run.print(describe_models(teacher.network, network))
-    return teacher.around(network, options.student_prediction_type), has_weights
+    student = teacher.around(network, options.student_prediction_type)
+    _tell_of_crossing(student.schedule, run.print)
+    return student, has_weights
+
+
+def _tell_of_crossing(schedule: Schedule, say: Callable[[str], None]) -> None:
+    """Say which of the student's timesteps are not drawn, since the teacher's schedule has no such noise."""
+    last = len(schedule) - 1 if schedule.last is None else schedule.last
+    if missing := schedule.first + len(schedule) - 1 - last:
+        say(
+            f"schedule: {missing} of the student's {len(schedule):,} timesteps have less or more noise than any of the "
+            f"teacher's; draws of them, {missing / len(schedule):.1%} of uniform ones, move to the nearest others, "
+            f"{schedule.first} and {last}"
+        )
 
 
 def start_student(
@@ -168,19 +215,23 @@ def start_student(
     """
     network = student.network.to(run.device)
     if options.inherit_weights and not has_weights and run.is_fresh:
-        schedule = draws.schedule.to(run.device)
+        schedule = teacher.schedule.to(run.device)
         _, *sides = draws.samples.shape(draws.samples.read(0))
         count = max(4, min(options.inherit_samples, LARGEST_START // math.prod(sides)))
         batches = list(draws.apart(count, device=run.device, guidance_dropout=0.0))
-        best = options.inherit_layers == "best"
-        inheritance = family_of(network).inherit(
+        family, layers = family_of(network), None
+        if isinstance(options.student_blocks, tuple):
+            layers = {BLOCKS: options.student_blocks}
+        elif options.inherit_layers == "best":
+            layers = family.best_layers(network, teacher.network, batches, schedule)
+        inheritance = family.inherit(
             network,
             teacher.network,
             channels=options.inherit_channels,
             rescaling=options.inherit_rescaling,
             batches=batches,
             schedule=schedule,
-            layers=best_layers(network, teacher.network, batches, schedule) if best else None,
+            layers=layers,
             seed=draws.seed,
         )
         run.print(inheritance)
@@ -215,7 +266,9 @@ def show_plan(config: Any, teacher: ModelMixin, run: Run) -> None:
     if config.data.num_teacher_images is not None:
         say(f"the teacher would draw {config.data.num_teacher_images:,} images of {config.data.dataset} to train on")
     show_memory(config, student, teacher, pairs, run)
-    if isinstance(teacher, UNet2DModel) or text_source(run.find(config.teacher), config.start):
+    source = run.find(config.teacher)
+    is_whole = isinstance(teacher, UNet2DModel) or text_source(source, config.start) or pipeline_index(source)
+    if is_whole:
         say(f"the same command without --dry_run trains it, into {config.training.output_dir}")
     else:
         say("with the whole pipeline of such a teacher as --teacher, the same command without --dry_run trains it")

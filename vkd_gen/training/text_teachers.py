@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -50,15 +51,21 @@ def _takes_prompts(source: str) -> bool:
     path = Path(source)
     if path.is_file():
         return path.suffix != ".json"
+    _, index = pipeline_index(source) or (path, {})
+    return "text_encoder" in index or ("transformer" in index and index.get("_class_name") != "DiTPipeline")
+
+
+def pipeline_index(source: str) -> tuple[Path, dict[str, Any]] | None:
+    """Where a pipeline lies, a folder here or in the hub's cache, and its model_index.json; None for all else."""
+    path = Path(source)
     try:
         if path.is_dir():
             place = next((place for place in (path, path / "pipeline") if (place / "model_index.json").exists()), path)
         else:
             place = hub_folder(source, ["model_index.json"])
-        index = read_json(place / "model_index.json")
+        return place, read_json(place / "model_index.json")
     except ValueError:  # a UNet, or nothing, as who loads it finds out
-        return False
-    return "text_encoder" in index or "transformer" in index
+        return None
 
 
 def load_parts_of(

@@ -5,25 +5,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, ModelMixin, UNet2DModel
 
 from vkd_gen.families import REDUCTIONS, TEACHERS
-from vkd_gen.families.build import complete_config, unet_class
+from vkd_gen.families.blocks import check_blocks
+from vkd_gen.families.classes import complete_config, network_class
 from vkd_gen.hub import hub_folder, model_files, split_revision
 from vkd_gen.limits import check_sizes
 from vkd_gen.loading import check_betas, check_memory, load_model, read_json
 from vkd_gen.pipelines import num_classes_of
 from vkd_gen.text import reason
 
-CONFIGS = ("config.json", "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
+CONFIGS = (
+    "config.json",
+    "unet/config.json",
+    "transformer/config.json",
+    "scheduler_config.json",
+    "scheduler/scheduler_config.json",
+)
 """What a UNet and its schedule are known by, in a repository of the hub."""
 
-
+SLOTS = ("unet", "transformer")
+"""Folders of a pipeline that hold a denoiser."""
 CONDITIONS = (
     *("in_channels", "out_channels", "num_class_embeds", "class_embed_type", "cross_attention_dim"),
     *("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
 )
 """What student and teacher have in common, since both are asked the same."""
+CONDITIONS_OF_TRANSFORMERS = ("in_channels", "num_embeds_ada_norm", "sample_size")
 
 
 class LoadedTeacher(NamedTuple):
@@ -52,9 +61,9 @@ def load_teacher(source: str, *, without_weights: bool = False) -> LoadedTeacher
     else:
         if Path(source).is_file():
             raise ValueError(f"the teacher {source} is a file; name the folder of a diffusers pipeline or UNet")
-        if unet_class(read_unet_config(source, "teacher")) is not UNet2DModel:
+        if (kind := network_class(read_unet_config(source, "teacher"))) is not UNet2DModel:
             raise ValueError(
-                f"{source} holds a UNet2DConditionModel alone; its pipeline, which encodes images and prompts, is "
+                f"{source} holds a {kind.__name__} alone; its pipeline, which encodes images and prompts, is "
                 "needed too: name the folder or hub id of that"
             )
         unet = load_unet(source, "teacher")
@@ -73,9 +82,9 @@ def load_unet(source: str, role: str = "student") -> ModelMixin:
     check_memory(unet_without_weights(config, source), source)
     place = _place(source, role)
     if not Path(source).exists():  # now that it is known to be a UNet that is wanted
-        _from_hub(source, role, model_files("unet/" if place.name == "unet" else ""))
+        _from_hub(source, role, model_files(f"{place.name}/" if place.name in SLOTS else ""))
     try:
-        return load_model(unet_class(config), place)
+        return load_model(network_class(config), place)
     except Exception as error:  # damaged weights, and configurations of other models, raise all kinds of errors
         raise ValueError(f"cannot load the UNet in {place}: {reason(error, 1000)}") from error
 
@@ -99,9 +108,8 @@ def read_unet_config(source: str, role: str = "student") -> dict[str, Any]:
         config = read_json(path)
     except ValueError as error:
         raise ValueError(f"the {role} {path} is no config.json of a UNet: {error}") from error
-    if "block_out_channels" not in config:
+    if network_class(config) is not DiTTransformer2DModel and "block_out_channels" not in config:
         raise ValueError(f"the {role} {path} is no config.json of a UNet: no block_out_channels")
-    unet_class(config)
     return config
 
 
@@ -119,8 +127,14 @@ def read_student_config(source: str, teacher: ModelMixin) -> dict[str, Any]:
         raise ValueError(
             f"--student {source} is neither one of {', '.join(REDUCTIONS)} nor a file, a folder or a hub id"
         )
-    config = unet_without_weights(read_unet_config(source), source).config
-    for entry in CONDITIONS:
+    student = unet_without_weights(read_unet_config(source), source)
+    config, is_transformer = student.config, isinstance(teacher, DiTTransformer2DModel)
+    if is_transformer != isinstance(student, DiTTransformer2DModel):
+        raise ValueError(
+            f"the student {source} is a {type(student).__name__} and the teacher a {type(teacher).__name__}: students "
+            "of another architecture come with a later version"
+        )
+    for entry in CONDITIONS_OF_TRANSFORMERS if is_transformer else CONDITIONS:
         if config.get(entry) != teacher.config.get(entry):
             raise ValueError(
                 f"the student {source} has {entry} {config.get(entry)} and the teacher {teacher.config.get(entry)}"
@@ -137,7 +151,7 @@ def _place(source: str, role: str) -> Path:
         folder = _from_hub(source, role, CONFIGS)
     elif (folder / "pipeline" / "model_index.json").is_file() and not (folder / "unet").exists():
         folder = folder / "pipeline"  # of a recipe's run
-    for path in (folder / "unet", folder):
+    for path in (folder / "unet", folder / "transformer", folder):
         if (path / "config.json").exists():
             return path
     raise ValueError(f"{folder} holds no UNet: neither unet/config.json nor config.json is there")
@@ -160,12 +174,14 @@ def unet_without_weights(config: Mapping[str, Any], source: str) -> ModelMixin:
     Raises:
         ValueError: for sizes that no UNet has, and what diffusers does not take.
     """
-    config = complete_config(config) | {"_class_name": unet_class(config).__name__}
+    config = complete_config(config) | {"_class_name": network_class(config).__name__}
     check_sizes(config, source)
     _check_kinds(config, source)
+    if config["_class_name"] == DiTTransformer2DModel.__name__:
+        check_blocks(config)
     try:
         with torch.device("meta"):
-            kind = unet_class(config)
+            kind = network_class(config)
             return kind.from_config({name: value for name, value in config.items() if not name.startswith("_")})
     except Exception as error:  # diffusers checks little, and what it does not check fails in all kinds of ways
         raise ValueError(f"{source} is no UNet that diffusers can build: {reason(error, 300)}") from error
@@ -190,7 +206,7 @@ def _load_scheduler(source: str) -> tuple[DDPMScheduler, str]:
         return DDPMScheduler(), "diffusers' default; the teacher comes without one"
     place = path.parent if path.is_file() else _place(source, "teacher")
     # Beneath a pipeline's folder, beside a UNet's, or in the same folder.
-    root = place.parent if place.name == "unet" else place
+    root = place.parent if place.name in SLOTS else place
     for folder in dict.fromkeys((root / "scheduler", root, place, place.resolve().parent / "scheduler")):
         file = folder / "scheduler_config.json"
         if file.exists():
