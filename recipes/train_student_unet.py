@@ -41,14 +41,12 @@ class StudentConfig:
 
 
 # Muon is nearer to the teacher on small sets of pixels (experiments/RESULTS.md), and was tried on little else.
-PIXELS = TrainingOptions(
-    output_dir="runs/mnist", optimizer="muon", timestep_sampling="stratified", lr_scheduler="linear"
-)
+PIXELS = {"optimizer": "muon", "timestep_sampling": "stratified", "lr_scheduler": "linear", "preview_every_steps": 500}
 DIGITS = StudentConfig(
     teacher="recipes/assets/digits-teacher",
     data=DataOptions(dataset="digits"),
     scores=ScoreOptions(extractor="auto", kid_subset_size=250, num_inference_steps=25),
-    training=replace(PIXELS, output_dir="runs/digits", learning_rate=2e-3, preview_every_steps=250),
+    training=TrainingOptions(output_dir="runs/digits", learning_rate=2e-3, **PIXELS),
 )
 MNIST = replace(
     DIGITS,
@@ -56,7 +54,7 @@ MNIST = replace(
     teacher="recipes/assets/mnist-teacher",
     data=DataOptions(dataset="mnist"),
     start=StudentOptions(student="bk-base"),
-    training=replace(PIXELS, train_batch_size=64, max_train_steps=2000, preview_every_steps=500),
+    training=TrainingOptions(output_dir="runs/mnist", train_batch_size=64, max_train_steps=2000, **PIXELS),
 )
 EMOJI = StudentConfig(
     preset="emoji",
