@@ -242,32 +242,10 @@ FASTER_MNIST = replace(
 FASTER_CIFAR10 = replace(
     CIFAR10,
     preset="faster-cifar10",
-    arms=(DEFAULT, "muon-output-alone", "muon", "muon-same-time", "muon-half"),
+    arms=(DEFAULT, "muon", "muon-half"),
     control=DEFAULT,
     seed=300,
     num_seeds=3,
-)
-FASTER_RANDOM = replace(
-    FASTER_DIGITS,
-    preset="faster-random",
-    arms=("muon-output-alone", "muon"),
-    control="muon-output-alone",
-    starts=("random",),
-    results="experiments/results/faster-digits.json",
-)
-SMALL = tuple(
-    replace(
-        FASTER_RANDOM,
-        preset=preset,
-        starts=("inherited",),
-        extra=(student,),
-        results="experiments/results/small-students.json",
-    )
-    for preset, student in (
-        ("digits-width-0.25", "student_width 0.25"),
-        ("digits-width-0.125", "student_width 0.125"),
-        ("digits-bk-small", "student bk-small"),
-    )
 )
 PRESETS = {
     config.preset: config
@@ -285,9 +263,7 @@ PRESETS = {
             FASTER_DIGITS,
             FASTER_MNIST,
             FASTER_CIFAR10,
-            FASTER_RANDOM,
         ),
-        *SMALL,
     )
 }
 

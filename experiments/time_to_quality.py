@@ -1,7 +1,7 @@
 """How much less time, and how many fewer steps, each arm takes to be as good as a control is after all of its steps.
 
 python experiments/time_to_quality.py --preset time-digits
-python experiments/time_to_quality.py --preset time-mnist
+python experiments/time_to_quality.py --preset time-digits --comparison faster-mnist --output_dir runs/time-mnist
 
 A run's learning rate ends with its steps, so an arm's curve is made of whole runs of several budgets, shares of the N
 steps of a comparison of compare_methods.py. They are runs like its own, kept in its results file: what it has made is
@@ -21,7 +21,7 @@ from typing import Any
 from arms import ARMS
 from compare_methods import make_and_show, show_plan
 from curves import NOTE, Curves, curve_tables, draw_curves
-from plan import DEFAULT, PRESETS, ComparisonConfig, Run, plan
+from plan import PRESETS, ComparisonConfig, Run, plan
 from records import RunRecords
 from tables import markdown_tables, print_tables
 from vkd_gen.cli import run_recipe
@@ -37,11 +37,11 @@ class TimeConfig:
     """Which curves to start from; every flag overrides a field of it."""
     comparison: str = "faster-digits"
     """The preset of compare_methods.py that says what is trained on what, and for how many steps (N)."""
-    arms: tuple[str, ...] = ("denoising", "output", "fitnet", DEFAULT, "muon")
+    arms: tuple[str, ...] = ("fitnet", "muon")
     """Methods to compare, by their names in arms.py."""
     control: str = "fitnet"
     """The arm whose score after N steps is to be reached; for students narrower than the teacher, the peers' recipe."""
-    shares: tuple[float, ...] = (1, 1 / 2, 1 / 3, 1 / 4, 1 / 6)
+    shares: tuple[float, ...] = (1, 1 / 2, 1 / 3)
     """Budgets of every arm as shares of N; 1 must be among them."""
     seed: int | None = None
     """First seed; by default the comparison's, as the next two."""
@@ -86,9 +86,7 @@ class TimeConfig:
         return (base.results_file.parent if is_as_preset or self.results else base.runs_folder) / f"{self.preset}.png"
 
 
-TIME_PRESETS = {
-    config.preset: config for config in (TimeConfig(), TimeConfig(preset="time-mnist", comparison="faster-mnist"))
-}
+TIME_PRESETS = {config.preset: config for config in (TimeConfig(),)}
 
 
 def plan_budgets(config: TimeConfig) -> list[Run]:

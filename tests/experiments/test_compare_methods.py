@@ -205,7 +205,8 @@ def test_a_record_tells_what_the_run_was(compare):
     compare("--num_seeds", 1, "--extra", "calibration_samples 300", "--learning_rate", 0.5)
     record = next(record for record in records(compare) if record["arm"] == "output")
     expected = "--preset digits --num_score_samples 500 --kid_subset_size 250 --method output --denoising_weight 1"
-    expected += " --optimizer adamw --timestep_sampling random --inherit_weights --seed 0 --max_train_steps 1000"
+    expected += " --optimizer adamw --timestep_sampling random --lr_scheduler cosine --inherit_samples 256"
+    expected += " --inherit_weights --seed 0 --max_train_steps 1000"
     expected += " --train_batch_size 32 --learning_rate 0.5"
     assert record["flags"] == expected + " --calibration_samples 300"
     assert (record["start"], record["seed"], record["steps"], record["commit"]) == ("inherited", 0, 1000, "abc")
@@ -402,7 +403,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(compare, capsys):
         "done: fitnet, inherited, seed 0",
         "to do: fitnet, inherited, seed 1",
         "6 runs, 3 of them done; 2 side by side",
-        "--method output --denoising_weight 1 --optimizer adamw --timestep_sampling random --inherit_weights --seed 1",
+        "--method output --denoising_weight 1 --optimizer adamw --timestep_sampling random "
+        "--lr_scheduler cosine --inherit_samples 256 --inherit_weights --seed 1",
     ):
         assert words in shown
     assert sorted(compare.output_dir.rglob("*")) == before

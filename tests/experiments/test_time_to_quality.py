@@ -11,7 +11,7 @@ import pytest
 import fill_tables
 import time_to_quality
 from curves import Curves, curve_tables, draw_curves, in_words, steps_to
-from plan import DEFAULT, PRESETS, plan
+from plan import PRESETS, plan
 from records import RunRecords
 from time_to_quality import TIME_PRESETS, curves_of, plan_budgets, what_is_missing
 from vkd_gen.cli import run_recipe
@@ -146,13 +146,10 @@ def test_presets_are_whole():
     for name, config in TIME_PRESETS.items():
         runs = plan_budgets(config)
         assert config.preset == name
-        assert (
-            len(runs) == len({run.flags for run in runs}) == len({run.name for run in runs}) == 5 * 3 * len(config.arms)
-        )
+        assert len(runs) == len({run.flags for run in runs}) == len({run.name for run in runs}) == 9 * len(config.arms)
         assert len({run.folder for run in runs}) == len(runs)
         assert (config.control, config.base.results_file) == ("fitnet", PRESETS[config.comparison].results_file)
-    assert {run.steps for run in plan_budgets(DIGITS)} == {600, 300, 200, 150, 100}
-    assert {run.steps for run in plan_budgets(TIME_PRESETS["time-mnist"])} == {300, 150, 100, 75, 50}
+    assert {run.steps for run in plan_budgets(DIGITS)} == {600, 300, 200}
 
 
 def test_runs_that_the_comparison_has_are_found_by_their_flags():
@@ -160,7 +157,6 @@ def test_runs_that_the_comparison_has_are_found_by_their_flags():
     shared = {(known[run.flags].arm, run.arm, run.steps) for run in plan_budgets(DIGITS) if run.flags in known}
     assert shared >= {
         ("fitnet", "fitnet", 600),
-        (DEFAULT, DEFAULT, 600),
         ("muon", "muon", 600),
         ("muon-half", "muon", 300),
         ("muon-third", "muon", 200),
@@ -177,8 +173,8 @@ def test_runs_that_the_comparison_has_are_found_by_their_flags():
 def test_missing_runs_are_told_in_one_line(tmp_path):
     empty = RunRecords(tmp_path / "none.json")
     line = what_is_missing(replace(DIGITS, arms=("fitnet", "muon")), empty)
-    assert line.startswith("missing: 30 of 30 runs: fitnet, inherited, seed 300, 600 steps; ")
-    assert line.endswith(" and 27 more")
+    assert line.startswith("missing: 18 of 18 runs: fitnet, inherited, seed 300, 600 steps; ")
+    assert line.endswith(" and 15 more")
     assert "\n" not in line
     one = replace(DIGITS, arms=("fitnet",), shares=(1,), num_seeds=1)
     assert what_is_missing(one, RunRecords(DIGITS.base.results_file)) == ""
@@ -224,7 +220,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(monkeypatch, capsys, tmp_p
     shown = capsys.readouterr().out
     assert "done: muon, inherited, seed 300, 200 steps" in shown
     assert "fitnet: features through a free 1x1 convolution" in shown
-    assert re.search(rf"^{5 * len(DIGITS.arms)} runs, \d+ of them done", shown, re.M)
+    assert re.search(rf"^{3 * len(DIGITS.arms)} runs, \d+ of them done", shown, re.M)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +246,7 @@ def test_results_are_shown_and_the_same_command_makes_no_run(finished, monkeypat
     shown = capsys.readouterr().out
     assert not re.search("missing|to make", shown)
     page = (tmp_path / "o" / "time-digits.md").read_text()
-    row = "| muon | 15 of 15 | 0.1 | 0.000833 | 300 | 2.00 | 30.0 | 2.00 |"
+    row = "| muon | 9 of 9 | 0.1 | 0.000833 | 300 | 2.00 | 30.0 | 2.00 |"
     assert page.count("### Time to the ") == 2
     assert row in page
     assert (tmp_path / "time-digits.png").exists()
@@ -268,7 +264,7 @@ def test_panels_have_curves_bands_and_the_bar(finished):
     assert (distance.get_xscale(), distance.get_yscale(), frechet.get_yscale()) == ("log", "log", "log")
     lines = {line.get_label(): line for line in distance.lines}
     assert set(lines) == {"fitnet", "muon", "fitnet after 600 steps"}
-    assert list(lines["muon"].get_xdata()) == pytest.approx([10, 15, 20, 30, 60])
+    assert list(lines["muon"].get_xdata()) == pytest.approx([20, 30, 60])
     assert lines["fitnet after 600 steps"].get_linestyle() == "--"
     assert list(lines["fitnet after 600 steps"].get_ydata()) == pytest.approx([1 / 600] * 2)
     assert len(distance.collections) == 2
